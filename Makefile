@@ -1,0 +1,54 @@
+# Every target sets itself up first: a virtual environment in .venv, made once and again when the requirements change.
+
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: help setup setup-test train-256 train-512 baseline eval test tiny-base clean
+
+help:
+	@echo "make train-256          GRPO -> SFT -> GRPO with 256 new tokens (ARGS='--out runs/x' adds options)"
+	@echo "make train-512          GRPO with 512 new tokens"
+	@echo "make baseline           zero-shot evaluation with 1024 new tokens"
+	@echo "make eval CKPT=folder   evaluate a checkpoint, tiny, or a hub id"
+	@echo "make test               run the tests"
+	@echo "make tiny-base          train the embedded model again from random weights (20 minutes)"
+	@echo "make setup              only install what the above needs"
+	@echo "make clean              remove the environment and the caches; runs/ stays"
+
+.venv/ready: requirements.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -r requirements.txt
+	@touch $@
+
+.venv/ready-test: .venv/ready requirements-test.txt
+	$(BIN)/pip install --quiet -r requirements-test.txt
+	@touch $@
+
+setup: .venv/ready
+
+setup-test: .venv/ready-test
+
+train-256: setup
+	$(BIN)/python train.py 256 $(ARGS)
+
+train-512: setup
+	$(BIN)/python train.py 512 $(ARGS)
+
+baseline: setup
+	$(BIN)/python train.py baseline $(ARGS)
+
+eval: setup
+	@test -n "$(CKPT)" || { echo "error: say which checkpoint: make eval CKPT=runs/256-tiny/checkpoints/step_0080"; exit 2; }
+	$(BIN)/python eval.py $(CKPT) $(ARGS)
+
+test: setup-test
+	$(BIN)/python -m pytest -q tests $(ARGS)
+
+tiny-base: setup
+	$(BIN)/python -m rl.tiny_base $(ARGS)
+
+clean:
+	rm -rf .venv .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,86 @@
+"""What the embedded model is trained on before any reinforcement: arithmetic attempts that miss, worked step by step.
+
+A document answers a Countdown prompt with one to twelve random attempts. Each combines all the numbers in a random
+order with random operators and is right as arithmetic, and none makes the target:
+
+    7-3=4 4*12=48 too high
+    12+7=19 19-3=16 too low
+    12-3=9 9*7=63
+    </think>
+    <answer>(12-3)*7</answer>
+
+Half of the documents give up after an attempt; the others put their last attempt, wrong as it is, into an answer
+block. A model of such documents can calculate and has met the format, but has never seen a solution: aiming at the
+target and stopping when it is hit are left for GRPO to find.
+"""
+
+import random
+from dataclasses import dataclass
+
+from data.countdown import Problem, ProblemSettings
+
+MAX_ATTEMPTS = 12
+ANSWER_SHARE = 0.5
+LARGEST_RESULT = 400
+VERDICTS = (" too low\n", " too high\n")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One way to use all the numbers: the steps as written, the value they reach, and the whole as one expression."""
+
+    steps: str
+    value: int
+    expression: str
+
+
+def random_attempt(numbers: tuple[int, ...], rng: random.Random) -> Attempt:
+    """Combine two random numbers by a random operator until one is left; every step is a positive integer."""
+    terms = [(number, str(number)) for number in numbers]
+    steps = []
+    while len(terms) > 1:
+        left, right = (terms.pop(rng.randrange(len(terms))) for _ in range(2))
+        operator, value = random_step(left[0], right[0], rng)
+        steps.append(f"{left[0]}{operator}{right[0]}={value}")
+        terms.append((value, f"({left[1]}{operator}{right[1]})"))
+    return Attempt(" ".join(steps), terms[0][0], terms[0][1][1:-1])
+
+
+def random_step(left: int, right: int, rng: random.Random) -> tuple[str, int]:
+    """A random operator that keeps the result an integer from 1 to LARGEST_RESULT, and that result."""
+    results = {"+": left + right}
+    if left > right:
+        results["-"] = left - right
+    if left * right <= LARGEST_RESULT:
+        results["*"] = left * right
+    if left % right == 0:
+        results["/"] = left // right
+    operator = rng.choice(sorted(results))
+    return operator, results[operator]
+
+
+def attempts_document(problem: Problem, rng: random.Random) -> str:
+    """The text that follows the prompt of `problem`, from inside the open `<think>` to the end of the turn.
+
+    Attempts differ from one another, and none of them reaches the target.
+    """
+    wanted = rng.randint(1, MAX_ATTEMPTS)
+    attempts: dict[str, Attempt] = {}
+    for _ in range(4 * wanted):
+        attempt = random_attempt(problem.numbers, rng)
+        if attempt.value != problem.target:
+            attempts.setdefault(attempt.steps, attempt)
+        if len(attempts) == wanted:
+            break
+    tried = list(attempts.values())
+    lines = [attempt.steps + VERDICTS[attempt.value > problem.target] for attempt in tried]
+    if rng.random() < ANSWER_SHARE and tried:
+        lines[-1] = f"{tried[-1].steps}\n</think>\n<answer>{tried[-1].expression}</answer>"
+    return "".join(lines) + "<|im_end|>"
+
+
+def random_problem(rng: random.Random, settings: ProblemSettings) -> Problem:
+    """Numbers and a target drawn apart from each other, so that the target may well be out of reach."""
+    count = 4 if rng.random() < settings.four_number_share else 3
+    numbers = tuple(rng.randint(settings.min_number, settings.max_number) for _ in range(count))
+    return Problem(numbers, rng.randint(settings.min_target, settings.max_target))

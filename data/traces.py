@@ -1,0 +1,87 @@
+"""Curated traces: completions that solved their problem, kept as readable JSONL for supervised fine-tuning."""
+
+import json
+import unicodedata
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.countdown import Problem
+from data.sources import DataError
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A problem and a completion that solves it, from inside the open `<think>` up to, not including, the stop token.
+
+    `step` is the training step that sampled it; 0 for traces of other origin.
+    """
+
+    problem: Problem
+    completion: str
+    step: int = 0
+
+
+def latin_only(text: str) -> bool:
+    """No letter outside the Latin script. Under reward alone a model may drift into other languages (paper, 3.3)."""
+    return all(not character.isalpha() or unicodedata.name(character, "").startswith("LATIN") for character in text)
+
+
+def curate(candidates: Iterable[Trace], per_problem: int, limit: int) -> list[Trace]:
+    """Choose among correct traces: Latin only, no repeats, the `per_problem` shortest of each problem, the latest first.
+
+    A problem is the same whatever the order of its numbers.
+    """
+    by_problem: dict[tuple, dict[str, Trace]] = {}
+    for trace in candidates:
+        if latin_only(trace.completion):
+            by_problem.setdefault(trace.problem.key, {}).setdefault(trace.completion, trace)
+    chosen = []
+    for traces in by_problem.values():
+        chosen += sorted(traces.values(), key=lambda trace: (len(trace.completion), trace.step))[:per_problem]
+    return sorted(chosen, key=lambda trace: -trace.step)[:limit]
+
+
+def save_traces(path: str | Path, traces: Iterable[Trace]) -> None:
+    """Write one JSON object a line: numbers, target, step, completion."""
+    with open(path, "w", encoding="utf-8") as file:
+        for trace in traces:
+            row = {"numbers": trace.problem.numbers, "target": trace.problem.target, "step": trace.step}
+            file.write(json.dumps({**row, "completion": trace.completion}, ensure_ascii=False) + "\n")
+
+
+def load_traces(path: str | Path, is_correct: Callable[[str, Problem], bool]) -> list[Trace]:
+    """Read traces and verify each again, so that nothing wrong is imitated whoever wrote the file.
+
+    Args:
+        is_correct: says whether a completion solves a problem.
+
+    Raises:
+        DataError: no such file, no rows, or a row that is malformed, not Latin or not correct; it names the line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    traces = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            problem = Problem(row["numbers"], row["target"])
+            trace = Trace(problem, row["completion"], row.get("step", 0))
+            if not isinstance(trace.completion, str) or not isinstance(trace.step, int):
+                raise TypeError("completion must be text and step a whole number")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(
+                f'{path}:{number}: not a trace ({error}); expected {{"numbers": [...], "target": n, "completion": "..."}}'
+            ) from None
+        if not latin_only(trace.completion):
+            raise DataError(f"{path}:{number}: letters outside the Latin script; remove the trace")
+        if not is_correct(trace.completion, problem):
+            raise DataError(f"{path}:{number}: does not solve {problem.numbers} -> {problem.target}; remove the trace")
+        traces.append(trace)
+    if not traces:
+        raise DataError(f"{path}: no traces in it")
+    return traces

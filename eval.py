@@ -1,0 +1,110 @@
+"""Accuracy of a model on held-out Countdown problems: `python eval.py runs/256-tiny/checkpoints/step_0080`.
+
+A checkpoint of a run is evaluated on that run's held-out problems, with its sampling; any other model by recipe 256.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from data.sources import load_problems
+from model import load_model
+from rl.checkpoint import RECIPE
+from rl.console import user_errors
+from rl.evaluate import Evaluation, evaluate
+from rl.recipe import Recipe, RecipeError, from_dict, load_recipe
+from rl.stages import EVALUATION_SEED, pick_device, pick_dtype, problems_of
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Evaluate a model."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """A checkpoint folder, tiny, or a hub id."""
+    problems: str | None = None
+    """hub, generated, a .parquet or a .jsonl; default: the recipe's held-out problems."""
+    count: int | None = None
+    """How many problems; default: the recipe's."""
+    max_new_tokens: int | None = None
+    """Tokens a completion may have; default: the recipe's."""
+    temperature: float | None = None
+    """0 is greedy; default: the recipe's."""
+    top_k: int | None = None
+    """Sample from the k likeliest tokens only."""
+    top_p: float | None = None
+    """Sample from the likeliest tokens of this joint probability only."""
+    thinking: bool | None = None
+    """Whether the prompt opens a <think> block; default: the recipe's."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    seed: int = EVALUATION_SEED
+    """Of the sampling."""
+    examples: int = 3
+    """Completions to print for each outcome."""
+
+
+def recipe_of(arguments: Arguments) -> Recipe:
+    """The recipe a checkpoint was trained by, or 256 for models from elsewhere, with what the command line changes."""
+    saved = Path(arguments.checkpoint) / RECIPE
+    if saved.is_file():
+        try:
+            recipe = from_dict(Recipe, json.loads(saved.read_text()))
+        except ValueError as error:
+            raise RecipeError(f"{saved}: {error}") from None
+    else:
+        tiny = arguments.checkpoint == "tiny"
+        recipe = replace(load_recipe("256", "tiny" if tiny else "")[1], model=arguments.checkpoint, stages=())
+    changes = {
+        name: getattr(arguments, name)
+        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "thinking")
+        if getattr(arguments, name) is not None
+    }
+    count = recipe.evaluation.problems if arguments.count is None else arguments.count
+    return replace(
+        recipe,
+        stages=(),
+        device=arguments.device,
+        problems=arguments.problems or recipe.problems,
+        sampling=replace(recipe.sampling, **changes),
+        evaluation=replace(recipe.evaluation, problems=count),
+    )
+
+
+def print_table(result: Evaluation, name: str, examples: int, console: Console) -> None:
+    table = Table(title=f"{name}: {len(result.rollouts)} held-out problems", show_header=False)
+    table.add_row("accuracy", f"{100 * result.accuracy:.1f} %")
+    table.add_row("95 % interval", f"{100 * result.low:.1f} to {100 * result.high:.1f} %")
+    for outcome, count in result.counts.items():
+        table.add_row(outcome, str(count))
+    table.add_row("mean length", f"{result.completion_length:.1f} tokens")
+    table.add_row("truncated", f"{100 * result.truncated_fraction:.1f} %")
+    console.print(table)
+    for outcome in result.counts:
+        chosen = [rollout for rollout in result.rollouts if rollout.score.outcome == outcome][:examples]
+        for rollout in chosen:
+            numbers = ", ".join(map(str, rollout.problem.numbers))
+            console.rule(f"{outcome} ({rollout.score.reward:.2f}): {numbers} -> {rollout.problem.target}")
+            console.print(rollout.text, markup=False, highlight=False)
+
+
+def main(arguments: Arguments) -> None:
+    recipe = recipe_of(arguments)
+    device = pick_device(recipe)
+    model, tokenizer = load_model(arguments.checkpoint, device, pick_dtype(recipe), recipe.revision)
+    if arguments.problems and arguments.problems not in ("hub", "generated"):
+        held_out = load_problems(arguments.problems)[: arguments.count]
+    else:
+        held_out = problems_of(recipe)[1]
+    result = evaluate(model, tokenizer, held_out, recipe.sampling, arguments.seed)
+    print_table(result, arguments.checkpoint, arguments.examples, Console())
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(tyro.cli(Arguments, description=__doc__))

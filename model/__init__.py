@@ -1,0 +1,13 @@
+"""A Qwen3 decoder from scratch, with its weights, its tokenizer and a KV-cache sampler. Knows nothing of training."""
+
+from model.config import ModelError, Qwen3Config
+from model.kv_cache import KVCache
+from model.qwen3 import Qwen3
+from model.sampler import Completion, generate, token_logprobs
+from model.tokenizer import Tokenizer, prompt_ids, render_chat
+from model.weights import load_model, save_model
+
+__all__ = [
+    "Completion", "KVCache", "ModelError", "Qwen3", "Qwen3Config", "Tokenizer",
+    "generate", "load_model", "prompt_ids", "render_chat", "save_model", "token_logprobs",
+]  # fmt: skip

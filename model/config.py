@@ -1,0 +1,114 @@
+"""What a Qwen3 is, in eleven numbers: read from, and written to, Hugging Face's `config.json`."""
+
+from dataclasses import MISSING, dataclass
+from dataclasses import fields as dataclass_fields
+
+
+class ModelError(ValueError):
+    """A model, tokenizer or weight file that cannot be used; the message says which, and what to do."""
+
+
+@dataclass(frozen=True)
+class Qwen3Config:
+    """Shape of a dense Qwen3 decoder. Field names and meanings are Hugging Face's.
+
+    `head_dim` is independent of `hidden_size / num_attention_heads`: Qwen3-0.6B has 16 heads of 128 on a hidden
+    size of 1024. `num_key_value_heads` divides `num_attention_heads` (grouped-query attention).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 40960
+
+    def __post_init__(self):
+        for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ModelError(f"config: {name} must be a positive integer, not {value!r}")
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+                raise ModelError(f"config: {name} must be a positive number, not {value!r}")
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ModelError(f"config: tie_word_embeddings must be true or false, not {self.tie_word_embeddings!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ModelError(
+                f"config: num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ModelError(f"config: head_dim must be even for rotary embeddings, not {self.head_dim}")
+
+    @classmethod
+    def from_hf(cls, hf: dict) -> "Qwen3Config":
+        """Build from a parsed `config.json`, as transformers 4 or 5 writes it.
+
+        Version 5 moved `rope_theta` and `rope_scaling` into `rope_parameters`. Fields that do not change the
+        arithmetic are ignored; fields that would change it in a way this decoder does not implement are refused.
+
+        Raises:
+            ModelError: another architecture, an unsupported feature, or a missing or malformed field.
+        """
+        if not isinstance(hf, dict):
+            raise ModelError(f"config: expected a JSON object, not {type(hf).__name__}")
+        if hf.get("model_type") != "qwen3":
+            raise ModelError(f"config: model_type is {hf.get('model_type')!r}; only dense 'qwen3' models are supported")
+        rope = dict(hf.get("rope_parameters") or {})
+        layer_types = hf.get("layer_types") or []
+        unsupported = {
+            "attention_bias": hf.get("attention_bias", False) is not False,
+            "hidden_act": hf.get("hidden_act", "silu") != "silu",
+            "use_sliding_window": hf.get("use_sliding_window", False) is not False,
+            "rope_scaling": hf.get("rope_scaling") is not None,
+            "rope_parameters": rope.get("rope_type", "default") != "default",
+            "layer_types": any(kind != "full_attention" for kind in layer_types),
+        }
+        for name, refused in unsupported.items():
+            if refused:
+                raise ModelError(f"config: {name} = {hf[name]!r} is not supported")
+        fields = {name: hf[name] for name in cls.__dataclass_fields__ if name in hf}
+        if "rope_theta" in rope:
+            fields["rope_theta"] = rope["rope_theta"]
+        missing = [f.name for f in dataclass_fields(cls) if f.default is MISSING and f.name not in fields]
+        if missing:
+            raise ModelError(f"config: missing {', '.join(missing)}")
+        # transformers' own default is untied; every published config.json states it.
+        fields.setdefault("tie_word_embeddings", False)
+        return cls(**fields)
+
+    def to_hf(self, dtype: str, eos_token_id: int | None = None) -> dict:
+        """The `config.json` of a checkpoint, in the spelling that transformers 4, 5 and vLLM all read."""
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            **{name: getattr(self, name) for name in self.__dataclass_fields__},
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "eos_token_id": eos_token_id,
+            "hidden_act": "silu",
+            "initializer_range": 0.02,
+            "rope_scaling": None,
+            "sliding_window": None,
+            "torch_dtype": dtype,
+            "use_cache": True,
+            "use_sliding_window": False,
+        }
+
+    def num_parameters(self) -> int:
+        """Parameters of the whole model; a tied output head counts once."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_key_value_heads)
+        norms = 2 * self.hidden_size + 2 * self.head_dim
+        layer = attention + 3 * self.hidden_size * self.intermediate_size + norms
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_hidden_layers * layer + self.hidden_size

@@ -1,0 +1,168 @@
+"""The Qwen3 decoder, from token ids to logits. One forward serves training, prefill and cached decoding.
+
+The order of operations and the precision of each follow Hugging Face's `modeling_qwen3.py`, so that logits agree;
+module names are Hugging Face's too, so that `state_dict()` is the published checkpoint format. The architecture is
+the Qwen3 technical report's (arXiv:2505.09388, section 2): pre-norm, grouped-query attention with an RMSNorm on each
+query and key head, rotary positions, SwiGLU.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import Qwen3Config
+from model.kv_cache import KVCache
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, computed in float32 (Zhang and Sennrich, arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = x.float()
+        normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def rotary_embedding(positions: Tensor, config: Qwen3Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of each position's angles, [batch, 1, time, head_dim] (RoPE, arXiv:2104.09864).
+
+    Angles are float32 always: in bfloat16, position 1000 could not be told from 1003.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents  # [head_dim / 2]
+    angles = positions[:, None, :, None].float() * frequencies  # [batch, 1, time, head_dim / 2]
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + head_dim / 2]) by its angle: the half-split kind of RoPE."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention: query head i reads key-value head i // (heads / kv_heads)."""
+
+    def __init__(self, config: Qwen3Config, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        query_size = config.num_attention_heads * config.head_dim
+        key_value_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None, mask: Tensor | None) -> Tensor:
+        batch, time, _ = x.shape
+        heads = (batch, time, -1, self.head_dim)
+        queries = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # [batch, heads, time, head_dim]
+        keys = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # [batch, kv_heads, time, head_dim]
+        values = self.v_proj(x).view(heads).transpose(1, 2)
+        queries, keys = rotate(queries, *rotary), rotate(keys, *rotary)
+        if cache is not None:
+            keys, values = cache.update(self.layer, keys, values)  # [batch, kv_heads, longest + time, head_dim]
+        attended = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
+        return self.o_proj(attended.transpose(1, 2).reshape(batch, time, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv:2002.05202)."""
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: Qwen3Config, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None, mask: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, cache, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Everything below the output head: token ids [batch, time] -> hidden states [batch, time, hidden]."""
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, token_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        time = token_ids.shape[1]
+        x = self.embed_tokens(token_ids)
+        if cache is None:
+            positions, mask = torch.arange(time, device=token_ids.device)[None], None
+        else:
+            positions, mask = cache.positions(time), cache.attention_mask(time)
+        rotary = rotary_embedding(positions, self.config, x.dtype)
+        for layer in self.layers:
+            x = layer(x, rotary, cache, mask)
+        if cache is not None:
+            cache.advance(time)
+        return self.norm(x)
+
+
+class Qwen3(nn.Module):
+    """A Qwen3 language model: token ids [batch, time] -> logits [batch, time, vocab].
+
+    Rows of unequal length are padded on the right with any id: attention is causal, so padding cannot reach the
+    tokens before it, and the caller leaves the padding's own logits aside.
+
+    `num_tokens` is how many ids have a text. The embedding has more rows than the tokenizer has entries (151,936 and
+    151,669); ids in between are never sampled and take no part in the softmax (see `model.sampler.token_logprobs`).
+    """
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.config = config
+        self.num_tokens = config.vocab_size
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, token_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        return self.lm_head(self.model(token_ids, cache))
+
+    def init_weights(self, seed: int, std: float = 0.02) -> "Qwen3":
+        """Draw all matrices from N(0, std²) and set the norms to one, for training from nothing."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=std, generator=generator)
+            else:
+                nn.init.ones_(parameter)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype

@@ -1,0 +1,158 @@
+"""Checkpoints in and out: a folder in Hugging Face's layout, the hub, or the model embedded in this repository."""
+
+import json
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from model.config import ModelError, Qwen3Config
+from model.qwen3 import Qwen3
+from model.tokenizer import Tokenizer
+
+TINY = Path(__file__).parent / "tiny"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def load_model(
+    source: str | Path, device="cpu", dtype: torch.dtype | None = None, revision: str | None = None
+) -> tuple[Qwen3, Tokenizer]:
+    """Load a model and its tokenizer.
+
+    Args:
+        source: "tiny" (the embedded model), a folder in Hugging Face's layout, or a hub id such as "Qwen/Qwen3-1.7B".
+        dtype: of the weights; None keeps the dtype that `config.json` names.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        ModelError: the source cannot be found, or is not a complete and consistent Qwen3 checkpoint.
+    """
+    folder = resolve_source(source, revision)
+    hf_config = read_json(folder / "config.json")
+    config = Qwen3Config.from_hf(hf_config)
+    if dtype is None:
+        dtype = parse_dtype(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
+    tokenizer = Tokenizer(folder)
+    if len(tokenizer) > config.vocab_size:
+        raise ModelError(f"{folder}: {len(tokenizer)} tokens but only {config.vocab_size} embedding rows")
+    with torch.device("meta"):  # no memory is taken before the weights come
+        model = Qwen3(config)
+    state = read_state(folder, model, device, dtype)
+    model.load_state_dict(state, assign=True, strict=False)  # read_state has checked every name and shape
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.num_tokens = len(tokenizer)
+    return model, tokenizer
+
+
+def save_model(folder: str | Path, model: Qwen3, tokenizer: Tokenizer) -> None:
+    """Write `config.json`, `model.safetensors` and the tokenizer's files: transformers and vLLM load the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del state[HEAD]
+    dtype = str(model.dtype).removeprefix("torch.")
+    config = model.config.to_hf(dtype, eos_token_id=tokenizer.end_of_turn_id)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(folder)
+
+
+def resolve_source(source: str | Path, revision: str | None = None) -> Path:
+    """The local folder of `source`, downloaded from the hub if it is neither "tiny" nor a folder here."""
+    if str(source) == "tiny":
+        return TINY
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ModelError(f"{source} is a file; a model is a folder with config.json and safetensors in it")
+    parts = str(source).split("/")
+    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
+        raise ModelError(f'no such model folder: {source} (a hub id looks like "Qwen/Qwen3-1.7B", the embedded is "tiny")')
+    import huggingface_hub
+
+    patterns = ["*.safetensors", "*.json"]
+    try:
+        return Path(huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+    except Exception as error:  # a dozen kinds: no network, no such repository, gated, no such revision, disk full
+        reason = str(error).strip().split("\n")[0]
+        at = f" at revision {revision}" if revision else ""
+        raise ModelError(
+            f"{source}{at} is not a folder here and could not be downloaded from the hub: {reason} "
+            '(without a network, use a local folder or --model tiny)'
+        ) from error
+
+
+def read_state(folder: Path, model: Qwen3, device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All of `model`'s weights from `folder`, single or sharded, with exactly the right names and shapes.
+
+    A tied checkpoint may or may not store a copy of the output head (Qwen3-1.7B does, its Base does not); a copy is
+    read past. Anything else missing, unexpected or misshapen is refused.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = model.config.tie_word_embeddings
+    state: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
+                for name in file.keys():
+                    if name not in expected:
+                        raise ModelError(f"{path}: unexpected weight {name}")
+                    if tied and name == HEAD:
+                        continue
+                    tensor = file.get_tensor(name)
+                    if tuple(tensor.shape) != expected[name]:
+                        raise ModelError(f"{path}: {name} is {list(tensor.shape)}, config.json says {list(expected[name])}")
+                    state[name] = tensor.to(dtype)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: cannot be read ({error}); is the file complete?") from error
+    missing = [name for name in expected if name not in state and not (tied and name == HEAD)]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(f"{folder}: weight {missing[0]}{more} missing")
+    return state
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, following `model.safetensors.index.json` where there is one."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelError(f"{index}: no weight_map")
+        names = sorted(set(map(str, weight_map.values())))
+        for name in names:
+            if Path(name).name != name:
+                raise ModelError(f"{index}: {name!r} is not a file name")
+        files = [folder / name for name in names]
+    else:
+        files = [folder / "model.safetensors"]
+    for path in files:
+        if not path.is_file():
+            raise ModelError(f"{folder}: no {path.name}")
+    return files
+
+
+def read_json(path: Path) -> dict:
+    """Parse a JSON object, with an error that names the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path.parent}: no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: expected a JSON object, not {type(content).__name__}")
+    return content
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """ "bfloat16" -> torch.bfloat16, for the dtypes that this project computes in."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if name not in dtypes:
+        raise ModelError(f"dtype {name!r} is not one of {', '.join(dtypes)}")
+    return dtypes[name]

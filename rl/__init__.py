@@ -1,0 +1,7 @@
+"""Group-relative reinforcement learning and supervised fine-tuning of a language model on Countdown."""
+
+from rl.advantage import group_advantages
+from rl.loss import grpo_loss, sft_loss
+from rl.reward import Score, score
+
+__all__ = ["Score", "group_advantages", "grpo_loss", "score", "sft_loss"]

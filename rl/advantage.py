@@ -1,0 +1,30 @@
+"""The G and the R in GRPO: how much better a completion did than the others that answered the same prompt."""
+
+import torch
+from torch import Tensor
+
+
+def group_advantages(rewards: Tensor, delta: float = 1e-4, scale_by_std: bool = True) -> Tensor:
+    """(reward - group mean) / (group standard deviation + delta), the paper's A_i (section 2.2).
+
+    The standard deviation is the population's (divided by n): the group is all there is, and a group of one is defined.
+    A group whose rewards are all equal gets exactly zero, not the rounding error of its mean divided by delta.
+
+    Args:
+        rewards: [groups, samples]. Groups are rows, so two groups of the same prompt stay apart.
+        scale_by_std: False keeps the plain difference, as Dr. GRPO argues for (arXiv:2503.20783): dividing lifts groups
+            that are almost all right or almost all wrong.
+
+    Returns:
+        [groups, samples], float32 (float64 for float64 rewards).
+    """
+    rewards = torch.as_tensor(rewards)
+    if rewards.dim() != 2:
+        raise ValueError(f"rewards must be [groups, samples], not {list(rewards.shape)}")
+    if not rewards.is_floating_point():
+        rewards = rewards.float()
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale_by_std:
+        advantages = advantages / (rewards.std(dim=1, correction=0, keepdim=True) + delta)
+    spread = rewards.amax(dim=1, keepdim=True) > rewards.amin(dim=1, keepdim=True)
+    return torch.where(spread, advantages, 0.0)

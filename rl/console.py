@@ -1,0 +1,82 @@
+"""What the commands print, and how they fail: one clear line, exit code 2, no traceback."""
+
+import contextlib
+import sys
+
+import torch
+
+from data import DataError
+from model import ModelError
+from rl.recipe import RecipeError
+
+
+@contextlib.contextmanager
+def user_errors(way_on: str = ""):
+    """Turn errors that a user can do something about into one line on standard error and exit code 2.
+
+    Other exceptions are bugs of this project and keep their traceback. `way_on` is printed after Ctrl-C.
+    """
+    try:
+        yield
+    except (ModelError, DataError, RecipeError) as error:
+        fail(str(error))
+    except torch.OutOfMemoryError:
+        fail("out of GPU memory: lower --optimizer.micro-batch-tokens or --sampling.batch-rows, or take a smaller --model")
+    except BrokenPipeError:
+        sys.exit(0)  # whoever read the output has seen enough
+    except OSError as error:
+        fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except KeyboardInterrupt:
+        print(f"\nstopped. {way_on}", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def describe_run(recipe, model, train, held_out, resumed_at: int | None) -> str:
+    """The lines a run begins with."""
+    device = torch.cuda.get_device_name() if model.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    dtype = str(model.dtype).removeprefix("torch.")
+    lines = [
+        f"model     {recipe.model}: {model.config.num_parameters():,} parameters, {dtype}, on {device}",
+        f"problems  {len(train):,} to train on, {len(held_out):,} held out",
+        f"stages    {', '.join(describe_stage(stage) for stage in recipe.stages) or 'none: zero-shot evaluation only'}",
+        f"run       {recipe.out}" + ("" if resumed_at is None else f", resumed after step {resumed_at}"),
+    ]
+    return "\n".join(lines)
+
+
+def describe_stage(stage) -> str:
+    if stage.kind == "sft":
+        return f"SFT {stage.epochs} epochs"
+    return f"GRPO {stage.steps} steps of {stage.prompts_per_step} x {stage.samples_per_prompt}"
+
+
+def step_line(row: dict, stages: int, done: int, steps: int) -> str:
+    """One line a step, from its metrics."""
+    if row["step"] == 0:
+        return f"before any step: held-out accuracy {evaluation_text(row)}"
+    parts = [f"{row['kind']:4} {row['stage'] + 1}/{stages}  {done:3}/{steps}"]
+    if row["kind"] == "grpo":
+        parts += [
+            f"reward {row['reward_mean']:.3f}",
+            f"correct {100 * row['train_accuracy']:4.1f} %",
+            f"format {100 * row['format_rate']:3.0f} %",
+            f"length {row['completion_length']:3.0f}",
+        ]
+        seconds = row["rollout_seconds"] + row["update_seconds"]
+    else:
+        parts.append(f"loss {row['loss']:.4f}")
+        seconds = row["update_seconds"]
+    parts += [f"grad {row['grad_norm']:.2f}", f"{seconds:.1f} s"]
+    if "eval_accuracy" in row:
+        parts.append(f"held-out {evaluation_text(row)}")
+    return "  ".join(parts)
+
+
+def evaluation_text(row: dict) -> str:
+    accuracy, low, high = (100 * row[name] for name in ("eval_accuracy", "eval_low", "eval_high"))
+    return f"{accuracy:.1f} % ({low:.1f} to {high:.1f})"

@@ -1,0 +1,276 @@
+"""An experiment as data: the dataclasses behind a recipe's TOML, its command line and its saved `config.json`."""
+
+import tomllib
+import types
+import typing
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Literal
+
+from data import ProblemSettings
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+class RecipeError(ValueError):
+    """A recipe, or a run folder, that cannot be used; the message says which field and what would do."""
+
+
+@dataclass(frozen=True)
+class GRPOStage:
+    """Reinforcement on sampled groups."""
+
+    kind: Literal["grpo"] = "grpo"
+    steps: int = 80
+    """Rollout batches."""
+    prompts_per_step: int = 32
+    """Groups in a rollout batch."""
+    samples_per_prompt: int = 8
+    """Completions in a group."""
+    updates_per_step: int = 2
+    """Optimizer steps a rollout batch, each on its own share of the groups. From the second on, the clip is alive."""
+    learning_rate: float = 2e-6
+    """Constant after the warm-up."""
+    warmup_steps: int = 5
+    """Steps of linear rise to the learning rate."""
+    clip_low: float = 0.25
+    """A token's ratio counts down to 1 - clip_low."""
+    clip_high: float = 0.25
+    """A token's ratio counts up to 1 + clip_high."""
+    aggregation: Literal["token", "sequence", "constant"] = "token"
+    """How token losses are averaged."""
+    scale_by_std: bool = True
+    """Divide advantages by the group's standard deviation."""
+    kl_coef: float = 0.0
+    """Weight of the KL penalty towards the policy at the stage's start; above 0, a frozen copy is kept in memory."""
+
+
+@dataclass(frozen=True)
+class SFTStage:
+    """Imitation of curated correct traces."""
+
+    kind: Literal["sft"] = "sft"
+    epochs: int = 2
+    """Passes over the traces."""
+    batch_size: int = 64
+    """Traces an optimizer step."""
+    learning_rate: float = 5e-6
+    """Peak; falls linearly to zero over the stage."""
+    max_traces: int = 2400
+    """At most so many traces; those of later steps are taken first."""
+    traces_per_problem: int = 2
+    """At most so many traces of one problem; the shortest are taken."""
+    traces: str | None = None
+    """A JSONL file of your own instead of the rollouts of the stage before: {"numbers", "target", "completion"} a line."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How completions are sampled, in training and in evaluation alike."""
+
+    max_new_tokens: int = 256
+    """Tokens a completion may have, its stop token included."""
+    temperature: float = 1.0
+    """Softmax temperature; training needs it above 0."""
+    thinking: bool = True
+    """Open a <think> block in the prompt; without, the prompt closes an empty one."""
+    batch_rows: int = 256
+    """Completions decoded at once; each takes memory for its keys and values."""
+    top_k: int | None = None
+    """Sample from the k likeliest tokens only (evaluation; training refuses it)."""
+    top_p: float | None = None
+    """Sample from the likeliest tokens of this joint probability only (evaluation; training refuses it)."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Accuracy on problems that are never trained on."""
+
+    every: int = 10
+    """Steps between evaluations; there is one before the first step and one at each stage's end."""
+    problems: int = 512
+    """Held-out problems, one completion each."""
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """The update, in GRPO and in SFT alike."""
+
+    kind: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    """adamw is torch's; the 8-bit ones are bitsandbytes'. Weights below float32 get float32 masters in each."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this joint norm."""
+    micro_batch_tokens: int = 8192
+    """Tokens, padding included, in one forward and backward; changes memory and speed, not the gradient."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment: a model, its problems, and the stages it goes through."""
+
+    model: str = "auto"
+    """"auto" (Qwen/Qwen3-1.7B on a CUDA device, else tiny), "tiny", a folder, or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights; auto is what the checkpoint is stored in."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    problems: str = "auto"
+    """"hub" (Countdown-Tasks-3to4), "generated", a .parquet or a .jsonl; auto is generated for tiny, else hub."""
+    generator: ProblemSettings = field(default_factory=ProblemSettings)
+    generated_problems: int = 20000
+    """How many problems to generate, the held-out ones included."""
+    seed: int = 0
+    """Of problems, their order and sampling."""
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    checkpoint_every: int = 10
+    """Steps between checkpoints; there is one at each stage's end."""
+    keep_checkpoints: int = 2
+    """How many of the latest checkpoints to keep; those at a stage's end are kept too."""
+    out: str = ""
+    """Run folder; empty is runs/<recipe>."""
+    stages: tuple[GRPOStage | SFTStage, ...] = ()
+
+    def __post_init__(self):
+        check(self.sampling.max_new_tokens >= 1, "sampling.max_new_tokens", self.sampling.max_new_tokens, "at least 1")
+        check(self.sampling.batch_rows >= 1, "sampling.batch_rows", self.sampling.batch_rows, "at least 1")
+        check(self.evaluation.every >= 1, "evaluation.every", self.evaluation.every, "at least 1")
+        check(self.evaluation.problems >= 1, "evaluation.problems", self.evaluation.problems, "at least 1")
+        check(self.optimizer.max_grad_norm > 0, "optimizer.max_grad_norm", self.optimizer.max_grad_norm, "above 0")
+        check(self.optimizer.micro_batch_tokens >= 1, "optimizer.micro_batch_tokens",
+              self.optimizer.micro_batch_tokens, "at least 1")  # fmt: skip
+        check(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "at least 1")
+        check(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
+        check(self.sampling.temperature >= 0, "sampling.temperature", self.sampling.temperature, "0 (greedy) or above")
+        for number, stage in enumerate(self.stages):
+            check_stage(number, stage, self.sampling)
+
+
+def check(ok: bool, name: str, value, wanted: str) -> None:
+    if not ok:
+        raise RecipeError(f"{name} must be {wanted}, not {value!r}")
+
+
+def check_stage(number: int, stage: GRPOStage | SFTStage, sampling: SamplingSettings) -> None:
+    """Refuse what cannot be trained, before anything is loaded."""
+    counts = ("steps", "prompts_per_step", "samples_per_prompt", "updates_per_step") if stage.kind == "grpo" else (
+        "epochs", "batch_size", "max_traces", "traces_per_problem")  # fmt: skip
+    for name in counts:
+        check(getattr(stage, name) >= 1, f"stages.{number}.{name}", getattr(stage, name), "at least 1")
+    check(stage.learning_rate > 0, f"stages.{number}.learning_rate", stage.learning_rate, "above 0")
+    if stage.kind == "grpo":
+        check(0 <= stage.clip_low < 1, f"stages.{number}.clip_low", stage.clip_low, "in [0, 1)")
+        check(stage.clip_high >= 0, f"stages.{number}.clip_high", stage.clip_high, "at least 0")
+        check(stage.kl_coef >= 0, f"stages.{number}.kl_coef", stage.kl_coef, "at least 0")
+        check(stage.updates_per_step <= stage.prompts_per_step, f"stages.{number}.updates_per_step",
+              stage.updates_per_step, "at most prompts_per_step")  # fmt: skip
+        check(sampling.temperature > 0, "sampling.temperature", sampling.temperature, "above 0 for GRPO")
+        if sampling.top_k is not None or sampling.top_p is not None:
+            raise RecipeError(
+                "sampling.top_k and sampling.top_p cannot be used with a grpo stage: the loss scores tokens under the "
+                "full distribution, and the ratio would be wrong from the first update"
+            )
+
+
+def load_recipe(name: str, variant: str = "") -> tuple[str, Recipe]:
+    """Read `recipes/<name>.toml`, or a path ending in .toml; the name to call the run by, and the recipe.
+
+    `variant` ("tiny") picks the sibling `<name>-<variant>.toml` where there is one.
+
+    A recipe may say `extends = "other.toml"`: it then states only what differs. Tables [grpo] and [sft] hold what all
+    stages of that kind share; a stage's own fields come first.
+    """
+    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    sibling = path.with_name(f"{path.stem}-{variant}.toml")
+    if variant and sibling.is_file():
+        path = sibling
+    tables = read_tables(path)
+    shared = {kind: tables.pop(kind, {}) for kind in ("grpo", "sft")}
+    stages = tables.get("stages", [])
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        raise RecipeError(f"{path}: stages must be written as [[stages]] tables")
+    tables["stages"] = [{**shared.get(stage.get("kind"), {}), **stage} for stage in stages]
+    try:
+        return path.stem, from_dict(Recipe, tables)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
+
+
+def read_tables(path: Path) -> dict:
+    """A recipe's TOML with what it extends merged in; tables merge, values and lists replace."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.toml")))
+        raise RecipeError(f"no recipe {path}; there are {known}, or name a .toml file") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path}: {error}") from None
+    base = tables.pop("extends", None)
+    if base is None:
+        return tables
+    if path.with_name(str(base)) == path:
+        raise RecipeError(f"{path}: extends itself")
+    return merge(read_tables(path.with_name(str(base))), tables)
+
+
+def merge(base: dict, over: dict) -> dict:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = merge(base[key], value) if both else value
+    return merged
+
+
+def from_dict(cls, values: dict, where: str = ""):
+    """Build a (nested) dataclass from parsed TOML or JSON; unknown names and wrong types are errors that name the field."""
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in fields(cls)}
+    for name in values:
+        if name not in known:
+            raise RecipeError(f"unknown field {where}{name}; {cls.__name__} has {', '.join(sorted(known))}")
+    built = {name: convert(hints[name], value, f"{where}{name}") for name, value in values.items()}
+    missing = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING and f.name not in built]
+    if missing:
+        raise RecipeError(f"missing field {where}{missing[0]}")
+    try:
+        return cls(**built)
+    except RecipeError:
+        raise
+    except ValueError as error:  # the dataclass's own check
+        raise RecipeError(f"{where.rstrip('.') or cls.__name__}: {error}") from None
+
+
+def convert(hint, value, where: str):
+    """`value` as `hint`: the few kinds of type that occur in a recipe."""
+    if is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise RecipeError(f"{where} must be a table, not {value!r}")
+        return from_dict(hint, value, f"{where}.")
+    if typing.get_origin(hint) is tuple:  # the stages
+        by_kind = {"grpo": GRPOStage, "sft": SFTStage}
+        for number, stage in enumerate(value):
+            if stage.get("kind") not in by_kind:
+                raise RecipeError(f'{where}.{number}.kind must be "grpo" or "sft", not {stage.get("kind")!r}')
+        return tuple(from_dict(by_kind[stage["kind"]], stage, f"{where}.{n}.") for n, stage in enumerate(value))
+    if typing.get_origin(hint) is Literal:
+        allowed = typing.get_args(hint)
+        if value not in allowed:
+            raise RecipeError(f"{where} must be one of {', '.join(map(str, allowed))}, not {value!r}")
+        return value
+    if isinstance(hint, types.UnionType):  # X | None
+        return value if value is None else convert(typing.get_args(hint)[0], value, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise RecipeError(f"{where} must be of type {hint.__name__}, not {value!r}")
+    return value
+
+
+def to_dict(recipe: Recipe) -> dict:
+    """Plain JSON of a recipe; `from_dict(Recipe, ...)` takes it back."""
+    return asdict(recipe) | {"stages": [asdict(stage) for stage in recipe.stages]}

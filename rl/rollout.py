@@ -1,0 +1,80 @@
+"""From problems to scored completions: prompt, sample, decode, score."""
+
+from dataclasses import dataclass
+
+import torch
+
+from data import Problem, prompt_text
+from model import Completion, Qwen3, Tokenizer, generate, prompt_ids
+from rl.recipe import SamplingSettings
+from rl.reward import Score, score
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion with its problem and its verdict; `text` is the completion without its stop token."""
+
+    problem: Problem
+    prompt_ids: list[int]
+    completion: Completion
+    text: str
+    score: Score
+
+
+def collect_rollouts(
+    model: Qwen3, tokenizer: Tokenizer, problems: list[Problem], num_samples: int, sampling: SamplingSettings, seed: int
+) -> list[list[Rollout]]:
+    """`num_samples` scored completions for each problem, as `[problem][sample]`.
+
+    A group is a place in this list, not a prompt: the same problem twice makes two groups.
+    """
+    prompts = [prompt_ids(tokenizer, prompt_text(problem), sampling.thinking) for problem in problems]
+    at_once = max(1, sampling.batch_rows // num_samples)
+    groups = []
+    for start in range(0, len(problems), at_once):
+        completions = generate(
+            model,
+            prompts[start : start + at_once],
+            num_samples=num_samples,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            stop_token_ids=tokenizer.stop_token_ids,
+            seed=seed,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+        )
+        for problem, prompt, group in zip(problems[start:], prompts[start:], completions, strict=False):
+            groups.append([judge(problem, prompt, completion, tokenizer, sampling.thinking) for completion in group])
+    return groups
+
+
+def judge(problem: Problem, prompt: list[int], completion: Completion, tokenizer: Tokenizer, thinking: bool) -> Rollout:
+    text = tokenizer.decode(completion.token_ids[: -1 if completion.finished else None])
+    return Rollout(problem, prompt, completion, text, score(text, problem, thinking=thinking))
+
+
+def reward_tensor(groups: list[list[Rollout]]) -> torch.Tensor:
+    """Rewards as [groups, samples], float32."""
+    return torch.tensor([[rollout.score.reward for rollout in group] for group in groups])
+
+
+def rollout_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
+    """What a batch of rollouts looks like, under the names of `metrics.jsonl`; shares are from 0 to 1.
+
+    `entropy` is estimated from the samples: the mean of -logprob over the sampled tokens, in nats. Its expectation is
+    the policy's entropy, and it needs no pass over the vocabulary.
+    """
+    rollouts = [rollout for group in groups for rollout in group]
+    count = len(rollouts)
+    tokens = sum(len(rollout.completion.token_ids) for rollout in rollouts)
+    spread = [len({rollout.score.reward for rollout in group}) > 1 for group in groups]
+    return {
+        "reward_mean": sum(rollout.score.reward for rollout in rollouts) / count,
+        "train_accuracy": sum(rollout.score.outcome == "correct" for rollout in rollouts) / count,
+        "format_rate": sum(rollout.score.outcome != "malformed" for rollout in rollouts) / count,
+        "entropy": -sum(sum(rollout.completion.logprobs) for rollout in rollouts) / tokens,
+        "completion_length": tokens / count,
+        "truncated_fraction": sum(not rollout.completion.finished for rollout in rollouts) / count,
+        "silent_groups": 1 - sum(spread) / len(groups),
+        "tokens": tokens,
+    }

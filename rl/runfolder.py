@@ -1,0 +1,145 @@
+"""The folder that a run leaves behind, and the lines it prints on the way."""
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from data import Problem
+from data.traces import Trace
+from rl.recipe import Recipe, RecipeError, from_dict, to_dict
+from rl.rollout import Rollout
+
+
+class RunFolder:
+    """`runs/<name>/`: config.json, metrics.jsonl, rollouts/, checkpoints/ and TensorBoard events.
+
+    metrics.jsonl is the source of truth: the curve, the report and TensorBoard say what stands in it.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.metrics_path = self.path / "metrics.jsonl"
+        self._tensorboard = None
+
+    def create(self, recipe: Recipe) -> None:
+        """Start a new run here.
+
+        Raises:
+            RecipeError: there is a run here already, or the folder cannot be written.
+        """
+        if (self.path / "config.json").exists():
+            raise RecipeError(
+                f"{self.path} already holds a run; go on with it by --resume, or name another folder by --out"
+            )
+        try:
+            (self.path / "rollouts").mkdir(parents=True, exist_ok=True)
+            (self.path / "checkpoints").mkdir(exist_ok=True)
+            config = {"recipe": to_dict(recipe), "versions": versions(), "git_revision": git_revision()}
+            (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        except OSError as error:
+            raise RecipeError(f"{self.path}: the run folder cannot be written: {error.strerror}") from None
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Refuse to resume under another recipe than the run was started with."""
+        try:
+            stored = json.loads((self.path / "config.json").read_text())["recipe"]
+            from_dict(Recipe, stored)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RecipeError(f"{self.path}: no run to resume here: {error}") from None
+        given = flatten(json.loads(json.dumps(to_dict(recipe))))
+        for name, value in flatten(stored).items():
+            if name != "out" and given.get(name) != value:
+                raise RecipeError(f"{self.path} was started with {name} = {value!r}, not {given.get(name)!r}")
+
+    def rewind(self, step: int) -> None:
+        """Forget what lies after `step`, so that a resumed run writes it anew."""
+        rows = [row for row in self.metrics() if row["step"] <= step]
+        temporary = self.metrics_path.with_suffix(".partial")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        temporary.replace(self.metrics_path)
+        for path in self.rollout_files():
+            if int(path.stem.removeprefix("step_")) > step:
+                path.unlink()
+
+    def log(self, row: dict) -> None:
+        """Append one line to metrics.jsonl, and its numbers to TensorBoard."""
+        with open(self.metrics_path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self._tensorboard = SummaryWriter(str(self.path), purge_step=row["step"])
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and name != "step":
+                self._tensorboard.add_scalar(name, value, row["step"])
+        self._tensorboard.flush()
+
+    def metrics(self) -> list[dict]:
+        """All lines of metrics.jsonl; a last line cut short by a crash is left out."""
+        rows = []
+        for line in self.metrics_path.read_text().splitlines() if self.metrics_path.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
+
+    def save_rollouts(self, step: int, stage: int, groups: list[list[Rollout]]) -> None:
+        """Write rollouts/step_NNNN.jsonl: every completion of the step with its verdict, to read and to curate from."""
+        with open(self.path / "rollouts" / f"step_{step:04d}.jsonl", "w", encoding="utf-8") as file:
+            for number, group in enumerate(groups):
+                for rollout in group:
+                    row = {
+                        "stage": stage,
+                        "group": number,
+                        "numbers": rollout.problem.numbers,
+                        "target": rollout.problem.target,
+                        "outcome": rollout.score.outcome,
+                        "reward": rollout.score.reward,
+                        "finished": rollout.completion.finished,
+                        "tokens": len(rollout.completion.token_ids),
+                        "completion": rollout.text,
+                    }
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def rollout_files(self) -> list[Path]:
+        return sorted((self.path / "rollouts").glob("step_*.jsonl"), key=lambda path: int(path.stem[5:]))
+
+    def correct_traces(self, stage: int) -> list[Trace]:
+        """The finished, correct rollouts of one stage."""
+        traces = []
+        for path in self.rollout_files():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                if row["stage"] == stage and row["outcome"] == "correct" and row["finished"]:
+                    problem = Problem(row["numbers"], row["target"])
+                    traces.append(Trace(problem, row["completion"], int(path.stem[5:])))
+        return traces
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform()}
+
+
+def git_revision() -> str | None:
+    """The commit of the code, or None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def flatten(value, name: str = "") -> dict:
+    """{"a": {"b": [1]}} -> {"a.b.0": 1}, the way fields are named on the command line."""
+    if not isinstance(value, (dict, list)):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    flat = {}
+    for key, item in items:
+        flat |= flatten(item, f"{name}.{key}" if name else str(key))
+    return flat

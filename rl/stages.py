@@ -1,0 +1,250 @@
+"""A run: the recipe's stages one after the other, with evaluations, metrics and checkpoints on the way."""
+
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data import Problem, generate_problems, load_problems, prompt_text, split_problems
+from data.sources import DataError
+from data.traces import curate, load_traces, save_traces
+from model import Qwen3, Tokenizer, load_model, prompt_ids
+from rl.batch import Sample
+from rl.checkpoint import Progress, checkpoints, load_optimizer, load_progress, prune_checkpoints, save_checkpoint
+from rl.console import describe_run, step_line
+from rl.evaluate import evaluate
+from rl.grpo import grpo_update
+from rl.optimizer import Optimizer
+from rl.recipe import GRPOStage, Recipe, RecipeError, SFTStage
+from rl.report import write_curve
+from rl.reward import score
+from rl.rollout import collect_rollouts, rollout_metrics
+from rl.runfolder import RunFolder
+from rl.sft import sft_schedule, sft_step
+
+EVALUATION_SEED = 1_000_003  # every evaluation of a run samples from the same random streams
+
+Step = Callable[[Progress], dict]
+
+
+@dataclass
+class Lab:
+    """Everything a stage works with."""
+
+    recipe: Recipe
+    model: Qwen3
+    tokenizer: Tokenizer
+    train: list[Problem]
+    held_out: list[Problem]
+    run: RunFolder
+    quiet: bool = False
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            print(text, flush=True)
+
+
+def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> None:
+    """Run `recipe` into its run folder, from the start or from the last checkpoint there.
+
+    Raises:
+        ModelError, DataError, RecipeError: something the user named cannot be used.
+    """
+    for number, stage in enumerate(recipe.stages):
+        if stage.kind == "sft" and stage.traces is None and (number == 0 or recipe.stages[number - 1].kind != "grpo"):
+            raise RecipeError(f"stages.{number}: an sft stage needs a grpo stage right before it, or a file in traces")
+    run, progress, checkpoint = RunFolder(recipe.out), Progress(), None
+    if resume:
+        run.check_recipe(recipe)
+        checkpoint = checkpoints(run.path)[-1] if checkpoints(run.path) else None
+        progress = load_progress(checkpoint) if checkpoint else progress
+    model, tokenizer = load_model(checkpoint or recipe.model, pick_device(recipe), pick_dtype(recipe), recipe.revision)
+    train_problems, held_out = problems_of(recipe)
+    if resume:
+        run.rewind(progress.step if checkpoint else -1)
+    else:
+        run.create(recipe)
+    lab = Lab(recipe, model, tokenizer, train_problems, held_out, run, quiet)
+    lab.say(describe_run(recipe, model, train_problems, held_out, progress.step if resume else None))
+    if not run.metrics():
+        row = {"stage": 0, "kind": recipe.stages[0].kind if recipe.stages else "baseline", "step": 0, "grpo_steps": 0}
+        run.log(row | evaluation_metrics(lab))
+        lab.say(step_line(run.metrics()[-1], 0, 0, 0))
+        write_curve(run, recipe.sampling.max_new_tokens)
+    while progress.stage < len(recipe.stages):
+        run_stage(lab, progress, checkpoint)
+        checkpoint = None
+    write_curve(run, recipe.sampling.max_new_tokens)
+    lab.say(f"done: {run.path}/curve.md and curve.png")
+
+
+def run_stage(lab: Lab, progress: Progress, checkpoint=None) -> None:
+    """Take the steps of one stage that are still to be taken; `checkpoint` is where the run is resumed from."""
+    recipe, stage = lab.recipe, lab.recipe.stages[progress.stage]
+    optimizer = Optimizer(lab.model, recipe.optimizer.kind, stage.learning_rate, recipe.optimizer.weight_decay)
+    if checkpoint is not None and progress.stage_step > 0:
+        load_optimizer(checkpoint, optimizer)
+    make = {"grpo": grpo_stage, "sft": sft_stage}[stage.kind]
+    take_step, steps = make(lab, stage, optimizer, progress)
+    while progress.stage_step < steps:
+        row = {"stage": progress.stage, "kind": stage.kind, "step": progress.step + 1}
+        row |= take_step(progress)
+        progress.step += 1
+        progress.stage_step += 1
+        progress.grpo_steps += stage.kind == "grpo"
+        row |= {"grpo_steps": progress.grpo_steps, "peak_memory_bytes": peak_memory(lab.model.device)}
+        last = progress.stage_step == steps
+        if last or progress.stage_step % recipe.evaluation.every == 0:
+            row |= evaluation_metrics(lab)
+        lab.run.log(row)
+        lab.say(step_line(row, len(recipe.stages), progress.stage_step, steps))
+        if "eval_accuracy" in row:
+            write_curve(lab.run, recipe.sampling.max_new_tokens)
+        if not last and progress.stage_step % recipe.checkpoint_every == 0:
+            checkpoint_now(lab, optimizer, progress)
+    progress.stage += 1
+    progress.stage_step = 0
+    checkpoint_now(lab, None, progress)
+
+
+def grpo_stage(lab: Lab, stage: GRPOStage, optimizer: Optimizer, progress: Progress) -> tuple[Step, int]:
+    """The step function of a GRPO stage, and how many steps it takes."""
+    recipe = lab.recipe
+    reference = stage_start_model(lab, progress) if stage.kl_coef else None
+
+    def take_step(progress: Progress) -> dict:
+        start = time.perf_counter()
+        problems = endless_problems(lab.train, recipe.seed, progress.problems_seen, stage.prompts_per_step)
+        progress.problems_seen += stage.prompts_per_step
+        seed = 1000 * recipe.seed + progress.step
+        groups = collect_rollouts(
+            lab.model, lab.tokenizer, problems, stage.samples_per_prompt, recipe.sampling, seed
+        )
+        sampled = time.perf_counter()
+        rate = stage.learning_rate * min(1.0, (progress.stage_step + 1) / max(1, stage.warmup_steps))
+        metrics = rollout_metrics(groups) | grpo_update(lab.model, optimizer, groups, stage, recipe, rate, reference)
+        lab.run.save_rollouts(progress.step + 1, progress.stage, groups)
+        rollout_seconds, update_seconds = sampled - start, time.perf_counter() - sampled
+        return metrics | {
+            "rollout_seconds": rollout_seconds,
+            "update_seconds": update_seconds,
+            "tokens_per_second": metrics["tokens"] / rollout_seconds,
+        }
+
+    return take_step, stage.steps
+
+
+def sft_stage(lab: Lab, stage: SFTStage, optimizer: Optimizer, progress: Progress) -> tuple[Step, int]:
+    """The step function of an SFT stage, and how many steps its traces make."""
+    sampling, tokenizer = lab.recipe.sampling, lab.tokenizer
+
+    def is_correct(completion: str, problem: Problem) -> bool:
+        return score(completion, problem, thinking=sampling.thinking).outcome == "correct"
+
+    source = stage.traces or lab.run.path / "traces.jsonl"
+    if stage.traces is None:
+        traces = curate(lab.run.correct_traces(progress.stage - 1), stage.traces_per_problem, stage.max_traces)
+        save_traces(source, traces)
+        if not traces:
+            lab.say("no correct rollouts to imitate: the sft stage is skipped")
+            return lambda progress: {}, 0
+    held_out = {problem.key for problem in lab.held_out}
+    traces = [trace for trace in load_traces(source, is_correct) if trace.problem.key not in held_out]
+    if not traces:
+        raise DataError(f"{source}: all traces are of held-out problems; use others")
+    samples = [
+        Sample(
+            prompt_ids(tokenizer, prompt_text(trace.problem), sampling.thinking),
+            tokenizer.encode(trace.completion) + [tokenizer.end_of_turn_id],
+        )
+        for trace in traces
+    ]
+    schedule = sft_schedule(samples, stage.batch_size, stage.epochs, lab.recipe.seed)
+    lab.say(f"sft on {len(traces)} curated traces of {len({t.problem.key for t in traces})} problems ({source})")
+
+    def take_step(progress: Progress) -> dict:
+        start = time.perf_counter()
+        rate = stage.learning_rate * (1 - progress.stage_step / len(schedule))
+        batch = schedule[progress.stage_step]
+        metrics = sft_step(lab.model, optimizer, batch, rate, lab.recipe.optimizer.micro_batch_tokens)
+        return metrics | {"lr": rate, "update_seconds": time.perf_counter() - start}
+
+    return take_step, len(schedule)
+
+
+def stage_start_model(lab: Lab, progress: Progress) -> Qwen3:
+    """A frozen copy of the policy as it was when the stage began: the reference of the KL penalty."""
+    source = lab.recipe.model
+    for folder in checkpoints(lab.run.path):
+        saved = load_progress(folder)
+        if (saved.stage, saved.stage_step) == (progress.stage, 0):
+            source = folder
+    reference, _ = load_model(source, lab.model.device, lab.model.dtype, lab.recipe.revision)
+    return reference.requires_grad_(False)
+
+
+def checkpoint_now(lab: Lab, optimizer: Optimizer | None, progress: Progress) -> None:
+    folder = lab.run.path / "checkpoints" / f"step_{progress.step:04d}"
+    save_checkpoint(folder, lab.model, lab.tokenizer, optimizer, progress, lab.recipe)
+    prune_checkpoints(lab.run.path, lab.recipe.keep_checkpoints)
+
+
+def problems_of(recipe: Recipe) -> tuple[list[Problem], list[Problem]]:
+    """(train, held-out) problems of a recipe, which share none; a baseline has no use for the first."""
+    source = recipe.problems
+    if source == "auto":
+        source = "generated" if recipe.model == "tiny" else "hub"
+    if source == "generated":
+        try:
+            problems = generate_problems(recipe.generated_problems, recipe.seed, recipe.generator)
+        except ValueError as error:
+            raise DataError(f"generator: {error}") from None
+    else:
+        problems = load_problems(source)
+    return split_problems(problems, recipe.evaluation.problems, recipe.seed)
+
+
+def endless_problems(problems: list[Problem], seed: int, position: int, count: int) -> list[Problem]:
+    """`count` problems from `position` on in an endless sequence that goes through all of them, newly shuffled each time."""
+    taken = []
+    while len(taken) < count:
+        epoch, offset = divmod(position + len(taken), len(problems))
+        order = np.random.default_rng([seed, epoch]).permutation(len(problems))
+        taken += [problems[i] for i in order[offset : offset + count - len(taken)]]
+    return taken
+
+
+def evaluation_metrics(lab: Lab) -> dict[str, float]:
+    start = time.perf_counter()
+    result = evaluate(lab.model, lab.tokenizer, lab.held_out, lab.recipe.sampling, EVALUATION_SEED)
+    return {
+        "eval_accuracy": result.accuracy,
+        "eval_low": result.low,
+        "eval_high": result.high,
+        "eval_completion_length": result.completion_length,
+        "eval_seconds": time.perf_counter() - start,
+    }
+
+
+def pick_device(recipe: Recipe) -> str:
+    if recipe.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=recipe.device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"device {recipe.device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return recipe.device
+
+
+def pick_dtype(recipe: Recipe) -> torch.dtype | None:
+    return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[recipe.dtype]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most the device's tensors have held so far; on a CPU, the most the process has held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

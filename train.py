@@ -1,0 +1,69 @@
+"""Run a recipe: `python train.py 256` goes through the stages of `recipes/256.toml`.
+
+Any field of the recipe can be overridden: `python train.py 256 --stages.0.steps 10 --model Qwen/Qwen3-0.6B`.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import torch
+import tyro
+
+from rl.console import user_errors
+from rl.recipe import Recipe, load_recipe
+from rl.stages import train
+
+REAL_MODEL = "Qwen/Qwen3-1.7B"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Train a model by a recipe."""
+
+    recipe_name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
+    """A name in recipes/ (256, 512, baseline, smoke) or a path ending in .toml."""
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    resume: bool = False
+    """Go on from the last checkpoint of the run folder."""
+    quiet: bool = False
+    """Print nothing but errors."""
+
+
+def requested(arguments: list[str], option: str) -> str | None:
+    """The value given to `option`, before the recipe that defines the other options is known."""
+    for index, argument in enumerate(arguments):
+        if argument.startswith(f"{option}="):
+            return argument.split("=", 1)[1]
+        if argument == option and index + 1 < len(arguments):
+            return arguments[index + 1]
+    return None
+
+
+def resolve_model(name: str) -> str:
+    """ "auto" is Qwen3-1.7B where there is a GPU to run it, and the embedded model elsewhere."""
+    if name != "auto":
+        return name
+    return REAL_MODEL if torch.cuda.is_available() else "tiny"
+
+
+def parse(arguments: list[str]) -> Arguments:
+    """The recipe named first, with the sibling recipe's values for the embedded model and the command line's over all."""
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else "256"
+    asked = requested(arguments, "--model") or load_recipe(name)[1].model
+    model = resolve_model(asked)
+    run_name, recipe = load_recipe(name, variant="tiny" if model == "tiny" else "")
+    recipe = replace(recipe, model=model, out=recipe.out or f"runs/{run_name}")
+    default = Arguments(recipe_name=name, recipe=recipe)
+    parsed = tyro.cli(
+        Arguments, args=arguments, default=default, description=__doc__, config=(tyro.conf.AvoidSubcommands,)
+    )
+    return replace(parsed, recipe=replace(parsed.recipe, model=resolve_model(parsed.recipe.model)))
+
+
+if __name__ == "__main__":
+    with user_errors("Go on with the same command and --resume."):
+        arguments = parse(sys.argv[1:])
+        if arguments.recipe.model == "tiny" and not requested(sys.argv[1:], "--model") and not arguments.quiet:
+            print(f"no CUDA device: taking the embedded tiny model, by its own recipe (--model {REAL_MODEL} overrides)")
+        train(arguments.recipe, arguments.resume, arguments.quiet)

@@ -1,0 +1,255 @@
+"""train.py and eval.py as a user runs them: a whole small run, a resume that changes nothing, and every mistake in one line."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+import eval as eval_command
+import train as train_command
+from model import generate, load_model
+from rl.checkpoint import checkpoints
+from rl.console import user_errors
+from rl.runfolder import RunFolder
+from rl.stages import train
+
+ROOT = Path(__file__).parent.parent
+METRICS = {
+    "stage", "step", "reward_mean", "train_accuracy", "format_rate", "entropy", "clip_fraction", "grad_norm", "lr",
+    "completion_length", "truncated_fraction", "tokens", "rollout_seconds", "update_seconds", "tokens_per_second",
+    "peak_memory_bytes",
+}  # fmt: skip
+TIMES = {"rollout_seconds", "update_seconds", "tokens_per_second", "peak_memory_bytes", "eval_seconds"}
+
+
+def run_command(*arguments, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, **options)
+
+
+def smoke(*overrides):
+    """Parsed arguments of the smoke recipe."""
+    return train_command.parse(["smoke", "--model", "tiny", *map(str, overrides)])
+
+
+def timeless(run: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in RunFolder(run).metrics()]
+
+
+@pytest.fixture(scope="module")
+def smoke_run(tmp_path_factory) -> Path:
+    """One run of the smoke recipe through the command line; all checkpoints kept."""
+    out = tmp_path_factory.mktemp("runs") / "smoke"
+    finished = run_command("train.py", "smoke", "--model", "tiny", "--out", out, "--keep-checkpoints", 99)
+    assert finished.returncode == 0, finished.stderr
+    assert "held-out" in finished.stdout and "done" in finished.stdout
+    return out
+
+
+def test_a_run_leaves_what_the_readme_says(smoke_run):
+    for name in ("config.json", "metrics.jsonl", "curve.md", "curve.png", "traces.jsonl", "rollouts/step_0001.jsonl"):
+        assert (smoke_run / name).stat().st_size > 0, name
+    assert list(smoke_run.glob("events.out.tfevents*"))
+    rows = RunFolder(smoke_run).metrics()
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    assert [kind for kind in dict.fromkeys(row["kind"] for row in rows)] == ["grpo", "sft"]
+    assert all(row.keys() >= METRICS for row in rows[1:] if row["kind"] == "grpo")
+    assert all("eval_accuracy" in row for row in (rows[0], rows[2], rows[-1]))
+    assert not [path for path in smoke_run.rglob("*") if path.suffix in (".pt", ".pth", ".bin", ".pkl")]
+    config = json.loads((smoke_run / "config.json").read_text())
+    assert config["recipe"]["seed"] == 0 and config["versions"]["torch"] == torch.__version__
+
+
+def test_curated_traces_are_correct_and_not_held_out(smoke_run):
+    from data import Problem
+    from rl import score
+    from rl.stages import problems_of
+
+    rows = [json.loads(line) for line in (smoke_run / "traces.jsonl").read_text().splitlines()]
+    _, held_out = problems_of(smoke().recipe)
+    for row in rows:
+        problem = Problem(row["numbers"], row["target"])
+        assert score(row["completion"], problem).outcome == "correct"
+        assert problem.key not in {other.key for other in held_out}
+
+
+def test_metrics_agree_with_the_saved_rollouts(smoke_run):
+    for row in RunFolder(smoke_run).metrics():
+        if row["step"] and row["kind"] == "grpo":
+            path = smoke_run / "rollouts" / f"step_{row['step']:04d}.jsonl"
+            rollouts = [json.loads(line) for line in path.read_text().splitlines()]
+            rewards = [rollout["reward"] for rollout in rollouts]
+            assert row["reward_mean"] == pytest.approx(sum(rewards) / len(rewards))
+            assert row["tokens"] == sum(rollout["tokens"] for rollout in rollouts)
+            assert row["truncated_fraction"] == sum(not r["finished"] for r in rollouts) / len(rollouts)
+
+
+@pytest.mark.parametrize("stop_after", [1, 3], ids=["mid-grpo", "mid-sft"])
+def test_a_resumed_run_ends_like_an_uninterrupted_one(smoke_run, tmp_path, stop_after):
+    """Fall back to an earlier checkpoint, with later files lying about as a crash leaves them, and go on."""
+    copy = tmp_path / "run"
+    shutil.copytree(smoke_run, copy)
+    for folder in checkpoints(copy):
+        if int(folder.name[5:]) > stop_after:
+            shutil.rmtree(folder)
+    with open(copy / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99, "cut sho')
+    train(smoke("--out", copy, "--keep-checkpoints", 99).recipe, resume=True, quiet=True)
+    assert timeless(copy) == timeless(smoke_run)
+    assert (copy / "traces.jsonl").read_bytes() == (smoke_run / "traces.jsonl").read_bytes()
+    last = checkpoints(smoke_run)[-1]
+    resumed = safetensors.torch.load_file(copy / "checkpoints" / last.name / "model.safetensors")
+    for name, tensor in safetensors.torch.load_file(last / "model.safetensors").items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def test_training_moves_the_weights_of_the_embedded_model(smoke_run):
+    before, _ = load_model("tiny")
+    after, _ = load_model(checkpoints(smoke_run)[-1])
+    moved = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+    assert all(moved)
+
+
+def test_a_checkpoint_loads_in_transformers_with_the_same_logits(smoke_run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = checkpoints(smoke_run)[-1]
+    ours, tokenizer = load_model(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    text = "<|im_start|>user\n3+4=7 too low\n</think>"
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
+    assert ids[0].tolist() == tokenizer.encode(text)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_old_checkpoints_are_pruned_but_stage_ends_are_kept(tmp_path):
+    train(smoke("--out", tmp_path / "run", "--keep-checkpoints", 1, "--stages.0.steps", 3).recipe, quiet=True)
+    names = [folder.name for folder in checkpoints(tmp_path / "run")]
+    assert names[0] == "step_0003" and len(names) == 3
+
+
+def test_eval_prints_its_table_for_a_checkpoint(smoke_run):
+    finished = run_command("eval.py", checkpoints(smoke_run)[-1], "--count", 8, "--examples", 1)
+    assert finished.returncode == 0, finished.stderr
+    for word in ("accuracy", "95 % interval", "correct", "near", "wrong", "malformed", "mean length"):
+        assert word in finished.stdout
+
+
+def test_eval_repeats_itself_and_the_training_runs_own_evaluation(smoke_run, capsys):
+    folder = str(checkpoints(smoke_run)[-1])
+    for _ in range(2):
+        eval_command.main(eval_command.Arguments(folder, examples=0))
+    first, second = capsys.readouterr().out.split("accuracy")[1:]
+    assert first.split("mean")[0] == second.split("mean")[0]
+    logged = RunFolder(smoke_run).metrics()[-1]["eval_accuracy"]
+    assert f"{100 * logged:.1f} %" in first
+
+
+def test_help_lists_every_field_with_its_default():
+    finished = run_command("train.py", "256", "--help")
+    assert finished.returncode == 0
+    for option in ("--stages.0.steps", "--stages.1.epochs", "--stages.2.steps", "--sampling.max-new-tokens",
+                   "--optimizer.micro-batch-tokens", "--generator.max-number", "--out", "--resume"):  # fmt: skip
+        assert option in finished.stdout
+    assert run_command("eval.py", "--help").returncode == 0
+
+
+def fails(capsys, action) -> str:
+    """The one line of an action that a user's mistake ends, with exit code 2."""
+    with pytest.raises(SystemExit) as exit_, user_errors():
+        action()
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and message.startswith("error: ")
+    return message
+
+
+def test_a_second_run_in_the_same_folder_is_refused(smoke_run, capsys):
+    message = fails(capsys, lambda: train(smoke("--out", smoke_run).recipe))
+    assert str(smoke_run) in message and "--resume" in message
+
+
+def test_resuming_with_another_recipe_is_refused(smoke_run, capsys):
+    message = fails(capsys, lambda: train(smoke("--out", smoke_run, "--seed", 5).recipe, resume=True))
+    assert "seed = 0" in message
+
+
+def test_resuming_nothing_is_refused(tmp_path, capsys):
+    assert "no run to resume" in fails(capsys, lambda: train(smoke("--out", tmp_path).recipe, resume=True))
+
+
+def test_bad_names_end_in_one_line(tmp_path, capsys, monkeypatch):
+    def recipe(*overrides):
+        return smoke("--out", tmp_path / "run", *overrides).recipe
+
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    assert "no recipe" in fails(capsys, lambda: train_command.parse(["no-such-recipe"]))
+    assert "no-such/folder" in fails(capsys, lambda: train(recipe("--model", "./no-such/folder")))
+    assert "empty.jsonl" in fails(capsys, lambda: train(recipe("--problems", empty)))
+    assert "cuda:7" in fails(capsys, lambda: train(recipe("--device", "cuda:7")))
+    assert "at least 1" in fails(capsys, lambda: recipe("--stages.0.steps", 0))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_not_a_qwen3_is_refused(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    run = tmp_path / "run"
+    assert "llama" in fails(capsys, lambda: train(smoke("--model", tmp_path, "--out", run).recipe))
+
+
+def test_truncated_weights_are_refused(tmp_path, capsys):
+    shutil.copytree(ROOT / "model" / "tiny", tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    action = lambda: train(smoke("--model", tmp_path / "cut", "--out", tmp_path / "run").recipe)  # noqa: E731
+    assert "model.safetensors" in fails(capsys, action)
+
+
+def test_no_network_is_said_in_one_line(tmp_path, capsys, monkeypatch):
+    """The hub is unreachable (the tests run offline): the line names the model and what works without a network."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    message = fails(capsys, lambda: train(smoke("--model", "nobody/no-such-model", "--out", tmp_path / "run").recipe))
+    assert "nobody/no-such-model" in message and "tiny" in message
+
+
+def test_an_unwritable_run_folder_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    assert "run folder" in fails(capsys, lambda: train(smoke("--out", tmp_path / "file" / "run").recipe))
+
+
+def test_unknown_options_end_with_exit_code_2():
+    finished = run_command("train.py", "smoke", "--stages.0.stepps", 3)
+    assert finished.returncode == 2 and "stepps" in finished.stderr + finished.stdout
+    assert "Traceback" not in finished.stderr
+
+
+def test_the_embedded_model_calculates_but_does_not_solve():
+    """What its base training promises: nearly every step right as arithmetic, almost no problem solved."""
+    import re
+
+    from rl.evaluate import evaluate
+    from rl.stages import problems_of
+
+    recipe = train_command.parse(["256", "--model", "tiny"]).recipe
+    model, tokenizer = load_model("tiny")
+    result = evaluate(model, tokenizer, problems_of(recipe)[1][:256], recipe.sampling, seed=1)
+    assert result.accuracy < 0.08
+    steps = [step for rollout in result.rollouts for step in re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", rollout.text)]
+    right = [
+        int(value) == {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / max(1, int(b))}[op]
+        for a, op, b, value in steps
+    ]
+    assert len(right) > 1000 and sum(right) / len(right) > 0.9
+
+
+def test_generate_takes_the_embedded_model_and_a_prompt():
+    model, tokenizer = load_model("tiny")
+    completions = generate(model, [tokenizer.encode("<think>\n")], max_new_tokens=8)
+    assert len(completions[0][0].token_ids) <= 8

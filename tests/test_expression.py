@@ -1,0 +1,222 @@
+"""The expression parser against Python's own grammar, and against text written to break it."""
+
+import ast
+import re
+import warnings
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.expression import MAX_DEPTH, ExpressionError, evaluate_expression, parse_equation, parse_expression
+
+
+def python_value(text: str) -> tuple[Fraction, list[int]] | None:
+    """What Python's grammar, restricted to the allowed operators, says: (value, numbers), or None for anything else."""
+    if not re.fullmatch(r"[0-9+\-*/() \t\r\n]*", text) or any(
+        len(digits) > 1 and digits[0] == "0" for digits in re.findall(r"[0-9]+", text)
+    ):
+        return None
+    numbers: list[int] = []
+
+    def value(node: ast.AST) -> Fraction:
+        match node:
+            case ast.Expression():
+                return value(node.body)
+            case ast.Constant():
+                numbers.append(node.value)
+                return Fraction(node.value)
+            case ast.UnaryOp(op=ast.USub()):
+                return -value(node.operand)
+            case ast.BinOp(op=ast.Add()):
+                return value(node.left) + value(node.right)
+            case ast.BinOp(op=ast.Sub()):
+                return value(node.left) - value(node.right)
+            case ast.BinOp(op=ast.Mult()):
+                return value(node.left) * value(node.right)
+            case ast.BinOp(op=ast.Div()):
+                return value(node.left) / value(node.right)
+        raise SyntaxError(ast.dump(node))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "1 (2)" is a warning to Python before it is an error
+        try:
+            return value(ast.parse(re.sub(r"\s", " ", text).strip(), mode="eval")), numbers
+        except (SyntaxError, ZeroDivisionError):
+            return None
+
+
+def parsed(text: str) -> tuple[Fraction, list[int]] | None:
+    try:
+        expression = parse_expression(text)
+    except ExpressionError:
+        return None
+    return expression.value, list(expression.numbers)
+
+
+blank = st.sampled_from(["", "", " ", "  ", "\n"])
+expressions = st.recursive(
+    st.integers(0, 120).map(str),
+    lambda inner: st.one_of(
+        st.builds("{}{}{}{}{}".format, inner, blank, st.sampled_from("+-*/"), blank, inner),
+        st.builds("({}{}{})".format, blank, inner, blank),
+        st.builds("-{}{}".format, blank, inner),
+    ),
+    max_leaves=8,
+).filter(lambda text: len(text) < 100)
+
+
+@given(expressions)
+def test_every_well_formed_expression_has_the_value_python_gives_it(text):
+    assert parsed(text) == python_value(text)
+
+
+@given(expressions, st.data())
+def test_one_changed_character_is_judged_as_python_judges_it(text, data):
+    place = data.draw(st.integers(0, len(text)))
+    text = text[:place] + data.draw(st.sampled_from([*"0123456789+-*/() ", "", ".", "_", "e", "="])) + text[place + 1 :]
+    assert parsed(text) == python_value(text)
+
+
+@given(st.text("0127+-*/() .\t", max_size=30))
+def test_soup_of_allowed_characters_is_judged_as_python_judges_it(text):
+    assert parsed(text) == python_value(text)
+
+
+@given(st.text(st.characters(), max_size=300))  # surrogates and control characters included
+def test_no_text_raises_anything_but_an_expression_error(text):
+    for read in (evaluate_expression, parse_expression, parse_equation):
+        try:
+            read(text)
+        except ExpressionError as error:
+            assert "\n" not in str(error) and len(str(error)) < 250
+
+
+def test_values_are_exact_and_numbers_stand_in_order_of_appearance():
+    assert evaluate_expression("(79 - 60) + 17") == Fraction(36)
+    assert type(evaluate_expression("4 / 2")) is Fraction
+    assert evaluate_expression("1 / 3 * 3") == 1
+    assert evaluate_expression("8 / (3 - 8 / 3)") == 24
+    assert evaluate_expression("999999999 * 999999999 + 1") == 999999999**2 + 1
+    assert parse_expression("7 - (2 + 7) * 0").numbers == (7, 2, 7, 0)
+
+
+def test_minus_and_division_group_to_the_left_and_unary_minus_binds_tightest():
+    assert evaluate_expression("10 - 4 - 3") == 3
+    assert evaluate_expression("16 / 4 / 2") == 2
+    assert evaluate_expression("2 - -3") == evaluate_expression("2--3") == 5
+    assert evaluate_expression("-2 * -3") == 6
+    assert evaluate_expression("-(2 - 5)") == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "bare"), [("36", True), ("0", True), ("(36)", True), ("-36", True), ("36 + 0", False), ("6 * 6", False)]
+)
+def test_a_lone_number_is_told_apart_from_work(text, bare):
+    assert parse_expression(text).is_number is bare
+
+
+REFUSED = {
+    "empty": "",
+    "blank": "  \n ",
+    "power": "2 ** 5",
+    "tower of powers": "99 ** 98 ** 97",
+    "floor division": "11 // 2 * 5",
+    "remainder": "11 % 2",
+    "bitwise": "1 << 9",
+    "exponent": "1e9",
+    "decimal": "2.5 * 10",
+    "decimal point alone": "25. * 4",
+    "hexadecimal": "0x24",
+    "underscore": "1_000",
+    "leading zero": "007",
+    "two zeros": "00",
+    "leading zero inside": "5 + 01",
+    "unary plus": "+5",
+    "unary plus inside": "5 * +5",
+    "fullwidth digits": "３６",
+    "arabic digits": "٣٦",
+    "superscript": "6²",
+    "times sign": "6 × 6",
+    "typographic minus": "79 − 60",
+    "no-break space": "79\u00a0- 60",
+    "division sign": "6 ÷ 2",
+    "fraction slash": "6 ⁄ 2",
+    "two numbers": "7 9",
+    "juxtaposed parentheses": "2(3)",
+    "open parenthesis": "(1 + 2",
+    "closed parenthesis": "1 + 2)",
+    "empty parentheses": "()",
+    "square brackets": "[1 + 2]",
+    "comma": "1, 2",
+    "dangling operator": "1 +",
+    "equation": "79 - 60 + 17 = 36",
+    "comparison": "1 == 1",
+    "call": "abs(3)",
+    "code": "__import__('os').getcwd()",
+    "comment": "36 # done",
+    "null character": "36\0",
+    "surrogate": "\ud800",
+    "division by zero": "1 / 0",
+    "division by a hidden zero": "5 / (3 - 6 / 2)",
+    "zero by zero": "0 / 0",
+    "10,000 parentheses": "(" * 10_000 + "1" + ")" * 10_000,
+    "10,000 open parentheses": "(" * 10_000,
+    "nesting within the length": "(" * (MAX_DEPTH + 1) + "1" + ")" * (MAX_DEPTH + 1),
+    "100 signs": "-" * 100 + "1",
+    "100,000 digits": "9" * 100_000,
+    "ten digits": "1234567890",
+    "a long sum": "1 + " * 100 + "1",
+    "a megabyte of blanks": " " * 1_000_000 + "1",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED.values(), ids=REFUSED.keys())
+def test_refused(text):
+    with pytest.raises(ExpressionError):
+        evaluate_expression(text)
+
+
+def test_nesting_up_to_the_bound_is_read():
+    assert evaluate_expression("(" * MAX_DEPTH + "1" + ")" * MAX_DEPTH) == 1
+    assert evaluate_expression("(1) + " * 40 + "(1)") == 41  # depth is nesting, not the count of parentheses
+
+
+def test_the_error_names_the_offending_part():
+    with pytest.raises(ExpressionError, match=r"unexpected '\*' at character 4 of '2 \*\* 5'"):
+        evaluate_expression("2 ** 5")
+    with pytest.raises(ExpressionError, match="'007' has a leading zero"):
+        evaluate_expression("1 + 007")
+    with pytest.raises(ExpressionError, match="unexpected end of"):
+        evaluate_expression("(1 + 2")
+    with pytest.raises(ExpressionError, match="division by zero in '1 / 0'"):
+        evaluate_expression("1 / 0")
+
+
+def test_an_equation_gives_its_left_side():
+    equation = parse_equation(" (79 - 60) + 17 = 36 ")
+    assert (equation.value, equation.numbers) == (36, (79, 60, 17))
+    assert parse_equation("2 - 5 = -3").value == -3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "79 - 60 + 17",  # no claim
+        "79 - 60 + 17 = 37",  # false
+        "79 - 60 + 17 =",
+        "= 36",
+        "79 - 60 = 19 + 17 = 36",  # a chain; its links are false
+        "6 * 6 = 36 = 36",
+        "6 * 6 == 36",
+        "6 * 6 = 30 + 6",  # the right side is work, not a value
+        "1 / 2 = 0.5",
+        "6 * 6 = 36.",
+        "6 * 6 = 036",
+        "1 / 0 = 0",
+    ],
+)
+def test_an_equation_is_one_expression_and_one_right_value(text):
+    with pytest.raises(ExpressionError):
+        parse_equation(text)

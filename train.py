@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from rl.console import user_errors
-from rl.recipe import Recipe, load_recipe
+from rl.recipe import Recipe, RecipeError, load_recipe
 from rl.stages import train
 
 REAL_MODEL = "Qwen/Qwen3-1.7B"
@@ -58,12 +58,14 @@ def parse(arguments: list[str]) -> Arguments:
     parsed = tyro.cli(
         Arguments, args=arguments, default=default, description=__doc__, config=(tyro.conf.AvoidSubcommands,)
     )
+    if parsed.recipe_name != name:
+        raise RecipeError(f"name the recipe before the options: python train.py {parsed.recipe_name} ...")
+    if asked == "auto" and model == "tiny" and not parsed.quiet:
+        print(f"no CUDA device: taking the embedded tiny model, by its own recipe (--model {REAL_MODEL} overrides)")
     return replace(parsed, recipe=replace(parsed.recipe, model=resolve_model(parsed.recipe.model)))
 
 
 if __name__ == "__main__":
     with user_errors("Go on with the same command and --resume."):
         arguments = parse(sys.argv[1:])
-        if arguments.recipe.model == "tiny" and not requested(sys.argv[1:], "--model") and not arguments.quiet:
-            print(f"no CUDA device: taking the embedded tiny model, by its own recipe (--model {REAL_MODEL} overrides)")
         train(arguments.recipe, arguments.resume, arguments.quiet)

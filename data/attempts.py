@@ -1,7 +1,7 @@
 """What the embedded model is trained on before any reinforcement: arithmetic attempts that miss, worked step by step.
 
-A document answers a Countdown prompt with one to twelve random attempts. Each combines all the numbers in a random
-order with random operators and is right as arithmetic, and none makes the target:
+A document answers a Countdown prompt with random attempts. Each combines all the numbers in a random order with random
+operators and is right as arithmetic, and none makes the target:
 
     7-3=4 4*12=48 too high
     12+7=19 19-3=16 too low
@@ -9,9 +9,9 @@ order with random operators and is right as arithmetic, and none makes the targe
     </think>
     <answer>(12-3)*7</answer>
 
-Half of the documents give up after an attempt; the others put their last attempt, wrong as it is, into an answer
-block. A model of such documents can calculate and has met the format, but has never seen a solution: aiming at the
-target and stopping when it is hit are left for GRPO to find.
+Half of the documents put an attempt, wrong as it is, into an answer block; the others go on until they are cut off. A
+model of such documents can calculate and has met the format, but has never seen a solution: aiming at the target and
+stopping when it is hit are left for GRPO to find.
 """
 
 import random
@@ -19,8 +19,9 @@ from dataclasses import dataclass
 
 from data.countdown import Problem, ProblemSettings
 
-MAX_ATTEMPTS = 12
 ANSWER_SHARE = 0.5
+MOST_BEFORE_ANSWER = 12
+UNANSWERED_ATTEMPTS = 16  # more than fit into 256 tokens
 LARGEST_RESULT = 400
 VERDICTS = (" too low\n", " too high\n")
 
@@ -60,11 +61,12 @@ def random_step(left: int, right: int, rng: random.Random) -> tuple[str, int]:
 
 
 def attempts_document(problem: Problem, rng: random.Random) -> str:
-    """The text that follows the prompt of `problem`, from inside the open `<think>` to the end of the turn.
+    """The text that follows the prompt of `problem`, from inside the open `<think>` on.
 
     Attempts differ from one another, and none of them reaches the target.
     """
-    wanted = rng.randint(1, MAX_ATTEMPTS)
+    answers = rng.random() < ANSWER_SHARE
+    wanted = rng.randint(1, MOST_BEFORE_ANSWER) if answers else UNANSWERED_ATTEMPTS
     attempts: dict[str, Attempt] = {}
     for _ in range(4 * wanted):
         attempt = random_attempt(problem.numbers, rng)
@@ -74,9 +76,9 @@ def attempts_document(problem: Problem, rng: random.Random) -> str:
             break
     tried = list(attempts.values())
     lines = [attempt.steps + VERDICTS[attempt.value > problem.target] for attempt in tried]
-    if rng.random() < ANSWER_SHARE and tried:
-        lines[-1] = f"{tried[-1].steps}\n</think>\n<answer>{tried[-1].expression}</answer>"
-    return "".join(lines) + "<|im_end|>"
+    if answers and tried:
+        lines[-1] = f"{tried[-1].steps}\n</think>\n<answer>{tried[-1].expression}</answer><|im_end|>"
+    return "".join(lines)
 
 
 def random_problem(rng: random.Random, settings: ProblemSettings) -> Problem:

@@ -59,6 +59,9 @@ def save_model(folder: str | Path, model: Qwen3, tokenizer: Tokenizer) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(folder)
+    generation = json.loads(tokenizer.files.get("generation_config.json", b"{}"))
+    generation["eos_token_id"] = list(tokenizer.stop_token_ids)  # what training stopped at, other tools stop at too
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
 def resolve_source(source: str | Path, revision: str | None = None) -> Path:

@@ -43,7 +43,7 @@ def grpo_update(
 
     Returns:
         Means over the updates: `loss`, `grad_norm`; shares of tokens: `clip_fraction`, `clip_fraction_low`,
-        `clip_fraction_high`; and `lr`.
+        `clip_fraction_high`; `lr`; and, for weights below float32, `weights_moved`, the share that changed.
     """
     samples = group_samples(groups, stage.scale_by_std)
     totals = {"loss": 0.0, "grad_norm": 0.0, "clipped_low": 0, "clipped_high": 0}
@@ -54,7 +54,8 @@ def grpo_update(
         totals = {name: totals[name] + result[name] for name in totals}
     tokens = sum(len(sample.completion_ids) for group in samples for sample in group)
     low, high = totals["clipped_low"] / tokens, totals["clipped_high"] / tokens
-    return {
+    moved = {} if optimizer.moved_share is None else {"weights_moved": optimizer.moved_share}
+    return moved | {
         "loss": totals["loss"] / stage.updates_per_step,
         "grad_norm": totals["grad_norm"] / stage.updates_per_step,
         "clip_fraction": low + high,

@@ -16,6 +16,10 @@ class Optimizer:
     copied into the model. Float32 parameters are updated in place.
 
     Each parameter has an optimizer of its own, so that only one float32 gradient exists at a time.
+
+    Attributes:
+        moved_share: of weights below float32, how many changed in the last step; None for float32. Near zero, the
+            learning rate is too small for the weights' precision to show anything for many steps.
     """
 
     def __init__(self, model: nn.Module, kind: str = "adamw", learning_rate: float = 1e-6, weight_decay: float = 0.0):
@@ -23,6 +27,7 @@ class Optimizer:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {kind!r}")
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters: dict[str, Tensor] = {}
+        self.moved_share: float | None = None
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         for name, parameter in self.parameters.items():
             master = parameter.detach()
@@ -36,6 +41,7 @@ class Optimizer:
         """Clip the gradients' joint norm, update every parameter, clear the gradients; return the norm before clipping."""
         norms = [p.grad.float().norm() for p in self.parameters.values() if p.grad is not None]
         norm = float(torch.stack(norms).norm()) if norms else 0.0
+        moved: list[Tensor] = []
         scale = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
@@ -47,7 +53,11 @@ class Optimizer:
             optimizer.step()
             master.grad = None
             if master.data_ptr() != parameter.data_ptr():
-                parameter.copy_(master)
+                rounded = master.to(parameter.dtype)
+                moved.append((rounded != parameter).sum())
+                parameter.copy_(rounded)
+        if moved:
+            self.moved_share = int(sum(moved)) / sum(p.numel() for p in self.parameters.values())
         return norm
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -201,8 +201,10 @@ def load_recipe(name: str, variant: str = "") -> tuple[str, Recipe]:
         raise RecipeError(f"{path}: {error}") from None
 
 
-def read_tables(path: Path) -> dict:
+def read_tables(path: Path, extended_by: tuple[Path, ...] = ()) -> dict:
     """A recipe's TOML with what it extends merged in; tables merge, values and lists replace."""
+    if path in extended_by:
+        raise RecipeError(f"{path}: extends itself")
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -213,9 +215,7 @@ def read_tables(path: Path) -> dict:
     base = tables.pop("extends", None)
     if base is None:
         return tables
-    if path.with_name(str(base)) == path:
-        raise RecipeError(f"{path}: extends itself")
-    return merge(read_tables(path.with_name(str(base))), tables)
+    return merge(read_tables(path.parent / str(base), (*extended_by, path)), tables)
 
 
 def merge(base: dict, over: dict) -> dict:

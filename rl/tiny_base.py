@@ -26,6 +26,7 @@ from rl.sft import sft_step
 
 TINY_PROBLEMS = ProblemSettings(min_number=1, max_number=20, min_target=10, max_target=50, four_number_share=1 / 3)
 CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MAX_TOKENS = 256  # of a document; longer ones are cut off
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
@@ -35,10 +36,10 @@ class TinyBase:
 
     out: Path = TINY
     """Folder to write the checkpoint to."""
-    steps: int = 1600
+    steps: int = 1000
     """Optimizer steps."""
     documents_per_step: int = 64
-    """Documents a step; each is about 120 tokens."""
+    """Documents a step; each is about 180 tokens."""
     learning_rate: float = 3e-3
     """Peak of the cosine schedule."""
     seed: int = 0
@@ -94,7 +95,7 @@ def tiny_config(num_tokens: int) -> Qwen3Config:
 def document_sample(tokenizer: Tokenizer, rng: random.Random) -> Sample:
     problem = random_problem(rng, TINY_PROBLEMS)
     prompt = prompt_ids(tokenizer, prompt_text(problem), thinking=True)
-    return Sample(prompt, tokenizer.encode(attempts_document(problem, rng)))
+    return Sample(prompt, tokenizer.encode(attempts_document(problem, rng))[:MAX_TOKENS])
 
 
 def cosine(step: int, steps: int, warmup: int = 100) -> float:

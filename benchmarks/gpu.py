@@ -1,0 +1,283 @@
+"""Everything worth knowing about this code on one GPU, in one command of under ten minutes.
+
+    python benchmarks/gpu.py --out results            # on a GPU
+    python benchmarks/gpu.py --out results --small    # the same code paths at a small size, on a CPU too
+
+Writes `gpu.json` and `gpu.md` into the folder. Weights are random: speed and memory do not depend on them. A part that
+fails is written down with its error, and the next one runs.
+"""
+
+import json
+import sys
+import time
+import traceback
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import tyro
+
+from data import Problem
+from model import KVCache, Qwen3, Qwen3Config, generate, load_model
+from rl.batch import Sample, completion_logprobs, make_batch
+from rl.grpo import grpo_update
+from rl.optimizer import Optimizer
+from rl.recipe import GRPOStage, OptimizerSettings, Recipe, SamplingSettings, load_recipe
+from rl.reward import Score
+from rl.rollout import Rollout
+from rl.stages import train
+
+QWEN3 = {
+    "0.6B": Qwen3Config(151936, 1024, 3072, 28, 16, 8, 128),
+    "1.7B": Qwen3Config(151936, 2048, 6144, 28, 16, 8, 128),
+}
+SMALL = {"small": Qwen3Config(2048, 128, 384, 2, 4, 2, 32)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Measure correctness, speed and memory on this machine's device."""
+
+    out: Path
+    """Folder for gpu.json and gpu.md."""
+    small: bool = False
+    """Small shapes, for a machine without a GPU."""
+    training_seconds: int = 120
+    """Time for the real training run of the embedded model, at the end."""
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def random_model(config: Qwen3Config, dtype=torch.bfloat16) -> Qwen3:
+    """A model of this shape with random weights, made on the device without passing through float32."""
+    with torch.device("meta"):
+        model = Qwen3(config)
+    model = model.to(dtype).to_empty(device=device())
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.init_weights(0)
+
+
+def random_prompts(config: Qwen3Config, count: int, length: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, config.vocab_size, (count, length), generator=generator).tolist()
+
+
+def correctness(settings: Settings) -> dict:
+    """Logits against transformers in float32, greedy decoding on device and CPU, captured logprobs in both dtypes."""
+    result = {}
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model, tokenizer = load_model("tiny", device())
+    prompts = [tokenizer.encode(f"<think>\n{n}+{n}=") for n in (3, 14, 5, 120)]
+    try:
+        from transformers import Qwen3ForCausalLM
+
+        theirs = Qwen3ForCausalLM.from_pretrained("model/tiny", dtype=torch.float32, attn_implementation="eager")
+        ids = torch.tensor([prompts[1] * 9], device=device())
+        with torch.no_grad():
+            result["logits_max_difference"] = float((theirs.to(device())(ids).logits - model(ids)).abs().max())
+    except ImportError:
+        result["logits_max_difference"] = "transformers is not installed"
+    host, _ = load_model("tiny", "cpu")
+    ours = generate(model, prompts, max_new_tokens=64, temperature=0)
+    reference = generate(host, prompts, max_new_tokens=64, temperature=0)
+    result["greedy_equals_cpu"] = [a[0].token_ids for a in ours] == [b[0].token_ids for b in reference]
+    for dtype in (torch.float32, torch.bfloat16):
+        policy = load_model("tiny", device(), dtype)[0]
+        groups = generate(policy, prompts, num_samples=8, max_new_tokens=64, seed=1)
+        samples = [Sample(p, c.token_ids, c.logprobs) for p, g in zip(prompts, groups, strict=True) for c in g]
+        batch = make_batch(samples, device())
+        with torch.no_grad():
+            gap = (completion_logprobs(policy, batch) - batch.old_logprobs)[batch.mask]
+        name = str(dtype).removeprefix("torch.")
+        result[f"logprob_gap_{name}"] = {"mean": float(gap.mean()), "max": float(gap.abs().max())}
+    return result
+
+
+def bandwidth() -> float:
+    """Bytes a second that a large copy reads and writes on the device."""
+    source = torch.empty(256 * 2**20 if torch.cuda.is_available() else 2**26, dtype=torch.uint8, device=device())
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(5):
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(10):
+            target.copy_(source)
+        synchronize()
+        best = min(best, (time.perf_counter() - start) / 10)
+    return 2 * source.numel() / best
+
+
+def decoding(settings: Settings) -> dict:
+    """Tokens a second of `generate`, and what share of the time reading weights and cache once a step would take."""
+    limit = bandwidth()
+    result = {"copy_bytes_per_second": limit}
+    prompt_length, new_tokens = (16, 16) if settings.small else (140, 128)
+    for name, config in (SMALL if settings.small else QWEN3).items():
+        model = random_model(config)
+        weight_bytes = 2 * config.num_parameters()
+        token_bytes = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        for rows in (1, 4) if settings.small else (1, 32, 256):
+            prompts = random_prompts(config, max(1, rows // 8), prompt_length)
+            options = {"num_samples": min(rows, 8), "seed": 0}
+            generate(model, prompts, max_new_tokens=4, **options)
+            seconds = {}
+            for length in (1, new_tokens):  # the difference is decoding alone, without the prefill
+                synchronize()
+                start = time.perf_counter()
+                generate(model, prompts, max_new_tokens=length, **options)
+                synchronize()
+                seconds[length] = time.perf_counter() - start
+            step = (seconds[new_tokens] - seconds[1]) / (new_tokens - 1)
+            cache_bytes = rows * token_bytes * (prompt_length + new_tokens / 2)
+            result[f"{name} x {rows}"] = {
+                "tokens_per_second": rows * new_tokens / seconds[new_tokens],
+                "milliseconds_a_step": 1000 * step,
+                "share_of_bandwidth_limit": (weight_bytes + cache_bytes) / limit / step,
+            }
+        del model
+    return result
+
+
+def grpo_steps(settings: Settings) -> dict:
+    """Seconds and peak memory of one whole GRPO step at the paper's setting, for each optimizer."""
+    name, config = next(iter(SMALL.items())) if settings.small else ("1.7B", QWEN3["1.7B"])
+    groups, samples, new_tokens = (2, 4, 16) if settings.small else (32, 8, 256)
+    result = {"shape": name, "groups": groups, "samples": samples, "new_tokens": new_tokens}
+    for kind in ("adamw", "adamw8bit", "paged_adamw8bit"):
+        try:
+            model = random_model(config)
+            result[kind] = grpo_step(model, kind, groups, samples, new_tokens)
+        except Exception as error:
+            result[kind] = f"{type(error).__name__}: {error}"
+        model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return result
+
+
+def grpo_step(model: Qwen3, kind: str, groups: int, samples: int, new_tokens: int) -> dict:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    recipe = Recipe(
+        sampling=SamplingSettings(max_new_tokens=new_tokens), optimizer=OptimizerSettings(kind, micro_batch_tokens=8192)
+    )
+    stage = GRPOStage(prompts_per_step=groups, samples_per_prompt=samples)
+    optimizer = Optimizer(model, kind)
+    prompts = random_prompts(model.config, groups, 140)
+    times = []
+    for step in range(2):  # the first one allocates
+        synchronize()
+        start = time.perf_counter()
+        completions = generate(model, prompts, num_samples=samples, max_new_tokens=new_tokens, seed=step)
+        synchronize()
+        sampled = time.perf_counter()
+        rollouts = [
+            [Rollout(Problem((1, 2), 3), p, c, "", Score(n % 2, "")) for n, c in enumerate(group)]
+            for p, group in zip(prompts, completions, strict=True)
+        ]
+        metrics = grpo_update(model, optimizer, rollouts, stage, recipe, learning_rate=1e-6)
+        synchronize()
+        times.append((sampled - start, time.perf_counter() - sampled))
+    rollout, update = times[-1]
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return {
+        "rollout_seconds": rollout,
+        "update_seconds": update,
+        "peak_memory_bytes": peak,
+        "grad_norm": metrics["grad_norm"],
+        "clip_fraction": metrics["clip_fraction"],
+    }
+
+
+def cache_growth(settings: Settings) -> dict:
+    """Bytes of a KV cache for the paper's rollout batch, as the sampler allocates it."""
+    config = next(iter(SMALL.values())) if settings.small else QWEN3["1.7B"]
+    cache = KVCache(config, 8, 64, device(), torch.bfloat16)
+    per_token = sum(t.numel() * t.element_size() for t in (*cache.keys, *cache.values)) / (8 * 64)
+    return {"bytes_per_token": per_token, "bytes_at_256_rows_of_396": per_token * 256 * 396}
+
+
+def resume_and_training(settings: Settings) -> dict:
+    """A real run of the embedded model on the device: stopped, resumed, and compared; then as long as time allows."""
+    _, smoke = load_recipe("smoke")
+    out = settings.out / "runs"
+    losses = {}
+    for name in ("whole", "resumed"):
+        recipe = replace(smoke, model="tiny", out=str(out / name), keep_checkpoints=9)
+        if name == "resumed":
+            train(replace(recipe, stages=recipe.stages), quiet=True)
+            import shutil
+
+            for folder in sorted((out / name / "checkpoints").iterdir())[1:]:
+                shutil.rmtree(folder)
+            train(recipe, resume=True, quiet=True)
+        else:
+            train(recipe, quiet=True)
+        rows = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [row.get("loss") for row in rows]
+    result = {"resume_repeats_the_losses": losses["whole"] == losses["resumed"]}
+    _, recipe = load_recipe("256", "tiny")
+    steps = 2 if settings.small else max(5, settings.training_seconds // 2)
+    stages = (replace(recipe.stages[0], steps=steps),)
+    start = time.perf_counter()
+    train(replace(recipe, model="tiny", out=str(out / "training"), stages=stages))
+    rows = [json.loads(line) for line in (out / "training" / "metrics.jsonl").read_text().splitlines()]
+    result["training_seconds"] = time.perf_counter() - start
+    result["training_curve"] = [(row["step"], row["eval_accuracy"]) for row in rows if "eval_accuracy" in row]
+    return result
+
+
+def markdown(report: dict) -> str:
+    lines = [f"# {report['device']}, {report['date']}", "", f"torch {report['torch']}, `{report['command']}`", ""]
+    for part, values in report["parts"].items():
+        lines += [f"## {part.replace('_', ' ')}", "", "| | |", "|---|---|"]
+        items = values.items() if isinstance(values, dict) else [("error", values)]
+        lines += [f"| {name} | {pretty(value)} |" for name, value in items] + [""]
+    return "\n".join(lines)
+
+
+def pretty(value) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {pretty(item)}" for name, item in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main(settings: Settings) -> None:
+    settings.out.mkdir(parents=True, exist_ok=True)
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    report = {
+        "device": name,
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
+        "settings": {key: str(value) for key, value in asdict(settings).items()},
+        "parts": {},
+    }
+    for part in (correctness, decoding, grpo_steps, cache_growth, resume_and_training):
+        start = time.perf_counter()
+        try:
+            values = part(settings)
+            values["seconds_for_this_part"] = time.perf_counter() - start
+        except Exception as error:
+            traceback.print_exc()
+            values = f"{type(error).__name__}: {error}"
+        report["parts"][part.__name__] = values
+        (settings.out / "gpu.json").write_text(json.dumps(report, indent=2) + "\n")
+        (settings.out / "gpu.md").write_text(markdown(report))
+        print(f"{part.__name__}: {pretty(values)}", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

@@ -1,0 +1,63 @@
+"""What several tests need: a small random Qwen3, ragged samples, and rollouts with rewards of one's choice."""
+
+import numpy as np
+import torch
+
+from data import Problem
+from model import Completion, Qwen3, Qwen3Config
+from rl.batch import Sample
+from rl.reward import Score
+from rl.rollout import Rollout
+
+SHAPE = {
+    "vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+}  # fmt: skip
+PROBLEM = Problem((79, 60, 17), 36)
+
+
+def random_model(seed: int = 0, dtype: torch.dtype = torch.float32, std: float = 0.25, **changes) -> Qwen3:
+    """A Qwen3 of some 5,000 parameters, random enough that its distributions are far from uniform."""
+    return Qwen3(Qwen3Config(**SHAPE | changes)).to(dtype).init_weights(seed, std)
+
+
+def ragged_samples(count: int, seed: int = 0, longest: int = 9, vocab: int = 48) -> list[Sample]:
+    """Samples of many lengths, with log-probabilities and advantages that push ratios to both sides of the clip."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for _ in range(count):
+        prompt, completion = rng.integers(1, longest, 2)
+        ids = rng.integers(0, vocab, prompt + completion).tolist()
+        old_logprobs = rng.normal(-4, 1, completion).tolist()
+        samples.append(Sample(ids[:prompt], ids[prompt:], old_logprobs, float(rng.normal())))
+    return samples
+
+
+def rollouts(completions: list[list[Completion]], rewards: list[list[float]], prompts: list[list[int]]):
+    """Groups of rollouts from completions as `generate` returns them, with rewards given by hand."""
+    return [
+        [
+            Rollout(PROBLEM, prompt, completion, "", Score(reward, "correct" if reward == 1 else "wrong"))
+            for completion, reward in zip(group, row, strict=True)
+        ]
+        for group, row, prompt in zip(completions, rewards, prompts, strict=True)
+    ]
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The gradients that a model holds, taken from it; parameters without one give zeros."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        parameter.grad = None
+    return found
+
+
+def largest_gap(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """The largest difference between two sets of tensors of the same names."""
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).detach().abs().max()) for name in a)
+
+
+def largest(tensors: dict[str, torch.Tensor]) -> float:
+    return max(float(tensor.abs().max()) for tensor in tensors.values())

@@ -1,0 +1,75 @@
+"""Random Qwen3 models of transformers, the independent reference, and the same weights in this project's decoder."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from model import Qwen3, Qwen3Config
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "model" / "tiny"
+FILES = Path(os.environ.get("QWEN3_FILES", ROOT.parent / "shared" / "qwen3"))
+
+# Sizes are unequal on purpose, so that no two axes can be swapped unseen.
+SHAPES = {
+    "grouped_tied": dict(num_attention_heads=6, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
+    "one_kv_head": dict(num_attention_heads=5, num_key_value_heads=1, head_dim=14, rope_theta=1e4, num_hidden_layers=3),
+    "every_head_its_own": dict(num_attention_heads=3, num_key_value_heads=3, head_dim=10, rms_norm_eps=0.05),
+    "heads_fill_hidden": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=10, hidden_size=40),
+    "one_layer": dict(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, head_dim=2, rope_theta=50.0),
+    "narrow_tied": dict(hidden_size=24, num_attention_heads=8, num_key_value_heads=4, head_dim=32, tie_word_embeddings=True),
+}
+
+
+def reference_model(seed: int = 0, **shape) -> transformers.Qwen3ForCausalLM:
+    """A random transformers Qwen3, float32 and eager, at a scale where every part of the arithmetic shows.
+
+    Norm weights are drawn from [0.5, 2] instead of left at one: all ones would hide a norm in the wrong place.
+    """
+    shape = dict(vocab_size=83, hidden_size=44, intermediate_size=52, num_hidden_layers=2, rms_norm_eps=1e-6) | shape
+    rope_theta = shape.pop("rope_theta", 1e6)
+    config = transformers.Qwen3Config(
+        **dict(SHAPES["grouped_tied"], tie_word_embeddings=False) | shape,
+        rope_parameters={"rope_theta": rope_theta, "rope_type": "default"},
+        max_position_embeddings=1024,
+        attn_implementation="eager",
+    )
+    model = transformers.Qwen3ForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3, generator=generator)
+            else:
+                parameter.uniform_(0.5, 2.0, generator=generator)
+    return model
+
+
+def same_weights(reference: transformers.Qwen3ForCausalLM) -> Qwen3:
+    """This project's decoder with the configuration and the weights of `reference`."""
+    model = Qwen3(Qwen3Config.from_hf(reference.config.to_dict())).eval()
+    model.load_state_dict(reference.state_dict())
+    return model
+
+
+def random_ids(*shape: int, seed: int = 1, high: int = 83) -> torch.Tensor:
+    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def copy_tokenizer(folder: Path) -> Path:
+    """Put the embedded model's tokenizer into `folder`: it has 270 entries, so models beside it need as many rows."""
+    folder.mkdir(exist_ok=True, parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, folder / name)
+    return folder
+
+
+def qwen3_file(name: str) -> Path:
+    """A published file, e.g. "configs/Qwen3-8B.config.json"; the test is skipped where it is not at hand."""
+    if not (FILES / name).exists():
+        pytest.skip(f"needs Qwen3's published {name}: set QWEN3_FILES to a folder that has it")
+    return FILES / name

@@ -1,0 +1,114 @@
+"""What the embedded model's base is trained on: arithmetic that is right, verdicts that are right, and never a solution."""
+
+import random
+import re
+from collections import Counter
+from fractions import Fraction
+
+import pytest
+
+from data import Problem, ProblemSettings
+from data.attempts import attempts_document, random_attempt, random_problem
+from rl import score
+
+STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)")
+SETTINGS = ProblemSettings(min_number=1, max_number=20, min_target=10, max_target=50, four_number_share=0.5)
+SEEDS = range(400)
+
+
+def calculate(expression: str) -> Fraction:
+    """Exact value by Python's own parser, every number a fraction; the text has been checked to be plain arithmetic."""
+    assert re.fullmatch(r"[\d+*/()-]+", expression) and "**" not in expression and "//" not in expression
+    return eval(re.sub(r"\d+", lambda number: f"Fraction({number[0]})", expression))
+
+
+def walk(steps: str, numbers: tuple[int, ...]) -> int:
+    """Follow the steps, taking each operand from the numbers left over: every one used once. Returns the last value."""
+    left = Counter(numbers)
+    for step in steps.split(" "):
+        a, operator, b, value = STEP.fullmatch(step).groups()
+        assert calculate(f"{a}{operator}{b}") == int(value) and int(value) >= 1
+        for operand in (int(a), int(b)):
+            assert left[operand] > 0, f"{operand} is used up in {steps} from {numbers}"
+            left[operand] -= 1
+        left[int(value)] += 1
+    assert list(left.elements()) == [int(value)], f"{steps} leaves {left}"
+    return int(value)
+
+
+def documents():
+    for seed in SEEDS:
+        rng = random.Random(seed)
+        problem = random_problem(rng, SETTINGS)
+        yield problem, attempts_document(problem, rng)
+
+
+def parts(document: str) -> tuple[list[tuple[str, str]], str | None]:
+    """A document as (steps, verdict) lines, the verdict empty for an attempt that is answered, and the answer."""
+    thoughts, closed, answer = document.partition("\n</think>\n")
+    if closed:
+        answer = re.fullmatch(r"<answer>(.*)</answer><\|im_end\|>", answer)[1]
+    thoughts = thoughts.removesuffix("<|im_end|>")
+    lines = [re.fullmatch(r"([\d=+*/ -]+?)( too low| too high|)", line).groups() for line in thoughts.rstrip("\n").split("\n")]
+    return lines, answer if closed else None
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 6])
+def test_every_attempt_is_right_as_arithmetic_and_uses_every_number_once(count):
+    for seed in SEEDS:
+        rng = random.Random(seed)
+        numbers = tuple(rng.randint(1, 20) for _ in range(count))
+        attempt = random_attempt(numbers, rng)
+        assert walk(attempt.steps, numbers) == attempt.value == calculate(attempt.expression)
+        assert sorted(map(int, re.findall(r"\d+", attempt.expression))) == sorted(numbers)
+
+
+def test_every_document_is_right_in_its_steps_and_its_verdicts():
+    for problem, document in documents():
+        lines, answer = parts(document)
+        assert lines
+        for place, (steps, verdict) in enumerate(lines):
+            value = walk(steps, problem.numbers)
+            answered = answer is not None and place == len(lines) - 1
+            assert verdict == ("" if answered else " too low" if value < problem.target else " too high")
+
+
+def test_no_document_reaches_its_target_so_that_solving_is_left_to_reinforcement():
+    hits = 0
+    for problem, document in documents():
+        lines, answer = parts(document)
+        assert all(walk(steps, problem.numbers) != problem.target for steps, _ in lines)
+        assert score(document, problem).outcome != "correct"
+        if answer is not None:
+            assert calculate(answer) == walk(lines[-1][0], problem.numbers) != problem.target
+            assert score(document, problem).outcome in ("near", "wrong")
+    for seed in SEEDS:  # the same with targets that are easy to hit: some attempt would reach 10 = 1+2+3+4
+        rng = random.Random(seed)
+        problem = Problem((1, 2, 3, 4), 10)
+        hits += sum(random_attempt(problem.numbers, rng).value == 10 for _ in range(8))
+        lines, _ = parts(attempts_document(problem, rng))
+        assert all(walk(steps, problem.numbers) != 10 for steps, _ in lines)
+    assert hits > 50, "the problem does not tempt"
+
+
+def test_attempts_of_a_document_differ():
+    for _, document in documents():
+        lines, _ = parts(document)
+        assert len({steps for steps, _ in lines}) == len(lines)
+
+
+def test_documents_show_the_answer_block_half_the_time_after_few_and_many_attempts_and_every_operator():
+    found = [parts(document) for _, document in documents()]
+    answered = [len(lines) for lines, answer in found if answer is not None]
+    assert 0.4 < len(answered) / len(found) < 0.6
+    assert min(answered) == 1 and max(answered) > 8 and len(set(answered)) > 8
+    operators = Counter(operator for lines, _ in found for steps, _ in lines for _, operator, _, _ in STEP.findall(steps))
+    assert set(operators) == set("+-*/") and min(operators.values()) > 100
+
+
+def test_documents_and_problems_come_from_the_generator_they_are_given():
+    assert list(documents()) == list(documents())
+    problems = [random_problem(random.Random(seed), SETTINGS) for seed in SEEDS]
+    assert {len(problem.numbers) for problem in problems} == {3, 4}
+    assert {number for problem in problems for number in problem.numbers} == set(range(1, 21))
+    assert {problem.target for problem in problems} == set(range(10, 51))

@@ -1,0 +1,298 @@
+"""The decoder against transformers: logits, gradients, precision, padding, cached decoding and the configuration."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import SHAPES, qwen3_file, random_ids, reference_model, same_weights
+
+from model import KVCache, ModelError, Qwen3, Qwen3Config
+
+SIZES = {  # hidden, layers, heads, intermediate, tied -> parameters, the tied head counted once
+    "0.6B": ((1024, 28, 16, 3072, True), 596_049_920),
+    "1.7B": ((2048, 28, 16, 6144, True), 1_720_574_976),
+    "4B": ((2560, 36, 32, 9728, True), 4_022_468_096),
+    "8B": ((4096, 36, 32, 12288, False), 8_190_735_360),
+    "14B": ((5120, 40, 40, 17408, False), 14_768_307_200),
+    "32B": ((5120, 64, 64, 25600, False), 32_762_123_264),
+}
+PUBLISHED = [
+    f"Qwen3-{size}{kind}" for size in SIZES for kind in ("", "-Base") if size + kind != "32B-Base"
+]  # fmt: skip
+V4 = {  # as transformers 4 writes it
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 83, "hidden_size": 44,
+    "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16,
+    "rms_norm_eps": 1e-06, "rope_theta": 20000.0, "rope_scaling": None, "tie_word_embeddings": False,
+    "max_position_embeddings": 512, "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu",
+    "initializer_range": 0.02, "max_window_layers": 2, "sliding_window": None, "use_sliding_window": False,
+    "torch_dtype": "float32", "transformers_version": "4.51.0", "use_cache": True,
+}  # fmt: skip
+
+
+def as_v5(v4: dict) -> dict:
+    """The same configuration as transformers 5 writes it."""
+    v5 = {name: value for name, value in v4.items() if name not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    return v5 | {
+        "rope_parameters": {"rope_theta": v4["rope_theta"], "rope_type": "default"},
+        "layer_types": ["full_attention"] * v4["num_hidden_layers"],
+        "dtype": "float32",
+        "pad_token_id": None,
+        "transformers_version": "5.23.0",
+    }
+
+
+def config_of(size: str) -> Qwen3Config:
+    hidden, layers, heads, intermediate, tied = SIZES[size][0]
+    return Qwen3Config(151936, hidden, intermediate, layers, heads, 8, 128, tie_word_embeddings=tied)
+
+
+# Forward and backward
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@torch.no_grad()
+def test_logits_equal_transformers(name):
+    reference = reference_model(**SHAPES[name])
+    token_ids = random_ids(3, 37)
+    expected = reference(token_ids).logits
+    logits = same_weights(reference)(token_ids)
+    assert expected.std() > 1  # a scale at which 1e-4 is strict
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_gradients_of_cross_entropy_equal_transformers_for_every_parameter(name):
+    reference = reference_model(seed=1, **SHAPES[name])
+    model = same_weights(reference)
+    token_ids = random_ids(2, 19)
+    for either in (reference, model):
+        logits = either(token_ids)
+        logits = getattr(logits, "logits", logits)
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten()).backward()
+    ours = {name: parameter.grad for name, parameter in model.named_parameters()}
+    theirs = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        assert expected.norm() > 0, name
+        assert (ours[name] - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+def test_bfloat16_is_as_close_to_float32_as_transformers_own_bfloat16(tmp_path):
+    reference = reference_model(seed=2, rope_theta=1e4, num_hidden_layers=3)
+    reference.save_pretrained(tmp_path)
+    token_ids = random_ids(2, 900)  # at positions this far, angles kept in bfloat16 would be off by whole radians
+    half = transformers.Qwen3ForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, attn_implementation="eager"
+    )  # from_pretrained keeps the reference's rotary frequencies in float32; .to(bfloat16) would not
+    with torch.no_grad():
+        exact = reference(token_ids).logits
+        expected_error = (half(token_ids).logits.float() - exact).abs().mean()
+        logits = same_weights(reference).to(torch.bfloat16)(token_ids)
+    assert logits.dtype == torch.bfloat16
+    error = (logits.float() - exact).abs().mean()
+    assert 0 < error <= 1.1 * expected_error
+
+
+@torch.no_grad()
+def test_padding_on_the_right_does_not_reach_the_real_positions():
+    model = same_weights(reference_model())
+    row = random_ids(1, 11)
+    padded = torch.cat((row.repeat(2, 1), random_ids(2, 6, seed=5)), dim=1)
+    logits = model(padded)[:, :11]
+    assert torch.equal(logits[0], logits[1])  # the rows differ in nothing but their padding
+    torch.testing.assert_close(logits[:1], model(row), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_rows_of_a_batch_do_not_see_each_other():
+    model = same_weights(reference_model())
+    batch = random_ids(4, 9)
+    for row in range(4):
+        torch.testing.assert_close(model(batch[row : row + 1])[0], model(batch)[row], rtol=0, atol=1e-5)
+
+
+# Cached decoding
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@torch.no_grad()
+def test_cached_equals_uncached_token_by_token(name):
+    model = same_weights(reference_model(seed=3, **SHAPES[name]))
+    token_ids = random_ids(3, 17)
+    cache = KVCache(model.config, 3, 17)
+    logits = torch.cat([model(token_ids[:, time : time + 1], cache) for time in range(17)], dim=1)
+    torch.testing.assert_close(logits, model(token_ids), rtol=0, atol=1e-4)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=6), st.integers(0, 5))
+@torch.no_grad()
+def test_cached_equals_uncached_in_chunks_of_any_size(chunks, spare):
+    model = same_weights(reference_model(seed=4))
+    token_ids = random_ids(2, sum(chunks))
+    cache = KVCache(model.config, 2, sum(chunks) + spare)
+    logits = torch.cat([model(chunk, cache) for chunk in token_ids.split(chunks, dim=1)], dim=1)
+    torch.testing.assert_close(logits, model(token_ids), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+@torch.no_grad()
+def test_rows_of_unequal_length_decode_from_the_cache_as_each_does_alone(chunk):
+    reference = reference_model(seed=5)
+    model = same_weights(reference)
+    lengths = torch.tensor([4, 1, 9, 6])
+    rows = [random_ids(int(length) + 12, seed=int(length)) for length in lengths]
+    padded = torch.full((4, 9), 7)
+    for row, length in enumerate(lengths):
+        padded[row, :length] = rows[row][:length]
+    cache = KVCache(model.config, 4, 21)
+    model(padded, cache)
+    cache.set_lengths(lengths)
+    for start in range(0, 12, chunk):
+        step = torch.stack([row[length + start : length + start + chunk] for row, length in zip(rows, lengths)])
+        logits = model(step, cache)
+        for row, length in enumerate(lengths):
+            end = length + start + chunk
+            expected = reference(rows[row][None, :end]).logits[0, -chunk:]
+            torch.testing.assert_close(logits[row], expected, rtol=0, atol=1e-4)
+
+
+# Configuration
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parameter_counts_of_the_published_sizes(size):
+    config, parameters = config_of(size), SIZES[size][1]
+    with torch.device("meta"):
+        model = Qwen3(config)
+    assert config.num_parameters() == parameters
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_config_builds_what_transformers_builds(name):
+    hf = json.loads(qwen3_file(f"configs/{name}.config.json").read_text())
+    config = Qwen3Config.from_hf(hf)
+    base = name.endswith("-Base")
+    expected = dataclasses.replace(config_of(name.split("-")[1]), max_position_embeddings=32768 if base else 40960)
+    assert config == expected
+    with torch.device("meta"):
+        reference = transformers.Qwen3ForCausalLM(transformers.Qwen3Config.from_dict(hf))
+        model = Qwen3(config)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert shapes == {name: parameter.shape for name, parameter in reference.named_parameters()}
+    assert config.num_parameters() == sum(shape.numel() for shape in shapes.values())
+
+
+@torch.no_grad()
+def test_both_generations_of_config_json_give_the_same_decoder_as_in_transformers():
+    config = Qwen3Config.from_hf(V4)
+    assert Qwen3Config.from_hf(as_v5(V4)) == config
+    assert (config.rope_theta, config.tie_word_embeddings) == (20000.0, False)
+    for hf in (V4, as_v5(V4)):
+        reference = transformers.Qwen3ForCausalLM(transformers.Qwen3Config.from_dict(hf)).eval()
+        model = Qwen3(Qwen3Config.from_hf(hf))
+        model.load_state_dict(reference.state_dict())
+        token_ids = random_ids(1, 40)
+        torch.testing.assert_close(model(token_ids), reference(token_ids).logits, rtol=0, atol=1e-4)
+
+
+def test_a_written_config_is_read_back_the_same_by_us_and_by_transformers():
+    config = Qwen3Config.from_hf(V4 | {"tie_word_embeddings": True, "rms_norm_eps": 3e-5})
+    written = json.loads(json.dumps(config.to_hf("bfloat16", eos_token_id=5)))
+    assert Qwen3Config.from_hf(written) == config
+    theirs = transformers.Qwen3Config.from_dict(written)
+    assert Qwen3Config.from_hf(theirs.to_dict()) == config
+    assert (theirs.dtype, theirs.eos_token_id) in ((torch.bfloat16, 5), ("bfloat16", 5))
+
+
+@pytest.mark.parametrize("spelling", [dict, as_v5])
+def test_a_field_that_a_config_leaves_out_is_refused_or_means_what_it_means_in_transformers(spelling):
+    for name in V4.keys() - {"model_type"}:
+        hf = spelling(V4)
+        hf.pop(name, None)
+        if name == "rope_theta":
+            hf.pop("rope_parameters", None)
+        try:
+            config = Qwen3Config.from_hf(hf)
+        except ModelError as error:
+            assert name in str(error)
+        else:
+            theirs = Qwen3Config.from_hf(transformers.Qwen3Config.from_dict(hf).to_dict())
+            assert dataclasses.replace(config, max_position_embeddings=1) == dataclasses.replace(
+                theirs, max_position_embeddings=1
+            ), name
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
+        ({"model_type": "qwen3_moe", "num_experts": 128}, "model_type is 'qwen3_moe'"),
+        ({"model_type": None}, "model_type is None"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0}}, "rope_parameters"),
+        ({"rope_parameters": {"rope_theta": 1e6, "type": "linear", "factor": 4.0}}, "rope_parameters"),
+        ({"rope_parameters": "default"}, "rope_parameters"),
+        ({"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"layer_types": 7}, "layer_types"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"num_key_value_heads": 4}, "num_attention_heads 6 is not a multiple of num_key_value_heads 4"),
+        ({"num_key_value_heads": 12}, "num_key_value_heads 12"),
+        ({"head_dim": 15}, "head_dim"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
+        ({"rope_theta": -1e6}, "rope_theta"),
+        ({"rope_theta": float("nan")}, "rope_theta"),
+        ({"rope_theta": float("inf")}, "rope_theta"),
+        ({"rope_theta": True}, "rope_theta"),
+    ],
+)
+def test_what_the_decoder_does_not_implement_is_refused_by_name(change, named):
+    with pytest.raises(ModelError, match=r"^config: .*" + named):
+        Qwen3Config.from_hf(V4 | change)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, 2.5, True, "2", None, [2]], ids=repr)
+def test_a_size_that_is_not_a_positive_integer_is_refused(value):
+    for name in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "max_position_embeddings",
+    ):  # fmt: skip
+        with pytest.raises(ModelError, match=f"{name} must be a positive integer, not "):
+            Qwen3Config.from_hf(V4 | {name: value})
+
+
+@pytest.mark.parametrize("content", [None, [], "qwen3", 3], ids=repr)
+def test_a_config_that_is_not_an_object_is_refused(content):
+    with pytest.raises(ModelError, match="expected a JSON object"):
+        Qwen3Config.from_hf(content)
+
+
+def test_a_size_left_out_is_named():
+    for name in ("vocab_size", "hidden_size", "num_key_value_heads", "head_dim"):
+        with pytest.raises(ModelError, match=f"missing {name}"):
+            Qwen3Config.from_hf({key: value for key, value in V4.items() if key != name})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_fresh_weights_follow_the_seed_and_leave_no_weight_out(tied):
+    config = dataclasses.replace(Qwen3Config.from_hf(V4), tie_word_embeddings=tied)
+    first, again, other = (Qwen3(config).init_weights(seed, std=0.05) for seed in (0, 0, 1))
+    for name, weight in first.named_parameters():
+        assert torch.equal(weight, again.get_parameter(name)), name
+        if weight.dim() == 1:
+            assert torch.equal(weight, torch.ones_like(weight)), name
+        else:
+            assert not torch.equal(weight, other.get_parameter(name)), name
+            assert weight.std().item() == pytest.approx(0.05, rel=0.1), name
+            assert abs(weight.mean().item()) < 0.005, name

@@ -1,0 +1,144 @@
+"""Accuracy, its interval, and the counts and shares that an evaluation and a metrics line report."""
+
+import math
+
+import pytest
+import torch
+from helpers import PROBLEM, random_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data import Problem
+from model import Completion, Tokenizer
+from model.weights import TINY
+from rl.evaluate import evaluate, wilson_interval
+from rl.recipe import SamplingSettings
+from rl.reward import Score
+from rl.rollout import Rollout, collect_rollouts, judge, reward_tensor, rollout_metrics
+
+PROBLEMS = [Problem((1, 2, number), 10) for number in range(1, 6)]
+
+
+@pytest.mark.parametrize(
+    "successes, trials, low, high",
+    [
+        (8, 10, 0.490162, 0.943318),  # the textbook example
+        (0, 10, 0.0, 0.277533),
+        (10, 10, 0.722467, 1.0),
+        (1, 2, 0.094531, 0.905469),
+        (50, 100, 0.403832, 0.596168),
+        (191, 512, 0.332289, 0.415691),  # the paper's 37.3 %, of as many problems as here
+    ],
+)
+def test_wilson_interval_of_known_cases(successes, trials, low, high):
+    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=1e-6)
+
+
+@given(st.integers(1, 5000).flatmap(lambda trials: st.tuples(st.integers(0, trials), st.just(trials))))
+def test_wilson_interval_lies_in_0_to_1_around_the_share_and_solves_its_equation(case):
+    """Its ends are the proportions p from which the share lies 1.96 standard errors, sqrt(p (1 - p) / n), away."""
+    successes, trials = case
+    low, high = wilson_interval(successes, trials)
+    share = successes / trials
+    assert 0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1
+    for end in (low, high):
+        if 1e-9 < end < 1 - 1e-9:
+            assert abs(share - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / trials), rel=1e-6)
+    mirrored = wilson_interval(trials - successes, trials)
+    assert (low, high) == pytest.approx((1 - mirrored[1], 1 - mirrored[0]), abs=1e-12)
+
+
+@given(st.integers(1, 500))
+def test_no_and_only_successes_stay_inside_and_say_something(trials):
+    low, high = wilson_interval(0, trials)
+    assert low == pytest.approx(0, abs=1e-12) and 0 < high < 1
+    low, high = wilson_interval(trials, trials)
+    assert 0 < low < 1 and high == pytest.approx(1, abs=1e-12)
+
+
+def rollout(reward: float, outcome: str, tokens: int = 4, finished: bool = True) -> Rollout:
+    completion = Completion([5] * tokens, [-0.5] * tokens, finished)
+    return Rollout(PROBLEM, [1, 2], completion, "", Score(reward, outcome))
+
+
+def test_an_evaluation_counts_outcomes_lengths_and_truncations(monkeypatch):
+    made = [[rollout(1.0, "correct", 2)] for _ in range(8)] + [
+        [rollout(0.75, "near", 10)],
+        [rollout(0.0, "malformed", 14, finished=False)],
+    ]
+    asked = []
+
+    def collect(model, tokenizer, problems, num_samples, sampling, seed):
+        asked.append((problems, num_samples, sampling, seed))
+        return made
+
+    monkeypatch.setattr("rl.evaluate.collect_rollouts", collect)
+    sampling = SamplingSettings(max_new_tokens=14)
+    result = evaluate(None, None, PROBLEMS * 2, sampling, seed=3)
+    assert asked == [(PROBLEMS * 2, 1, sampling, 3)]
+    assert result.counts == {"correct": 8, "near": 1, "wrong": 0, "malformed": 1}
+    assert (result.accuracy, result.completion_length, result.truncated_fraction) == (0.8, 4.0, 0.1)
+    assert result.rollouts == [group[0] for group in made]
+    assert str(result) == "80.0 % (49.0 to 94.3)"
+
+
+def test_rollout_metrics_by_hand():
+    groups = [
+        [rollout(1.0, "correct", 2), rollout(0.1, "wrong", 4)],
+        [rollout(0.0, "malformed", 8, finished=False), rollout(0.0, "malformed", 2)],
+    ]
+    assert rollout_metrics(groups) == pytest.approx({
+        "reward_mean": 0.275, "train_accuracy": 0.25, "format_rate": 0.5, "entropy": 0.5, "completion_length": 4.0,
+        "truncated_fraction": 0.25, "silent_groups": 0.5, "tokens": 16,
+    })  # fmt: skip
+    assert torch.equal(reward_tensor(groups), torch.tensor([[1.0, 0.1], [0.0, 0.0]]))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(TINY)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    model = random_model(std=0.1, vocab_size=len(tokenizer) + 3)
+    model.num_tokens = len(tokenizer)
+    return model
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_the_stop_token_is_cut_off_before_judging_and_a_truncated_end_is_not(tokenizer, finished):
+    """A truncated completion whose last token completes the answer is judged with that token."""
+    ids = tokenizer.encode("so\n</think>\n<answer>79-60+17</answer>")
+    if finished:
+        ids.append(tokenizer.end_of_turn_id)
+    judged = judge(PROBLEM, [1], Completion(ids, [-1.0] * len(ids), finished), tokenizer, thinking=True)
+    assert judged.text == "so\n</think>\n<answer>79-60+17</answer>"
+    assert judged.score == Score(1.0, "correct")
+    without_prompt_tag = judge(PROBLEM, [1], Completion(ids, [-1.0] * len(ids), finished), tokenizer, thinking=False)
+    assert without_prompt_tag.score.outcome == "malformed"
+
+
+def test_an_evaluation_repeats_itself_and_does_not_depend_on_how_many_rows_are_decoded_at_once(model, tokenizer):
+    def texts(batch_rows, seed=1):
+        sampling = SamplingSettings(max_new_tokens=12, batch_rows=batch_rows)
+        return [rollout.text for rollout in evaluate(model, tokenizer, PROBLEMS, sampling, seed).rollouts]
+
+    assert texts(100) == texts(100) == texts(2) == texts(1)
+    assert texts(100, seed=2) != texts(100)
+
+
+def test_rollouts_stand_where_their_problems_do(model, tokenizer):
+    groups = collect_rollouts(model, tokenizer, PROBLEMS, 3, SamplingSettings(max_new_tokens=6, batch_rows=6), seed=1)
+    assert [[rollout.problem for rollout in group] for group in groups] == [[problem] * 3 for problem in PROBLEMS]
+    for problem, group in zip(PROBLEMS, groups, strict=True):
+        assert f"numbers {', '.join(map(str, problem.numbers))} " in tokenizer.decode(group[0].prompt_ids)
+        assert len({rollout.text for rollout in group}) > 1
+
+
+@pytest.mark.parametrize("batch_rows", [100, 2])
+def test_the_same_problem_twice_makes_two_groups_of_different_completions(model, tokenizer, batch_rows):
+    """However many rows are decoded at once: two groups from one random stream would be one group counted twice."""
+    sampling = SamplingSettings(max_new_tokens=12, batch_rows=batch_rows)
+    first, second = collect_rollouts(model, tokenizer, [PROBLEM, PROBLEM], 2, sampling, seed=1)
+    assert {rollout.text for rollout in first}.isdisjoint(rollout.text for rollout in second)

@@ -1,0 +1,233 @@
+"""The losses against a reference in plain Python floats, and the clip's truth table by hand."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import gradients, largest, random_model, ragged_samples
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rl import grpo_loss, sft_loss
+from rl.batch import completion_logprobs, make_batch
+from rl.loss import AGGREGATIONS, aggregate, clip_counts, loss_denominator
+
+LENGTHS = [5, 1, 0, 3]  # one row is masked throughout
+TIME = 5
+
+
+def ragged_mask() -> torch.Tensor:
+    return torch.arange(TIME)[None] < torch.tensor(LENGTHS)[:, None]
+
+
+def random_batch(seed: int, per_token: bool):
+    """Log-probabilities of a policy, of the sampler and of a reference, and advantages; masked places hold garbage."""
+    rng = np.random.default_rng(seed)
+    shape = (len(LENGTHS), TIME)
+    old = torch.tensor(rng.normal(-2, 0.5, shape))
+    logprobs = (old + torch.tensor(rng.normal(0, 0.5, shape))).requires_grad_()
+    reference = old + torch.tensor(rng.normal(0, 0.5, shape))
+    advantages = torch.tensor(rng.normal(0, 1, shape if per_token else shape[:1]))
+    return logprobs, old, advantages, reference
+
+
+def reference_loss(logprobs, old, advantages, low, high, aggregation, denominator, reference, kl_coef):
+    """Value and gradient of the loss, token by token in Python floats, the derivative worked out by hand.
+
+    d(-ratio * A) = -ratio * A where the unclipped term is the minimum, else nothing; d k3 = 1 - exp(gap).
+    """
+    tokens, rows = sum(LENGTHS), len(LENGTHS)
+    divisor = denominator or {"token": tokens, "sequence": rows, "constant": rows * TIME}[aggregation]
+    value, gradient = 0.0, [[0.0] * TIME for _ in LENGTHS]
+    for row, length in enumerate(LENGTHS):
+        for t in range(length):
+            advantage = advantages[row][t] if isinstance(advantages[row], list) else advantages[row]
+            ratio = math.exp(logprobs[row][t] - old[row][t])
+            clipped = min(max(ratio, 1 - low), 1 + high)
+            loss = -min(ratio * advantage, clipped * advantage)
+            slope = -ratio * advantage if ratio * advantage <= clipped * advantage else 0.0
+            gap = reference[row][t] - logprobs[row][t]
+            loss += kl_coef * (math.exp(gap) - gap - 1)
+            slope += kl_coef * (1 - math.exp(gap))
+            weight = 1 / divisor / (length if aggregation == "sequence" else 1)
+            value += loss * weight
+            gradient[row][t] = slope * weight
+    return value, gradient
+
+
+@pytest.mark.parametrize("denominator", [None, 23.0], ids=["own", "given"])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3], ids=["plain", "kl"])
+@pytest.mark.parametrize("per_token", [False, True], ids=["rows", "rows-time"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_grpo_loss_and_gradient_equal_a_plain_reference(aggregation, per_token, kl_coef, denominator):
+    logprobs, old, advantages, reference = random_batch(29, per_token)
+    low, high = 0.2, 0.45
+    loss = grpo_loss(
+        logprobs, old, advantages, ragged_mask(), low, high,
+        aggregation=aggregation, denominator=denominator, ref_logprobs=reference if kl_coef else None, kl_coef=kl_coef,
+    )  # fmt: skip
+    loss.backward()
+    value, gradient = reference_loss(
+        logprobs.tolist(), old.tolist(), advantages.tolist(), low, high, aggregation, denominator,
+        reference.tolist(), kl_coef,
+    )  # fmt: skip
+    assert loss.item() == pytest.approx(value, rel=1e-12)
+    torch.testing.assert_close(logprobs.grad, torch.tensor(gradient, dtype=torch.float64), rtol=1e-12, atol=1e-15)
+    below, above = clip_counts(logprobs, old, advantages, ragged_mask(), low, high)
+    assert below and above, "the batch does not reach both sides of the clip"
+
+
+TRUTH = [  # advantage, ratio, loss, gradient: worked by hand for a clip of 0.25 on either side
+    (+1.0, 0.5, -0.50, -0.5),  # a good token that became rarer is pulled back
+    (+1.0, 1.0, -1.00, -1.0),
+    (+1.0, 1.5, -1.25, 0.0),  # likelier by enough: left alone
+    (-1.0, 0.5, +0.75, 0.0),  # a bad token that is rarer by enough: left alone
+    (-1.0, 1.0, +1.00, +1.0),
+    (-1.0, 1.5, +1.50, +1.5),  # a bad token that became likelier is pushed down without limit
+]
+
+
+@pytest.mark.parametrize("advantage, ratio, value, gradient", TRUTH)
+def test_clip_truth_table_trap_maximum_taken_for_negative_advantages(advantage, ratio, value, gradient):
+    logprobs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    old, mask = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
+    advantages = torch.tensor([advantage], dtype=torch.float64)
+    loss = grpo_loss(logprobs, old, advantages, mask, 0.25, 0.25)
+    loss.backward()
+    assert loss.item() == pytest.approx(value)
+    assert logprobs.grad.item() == pytest.approx(gradient)
+    silenced = gradient == 0
+    expected = (int(silenced and advantage < 0), int(silenced and advantage > 0))
+    assert clip_counts(logprobs, old, advantages, mask, 0.25, 0.25) == expected
+
+
+def test_clip_counts_keep_the_sides_apart_and_leave_masked_tokens_out():
+    ratio = torch.tensor([[0.7, 0.7, 1.3, 1.3, 1.5], [0.7, 0.7, 1.3, 1.3, 1.5]])
+    advantages = torch.tensor([-1.0, 1.0])
+    mask = torch.tensor([[1, 0, 1, 1, 1], [1, 1, 1, 1, 0]]).bool()
+    old = torch.zeros(2, 5)
+    assert clip_counts(ratio.log(), old, advantages, mask, 0.25, 0.25) == (1, 2)
+    assert clip_counts(ratio.log(), old, advantages, mask, 0.35, 0.25) == (0, 2)
+    assert clip_counts(ratio.log(), old, advantages, mask, 0.25, 0.35) == (1, 0)
+    per_token = advantages[:, None].expand(2, 5)
+    assert clip_counts(ratio.log(), old, per_token, mask, 0.25, 0.25) == (1, 2)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_an_all_masked_batch_is_zero_and_no_nan(aggregation):
+    logprobs = torch.full((2, 3), -1.5, requires_grad=True)
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    loss = grpo_loss(
+        logprobs, torch.zeros(2, 3), torch.ones(2), nothing,
+        aggregation=aggregation, ref_logprobs=torch.zeros(2, 3), kl_coef=0.1,
+    )  # fmt: skip
+    loss = loss + sft_loss(logprobs, nothing)
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(logprobs.grad, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_masked_positions_count_for_nothing_whatever_they_hold(aggregation):
+    mask = ragged_mask()
+    values = torch.arange(mask.numel(), dtype=torch.float64).reshape(mask.shape)
+    spoiled = values.masked_fill(~mask, math.nan).requires_grad_()
+    loss = aggregate(spoiled, mask, aggregation)
+    loss.backward()
+    assert loss.item() == aggregate(values, mask, aggregation).item()
+    assert torch.equal(spoiled.grad != 0, mask)
+
+
+def test_each_aggregation_by_hand():
+    """Rows [1, 2, 3] and [10]: 16 / 4 tokens; (2 + 10) / 2 rows; 16 / (2 rows x 3 places)."""
+    per_token = torch.tensor([[1.0, 2.0, 3.0], [10.0, -7.0, -7.0]])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    assert aggregate(per_token, mask, "token").item() == 4.0
+    assert aggregate(per_token, mask, "sequence").item() == 6.0
+    assert aggregate(per_token, mask, "constant").item() == pytest.approx(16 / 6)
+    assert loss_denominator([3, 1], 8, "token") == 4
+    assert loss_denominator([3, 1], 8, "sequence") == 2
+    assert loss_denominator([3, 1], 8, "constant") == 16
+    assert [loss_denominator([], 8, name) for name in AGGREGATIONS] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_advantages_of_zero_give_exactly_zero_gradient_through_the_whole_model(aggregation):
+    """Groups of equal reward, even where the policy has moved and ratios are far from one."""
+    model = random_model()
+    batch = make_batch(ragged_samples(4))
+    loss = grpo_loss(
+        completion_logprobs(model, batch), batch.old_logprobs, torch.zeros(4), batch.mask, aggregation=aggregation
+    )
+    loss.backward()
+    assert loss.item() == 0 and largest(gradients(model)) == 0
+    loss = grpo_loss(completion_logprobs(model, batch), batch.old_logprobs, batch.advantages, batch.mask)
+    loss.backward()
+    assert largest(gradients(model)) > 1e-3, "the batch cannot tell"
+
+
+def kl_term(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """The penalty alone, summed over [1, time] log-probabilities."""
+    mask = torch.ones_like(logprobs, dtype=torch.bool)
+    return grpo_loss(
+        logprobs, logprobs.detach(), torch.zeros(1, dtype=torch.float64), mask,
+        denominator=1.0, ref_logprobs=reference, kl_coef=1.0,
+    )  # fmt: skip
+
+
+@given(st.lists(st.tuples(st.floats(-20, 0), st.floats(-20, 0)), min_size=1, max_size=6))
+def test_the_kl_penalty_is_never_negative(pairs):
+    logprobs, reference = torch.tensor(pairs, dtype=torch.float64).T[:, None]
+    assert kl_term(logprobs, reference).item() >= 0
+
+
+def test_the_kl_penalty_is_zero_with_zero_gradient_in_each_token_at_equality_trap_k1():
+    """k1's gradient is one for every sampled token, and zero only in expectation: noise that pulls nowhere."""
+    logprobs = torch.tensor([[-0.1, -2.0, -9.0]], dtype=torch.float64, requires_grad=True)
+    loss = kl_term(logprobs, logprobs.detach().clone())
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(logprobs.grad, torch.zeros(1, 3, dtype=torch.float64))
+
+
+def test_the_expected_kl_gradient_pulls_towards_the_reference_trap_k1_has_none():
+    """Sampled from the policy, k3's expected gradient is that of KL(reference || policy); worked over a whole vocabulary."""
+    rng = np.random.default_rng(5)
+    logits = torch.tensor(rng.normal(0, 1, 7), requires_grad=True)
+    reference = torch.tensor(rng.normal(0, 1, 7)).log_softmax(-1)
+    expected = torch.zeros(7, dtype=torch.float64)
+    for token in range(7):
+        logprob = logits.log_softmax(-1)[token]
+        (slope,) = torch.autograd.grad(kl_term(logprob[None, None], reference[None, None, token]), logits)
+        expected += logprob.exp().detach() * slope
+    policy = logits.softmax(-1).detach()
+    torch.testing.assert_close(expected, policy - reference.exp(), rtol=1e-12, atol=1e-15)
+    assert expected.abs().max() > 0.01
+
+
+def test_sft_loss_is_the_mean_negative_logprob_of_the_unmasked_tokens():
+    logprobs = torch.tensor([[-1.0, -2.0, -50.0], [-6.0, -50.0, -50.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+    assert sft_loss(logprobs, mask).item() == 3.0
+    assert sft_loss(logprobs, mask, denominator=18).item() == 0.5
+
+
+def test_bad_options_are_refused_with_the_offending_value():
+    ones, mask = torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="'mean'"):
+        grpo_loss(ones, ones, ones, mask, aggregation="mean")
+    with pytest.raises(ValueError, match="ref_logprobs"):
+        grpo_loss(ones, ones, ones, mask, kl_coef=0.1)
+
+
+@pytest.mark.parametrize("aggregation, rows", list(itertools.product(AGGREGATIONS, [(1, 3), (2, 2), (1, 1, 1, 1)])))
+def test_parts_of_a_batch_add_up_to_the_whole_with_the_whole_batchs_denominator(aggregation, rows):
+    logprobs, old, advantages, _ = random_batch(2, per_token=False)
+    mask = ragged_mask()
+    whole = grpo_loss(logprobs, old, advantages, mask, aggregation=aggregation)
+    denominator = loss_denominator(LENGTHS, TIME, aggregation)
+    parts = zip(*(tensor.split(rows) for tensor in (logprobs, old, advantages, mask)), strict=True)
+    total = sum(grpo_loss(*part, aggregation=aggregation, denominator=denominator) for part in parts)
+    assert total.item() == pytest.approx(whole.item(), rel=1e-12)

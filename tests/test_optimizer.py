@@ -1,0 +1,184 @@
+"""AdamW over float32 masters: torch's own arithmetic, no small update lost, and a state that resumes where it stopped."""
+
+import copy
+
+import pytest
+import torch
+from helpers import gradients, largest_gap, ragged_samples, random_model
+from safetensors.torch import load_file, save_file
+
+from rl.optimizer import OPTIMIZERS, Optimizer
+from rl.sft import sft_step
+
+SAMPLES = ragged_samples(4)
+WIDE = {"vocab_size": 320, "hidden_size": 32}  # matrices of 4096 elements and more: 8-bit moments
+
+
+def learn(model, optimizer, steps: int, rate: float = 3e-3) -> list[float]:
+    return [sft_step(model, optimizer, SAMPLES, rate, 1000)["loss"] for _ in range(steps)]
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def random_gradients(model, seed: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = (scale * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_float32_steps_equal_torch_adamw_with_its_gradient_clipping(weight_decay):
+    """Several steps with a rate that changes, and gradients on both sides of the clip."""
+    ours, theirs = random_model(), random_model()
+    optimizer = Optimizer(ours, weight_decay=weight_decay)
+    plain = torch.optim.AdamW(theirs.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay)
+    clipped = []
+    for step, (rate, scale) in enumerate([(1e-2, 1.0), (5e-3, 1e-4), (2e-2, 0.3), (1e-3, 1e-3), (1e-2, 10.0)]):
+        random_gradients(ours, step, scale)
+        random_gradients(theirs, step, scale)
+        norm = optimizer.step(rate, max_grad_norm=1.0)
+        expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        plain.param_groups[0]["lr"] = rate
+        plain.step()
+        assert norm == pytest.approx(expected.item(), rel=1e-5)
+        clipped.append(norm > 1)
+        assert largest_gap(weights(ours), weights(theirs)) < 2e-6
+    assert set(clipped) == {True, False}
+
+
+def test_without_a_maximum_norm_nothing_is_scaled():
+    ours, theirs = random_model(), random_model()
+    optimizer, plain = Optimizer(ours), torch.optim.AdamW(theirs.parameters(), 1e-2, (0.9, 0.95), 1e-8, 0.0)
+    for step, scale in enumerate((1.0, 100.0)):  # of the second step Adam feels the scale
+        random_gradients(ours, step, scale)
+        random_gradients(theirs, step, scale)
+        optimizer.step(1e-2, max_grad_norm=None)
+        plain.step()
+    assert largest_gap(weights(ours), weights(theirs)) < 2e-6
+
+
+def test_a_step_clears_the_gradients_and_returns_their_norm():
+    model = random_model()
+    random_gradients(model, 0, 1.0)
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    optimizer = Optimizer(model)
+    assert optimizer.step(1e-3) == pytest.approx(expected, rel=1e-5)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    before = weights(model)
+    assert optimizer.step(1e-3) == 0.0
+    assert largest_gap(weights(model), before) == 0
+
+
+def test_tied_weights_are_one_parameter():
+    tied = random_model()
+    optimizer = Optimizer(tied)
+    assert "model.embed_tokens.weight" in optimizer.parameters and "lm_head.weight" not in optimizer.parameters
+    untied = Optimizer(random_model(tie_word_embeddings=False))
+    assert untied.parameters.keys() - optimizer.parameters.keys() == {"lm_head.weight"}
+    learn(tied, optimizer, 2)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+
+
+def test_frozen_parameters_are_left_alone():
+    model = random_model()
+    model.model.norm.weight.requires_grad_(False)
+    before = weights(model)
+    learn(model, Optimizer(model), 2)
+    still = [name for name, after in weights(model).items() if torch.equal(after, before[name])]
+    assert still == ["model.norm.weight"]
+
+
+def test_bfloat16_weights_move_as_far_as_float32_ones_trap_small_updates_round_to_nothing():
+    """At 1e-6 a bfloat16 weight near 0.25 cannot move in one step; its master moves as a float32 weight does."""
+    low, full = random_model(dtype=torch.bfloat16), random_model()
+    full.load_state_dict(low.state_dict())
+    start = weights(full)
+    optimizer = Optimizer(low)
+    learn(low, optimizer, 20, rate=1e-6)
+    learn(full, Optimizer(full), 20, rate=1e-6)
+
+    def displacement(tensors):
+        return torch.cat([(tensors[name].detach() - start[name]).abs().flatten() for name in start]).mean().item()
+
+    assert displacement(optimizer.masters) == pytest.approx(displacement(weights(full)), rel=0.05)
+    assert displacement(weights(full)) > 2e-6
+    assert all(master.dtype == torch.float32 for master in optimizer.masters.values())
+
+
+def test_bfloat16_weights_are_their_masters_rounded_and_get_there_by_small_steps():
+    """Four hundred steps of 1e-5 one way: a weight of 1, with spacing 0.004 below it, moves only by way of its master."""
+    model = random_model(dtype=torch.bfloat16)
+    optimizer = Optimizer(model)
+    norm = model.model.norm.weight
+    assert (norm == 1).all()
+    for step in range(400):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step(1e-5, max_grad_norm=None)
+        if step == 0:
+            assert (norm == 1).all()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, optimizer.masters[name].bfloat16())
+    torch.testing.assert_close(optimizer.masters["model.norm.weight"].detach(), torch.full((16,), 1 - 4e-3), rtol=0, atol=1e-5)
+    assert (norm == 1 - 2**-8).all()
+
+
+def test_float32_weights_have_no_second_copy():
+    model = random_model()
+    optimizer = Optimizer(model)
+    assert all(optimizer.masters[name].data_ptr() == p.data_ptr() for name, p in model.named_parameters())
+    learn(model, optimizer, 1)
+    assert not any(name.endswith("|master") for name, _ in optimizer.state_tensors())
+
+
+@pytest.mark.parametrize("kind", ["adamw8bit", "paged_adamw8bit"])
+@pytest.mark.filterwarnings("ignore:.*aged")
+def test_eight_bit_optimizers_lower_the_loss_on_a_cpu(kind):
+    pytest.importorskip("bitsandbytes")
+    model = random_model(**WIDE)
+    optimizer = Optimizer(model, kind)
+    losses = learn(model, optimizer, 8, rate=1e-2)
+    assert losses[-1] < 0.7 * losses[0]
+    moments = {name: tensor.dtype for name, tensor in optimizer.state_tensors()}
+    assert moments["model.embed_tokens.weight|state1"] == torch.uint8
+    assert moments["model.norm.weight|state1"] == torch.float32  # small tensors stay exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
+def test_a_saved_state_continues_bit_for_bit(kind, dtype, tmp_path):
+    """Through a safetensors file, into a model and an optimizer of another life; without the state, steps differ."""
+    if kind == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    model = random_model(dtype=dtype, **WIDE)
+    optimizer = Optimizer(model, kind, weight_decay=0.1)
+    learn(model, optimizer, 3)
+    save_file({name: tensor.contiguous() for name, tensor in optimizer.state_tensors()}, tmp_path / "state.safetensors")
+    resumed, forgetful = copy.deepcopy(model), copy.deepcopy(model)
+    losses = learn(model, optimizer, 3)
+
+    second = Optimizer(resumed, kind, weight_decay=0.1)
+    second.load_state_tensors(load_file(tmp_path / "state.safetensors"))
+    assert learn(resumed, second, 3) == losses
+    assert largest_gap(weights(resumed), weights(model)) == 0
+    first, again = dict(optimizer.state_tensors()), dict(second.state_tensors())
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) and first[name].dtype == again[name].dtype for name in first)
+
+    learn(forgetful, Optimizer(forgetful, kind, weight_decay=0.1), 3)
+    assert largest_gap(weights(forgetful), weights(model)) > 1e-3
+
+
+def test_an_unknown_kind_is_refused_by_name():
+    with pytest.raises(ValueError, match=f"{', '.join(OPTIMIZERS)}.*'sgd'"):
+        Optimizer(random_model(), "sgd")
+
+
+def test_gradients_of_a_bfloat16_model_are_summed_into_the_norm_in_float32():
+    model = random_model(dtype=torch.bfloat16)
+    random_gradients(model, 0, 1.0)
+    expected = torch.cat([p.grad.double().flatten() for p in model.parameters()]).norm().item()
+    assert Optimizer(model).step(1e-3) == pytest.approx(expected, rel=1e-5)
+    assert all((gradient == 0).all() for gradient in gradients(model).values())

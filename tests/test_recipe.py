@@ -1,0 +1,245 @@
+"""Recipes: what ships loads, what is written wrong is refused by the name of its field, and nothing is lost on the way."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from rl.recipe import RECIPES, GRPOStage, Recipe, RecipeError, SamplingSettings, SFTStage, from_dict, load_recipe, to_dict
+
+NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def write(folder, text: str, name: str = "mine.toml") -> str:
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def refused(folder, text: str) -> str:
+    """The message with which a recipe of this text is refused; it names the file."""
+    path = write(folder, text)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path)
+    assert str(error.value).startswith(path)
+    return str(error.value)
+
+
+def test_the_promised_recipes_are_there():
+    assert {"256", "512", "256-tiny", "512-tiny", "baseline", "smoke"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_loads_and_survives_json(name):
+    loaded_name, recipe = load_recipe(name)
+    assert loaded_name == name
+    again = from_dict(Recipe, json.loads(json.dumps(to_dict(recipe))))
+    assert again == recipe and again.stages == recipe.stages
+    assert all(type(a) is type(b) for a, b in zip(again.stages, recipe.stages, strict=True))
+
+
+def test_256_states_the_papers_numbers():
+    _, recipe = load_recipe("256")
+    assert recipe.sampling.max_new_tokens == 256 and recipe.sampling.temperature == 1.0
+    assert recipe.evaluation.every == 10
+    assert [stage.kind for stage in recipe.stages] == ["grpo", "sft", "grpo"]
+    assert [recipe.stages[0].steps, recipe.stages[2].steps] == [80, 100]
+    assert {(stage.clip_low, stage.clip_high) for stage in recipe.stages if stage.kind == "grpo"} == {(0.25, 0.25)}
+    assert recipe.optimizer.kind == "adamw8bit"
+
+
+def test_512_states_the_papers_numbers():
+    _, recipe = load_recipe("512")
+    assert recipe.sampling.max_new_tokens == 512 and recipe.sampling.temperature == 1.0
+    assert recipe.evaluation.every == 10
+    (stage,) = recipe.stages
+    assert (stage.kind, stage.steps, stage.clip_low, stage.clip_high) == ("grpo", 80, 0.25, 0.25)
+
+
+def test_the_baseline_is_an_evaluation_at_1024_tokens():
+    _, recipe = load_recipe("baseline")
+    assert recipe.sampling.max_new_tokens == 1024 and recipe.stages == ()
+
+
+@pytest.mark.parametrize("name", ["256", "512", "baseline"])
+def test_the_tiny_sibling_keeps_the_stages_of_the_experiment(name):
+    _, recipe = load_recipe(name)
+    sibling_name, sibling = load_recipe(name, variant="tiny")
+    assert sibling_name == f"{name}-tiny" and sibling.model == "tiny"
+    assert sibling.sampling.max_new_tokens == recipe.sampling.max_new_tokens
+    assert [stage.kind for stage in sibling.stages] == [stage.kind for stage in recipe.stages]
+    assert load_recipe("smoke", variant="tiny")[0] == "smoke"  # has no sibling
+
+
+def test_extending_merges_tables_and_replaces_values_and_lists(tmp_path):
+    base = """
+        seed = 1
+        model = "base"
+        [sampling]
+        max_new_tokens = 100
+        temperature = 0.5
+        [[stages]]
+        kind = "grpo"
+        [[stages]]
+        kind = "sft"
+    """
+    write(tmp_path, base, "base.toml")
+    write(tmp_path, 'extends = "base.toml"\nseed = 2\n[sampling]\nmax_new_tokens = 50', "middle.toml")
+    path = write(tmp_path, 'extends = "middle.toml"\n[[stages]]\nkind = "sft"\n[evaluation]\nevery = 3')
+    name, recipe = load_recipe(path)
+    assert (name, recipe.seed, recipe.model, recipe.evaluation.every) == ("mine", 2, "base", 3)
+    assert (recipe.sampling.max_new_tokens, recipe.sampling.temperature) == (50, 0.5)
+    assert [stage.kind for stage in recipe.stages] == ["sft"]
+
+
+def test_shared_tables_fill_the_stages_of_their_kind_and_a_stages_own_fields_come_first(tmp_path):
+    text = """
+        [grpo]
+        learning_rate = 0.5
+        clip_low = 0.1
+        [sft]
+        learning_rate = 0.25
+        [[stages]]
+        kind = "grpo"
+        [[stages]]
+        kind = "sft"
+        [[stages]]
+        kind = "grpo"
+        learning_rate = 0.125
+    """
+    first, second, third = load_recipe(write(tmp_path, text))[1].stages
+    assert (first.learning_rate, second.learning_rate, third.learning_rate) == (0.5, 0.25, 0.125)
+    assert (first.clip_low, third.clip_low) == (0.1, 0.1)
+    assert first.clip_high == GRPOStage().clip_high and second.epochs == SFTStage().epochs
+
+
+@pytest.mark.parametrize(
+    "text, field",
+    [
+        ("stepps = 3", "stepps"),
+        ("[sampling]\nmax_tokens = 3", "sampling.max_tokens"),
+        ("[generator]\nmaximum = 3", "generator.maximum"),
+        ('[[stages]]\nkind = "grpo"\n[[stages]]\nkind = "sft"\nsteps = 3', "stages.1.steps"),
+        ('[grpo]\nepochs = 3\n[[stages]]\nkind = "grpo"', "grpo.epochs"),
+        ("stages = []\n[sft]\nsteps = 3", "sft.steps"),
+    ],
+)
+def test_an_unknown_field_is_refused_by_name(tmp_path, text, field):
+    assert f"unknown field {field}" in refused(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "text, field",
+    [
+        ('seed = "1"', "seed"),
+        ("seed = 1.0", "seed"),
+        ("seed = true", "seed"),
+        ("model = 3", "model"),
+        ("sampling = 3", "sampling"),
+        ("[sampling]\nthinking = 1", "sampling.thinking"),
+        ('[sampling]\ntemperature = "hot"', "sampling.temperature"),
+        ("[sampling]\ntop_k = 2.5", "sampling.top_k"),
+        ("[sampling]\ntop_p = true", "sampling.top_p"),
+        ('[[stages]]\nkind = "grpo"\nlearning_rate = [1]', "stages.0.learning_rate"),
+        ('[[stages]]\nkind = "sft"\ntraces = 1', "stages.0.traces"),
+        ('[stages]\nkind = "grpo"', "stages"),
+        ("stages = 3", "stages"),
+        ("stages = [1]", "stages"),
+        ('[[stages]]\nkind = ["grpo"]', "stages.0.kind"),
+        ('grpo = 3\n[[stages]]\nkind = "grpo"', "grpo"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_by_its_fields_name(tmp_path, text, field):
+    assert field in refused(tmp_path, text)
+
+
+def stage(kind: str, text: str) -> str:
+    return f'[[stages]]\nkind = "{kind}"\n{text}'
+
+
+@pytest.mark.parametrize(
+    "text, field",
+    [
+        ('dtype = "float16"', "dtype"),
+        ("checkpoint_every = 0", "checkpoint_every"),
+        ("keep_checkpoints = 0", "keep_checkpoints"),
+        ("seed = -1", "seed"),
+        ("[sampling]\ntop_k = 0", "sampling.top_k"),
+        ("[sampling]\ntop_p = 0.0", "sampling.top_p"),
+        ("[sampling]\ntop_p = 1.5", "sampling.top_p"),
+        ("[optimizer]\nweight_decay = -0.1", "optimizer.weight_decay"),
+        ("[sampling]\nmax_new_tokens = 0", "sampling.max_new_tokens"),
+        ("[sampling]\nbatch_rows = 0", "sampling.batch_rows"),
+        ("[sampling]\ntemperature = -0.1", "sampling.temperature"),
+        ("[sampling]\ntemperature = nan", "sampling.temperature"),
+        ("[evaluation]\nevery = 0", "evaluation.every"),
+        ("[evaluation]\nproblems = 0", "evaluation.problems"),
+        ('[optimizer]\nkind = "sgd"', "optimizer.kind"),
+        ("[optimizer]\nmax_grad_norm = 0.0", "optimizer.max_grad_norm"),
+        ("[optimizer]\nmicro_batch_tokens = 0", "optimizer.micro_batch_tokens"),
+        ("[generator]\nmin_number = 9\nmax_number = 3", "generator"),
+        ("[generator]\nfour_number_share = 1.5", "four_number_share"),
+        ('[[stages]]\nkind = "ppo"', "stages.0.kind"),
+        ("[[stages]]\nsteps = 3", "stages.0.kind"),
+        *[(stage("grpo", f"{name} = 0"), f"stages.0.{name}")
+          for name in ("steps", "prompts_per_step", "samples_per_prompt", "updates_per_step", "learning_rate")],
+        *[(stage("sft", f"{name} = 0"), f"stages.0.{name}")
+          for name in ("epochs", "batch_size", "max_traces", "traces_per_problem", "learning_rate")],
+        (stage("grpo", "learning_rate = nan"), "stages.0.learning_rate"),
+        (stage("grpo", "clip_low = 1.0"), "stages.0.clip_low"),
+        (stage("grpo", "clip_low = -0.1"), "stages.0.clip_low"),
+        (stage("grpo", "clip_high = -0.1"), "stages.0.clip_high"),
+        (stage("grpo", "kl_coef = -0.1"), "stages.0.kl_coef"),
+        (stage("grpo", 'aggregation = "mean"'), "stages.0.aggregation"),
+        (stage("grpo", "prompts_per_step = 2\nupdates_per_step = 3"), "stages.0.updates_per_step"),
+        ("[sampling]\ntemperature = 0.0\n" + stage("grpo", ""), "sampling.temperature"),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_refused_by_its_fields_name(tmp_path, text, field):
+    assert field in refused(tmp_path, text)
+
+
+@pytest.mark.parametrize("sampling", [{"top_k": 20}, {"top_p": 0.95}])
+def test_training_refuses_top_k_and_top_p_trap_scored_under_another_distribution(sampling):
+    with pytest.raises(RecipeError, match="top_k and sampling.top_p"):
+        Recipe(sampling=SamplingSettings(**sampling), stages=(GRPOStage(),))
+    Recipe(sampling=SamplingSettings(**sampling), stages=(SFTStage(traces="mine.jsonl"),))
+    Recipe(sampling=SamplingSettings(**sampling))
+
+
+def test_overrides_are_checked_like_a_recipes_own_values():
+    _, recipe = load_recipe("256")
+    with pytest.raises(RecipeError, match="sampling.max_new_tokens must be at least 1, not 0"):
+        replace(recipe, sampling=replace(recipe.sampling, max_new_tokens=0))
+
+
+def test_a_missing_recipe_names_those_there_are():
+    with pytest.raises(RecipeError, match="no-such.*256-tiny.*smoke"):
+        load_recipe("no-such")
+
+
+@pytest.mark.parametrize("text", ["seed = ", "\ufffe", '[[stages]]\nkind = "grpo"\n[stages]'])
+def test_a_file_that_is_not_toml_is_refused_by_name(tmp_path, text):
+    refused(tmp_path, text)
+
+
+def test_bytes_and_folders_are_refused_by_name(tmp_path):
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+    (tmp_path / "folder.toml").mkdir()
+    for name in ("bytes.toml", "folder.toml"):
+        with pytest.raises(RecipeError, match=name):
+            load_recipe(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("base", ["mine.toml", "./mine.toml", "other.toml", "missing.toml", "../missing.toml", ""])
+def test_extending_oneself_in_a_circle_or_nothing_is_refused(tmp_path, base):
+    write(tmp_path, 'extends = "mine.toml"', "other.toml")
+    path = write(tmp_path, f'extends = "{base}"')
+    with pytest.raises(RecipeError, match="extends itself" if base and "missing" not in base else "missing|toml|directory"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("values", [[], None, 3, {"stages": 5}, {"stages": [1]}, {"stages": None}, {"stages": {}}])
+def test_a_damaged_saved_recipe_is_refused_and_no_traceback(values):
+    with pytest.raises(RecipeError):
+        from_dict(Recipe, values)
+

@@ -1,0 +1,150 @@
+"""Curated traces: who is chosen, what is refused, and a file that reads back as it was written."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data import DataError, Problem
+from data.traces import Trace, curate, latin_only, load_traces, save_traces
+
+PROBLEM = Problem((79, 60, 17), 36)
+OTHER = Problem((1, 2, 3), 6)
+
+
+def always(completion: str, problem: Problem) -> bool:
+    return True
+
+
+def chosen(traces, per_problem=9, limit=99) -> list[str]:
+    return [trace.completion for trace in curate(traces, per_problem, limit)]
+
+
+def test_each_problem_gives_at_most_its_share_the_shortest_first():
+    traces = [Trace(PROBLEM, "x" * length) for length in (5, 3, 4, 6)] + [Trace(OTHER, "y" * 9)]
+    assert sorted(chosen(traces, per_problem=2)) == ["x" * 3, "x" * 4, "y" * 9]
+
+
+def test_numbers_in_another_order_are_the_same_problem():
+    orders = [(79, 60, 17), (17, 60, 79), (60, 79, 17)]
+    traces = [Trace(Problem(numbers, 36), "x" * (place + 1)) for place, numbers in enumerate(orders)]
+    assert chosen(traces, per_problem=1) == ["x"]
+    assert len(chosen([*traces, Trace(Problem((17, 60, 79), 37), "x")], per_problem=1)) == 2
+
+
+def test_repeats_of_a_completion_count_once():
+    traces = [Trace(PROBLEM, "x", step) for step in (1, 2, 3)] + [Trace(PROBLEM, "xy", 1)]
+    assert chosen(traces, per_problem=2) == ["x", "xy"]
+    assert len(chosen([Trace(PROBLEM, "x"), Trace(OTHER, "x")], per_problem=1)) == 2
+
+
+def test_later_steps_come_first_when_there_are_too_many():
+    traces = [Trace(Problem((1, 2, step), 9), f"step {step}", step) for step in (3, 1, 5, 2, 4)]
+    assert chosen(traces, limit=3) == ["step 5", "step 4", "step 3"]
+    assert chosen(traces) == ["step 5", "step 4", "step 3", "step 2", "step 1"]
+
+
+def test_traces_in_another_script_are_not_chosen():
+    assert chosen([Trace(PROBLEM, "so 79-60+17"), Trace(PROBLEM, "所以 79-60+17"), Trace(PROBLEM, "ດັ່ງນັ້ນ")]) == ["so 79-60+17"]
+
+
+@pytest.mark.parametrize("text", ["ດັ່ງນັ້ນ", "所以", "Итак", "άρα", "لذا", "したがって", "그래서", "तो", "so it is с"])
+def test_letters_outside_the_latin_script_are_found(text):
+    assert not latin_only(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "plain words", "Zoë, naïve, Đặng, ŁÓDŹ", "79 - 60 + 17 = 36", "\n\t </think>", "→ × ÷ ≠ ✓ √2", "😀👍🏽", "٣", "¿«»…—"],
+)
+def test_digits_symbols_and_accents_are_fine(text):
+    assert latin_only(text)
+
+
+# The last characters end a line for str.splitlines, though not for JSON.
+LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
+LATIN = st.text(st.characters(exclude_categories=["Cs"]).filter(latin_only) | st.sampled_from(LINE_ENDS + '\t"\\'))
+
+
+@given(st.lists(st.builds(Trace, st.sampled_from([PROBLEM, OTHER]), LATIN, st.integers(0, 99)), min_size=1, max_size=4))
+def test_traces_read_back_as_they_were_written(tmp_path_factory, traces):
+    path = tmp_path_factory.mktemp("traces") / "traces.jsonl"
+    save_traces(path, traces)
+    assert load_traces(path, always) == traces
+
+
+def test_the_file_is_a_json_object_a_line(tmp_path):
+    save_traces(tmp_path / "traces.jsonl", [Trace(PROBLEM, "a → b\n", 7), Trace(OTHER, "c")])
+    lines = (tmp_path / "traces.jsonl").read_text(encoding="utf-8").splitlines()
+    assert "→" in lines[0]
+    assert [json.loads(line) for line in lines] == [
+        {"numbers": [79, 60, 17], "target": 36, "step": 7, "completion": "a → b\n"},
+        {"numbers": [1, 2, 3], "target": 6, "step": 0, "completion": "c"},
+    ]
+
+
+def load(tmp_path, *lines: str, is_correct=always):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return load_traces(path, is_correct)
+
+
+GOOD = '{"numbers": [79, 60, 17], "target": 36, "completion": "79-60+17"}'
+
+
+def test_steps_and_blank_lines_are_optional(tmp_path):
+    assert load(tmp_path, GOOD, "", "  ", GOOD) == [Trace(PROBLEM, "79-60+17")] * 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "not json",
+        "[]",
+        "3",
+        "null",
+        '"text"',
+        "{}",
+        '{"numbers": [79, 60, 17], "target": 36}',
+        '{"numbers": [79, 60, 17], "completion": "x"}',
+        '{"numbers": "79", "target": 36, "completion": "x"}',
+        '{"numbers": [79.0, 60, 17], "target": 36, "completion": "x"}',
+        '{"numbers": [79], "target": 36, "completion": "x"}',
+        '{"numbers": [79, 60, 17], "target": -1, "completion": "x"}',
+        '{"numbers": [79, 60, 17], "target": 36, "completion": 3}',
+        '{"numbers": [79, 60, 17], "target": 36, "completion": "x", "step": "1"}',
+        GOOD[:-5],
+    ],
+)
+def test_a_malformed_line_is_refused_by_its_number(tmp_path, line):
+    with pytest.raises(DataError, match=r"mine\.jsonl:3: not a trace"):
+        load(tmp_path, GOOD, "", line, GOOD)
+
+
+def test_a_wrong_trace_is_refused_by_its_number_though_the_file_calls_it_correct(tmp_path):
+    wrong = '{"numbers": [79, 60, 17], "target": 36, "completion": "79-60", "outcome": "correct"}'
+    asked = []
+
+    def is_correct(completion, problem):
+        asked.append((completion, problem))
+        return completion == "79-60+17"
+
+    with pytest.raises(DataError, match=r"mine\.jsonl:2: does not solve \(79, 60, 17\) -> 36"):
+        load(tmp_path, GOOD, wrong, is_correct=is_correct)
+    assert asked == [("79-60+17", PROBLEM), ("79-60", PROBLEM)]
+
+
+def test_another_script_is_refused_by_its_number(tmp_path):
+    with pytest.raises(DataError, match=r"mine\.jsonl:2: letters outside the Latin script"):
+        load(tmp_path, GOOD, GOOD.replace("79-60+17", "所以"))
+
+
+def test_an_empty_file_and_no_file_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"mine\.jsonl: no traces"):
+        load(tmp_path, "", " ")
+    with pytest.raises(DataError, match="nowhere.*cannot be read"):
+        load_traces(tmp_path / "nowhere.jsonl", always)
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="bytes.*cannot be read"):
+        load_traces(tmp_path / "bytes.jsonl", always)

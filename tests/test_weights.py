@@ -1,0 +1,338 @@
+"""Checkpoints: what we save transformers loads, what transformers saves we load, and a broken folder is named."""
+
+import json
+import os
+import pickle
+import shutil
+
+import huggingface_hub
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from reference import TINY, copy_tokenizer, random_ids, reference_model, same_weights
+
+from model import ModelError, Qwen3, Qwen3Config, Tokenizer, load_model, save_model
+
+HEAD, EMBEDDING, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"
+INDEX = "model.safetensors.index.json"
+IDS = random_ids(2, 15, high=290)
+
+
+def make_reference(tied: bool, seed: int = 0) -> transformers.Qwen3ForCausalLM:
+    return reference_model(seed, vocab_size=290, hidden_size=20, intermediate_size=28, tie_word_embeddings=tied)
+
+
+@torch.no_grad()
+def logits_of_folder(folder) -> torch.Tensor:
+    """What transformers makes of a folder."""
+    model = transformers.Qwen3ForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    )
+    return model(IDS).logits
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A complete untied checkpoint as transformers writes it, in one file."""
+    copy_tokenizer(tmp_path / "checkpoint")
+    make_reference(tied=False).save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def edit_json(path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder, edit) -> None:
+    path = folder / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    edit(weights)
+    safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+
+
+def refusal(source, **options) -> str:
+    """The one-line message with which `load_model` refuses `source`."""
+    with pytest.raises(ModelError) as error:
+        load_model(source, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# To transformers and back
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_what_we_save_gives_the_same_logits_in_transformers_and_in_our_own_loader(tied, tmp_path):
+    model = same_weights(make_reference(tied))
+    save_model(tmp_path / "a" / "b", model, Tokenizer(TINY))
+    torch.testing.assert_close(logits_of_folder(tmp_path / "a" / "b"), model(IDS), rtol=0, atol=1e-4)
+    again, tokenizer = load_model(tmp_path / "a" / "b")
+    assert torch.equal(again(IDS), model(IDS))
+    assert again.config == model.config
+    stored = safetensors.torch.load_file(tmp_path / "a" / "b" / "model.safetensors")
+    assert (HEAD in stored) == (not tied)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "a" / "b")
+    assert theirs.encode("12 + é = ?<|im_end|>") == tokenizer.encode("12 + é = ?<|im_end|>")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shards", [1, 2])
+@torch.no_grad()
+def test_what_transformers_saves_gives_the_same_logits_here(tied, shards, tmp_path):
+    reference = make_reference(tied)
+    reference.save_pretrained(tmp_path, max_shard_size="5GB" if shards == 1 else "40KB")
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (tmp_path / INDEX).exists() == (shards > 1)
+    model, _ = load_model(copy_tokenizer(tmp_path))
+    torch.testing.assert_close(model(IDS), reference(IDS).logits, rtol=0, atol=1e-4)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert sum(parameter.numel() for parameter in model.parameters()) == model.config.num_parameters()
+
+
+@torch.no_grad()
+def test_a_tied_checkpoint_loads_with_and_without_its_copy_of_the_head(tmp_path):
+    reference = make_reference(tied=True)
+    reference.save_pretrained(copy_tokenizer(tmp_path))
+    without, _ = load_model(tmp_path)
+    edit_weights(tmp_path, lambda weights: weights.update({HEAD: weights[EMBEDDING].clone()}))
+    with_copy, _ = load_model(tmp_path)
+    assert torch.equal(without(IDS), with_copy(IDS))
+    torch.testing.assert_close(with_copy(IDS), reference(IDS).logits, rtol=0, atol=1e-4)
+    assert with_copy.lm_head.weight is with_copy.model.embed_tokens.weight
+
+
+@torch.no_grad()
+def test_saving_over_the_folder_a_model_came_from_keeps_it(folder):
+    before, tokenizer = load_model(folder)
+    expected = before(IDS)
+    save_model(folder, before, tokenizer)
+    assert torch.equal(load_model(folder)[0](IDS), expected)
+    assert torch.equal(before(IDS), expected)
+
+
+def test_a_loaded_model_knows_how_many_ids_have_a_text_and_the_loader_checks_that_they_fit(folder):
+    model, tokenizer = load_model(folder)
+    assert (model.num_tokens, len(tokenizer), model.config.vocab_size) == (270, 270, 290)
+    small = reference_model(vocab_size=269, hidden_size=20)
+    small.save_pretrained(folder)
+    assert refusal(folder) == f"{folder}: 270 tokens but only 269 embedding rows"
+
+
+def test_the_embedded_model_loads_by_its_name():
+    model, tokenizer = load_model("tiny")
+    assert model.num_tokens == len(tokenizer)
+    assert sum(parameter.numel() for parameter in model.parameters()) == model.config.num_parameters()
+
+
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
+def test_weights_keep_the_dtype_that_the_config_names_unless_told_otherwise(field, folder):
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("dtype")
+    (folder / "config.json").write_text(json.dumps(config | {field: "bfloat16"}))
+    exact, _ = load_model(folder, dtype=torch.float32)
+    half, tokenizer = load_model(folder)
+    assert {parameter.dtype for parameter in exact.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    for name, weight in half.named_parameters():
+        assert torch.equal(weight, exact.get_parameter(name).to(torch.bfloat16)), name
+    save_model(folder / "copy", half, tokenizer)
+    written = json.loads((folder / "copy" / "config.json").read_text())
+    assert written["torch_dtype"] == "bfloat16"
+    assert load_model(folder / "copy")[0].dtype == torch.bfloat16
+    assert transformers.AutoModelForCausalLM.from_pretrained(folder / "copy", dtype="auto").dtype == torch.bfloat16
+
+
+# Broken folders
+
+
+def test_a_missing_weight_is_named(folder):
+    edit_weights(folder, lambda weights: weights.pop(NORM))
+    assert refusal(folder) == f"{folder}: weight {NORM} missing"
+    edit_weights(folder, lambda weights: weights.pop("model.layers.0.mlp.up_proj.weight"))
+    assert refusal(folder) == f"{folder}: weight model.layers.0.mlp.up_proj.weight and 1 more missing"
+
+
+def test_an_untied_checkpoint_without_its_head_is_refused(folder):
+    edit_weights(folder, lambda weights: weights.pop(HEAD))
+    assert refusal(folder) == f"{folder}: weight {HEAD} missing"
+
+
+def test_an_unexpected_weight_is_named(folder):
+    name = "model.layers.0.self_attn.q_proj.bias"
+    edit_weights(folder, lambda weights: weights.update({name: torch.zeros(96)}))
+    assert refusal(folder) == f"{folder / 'model.safetensors'}: unexpected weight {name}"
+
+
+@pytest.mark.parametrize(
+    "name", [EMBEDDING, HEAD, NORM, "model.layers.1.self_attn.k_proj.weight", "model.layers.0.self_attn.q_norm.weight"]
+)
+def test_a_weight_of_another_shape_is_named_with_both_shapes(name, folder):
+    def drop_a_row(weights):
+        weights[name] = weights[name][1:].clone()
+
+    shape = list(safetensors.torch.load_file(folder / "model.safetensors")[name].shape)
+    edit_weights(folder, drop_a_row)
+    message = refusal(folder)
+    assert message.startswith(f"{folder / 'model.safetensors'}: {name} is {[shape[0] - 1, *shape[1:]]}")
+    assert message.endswith(str(shape))
+
+
+def test_a_transposed_weight_is_refused_even_though_its_size_is_right(folder):
+    name = "model.layers.0.mlp.gate_proj.weight"
+    edit_weights(folder, lambda weights: weights.update({name: weights[name].T.contiguous()}))
+    assert f"{folder / 'model.safetensors'}: {name} is [20, 28]" in refusal(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1, -1000])
+def test_a_truncated_weight_file_is_named(kept, folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    assert str(path) in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+def test_a_missing_file_is_named(name, folder):
+    (folder / name).unlink()
+    assert refusal(folder) == f"{folder}: no {name}"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe{}", b"[" * 100_000], ids=lambda b: str(b[:5]))
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_broken_json_file_is_named(name, content, folder):
+    (folder / name).write_bytes(content)
+    message = refusal(folder)
+    assert str(folder) in message
+    assert name in message or (name != "config.json" and "tokenizer files" in message)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vocab_size": 0},
+        {"vocab_size": None},
+        {"model_type": "llama"},
+        {"rope_parameters": 3},
+        {"dtype": "int8"},
+        {"dtype": "float33"},
+        {"dtype": ["float32"]},
+        {"dtype": 32},
+    ],
+    ids=str,
+)
+def test_an_unusable_value_in_the_config_is_named_with_its_file(change, folder):
+    edit_json(folder / "config.json", **change)
+    message = refusal(folder)
+    assert str(folder) in message
+    assert next(iter(change)) in message or str(change["dtype"]) in message
+
+
+@pytest.mark.parametrize("name", ["../evil", "../evil.safetensors", "..", "/evil.safetensors", "", "sub/x.safetensors"])
+def test_an_index_cannot_reach_outside_its_folder(name, folder, tmp_path):
+    shutil.copy(folder / "model.safetensors", tmp_path / "evil.safetensors")
+    shutil.copy(folder / "model.safetensors", tmp_path / "evil")
+    (folder / "sub").mkdir()
+    shutil.copy(folder / "model.safetensors", folder / "sub" / "x.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {NORM: name}}))
+    assert str(folder) in refusal(folder)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": [1]}, {"weight_map": {NORM: 3}}, []], ids=str)
+def test_an_index_without_a_usable_map_is_named(index, folder):
+    (folder / INDEX).write_text(json.dumps(index))
+    assert str(folder) in refusal(folder)
+
+
+def test_a_missing_shard_is_named(folder):
+    make_reference(tied=False).save_pretrained(folder, max_shard_size="40KB")
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    assert refusal(folder) == f"{folder}: no {shard.name}"
+
+
+class Bomb:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_no_pickle_is_ever_read(folder, tmp_path):
+    bomb = pickle.dumps(Bomb(tmp_path / "exploded"))
+    (folder / "pytorch_model.bin").write_bytes(bomb)
+    (folder / "model.safetensors").unlink()
+    assert refusal(folder) == f"{folder}: no model.safetensors"
+    (folder / INDEX).write_text(json.dumps({"weight_map": {NORM: "pytorch_model.bin"}}))
+    assert str(folder / "pytorch_model.bin") in refusal(folder)
+    (folder / INDEX).unlink()
+    (folder / "model.safetensors").write_bytes(bomb)
+    assert str(folder / "model.safetensors") in refusal(folder)
+    assert not (tmp_path / "exploded").exists()
+    pickle.loads(bomb)  # the bomb is live
+    assert (tmp_path / "exploded").exists()
+
+
+# The hub
+
+
+def test_a_hub_id_is_fetched_at_its_revision_without_pickles(folder, monkeypatch):
+    calls = []
+
+    def fetch(repo_id, **options):
+        calls.append((repo_id, options))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    model, _ = load_model("Qwen/Qwen3-0.6B", revision="abc123")
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS), logits_of_folder(folder), rtol=0, atol=1e-4)
+    load_model("Qwen/Qwen3-0.6B")
+    assert [(repo_id, options["revision"]) for repo_id, options in calls] == [
+        ("Qwen/Qwen3-0.6B", "abc123"),
+        ("Qwen/Qwen3-0.6B", None),
+    ]
+    assert all(set(options["allow_patterns"]) <= {"*.safetensors", "*.json"} for _, options in calls)
+
+
+@pytest.mark.parametrize("error", [OSError("no network\nhint\nhint"), RuntimeError(), ValueError("gated")], ids=repr)
+def test_a_failed_download_is_one_line_that_says_what_to_do(error, monkeypatch):
+    def fetch(repo_id, **options):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    message = refusal("Qwen/Qwen3-0.6B", revision="v2")
+    assert message.startswith("Qwen/Qwen3-0.6B at revision v2 ")
+    assert str(error).split("\n")[0] in message
+    assert "tiny" in message
+
+
+@pytest.mark.parametrize("source", ["nowhere", "./no/where", "../nowhere", "/nowhere", "a/b/c", "~/nowhere-at-all"])
+def test_what_cannot_be_a_hub_id_is_never_asked_of_the_hub(source, monkeypatch, tmp_path):
+    def fetch(*arguments, **options):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert f"no such model folder: {source}" in refusal(source)
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused(folder):
+    assert "is a file" in refusal(folder / "model.safetensors")
+
+
+def test_a_model_built_here_saves_and_loads_with_every_bit(tmp_path):
+    config = Qwen3Config(
+        vocab_size=271, hidden_size=6, intermediate_size=10, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4, rms_norm_eps=1e-5, rope_theta=777.0, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = Qwen3(config).init_weights(seed=3)
+    save_model(tmp_path, model, Tokenizer(TINY))
+    again, _ = load_model(tmp_path)
+    assert again.config == config
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight), name

@@ -9,9 +9,12 @@ operators and is right as arithmetic, and none makes the target:
     </think>
     <answer>(12-3)*7</answer>
 
-Half of the documents put an attempt, wrong as it is, into an answer block; the others go on until they are cut off. A
-model of such documents can calculate and has met the format, but has never seen a solution: aiming at the target and
-stopping when it is hit are left for GRPO to find.
+Half of the documents answer like this, with their last attempt, wrong as it is; the other half put the answer block
+before the `</think>`. A model of such documents can calculate, keeps the format half the time and has never seen a
+solution: aiming at the target, and stopping when it is hit, are left for GRPO to find.
+
+Two earlier kinds of document taught GRPO the wrong thing first. Where half of them gave up or ran on without an answer,
+answering after any attempt at all was the fastest way to more reward, and completions shrank to two attempts.
 """
 
 import random
@@ -19,10 +22,9 @@ from dataclasses import dataclass
 
 from data.countdown import Problem, ProblemSettings
 
-ANSWER_SHARE = 0.5
-MOST_BEFORE_ANSWER = 12
-UNANSWERED_ATTEMPTS = 16  # more than fit into 256 tokens
-LARGEST_RESULT = 400
+MAX_ATTEMPTS = 12
+WELL_FORMED_SHARE = 0.5
+LARGEST_RESULT = 200
 VERDICTS = (" too low\n", " too high\n")
 
 
@@ -61,24 +63,24 @@ def random_step(left: int, right: int, rng: random.Random) -> tuple[str, int]:
 
 
 def attempts_document(problem: Problem, rng: random.Random) -> str:
-    """The text that follows the prompt of `problem`, from inside the open `<think>` on.
+    """The text that follows the prompt of `problem`, from inside the open `<think>` to the end of the turn.
 
     Attempts differ from one another, and none of them reaches the target.
     """
-    answers = rng.random() < ANSWER_SHARE
-    wanted = rng.randint(1, MOST_BEFORE_ANSWER) if answers else UNANSWERED_ATTEMPTS
+    wanted = rng.randint(1, MAX_ATTEMPTS)
     attempts: dict[str, Attempt] = {}
-    for _ in range(4 * wanted):
+    for _ in range(100):  # small numbers may not have so many different ones
         attempt = random_attempt(problem.numbers, rng)
         if attempt.value != problem.target:
             attempts.setdefault(attempt.steps, attempt)
         if len(attempts) == wanted:
             break
-    tried = list(attempts.values())
-    lines = [attempt.steps + VERDICTS[attempt.value > problem.target] for attempt in tried]
-    if answers and tried:
-        lines[-1] = f"{tried[-1].steps}\n</think>\n<answer>{tried[-1].expression}</answer><|im_end|>"
-    return "".join(lines)
+    *missed, last = attempts.values()
+    *missed, last = attempts.values()
+    lines = [attempt.steps + VERDICTS[attempt.value > problem.target] for attempt in missed]
+    answer = f"<answer>{last.expression}</answer>"
+    end = f"</think>\n{answer}" if rng.random() < WELL_FORMED_SHARE else f"{answer}\n</think>"
+    return f"{''.join(lines)}{last.steps}\n{end}<|im_end|>"
 
 
 def random_problem(rng: random.Random, settings: ProblemSettings) -> Problem:

@@ -60,7 +60,7 @@ def load_traces(path: str | Path, is_correct: Callable[[str, Problem], bool]) ->
         DataError: no such file, no rows, or a row that is malformed, not Latin or not correct; it names the line.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines would also cut at U+2028 in a text
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     traces = []

@@ -38,7 +38,7 @@ class Qwen3Config:
                 raise ModelError(f"config: {name} must be a positive integer, not {value!r}")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
                 raise ModelError(f"config: {name} must be a positive number, not {value!r}")
         if not isinstance(self.tie_word_embeddings, bool):
             raise ModelError(f"config: tie_word_embeddings must be true or false, not {self.tie_word_embeddings!r}")
@@ -64,14 +64,16 @@ class Qwen3Config:
             raise ModelError(f"config: expected a JSON object, not {type(hf).__name__}")
         if hf.get("model_type") != "qwen3":
             raise ModelError(f"config: model_type is {hf.get('model_type')!r}; only dense 'qwen3' models are supported")
-        rope = dict(hf.get("rope_parameters") or {})
-        layer_types = hf.get("layer_types") or []
+        rope, layer_types = hf.get("rope_parameters") or {}, hf.get("layer_types") or []
+        for name, value, kind in (("rope_parameters", rope, dict), ("layer_types", layer_types, list)):
+            if not isinstance(value, kind):
+                raise ModelError(f"config: {name} = {value!r} is not supported")
         unsupported = {
             "attention_bias": hf.get("attention_bias", False) is not False,
             "hidden_act": hf.get("hidden_act", "silu") != "silu",
             "use_sliding_window": hf.get("use_sliding_window", False) is not False,
             "rope_scaling": hf.get("rope_scaling") is not None,
-            "rope_parameters": rope.get("rope_type", "default") != "default",
+            "rope_parameters": rope.get("rope_type", rope.get("type", "default")) != "default",
             "layer_types": any(kind != "full_attention" for kind in layer_types),
         }
         for name, refused in unsupported.items():
@@ -83,8 +85,9 @@ class Qwen3Config:
         missing = [f.name for f in dataclass_fields(cls) if f.default is MISSING and f.name not in fields]
         if missing:
             raise ModelError(f"config: missing {', '.join(missing)}")
-        # transformers' own default is untied; every published config.json states it.
+        # transformers' own defaults, which are not Qwen3's; every published config.json states both.
         fields.setdefault("tie_word_embeddings", False)
+        fields.setdefault("rope_theta", 1e4)
         return cls(**fields)
 
     def to_hf(self, dtype: str, eos_token_id: int | None = None) -> dict:

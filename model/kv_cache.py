@@ -52,7 +52,7 @@ class KVCache:
 
     def advance(self, time: int) -> None:
         """Count the `time` tokens that every layer has stored by now."""
-        self.lengths += time
+        self.lengths = self.lengths + time  # not +=: set_lengths may have been given the caller's own tensor
         self.longest += time
 
     def set_lengths(self, lengths: Tensor) -> None:

@@ -137,10 +137,9 @@ def sample(
         sampled = logprobs.argmax(-1)
     else:
         cumulative = truncate(logprobs, top_k, top_p).exp().cumsum(-1)
-        total = cumulative[:, -1:]
-        # Rounding may lift u * total to total itself, past the last token; keep the threshold below it.
-        threshold = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-        sampled = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=num_tokens - 1)
+        # u is at most 1 - 2^-24, which keeps u * total below total in float32: the search always ends on a token.
+        threshold = uniforms[:, None] * cumulative[:, -1:]
+        sampled = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
     return sampled, logprobs.gather(-1, sampled[:, None])[:, 0]
 
 

@@ -31,11 +31,13 @@ class Tokenizer:
             config = json.loads(self.files["tokenizer_config.json"])
             generation = json.loads(self.files.get("generation_config.json", b"{}"))
             self.backend = tokenizers.Tokenizer.from_buffer(self.files["tokenizer.json"])
+            self._add_missing_tokens(config.get("added_tokens_decoder", {}), folder)
+            stops = generation.get("eos_token_id")
+            stops = set(stops if isinstance(stops, list) else [] if stops is None else [stops])
+        except ModelError:
+            raise
         except Exception as error:  # the backend raises bare Exception for a malformed file
             raise ModelError(f"{folder}: unreadable tokenizer files: {error}") from error
-        self._add_missing_tokens(config.get("added_tokens_decoder", {}), folder)
-        stops = generation.get("eos_token_id", [])
-        stops = set(stops if isinstance(stops, list) else [stops])
         for token in ("<|im_end|>", "<|endoftext|>"):
             if self.backend.token_to_id(token) is None:
                 raise ModelError(f"{folder}: the tokenizer has no {token}, so it is not a Qwen3 chat tokenizer")

@@ -31,9 +31,12 @@ def load_model(
     """
     folder = resolve_source(source, revision)
     hf_config = read_json(folder / "config.json")
-    config = Qwen3Config.from_hf(hf_config)
-    if dtype is None:
-        dtype = parse_dtype(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
+    try:
+        config = Qwen3Config.from_hf(hf_config)
+        if dtype is None:
+            dtype = parse_dtype(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
+    except ModelError as error:
+        raise ModelError(f"{folder / 'config.json'}: {error}") from error
     tokenizer = Tokenizer(folder)
     if len(tokenizer) > config.vocab_size:
         raise ModelError(f"{folder}: {len(tokenizer)} tokens but only {config.vocab_size} embedding rows")
@@ -93,21 +96,23 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
 def read_state(folder: Path, model: Qwen3, device, dtype: torch.dtype) -> dict[str, Tensor]:
     """All of `model`'s weights from `folder`, single or sharded, with exactly the right names and shapes.
 
-    A tied checkpoint may or may not store a copy of the output head (Qwen3-1.7B does, its Base does not); a copy is
-    read past. Anything else missing, unexpected or misshapen is refused.
+    A tied checkpoint may or may not store a copy of the output head (Qwen3-1.7B does, its Base does not), which has to
+    be a true copy. Anything else missing, unexpected or misshapen is refused.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = model.config.tie_word_embeddings
     state: dict[str, Tensor] = {}
+    head_copy = None
     for path in weight_files(folder):
         try:
             with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
                 for name in file.keys():
                     if name not in expected:
                         raise ModelError(f"{path}: unexpected weight {name}")
-                    if tied and name == HEAD:
-                        continue
                     tensor = file.get_tensor(name)
+                    if tied and name == HEAD:
+                        head_copy = tensor.to(dtype)
+                        continue
                     if tuple(tensor.shape) != expected[name]:
                         raise ModelError(f"{path}: {name} is {list(tensor.shape)}, config.json says {list(expected[name])}")
                     state[name] = tensor.to(dtype)
@@ -117,6 +122,8 @@ def read_state(folder: Path, model: Qwen3, device, dtype: torch.dtype) -> dict[s
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(f"{folder}: weight {missing[0]}{more} missing")
+    if head_copy is not None and not torch.equal(head_copy, state[EMBEDDING]):
+        raise ModelError(f"{folder}: {HEAD} differs from {EMBEDDING}, though config.json ties them")
     return state
 
 
@@ -146,7 +153,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path.parent}: no {path.name}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path}: expected a JSON object, not {type(content).__name__}")
@@ -156,6 +163,6 @@ def read_json(path: Path) -> dict:
 def parse_dtype(name: str) -> torch.dtype:
     """ "bfloat16" -> torch.bfloat16, for the dtypes that this project computes in."""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-    if name not in dtypes:
+    if not isinstance(name, str) or name not in dtypes:
         raise ModelError(f"dtype {name!r} is not one of {', '.join(dtypes)}")
     return dtypes[name]

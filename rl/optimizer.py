@@ -27,7 +27,7 @@ class Optimizer:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {kind!r}")
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters: dict[str, Tensor] = {}
-        self.moved_share: float | None = None
+        self.moved_share = None if all(p.dtype == torch.float32 for p in self.parameters.values()) else 0.0
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         for name, parameter in self.parameters.items():
             master = parameter.detach()
@@ -56,7 +56,7 @@ class Optimizer:
                 rounded = master.to(parameter.dtype)
                 moved.append((rounded != parameter).sum())
                 parameter.copy_(rounded)
-        if moved:
+        if self.moved_share is not None:
             self.moved_share = int(sum(moved)) / sum(p.numel() for p in self.parameters.values())
         return norm
 

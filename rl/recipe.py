@@ -64,6 +64,9 @@ class SFTStage:
     """A JSONL file of your own instead of the rollouts of the stage before: {"numbers", "target", "completion"} a line."""
 
 
+STAGES = {"grpo": GRPOStage, "sft": SFTStage}
+
+
 @dataclass(frozen=True)
 class SamplingSettings:
     """How completions are sampled, in training and in evaluation alike."""
@@ -146,7 +149,12 @@ class Recipe:
               self.optimizer.micro_batch_tokens, "at least 1")  # fmt: skip
         check(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "at least 1")
         check(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
+        check(self.seed >= 0, "seed", self.seed, "at least 0")
+        check(self.optimizer.weight_decay >= 0, "optimizer.weight_decay", self.optimizer.weight_decay, "at least 0")
         check(self.sampling.temperature >= 0, "sampling.temperature", self.sampling.temperature, "0 (greedy) or above")
+        top_k, top_p = self.sampling.top_k, self.sampling.top_p
+        check(top_k is None or top_k >= 1, "sampling.top_k", top_k, "at least 1")
+        check(top_p is None or 0 < top_p <= 1, "sampling.top_p", top_p, "above 0 and at most 1")
         for number, stage in enumerate(self.stages):
             check_stage(number, stage, self.sampling)
 
@@ -190,12 +198,14 @@ def load_recipe(name: str, variant: str = "") -> tuple[str, Recipe]:
     if variant and sibling.is_file():
         path = sibling
     tables = read_tables(path)
-    shared = {kind: tables.pop(kind, {}) for kind in ("grpo", "sft")}
+    shared = {kind: tables.pop(kind, {}) for kind in STAGES}
     stages = tables.get("stages", [])
     if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
         raise RecipeError(f"{path}: stages must be written as [[stages]] tables")
-    tables["stages"] = [{**shared.get(stage.get("kind"), {}), **stage} for stage in stages]
     try:
+        for kind, table in shared.items():
+            from_dict(STAGES[kind], table, f"{kind}.")  # also where no stage takes from it
+        tables["stages"] = [{**shared.get(str(stage.get("kind")), {}), **stage} for stage in stages]
         return path.stem, from_dict(Recipe, tables)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
@@ -228,6 +238,8 @@ def merge(base: dict, over: dict) -> dict:
 
 def from_dict(cls, values: dict, where: str = ""):
     """Build a (nested) dataclass from parsed TOML or JSON; unknown names and wrong types are errors that name the field."""
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where.rstrip('.') or cls.__name__} must be a table, not {values!r}")
     hints = typing.get_type_hints(cls)
     known = {f.name for f in fields(cls)}
     for name in values:
@@ -248,15 +260,15 @@ def from_dict(cls, values: dict, where: str = ""):
 def convert(hint, value, where: str):
     """`value` as `hint`: the few kinds of type that occur in a recipe."""
     if is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise RecipeError(f"{where} must be a table, not {value!r}")
         return from_dict(hint, value, f"{where}.")
     if typing.get_origin(hint) is tuple:  # the stages
-        by_kind = {"grpo": GRPOStage, "sft": SFTStage}
+        if not isinstance(value, list):
+            raise RecipeError(f"{where} must be a list of tables, not {value!r}")
         for number, stage in enumerate(value):
-            if stage.get("kind") not in by_kind:
-                raise RecipeError(f'{where}.{number}.kind must be "grpo" or "sft", not {stage.get("kind")!r}')
-        return tuple(from_dict(by_kind[stage["kind"]], stage, f"{where}.{n}.") for n, stage in enumerate(value))
+            kind = stage.get("kind") if isinstance(stage, dict) else stage
+            if not isinstance(kind, str) or kind not in STAGES:
+                raise RecipeError(f'{where}.{number}.kind must be "grpo" or "sft", not {kind!r}')
+        return tuple(from_dict(STAGES[stage["kind"]], stage, f"{where}.{n}.") for n, stage in enumerate(value))
     if typing.get_origin(hint) is Literal:
         allowed = typing.get_args(hint)
         if value not in allowed:

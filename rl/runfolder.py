@@ -112,8 +112,9 @@ class RunFolder:
         """The finished, correct rollouts of one stage."""
         traces = []
         for path in self.rollout_files():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
+            with open(path, encoding="utf-8") as file:
+                rows = [json.loads(line) for line in file]  # str.splitlines would also cut at U+2028 in a text
+            for row in rows:
                 if row["stage"] == stage and row["outcome"] == "correct" and row["finished"]:
                     problem = Problem(row["numbers"], row["target"])
                     traces.append(Trace(problem, row["completion"], int(path.stem[5:])))

@@ -18,7 +18,12 @@ def sft_schedule(samples: list[Sample], batch_size: int, epochs: int, seed: int)
 
 
 def sft_step(
-    model: Qwen3, optimizer: Optimizer, samples: list[Sample], learning_rate: float, micro_batch_tokens: int
+    model: Qwen3,
+    optimizer: Optimizer,
+    samples: list[Sample],
+    learning_rate: float,
+    micro_batch_tokens: int,
+    max_grad_norm: float = 1.0,
 ) -> dict[str, float]:
     """One optimizer step on `samples`: loss on the completions only, averaged over their tokens.
 
@@ -32,4 +37,4 @@ def sft_step(
         loss = sft_loss(completion_logprobs(model, batch), batch.mask, tokens)
         loss.backward()
         total += loss.item()
-    return {"loss": total, "grad_norm": optimizer.step(learning_rate), "tokens": tokens}
+    return {"loss": total, "grad_norm": optimizer.step(learning_rate, max_grad_norm), "tokens": tokens}

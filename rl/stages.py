@@ -169,7 +169,8 @@ def sft_stage(lab: Lab, stage: SFTStage, optimizer: Optimizer, progress: Progres
         start = time.perf_counter()
         rate = stage.learning_rate * (1 - progress.stage_step / len(schedule))
         batch = schedule[progress.stage_step]
-        metrics = sft_step(lab.model, optimizer, batch, rate, lab.recipe.optimizer.micro_batch_tokens)
+        limits = (lab.recipe.optimizer.micro_batch_tokens, lab.recipe.optimizer.max_grad_norm)
+        metrics = sft_step(lab.model, optimizer, batch, rate, *limits)
         return metrics | {"lr": rate, "update_seconds": time.perf_counter() - start}
 
     return take_step, len(schedule)

@@ -36,10 +36,10 @@ class TinyBase:
 
     out: Path = TINY
     """Folder to write the checkpoint to."""
-    steps: int = 1000
+    steps: int = 1200
     """Optimizer steps."""
     documents_per_step: int = 64
-    """Documents a step; each is about 180 tokens."""
+    """Documents a step; each is about 140 tokens."""
     learning_rate: float = 3e-3
     """Peak of the cosine schedule."""
     seed: int = 0

@@ -1,4 +1,4 @@
-"""Tests run from the repository's root, on one thread each, so that they neither need nor disturb anything outside."""
+"""Tests find the packages wherever pytest is started, and never reach for the hub."""
 
 import os
 import sys

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from helpers import rollouts
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import Completion
@@ -62,6 +62,7 @@ def test_rewards_without_groups_are_refused():
         group_advantages(torch.tensor([1.0, 0.0, 0.0]))
 
 
+@settings(deadline=None, derandomize=True)
 @given(GROUPS)
 def test_advantages_of_a_group_sum_to_zero_and_are_bounded(rewards):
     advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64))
@@ -71,6 +72,7 @@ def test_advantages_of_a_group_sum_to_zero_and_are_bounded(rewards):
     assert advantages.abs().max() <= math.sqrt(len(rewards[0]) - 1) + 1e-9
 
 
+@settings(deadline=None, derandomize=True)
 @given(GROUPS, st.randoms(use_true_random=False))
 def test_permuting_samples_or_groups_permutes_advantages(rewards, random):
     rewards = torch.tensor(rewards, dtype=torch.float64)
@@ -81,6 +83,7 @@ def test_permuting_samples_or_groups_permutes_advantages(rewards, random):
     torch.testing.assert_close(permuted, group_advantages(rewards)[groups][:, samples], rtol=0, atol=1e-9)
 
 
+@settings(deadline=None, derandomize=True)
 @given(GROUPS)
 def test_a_higher_reward_never_has_a_lower_advantage(rewards):
     for row, advantages in zip(rewards, group_advantages(torch.tensor(rewards, dtype=torch.float64)), strict=True):

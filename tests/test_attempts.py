@@ -49,7 +49,8 @@ def parts(document: str) -> tuple[list[tuple[str, str]], str | None]:
     if closed:
         answer = re.fullmatch(r"<answer>(.*)</answer><\|im_end\|>", answer)[1]
     thoughts = thoughts.removesuffix("<|im_end|>")
-    lines = [re.fullmatch(r"([\d=+*/ -]+?)( too low| too high|)", line).groups() for line in thoughts.rstrip("\n").split("\n")]
+    form = re.compile(r"([\d=+*/ -]+?)( too low| too high|)")
+    lines = [form.fullmatch(line).groups() for line in thoughts.rstrip("\n").split("\n")]
     return lines, answer if closed else None
 
 

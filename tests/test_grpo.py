@@ -7,7 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import gradients, largest, largest_gap, ragged_samples, random_model, rollouts
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from data import Problem
 from model import generate
 from rl import grpo_loss
 from rl.batch import completion_logprobs, make_batch, micro_batches
@@ -15,6 +18,7 @@ from rl.grpo import accumulate_gradient, group_samples, grpo_update
 from rl.loss import AGGREGATIONS, loss_denominator
 from rl.optimizer import Optimizer
 from rl.recipe import GRPOStage, OptimizerSettings, Recipe, SamplingSettings
+from rl.stages import endless_problems
 
 REWARDS = [[1.0, 0.0, 0.1, 0.1], [0.0, 0.1, 1.0, 1.0], [0.8, 0.3, 0.1, 0.0], [0.0, 0.0, 0.0, 1.0]]
 
@@ -215,3 +219,22 @@ def test_the_kl_penalty_holds_the_policy_at_the_reference_where_rewards_say_noth
     moved = accumulate_gradient(model, samples, stage, recipe_with(), reference)
     assert moved["loss"] > 1e-3 and largest(gradients(model)) > 1e-3
     assert all(parameter.grad is None for parameter in reference.parameters())
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(1, 7), st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(0, 5))
+def test_problems_come_round_each_once_an_epoch_however_they_are_taken(total, counts, seed):
+    """Steps of any size take the same sequence: position is all that resuming needs to know."""
+    problems = [Problem((1, 2), number + 1) for number in range(total)]
+    taken = []
+    for count in counts:
+        taken += endless_problems(problems, seed, len(taken), count)
+    assert taken == endless_problems(problems, seed, 0, sum(counts))
+    for start in range(0, len(taken) - total + 1, total):
+        assert sorted(problem.target for problem in taken[start : start + total]) == list(range(1, total + 1))
+
+
+def test_every_epoch_of_problems_has_an_order_of_its_own():
+    problems = [Problem((1, 2), number + 1) for number in range(20)]
+    first, second = (endless_problems(problems, 0, start, 20) for start in (0, 20))
+    assert first != second and first != problems and first != endless_problems(problems, 1, 0, 20)

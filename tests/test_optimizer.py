@@ -121,8 +121,29 @@ def test_bfloat16_weights_are_their_masters_rounded_and_get_there_by_small_steps
             assert (norm == 1).all()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, optimizer.masters[name].bfloat16())
-    torch.testing.assert_close(optimizer.masters["model.norm.weight"].detach(), torch.full((16,), 1 - 4e-3), rtol=0, atol=1e-5)
+    master = optimizer.masters["model.norm.weight"].detach()
+    torch.testing.assert_close(master, torch.full((16,), 1 - 4e-3), rtol=0, atol=1e-5)
     assert (norm == 1 - 2**-8).all()
+
+
+def test_the_share_of_weights_that_moved_is_the_last_steps_trap_learning_rate_below_the_precision():
+    """Counted again from copies; of a step without gradients it is zero, and float32 weights have none."""
+    model = random_model(dtype=torch.bfloat16)
+    optimizer = Optimizer(model)
+    shares = []
+    for rate in (1e-6, 1e-2):
+        before = weights(model)
+        learn(model, optimizer, 1, rate)
+        changed = sum(int((after != before[name]).sum()) for name, after in weights(model).items())
+        assert optimizer.moved_share == changed / sum(parameter.numel() for parameter in model.parameters())
+        shares.append(optimizer.moved_share)
+    assert shares[0] < 0.05 and shares[1] > 0.5
+    optimizer.step(1e-2)
+    assert optimizer.moved_share == 0
+    full = random_model()
+    optimizer = Optimizer(full)
+    learn(full, optimizer, 1)
+    assert optimizer.moved_share is None
 
 
 def test_float32_weights_have_no_second_copy():

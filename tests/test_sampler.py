@@ -1,4 +1,4 @@
-"""The sampler against transformers and against written-out probability: what comes out, how likely, and when it stops."""
+"""The sampler against transformers and written-out probability: what comes out, how likely, and when it stops."""
 
 from collections import Counter
 
@@ -102,7 +102,8 @@ def test_captured_logprobs_equal_a_teacher_forced_pass_of_transformers(temperatu
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_captured_logprobs_are_those_that_training_computes(temperature, decoder):
-    groups = generate(decoder, PROMPTS, num_samples=2, max_new_tokens=9, temperature=temperature, stop_token_ids=[7, 30])
+    options = dict(num_samples=2, max_new_tokens=9, temperature=temperature)
+    groups = generate(decoder, PROMPTS, stop_token_ids=[7, 30], **options)
     samples = [
         Sample(prompt, completion.token_ids, completion.logprobs)
         for prompt, group in zip(PROMPTS, groups)
@@ -223,7 +224,8 @@ def test_greedy_takes_the_likeliest_and_a_tie_does_not_depend_on_chance():
 def test_a_vocabulary_of_one_token_has_probability_one():
     decoder = same_weights(reference_model(vocab_size=1))
     for temperature in (0, 1.0):
-        for completion in flat(generate(decoder, [[0], [0, 0]], num_samples=2, max_new_tokens=3, temperature=temperature)):
+        groups = generate(decoder, [[0], [0, 0]], num_samples=2, max_new_tokens=3, temperature=temperature)
+        for completion in flat(groups):
             assert (completion.token_ids, completion.logprobs) == ([0, 0, 0], [0.0, 0.0, 0.0])
 
 
@@ -241,7 +243,9 @@ def tailed():
     return reference, decoder
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.3}, {"temperature": 1.0, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0}, {"temperature": 1.3}, {"temperature": 1.0, "top_p": 0.9}], ids=str
+)
 def test_an_id_without_a_text_is_never_sampled_however_large_its_logit(options, tailed):
     reference, decoder = tailed
     groups = generate(decoder, PROMPTS, num_samples=6, max_new_tokens=10, **options)
@@ -276,7 +280,8 @@ def test_an_id_without_a_text_has_no_part_in_the_softmax_of_training(temperature
         torch.testing.assert_close(row.double(), expected, rtol=0, atol=1e-4)
     decoder.zero_grad()
     logprobs.sum().backward()
-    assert decoder.lm_head.weight.grad[63:].abs().max() == 0 < decoder.lm_head.weight.grad[:63].abs().min(1).values.max()
+    gradient = decoder.lm_head.weight.grad
+    assert gradient[63:].abs().max() == 0 < gradient[:63].abs().amax(1).min()
 
 
 # Streams
@@ -299,10 +304,8 @@ def test_every_sample_prompt_copy_and_seed_has_a_stream_of_its_own(decoder):
     prompt = PROMPTS[0]
     first, second, third = ids_of(generate(decoder, [prompt] * 3, num_samples=4, max_new_tokens=10))
     assert len({tuple(ids) for ids in first + second + third}) == 12
-    assert ids_of(generate(decoder, [PROMPTS[1], prompt, PROMPTS[2], prompt], num_samples=4, max_new_tokens=10))[1::2] == [
-        first,
-        second,
-    ]
+    mixed = ids_of(generate(decoder, [PROMPTS[1], prompt, PROMPTS[2], prompt], num_samples=4, max_new_tokens=10))
+    assert mixed[1::2] == [first, second]
     assert ids_of(generate(decoder, [prompt], num_samples=4, max_new_tokens=10)) == [first]
     [other] = ids_of(generate(decoder, [prompt], num_samples=4, max_new_tokens=10, seed=1))
     assert len({tuple(ids) for ids in first + other}) == 8

@@ -5,15 +5,19 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import SHAPE, gradients, largest, largest_gap, ragged_samples, random_model
+from helpers import gradients, largest, largest_gap, ragged_samples, random_model
+from reference import reference_model, same_weights
 
 from data import DataError, Problem
-from model import Tokenizer
+from data.traces import Trace
+from model import Completion, Tokenizer
 from model.weights import TINY
 from rl.batch import Sample, completion_logprobs, make_batch
 from rl.checkpoint import Progress
 from rl.optimizer import Optimizer
 from rl.recipe import OptimizerSettings, Recipe, SFTStage
+from rl.reward import Score
+from rl.rollout import Rollout
 from rl.runfolder import RunFolder
 from rl.sft import sft_schedule, sft_step
 from rl.stages import Lab, sft_stage
@@ -22,14 +26,8 @@ END = 1
 
 
 def test_loss_and_gradient_equal_transformers_cross_entropy_over_completion_tokens_only():
-    transformers = pytest.importorskip("transformers")
-    ours = random_model(3)
-    theirs = transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(
-            **SHAPE, tie_word_embeddings=True, rope_theta=1e6, rms_norm_eps=1e-6, attn_implementation="eager"
-        )
-    )
-    theirs.load_state_dict(ours.state_dict())
+    theirs = reference_model(vocab_size=48, tie_word_embeddings=True)
+    ours = same_weights(theirs)
     samples = ragged_samples(6, seed=2)
     longest = max(map(len, samples))
     ids = torch.zeros(6, longest, dtype=torch.int64)
@@ -123,8 +121,8 @@ class TraceStage:
 
     def __init__(self, tmp_path, monkeypatch, held_out=(), max_grad_norm=1.0, **stage):
         rows = [
-            {"numbers": problem.numbers, "target": problem.target, "completion": f"so\n</think>\n<answer>{answer}</answer>"}
-            for problem, answer in zip(PROBLEMS, ANSWERS, strict=True)
+            {"numbers": p.numbers, "target": p.target, "completion": f"so\n</think>\n<answer>{answer}</answer>"}
+            for p, answer in zip(PROBLEMS, ANSWERS, strict=True)
         ]
         path = tmp_path / "traces.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -178,3 +176,20 @@ def test_gradients_are_clipped_to_the_recipes_norm(tmp_path, monkeypatch):
         stage = TraceStage(tmp_path, monkeypatch, max_grad_norm=max_grad_norm, epochs=1, learning_rate=1e-2)
         moved.append(largest_gap(before, dict(stage.model.named_parameters())))
     assert moved[0] == pytest.approx(1e-2, rel=1e-2) and moved[1] < 1e-5
+
+
+def test_only_finished_correct_rollouts_of_the_stage_become_traces_whatever_characters_they_hold(tmp_path):
+    """U+0085 and U+2028 end a line for some readers of text; a completion may well contain them."""
+    run = RunFolder(tmp_path)
+    run.create(Recipe())
+
+    def rollout(text, outcome="correct", finished=True):
+        reward = float(outcome == "correct")
+        return Rollout(PROBLEMS[0], [1], Completion([2], [-1.0], finished), text, Score(reward, outcome))
+
+    odd = "so\n\r\x85\u2028\u2029\x1e</think>"
+    run.save_rollouts(3, 0, [[rollout(odd), rollout("near", "near")], [rollout("cut", finished=False), rollout("b")]])
+    run.save_rollouts(4, 2, [[rollout("of another stage")]])
+    run.save_rollouts(10, 0, [[rollout("c")]])
+    expected = [(odd, 3), ("b", 3), ("c", 10)]
+    assert run.correct_traces(0) == [Trace(PROBLEMS[0], text, step) for text, step in expected]

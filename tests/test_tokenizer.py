@@ -26,7 +26,7 @@ TEXTS = [
     "<think><think></think></ think> <|im_end|x <|endoftext|><tool_call>{}</tool_call><|fim_pad|>",
     "don't we'LL they've I'm  x²+y³≠z½ \\frac{1}{2} `a_b` 0x1F\x00\x07",
 ]
-ADDED = {"content": "<think>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": False}
+ADDED = dict(content="<new>", lstrip=False, normalized=False, rstrip=False, single_word=False, special=False)
 
 
 @pytest.fixture(scope="module")
@@ -212,9 +212,8 @@ def test_an_added_token_takes_its_own_id_or_is_refused(tmp_path):
         (copy_tokenizer(tmp_path) / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
         return tmp_path
 
-    fresh = ADDED | {"content": "<new>"}
-    tokenizer = Tokenizer(with_added({"270": fresh}))
+    tokenizer = Tokenizer(with_added({"270": ADDED}))
     assert (tokenizer.encode("a<new>")[1:], len(tokenizer)) == ([270], 271)
-    assert "'<new>' should have id 300" in refusal(with_added({"300": fresh}))
-    for broken in ({"270": {"content": "<new>"}}, {"x": fresh}, {"270": "<new>"}, [fresh]):
+    assert "'<new>' should have id 300" in refusal(with_added({"300": ADDED}))
+    for broken in ({"270": {"content": "<new>"}}, {"x": ADDED}, {"270": "<new>"}, [ADDED]):
         assert str(tmp_path) in refusal(with_added(broken))

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import DataError, Problem
@@ -46,7 +46,8 @@ def test_later_steps_come_first_when_there_are_too_many():
 
 
 def test_traces_in_another_script_are_not_chosen():
-    assert chosen([Trace(PROBLEM, "so 79-60+17"), Trace(PROBLEM, "所以 79-60+17"), Trace(PROBLEM, "ດັ່ງນັ້ນ")]) == ["so 79-60+17"]
+    completions = ["so 79-60+17", "所以 79-60+17", "ດັ່ງນັ້ນ"]
+    assert chosen([Trace(PROBLEM, completion) for completion in completions]) == completions[:1]
 
 
 @pytest.mark.parametrize("text", ["ດັ່ງນັ້ນ", "所以", "Итак", "άρα", "لذا", "したがって", "그래서", "तो", "so it is с"])
@@ -67,6 +68,7 @@ LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 LATIN = st.text(st.characters(exclude_categories=["Cs"]).filter(latin_only) | st.sampled_from(LINE_ENDS + '\t"\\'))
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.lists(st.builds(Trace, st.sampled_from([PROBLEM, OTHER]), LATIN, st.integers(0, 99)), min_size=1, max_size=4))
 def test_traces_read_back_as_they_were_written(tmp_path_factory, traces):
     path = tmp_path_factory.mktemp("traces") / "traces.jsonl"

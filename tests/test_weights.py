@@ -103,6 +103,16 @@ def test_a_tied_checkpoint_loads_with_and_without_its_copy_of_the_head(tmp_path)
     assert with_copy.lm_head.weight is with_copy.model.embed_tokens.weight
 
 
+def test_a_saved_checkpoint_tells_other_tools_where_to_stop_and_keeps_their_settings(folder):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 9, "top_k": 20, "temperature": 0.6}))
+    model, tokenizer = load_model(folder)
+    save_model(folder / "copy", model, tokenizer)
+    theirs = transformers.GenerationConfig.from_pretrained(folder / "copy")
+    assert set(theirs.eos_token_id) == set(tokenizer.stop_token_ids) == {9, *Tokenizer(TINY).stop_token_ids}
+    assert (theirs.top_k, theirs.temperature) == (20, 0.6)
+    assert Tokenizer(folder / "copy").stop_token_ids == tokenizer.stop_token_ids
+
+
 @torch.no_grad()
 def test_saving_over_the_folder_a_model_came_from_keeps_it(folder):
     before, tokenizer = load_model(folder)
@@ -198,7 +208,9 @@ def test_a_missing_file_is_named(name, folder):
     assert refusal(folder) == f"{folder}: no {name}"
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe{}", b"[" * 100_000], ids=lambda b: str(b[:5]))
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b"\xff\xfe{}", b"[" * 100_000], ids=lambda content: str(content[:5])
+)
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
 def test_a_broken_json_file_is_named(name, content, folder):
     (folder / name).write_bytes(content)

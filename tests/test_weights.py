@@ -103,6 +103,16 @@ def test_a_tied_checkpoint_loads_with_and_without_its_copy_of_the_head(tmp_path)
     assert with_copy.lm_head.weight is with_copy.model.embed_tokens.weight
 
 
+def test_a_tied_checkpoint_whose_head_is_no_copy_is_refused(tmp_path):
+    copy_tokenizer(tmp_path)
+    save_model(tmp_path, same_weights(make_reference(tied=True)), Tokenizer(tmp_path))
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    state[HEAD] = state[EMBEDDING] + 1e-3
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=HEAD):
+        load_model(tmp_path)
+
+
 def test_a_saved_checkpoint_tells_other_tools_where_to_stop_and_keeps_their_settings(folder):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 9, "top_k": 20, "temperature": 0.6}))
     model, tokenizer = load_model(folder)

@@ -43,15 +43,15 @@ def documents():
         yield problem, attempts_document(problem, rng)
 
 
-def parts(document: str) -> tuple[list[tuple[str, str]], str | None]:
-    """A document as (steps, verdict) lines, the verdict empty for an attempt that is answered, and the answer."""
-    thoughts, closed, answer = document.partition("\n</think>\n")
-    if closed:
-        answer = re.fullmatch(r"<answer>(.*)</answer><\|im_end\|>", answer)[1]
-    thoughts = thoughts.removesuffix("<|im_end|>")
-    form = re.compile(r"([\d=+*/ -]+?)( too low| too high|)")
-    lines = [form.fullmatch(line).groups() for line in thoughts.rstrip("\n").split("\n")]
-    return lines, answer if closed else None
+DOCUMENT = re.compile(r"([^<]*)\n(</think>\n)?<answer>([^<]*)</answer>(\n</think>)?<\|im_end\|>")
+LINE = re.compile(r"([\d=+*/ -]+?)( too low| too high|)")
+
+
+def parts(document: str) -> tuple[list[tuple[str, str]], str, bool]:
+    """A document as (steps, verdict) lines, the answer, and whether it stands after the thinking as it should."""
+    thoughts, before, answer, after = DOCUMENT.fullmatch(document).groups()
+    assert (before is None) != (after is None), "the thinking is to be closed once"
+    return [LINE.fullmatch(line).groups() for line in thoughts.split("\n")], answer, before is not None
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 6])
@@ -66,44 +66,42 @@ def test_every_attempt_is_right_as_arithmetic_and_uses_every_number_once(count):
 
 def test_every_document_is_right_in_its_steps_and_its_verdicts():
     for problem, document in documents():
-        lines, answer = parts(document)
-        assert lines
-        for place, (steps, verdict) in enumerate(lines):
-            value = walk(steps, problem.numbers)
-            answered = answer is not None and place == len(lines) - 1
-            assert verdict == ("" if answered else " too low" if value < problem.target else " too high")
+        lines, _, _ = parts(document)
+        values = [walk(steps, problem.numbers) for steps, _ in lines]
+        expected = [" too low" if value < problem.target else " too high" for value in values[:-1]] + [""]
+        assert [verdict for _, verdict in lines] == expected
 
 
 def test_no_document_reaches_its_target_so_that_solving_is_left_to_reinforcement():
     hits = 0
     for problem, document in documents():
-        lines, answer = parts(document)
+        lines, answer, well_formed = parts(document)
         assert all(walk(steps, problem.numbers) != problem.target for steps, _ in lines)
-        assert score(document, problem).outcome != "correct"
-        if answer is not None:
-            assert calculate(answer) == walk(lines[-1][0], problem.numbers) != problem.target
-            assert score(document, problem).outcome in ("near", "wrong")
-    for seed in SEEDS:  # the same with targets that are easy to hit: some attempt would reach 10 = 1+2+3+4
+        assert calculate(answer) == walk(lines[-1][0], problem.numbers) != problem.target
+        assert sorted(map(int, re.findall(r"\d+", answer))) == sorted(problem.numbers)
+        assert score(document, problem).outcome in (("near", "wrong") if well_formed else ("malformed",))
+    for seed in SEEDS:  # the same with a target that is easy to hit: 10 = 1+2+3+4
         rng = random.Random(seed)
         problem = Problem((1, 2, 3, 4), 10)
         hits += sum(random_attempt(problem.numbers, rng).value == 10 for _ in range(8))
-        lines, _ = parts(attempts_document(problem, rng))
-        assert all(walk(steps, problem.numbers) != 10 for steps, _ in lines)
+        lines, answer, _ = parts(attempts_document(problem, rng))
+        assert all(walk(steps, problem.numbers) != 10 for steps, _ in lines) and calculate(answer) != 10
     assert hits > 50, "the problem does not tempt"
 
 
 def test_attempts_of_a_document_differ():
     for _, document in documents():
-        lines, _ = parts(document)
+        lines, _, _ = parts(document)
         assert len({steps for steps, _ in lines}) == len(lines)
 
 
-def test_documents_show_the_answer_block_half_the_time_after_few_and_many_attempts_and_every_operator():
+def test_half_of_the_documents_are_well_formed_after_few_and_many_attempts_with_every_operator():
     found = [parts(document) for _, document in documents()]
-    answered = [len(lines) for lines, answer in found if answer is not None]
-    assert 0.4 < len(answered) / len(found) < 0.6
-    assert min(answered) == 1 and max(answered) > 8 and len(set(answered)) > 8
-    operators = Counter(operator for lines, _ in found for steps, _ in lines for _, operator, _, _ in STEP.findall(steps))
+    for well_formed in (True, False):
+        lengths = [len(lines) for lines, _, form in found if form is well_formed]
+        assert 0.4 < len(lengths) / len(found) < 0.6
+        assert min(lengths) == 1 and max(lengths) > 8 and len(set(lengths)) > 8
+    operators = Counter(step[1] for lines, _, _ in found for steps, _ in lines for step in STEP.findall(steps))
     assert set(operators) == set("+-*/") and min(operators.values()) > 100
 
 

@@ -85,7 +85,9 @@ def test_frozen_parameters_are_left_alone():
     model = random_model()
     model.model.norm.weight.requires_grad_(False)
     before = weights(model)
-    learn(model, Optimizer(model), 2)
+    optimizer = Optimizer(model)
+    assert "model.norm.weight" not in optimizer.masters  # nor does it cost memory
+    learn(model, optimizer, 2)
     still = [name for name, after in weights(model).items() if torch.equal(after, before[name])]
     assert still == ["model.norm.weight"]
 

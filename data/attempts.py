@@ -26,7 +26,7 @@ from data.countdown import Problem, ProblemSettings
 
 MAX_ATTEMPTS = 12
 WELL_FORMED_SHARE = 0.5
-LARGEST_RESULT = 100
+LARGEST_PRODUCT = 100
 DISTANCE = " off "
 
 
@@ -52,11 +52,11 @@ def random_attempt(numbers: tuple[int, ...], rng: random.Random) -> Attempt:
 
 
 def random_step(left: int, right: int, rng: random.Random) -> tuple[str, int]:
-    """A random operator that keeps the result an integer from 1 to LARGEST_RESULT, and that result."""
+    """A random operator whose result is a positive integer, a product at most LARGEST_PRODUCT; and that result."""
     results = {"+": left + right}
     if left > right:
         results["-"] = left - right
-    if left * right <= LARGEST_RESULT:
+    if left * right <= LARGEST_PRODUCT:
         results["*"] = left * right
     if left % right == 0:
         results["/"] = left // right

@@ -57,6 +57,7 @@ def generate(
     seed: int = 0,
     top_k: int | None = None,
     top_p: float | None = None,
+    batch_rows: int = 256,
 ) -> list[list[Completion]]:
     """Sample `num_samples` completions of at most `max_new_tokens` tokens for each prompt of ids.
 
@@ -68,6 +69,7 @@ def generate(
         temperature: 0 is greedy.
         top_k, top_p: sample from the k likeliest tokens, or from the likeliest that together reach probability p. For
             evaluation; training refuses them, since its log-probabilities are the full distribution's.
+        batch_rows: completions decoded at once; their keys and values have to fit into memory. A group stays together.
 
     Returns:
         `[prompt][sample]` completions.
@@ -78,9 +80,33 @@ def generate(
     check_arguments(model, prompts, num_samples, max_new_tokens, temperature, top_k, top_p)
     if not prompts:
         return []
-    rows = len(prompts) * num_samples
     stops = torch.tensor(list(stop_token_ids), dtype=torch.int64, device=model.device)
-    uniforms = random_streams(prompts, num_samples, max_new_tokens, seed).to(model.device)  # [rows, max_new_tokens]
+    streams = random_streams(prompts, num_samples, max_new_tokens, seed)  # [prompts, num_samples, max_new_tokens]
+    at_once = max(1, batch_rows // num_samples)
+    completions = []
+    for start in range(0, len(prompts), at_once):
+        uniforms = streams[start : start + at_once].to(model.device)
+        completions += decode(model, prompts[start : start + at_once], uniforms, stops, (temperature, top_k, top_p))
+    return completions
+
+
+def decode(
+    model: Qwen3,
+    prompts: list[list[int]],
+    uniforms: Tensor,
+    stops: Tensor,
+    distribution: tuple[float, int | None, float | None],
+) -> list[list[Completion]]:
+    """Prefill `prompts` and sample from them together, with one uniform number in [0, 1) for each token.
+
+    Args:
+        uniforms: [prompts, num_samples, max_new_tokens].
+        stops: ids that end a completion, [any number].
+        distribution: temperature, top_k, top_p.
+    """
+    num_samples, max_new_tokens = uniforms.shape[1:]
+    rows = len(prompts) * num_samples
+    uniforms = uniforms.reshape(rows, max_new_tokens)
     token_ids = torch.zeros(rows, max_new_tokens, dtype=torch.int64, device=model.device)
     logprobs = torch.zeros(rows, max_new_tokens, device=model.device)
     lengths = torch.full((rows,), max_new_tokens, device=model.device)
@@ -91,9 +117,7 @@ def generate(
     cache.select(running // num_samples)
     logits = logits[running // num_samples]
     for step in range(max_new_tokens):
-        sampled, sampled_logprobs = sample(
-            logits, uniforms[running, step], temperature, model.num_tokens, top_k, top_p
-        )
+        sampled, sampled_logprobs = sample(logits, uniforms[running, step], model.num_tokens, *distribution)
         token_ids[running, step], logprobs[running, step] = sampled, sampled_logprobs
         stopped = torch.isin(sampled, stops) & ~finished[running]
         lengths[running] = torch.where(stopped, step + 1, lengths[running])
@@ -124,7 +148,12 @@ def prefill(model: Qwen3, prompts: list[list[int]], max_new_tokens: int) -> tupl
 
 
 def sample(
-    logits: Tensor, uniforms: Tensor, temperature: float, num_tokens: int, top_k: int | None, top_p: float | None
+    logits: Tensor,
+    uniforms: Tensor,
+    num_tokens: int,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One token a row from logits [rows, vocab]: ids [rows] and their log-probabilities [rows].
 
@@ -156,12 +185,12 @@ def truncate(logprobs: Tensor, top_k: int | None, top_p: float | None) -> Tensor
 
 
 def random_streams(prompts: list[list[int]], num_samples: int, max_new_tokens: int, seed: int) -> Tensor:
-    """Uniform numbers in [0, 1), [prompts * num_samples, max_new_tokens]; each row from a generator of its own.
+    """Uniform numbers in [0, 1), [prompts, num_samples, max_new_tokens]; each sample from a generator of its own.
 
-    A row's generator is keyed by (seed, prompt, how often the prompt came before in this batch, sample number).
+    Its key is (seed, prompt, how often the prompt came before among these, number of the sample).
     """
     seen: dict[tuple[int, ...], int] = {}
-    rows = []
+    rows: list[np.ndarray] = []
     for prompt in prompts:
         key = tuple(prompt)
         seen[key] = seen.get(key, -1) + 1
@@ -170,7 +199,7 @@ def random_streams(prompts: list[list[int]], num_samples: int, max_new_tokens: i
             digest = hashlib.blake2b(f"{number} {text}".encode(), digest_size=16).digest()
             generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
             rows.append(generator.random(max_new_tokens, dtype=np.float32))
-    return torch.from_numpy(np.stack(rows))
+    return torch.from_numpy(np.stack(rows)).view(len(prompts), num_samples, max_new_tokens)
 
 
 def collect(

@@ -34,8 +34,9 @@ def grpo_loss(
         advantages: [rows], or [rows, time].
         mask: True where there is a completion token.
         aggregation, denominator: how tokens become one number, see `aggregate`.
-        ref_logprobs, kl_coef: a frozen reference and the weight of the KL penalty towards it; k3 is an estimator that
-            is never negative and whose gradient is right in expectation (http://joschu.net/blog/kl-approx.html).
+        ref_logprobs, kl_coef: a frozen reference and the weight of the KL penalty towards it; k3 is an
+            unbiased estimate of it that is never negative (http://joschu.net/blog/kl-approx.html). Its gradient, on
+            policy, is that of KL(reference || policy).
 
     Returns:
         A scalar. On the first update after sampling its value is near zero, since advantages sum to zero in a group and

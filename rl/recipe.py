@@ -1,5 +1,6 @@
 """An experiment as data: the dataclasses behind a recipe's TOML, its command line and its saved `config.json`."""
 
+import math
 import tomllib
 import types
 import typing
@@ -213,6 +214,7 @@ def load_recipe(name: str, variant: str = "") -> tuple[str, Recipe]:
 
 def read_tables(path: Path, extended_by: tuple[Path, ...] = ()) -> dict:
     """A recipe's TOML with what it extends merged in; tables merge, values and lists replace."""
+    path = path.resolve()
     if path in extended_by:
         raise RecipeError(f"{path}: extends itself")
     try:
@@ -278,6 +280,8 @@ def convert(hint, value, where: str):
         return value if value is None else convert(typing.get_args(hint)[0], value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{where} must be finite, not {value!r}")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise RecipeError(f"{where} must be of type {hint.__name__}, not {value!r}")
     return value

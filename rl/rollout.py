@@ -29,23 +29,22 @@ def collect_rollouts(
     A group is a place in this list, not a prompt: the same problem twice makes two groups.
     """
     prompts = [prompt_ids(tokenizer, prompt_text(problem), sampling.thinking) for problem in problems]
-    at_once = max(1, sampling.batch_rows // num_samples)
-    groups = []
-    for start in range(0, len(problems), at_once):
-        completions = generate(
-            model,
-            prompts[start : start + at_once],
-            num_samples=num_samples,
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            stop_token_ids=tokenizer.stop_token_ids,
-            seed=seed,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-        )
-        for problem, prompt, group in zip(problems[start:], prompts[start:], completions, strict=False):
-            groups.append([judge(problem, prompt, completion, tokenizer, sampling.thinking) for completion in group])
-    return groups
+    completions = generate(
+        model,
+        prompts,
+        num_samples=num_samples,
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        stop_token_ids=tokenizer.stop_token_ids,
+        seed=seed,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        batch_rows=sampling.batch_rows,
+    )
+    return [
+        [judge(problem, prompt, completion, tokenizer, sampling.thinking) for completion in group]
+        for problem, prompt, group in zip(problems, prompts, completions, strict=True)
+    ]
 
 
 def judge(problem: Problem, prompt: list[int], completion: Completion, tokenizer: Tokenizer, thinking: bool) -> Rollout:

@@ -152,7 +152,7 @@ def test_one_uniform_number_picks_the_token_that_the_inverse_cdf_says(temperatur
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(4000, 31, generator=generator)
     uniforms = torch.rand(4000, generator=generator)
-    sampled, logprobs = sample(logits, uniforms, temperature, 31, top_k, top_p)
+    sampled, logprobs = sample(logits, uniforms, 31, temperature, top_k, top_p)
     probabilities = warped(logits, temperature, top_k, top_p)
     cumulative = probabilities.cumsum(-1)
     expected = (cumulative <= uniforms.double().numpy()[:, None]).sum(-1)
@@ -189,7 +189,7 @@ def test_the_largest_and_the_smallest_uniform_pick_a_possible_token(vocab, dtype
     logits[16:, : vocab // 2] = -3e4  # and at its start
     for uniform in (ALMOST_ONE, 0.0):
         uniforms = torch.full((24,), uniform, dtype=torch.float32)
-        sampled, logprobs = sample(logits.to(dtype), uniforms, 1.0, vocab, top_k, None)
+        sampled, logprobs = sample(logits.to(dtype), uniforms, vocab, 1.0, top_k, None)
         assert (0 <= sampled).all() and (sampled < vocab).all()
         assert (logprobs > -50).all()
         allowed = warped(logits.to(dtype), 1.0, top_k, None) > 0
@@ -204,7 +204,7 @@ def test_a_long_tail_of_rare_tokens_keeps_its_share_of_a_vocabulary_as_large_as_
     probabilities = torch.full((vocab,), 2e-8, dtype=torch.float64)  # too small to be added to 0.997 in float32
     probabilities[0] = 1 - probabilities[1:].sum()
     uniforms = torch.linspace(0.9975, 0.9999, 12)
-    sampled, _ = sample(probabilities.log().float().expand(12, vocab), uniforms, 1.0, vocab, None, None)
+    sampled, _ = sample(probabilities.log().float().expand(12, vocab), uniforms, vocab, 1.0)
     expected = torch.searchsorted(probabilities.cumsum(0), uniforms.double(), right=True)
     assert (sampled - expected).abs().max() < 0.002 * vocab
     assert sampled.min() > 0 and len(set(sampled.tolist())) == 12
@@ -214,7 +214,7 @@ def test_greedy_takes_the_likeliest_and_a_tie_does_not_depend_on_chance():
     logits = torch.tensor([[1.0, 4.0, 4.0, 0.0, 4.0], [2.0, 2.0, 2.0, 2.0, 2.0], [0.0, 1.0, 2.0, 3.0, 9.0]])
     picks = set()
     for uniform in (0.0, 0.3, 0.99, ALMOST_ONE):
-        sampled, logprobs = sample(logits, torch.full((3,), uniform), 0, 5, None, None)
+        sampled, logprobs = sample(logits, torch.full((3,), uniform), 5, 0)
         assert logits.gather(1, sampled[:, None])[:, 0].tolist() == logits.max(1).values.tolist()
         torch.testing.assert_close(logprobs, logits.log_softmax(-1).gather(1, sampled[:, None])[:, 0])
         picks.add(tuple(sampled.tolist()))
@@ -263,7 +263,7 @@ def test_an_id_without_a_text_is_never_sampled_however_large_its_logit(options, 
 def test_the_end_of_the_distribution_is_the_last_id_with_a_text(uniform):
     logits = torch.zeros(2, 50)
     logits[:, 30:] = 1e4
-    sampled, logprobs = sample(logits, torch.full((2,), uniform), 1.0, 30, None, None)
+    sampled, logprobs = sample(logits, torch.full((2,), uniform), 30, 1.0)
     assert sampled.tolist() == ([15, 15] if uniform == 0.5 else [29, 29])
     assert logprobs.tolist() == pytest.approx([-np.log(30)] * 2, abs=1e-5)
 

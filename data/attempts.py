@@ -1,22 +1,20 @@
 """What the embedded model is trained on before any reinforcement: arithmetic attempts that miss, worked step by step.
 
 A document answers a Countdown prompt with one to twelve random attempts. Each combines all the numbers in a random
-order with random operators, is right as arithmetic, and says how far it is off. With target 45:
+order with random operators and is right as arithmetic; all but the last are compared with the target. With target 45:
 
-    7-3=4 4*12=48 off 03
-    12+7=19 19-3=16 off 29
-    12-3=9 9*7=63 off 18
+    7-3=4 4*12=48 too high
+    12+7=19 19-3=16 too low
+    12-3=9 9*7=63
     </think>
     <answer>(12-3)*7</answer>
 
-Half of the documents answer like this, with their last attempt, wrong as it is; the other half put the answer block
-before the `</think>`. Attempts that hit are left out, so `off 00` never occurs. A model of such documents can calculate,
-keeps the format half the time and has never seen a solution: aiming at the target, and stopping when it is hit, are left
-for GRPO to find.
+Half of the documents answer like this, with their last attempt, wrong as it is; the other half forget the answer tags.
+Attempts that hit the target are left out. A model of such documents can calculate, keeps the format half the time and
+has never seen a solution: aiming at the target, and stopping when it is hit, are left for GRPO to find.
 
-Other kinds of document were tried. Where half of them gave up, or ran on without an answer, GRPO first learned to answer
-after any attempt at all. Where attempts were called too high or too low, it learned to stop near the target, and could
-hardly tell near from hit.
+What goes wrong in the other half matters. Where it gave up without an answer, ran on, or answered before the `</think>`,
+more reward first came from ending the thinking sooner, hit or not, and completions shrank to two attempts.
 """
 
 import random
@@ -27,7 +25,7 @@ from data.countdown import Problem, ProblemSettings
 MAX_ATTEMPTS = 12
 WELL_FORMED_SHARE = 0.5
 LARGEST_PRODUCT = 100
-DISTANCE = " off "
+VERDICTS = (" too low\n", " too high\n")
 
 
 @dataclass(frozen=True)
@@ -77,11 +75,10 @@ def attempts_document(problem: Problem, rng: random.Random) -> str:
             attempts.setdefault(attempt.steps, attempt)
         if len(attempts) == wanted:
             break
-    lines = [f"{tried.steps}{DISTANCE}{abs(tried.value - problem.target):02}\n" for tried in attempts.values()]
-    *_, last = attempts.values()
-    answer = f"<answer>{last.expression}</answer>"
-    end = f"</think>\n{answer}" if rng.random() < WELL_FORMED_SHARE else f"{answer}\n</think>"
-    return "".join(lines) + end + "<|im_end|>"
+    *missed, last = attempts.values()
+    lines = [attempt.steps + VERDICTS[attempt.value > problem.target] for attempt in missed]
+    answer = f"<answer>{last.expression}</answer>" if rng.random() < WELL_FORMED_SHARE else last.expression
+    return f"{''.join(lines)}{last.steps}\n</think>\n{answer}<|im_end|>"
 
 
 def random_problem(rng: random.Random, settings: ProblemSettings) -> Problem:

@@ -16,7 +16,7 @@ import tokenizers
 import torch
 import tyro
 
-from data.attempts import DISTANCE, attempts_document, random_problem
+from data.attempts import VERDICTS, attempts_document, random_problem
 from data.countdown import Problem, ProblemSettings, prompt_text
 from model import Qwen3, Qwen3Config, Tokenizer, prompt_ids, save_model
 from model.weights import TINY
@@ -36,10 +36,10 @@ class TinyBase:
 
     out: Path = TINY
     """Folder to write the checkpoint to."""
-    steps: int = 900
+    steps: int = 2400
     """Optimizer steps."""
-    documents_per_step: int = 64
-    """Documents a step; each is about 150 tokens."""
+    documents_per_step: int = 32
+    """Documents a step; each is about 140 tokens."""
     learning_rate: float = 3e-3
     """Peak of the cosine schedule."""
     seed: int = 0
@@ -56,7 +56,7 @@ def train_tokenizer(folder: Path) -> Tokenizer:
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     pieces = re.split(r"\d+(?:, \d+)*", prompt_text(Problem((1, 2, 3), 10)))
-    phrases = [piece for piece in pieces if len(piece) > 1] + ["user\n", "assistant\n", DISTANCE]
+    phrases = [piece for piece in pieces if len(piece) > 1] + ["user\n", "assistant\n", *VERDICTS]
     special = [tokenizers.AddedToken(token, special=True, normalized=False) for token in CHAT_TOKENS]
     plain = [tokenizers.AddedToken(token, special=False, normalized=False) for token in (*TAGS, *phrases)]
     backend.add_special_tokens(special)

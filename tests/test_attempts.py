@@ -1,4 +1,4 @@
-"""What the embedded model's base is trained on: arithmetic that is right, distances that are right, and never a solution."""
+"""What the embedded model's base is trained on: arithmetic that is right, verdicts that are right, and never a solution."""
 
 import random
 import re
@@ -43,15 +43,15 @@ def documents():
         yield problem, attempts_document(problem, rng)
 
 
-DOCUMENT = re.compile(r"([^<]*)\n(</think>\n)?<answer>([^<]*)</answer>(\n</think>)?<\|im_end\|>")
-LINE = re.compile(r"([\d=+*/ -]+) off (\d\d+)")
+DOCUMENT = re.compile(r"([^<]*)\n</think>\n(<answer>)?([^<]*)(</answer>)?<\|im_end\|>")
+LINE = re.compile(r"([\d=+*/ -]+?)( too low| too high|)")
 
 
 def parts(document: str) -> tuple[list[tuple[str, str]], str, bool]:
-    """A document as (steps, distance) lines, the answer, and whether it stands after the thinking as it should."""
-    thoughts, before, answer, after = DOCUMENT.fullmatch(document).groups()
-    assert (before is None) != (after is None), "the thinking is to be closed once"
-    return [LINE.fullmatch(line).groups() for line in thoughts.split("\n")], answer, before is not None
+    """A document as (steps, verdict) lines, the answer, and whether that stands in its tags."""
+    thoughts, opened, answer, closed = DOCUMENT.fullmatch(document).groups()
+    assert (opened is None) == (closed is None), "the answer has both tags or neither"
+    return [LINE.fullmatch(line).groups() for line in thoughts.split("\n")], answer, opened is not None
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 6])
@@ -64,12 +64,12 @@ def test_every_attempt_is_right_as_arithmetic_and_uses_every_number_once(count):
         assert sorted(map(int, re.findall(r"\d+", attempt.expression))) == sorted(numbers)
 
 
-def test_every_document_is_right_in_its_steps_and_its_distances():
+def test_every_document_is_right_in_its_steps_and_its_verdicts():
     for problem, document in documents():
         lines, _, _ = parts(document)
         values = [walk(steps, problem.numbers) for steps, _ in lines]
-        assert [int(distance) for _, distance in lines] == [abs(value - problem.target) for value in values]
-        assert all(len(distance) == 2 for (_, distance), value in zip(lines, values) if value < 100)
+        expected = [" too low" if value < problem.target else " too high" for value in values[:-1]] + [""]
+        assert [verdict for _, verdict in lines] == expected
 
 
 def test_no_document_reaches_its_target_so_that_solving_is_left_to_reinforcement():

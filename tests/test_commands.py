@@ -121,7 +121,7 @@ def test_a_checkpoint_loads_in_transformers_with_the_same_logits(smoke_run):
     folder = checkpoints(smoke_run)[-1]
     ours, tokenizer = load_model(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    text = "<|im_start|>user\n3+4=7 off 09\n</think>"
+    text = "<|im_start|>user\n3+4=7 too low\n</think>"
     ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
     assert ids[0].tolist() == tokenizer.encode(text)
     with torch.no_grad():

@@ -12,7 +12,7 @@ help:
 	@echo "make baseline           zero-shot evaluation with 1024 new tokens"
 	@echo "make eval CKPT=folder   evaluate a checkpoint, tiny, or a hub id"
 	@echo "make test               run the tests"
-	@echo "make tiny-base          train the embedded model again from random weights (20 minutes)"
+	@echo "make tiny-base          train the embedded model again from random weights (a quarter of an hour)"
 	@echo "make setup              only install what the above needs"
 	@echo "make clean              remove the environment and the caches; runs/ stays"
 

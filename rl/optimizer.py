@@ -1,5 +1,6 @@
 """AdamW over float32 master weights, in torch's or in bitsandbytes' 8-bit version, one parameter at a time."""
 
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -88,6 +89,7 @@ def make_adamw(kind: str, parameter: nn.Parameter, learning_rate: float, weight_
     options = {"lr": learning_rate, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": weight_decay}
     if kind == "adamw":
         return torch.optim.AdamW([parameter], fused=True, **options)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of 4-bit kernels, which are not used here
     import bitsandbytes  # imported only where it is used: it takes seconds, and most runs do not need it
 
     made = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}

@@ -16,7 +16,7 @@ from data.sources import load_problems
 from model import load_model
 from rl.checkpoint import RECIPE
 from rl.console import user_errors
-from rl.evaluate import Evaluation, evaluate
+from rl.evaluate import Evaluation, accuracy_by_difficulty, distinct_answers, evaluate, pass_at_k
 from rl.recipe import Recipe, RecipeError, from_dict, load_recipe
 from rl.stages import EVALUATION_SEED, pick_device, pick_dtype, problems_of
 
@@ -31,6 +31,8 @@ class Arguments:
     """hub, generated, a .parquet or a .jsonl; default: the recipe's held-out problems."""
     count: int | None = None
     """How many problems; default: the recipe's."""
+    samples: int = 1
+    """Completions a problem; above 1, pass@k and the number of different answers are printed too."""
     max_new_tokens: int | None = None
     """Tokens a completion may have; default: the recipe's."""
     temperature: float | None = None
@@ -77,16 +79,23 @@ def recipe_of(arguments: Arguments) -> Recipe:
 
 
 def print_table(result: Evaluation, name: str, examples: int, console: Console) -> None:
-    table = Table(title=f"{name}: {len(result.rollouts)} held-out problems", show_header=False)
+    table = Table(title=f"{name}: {len(result.groups)} problems x {len(result.groups[0])}", show_header=False)
     table.add_row("accuracy", f"{100 * result.accuracy:.1f} %")
     table.add_row("95 % interval", f"{100 * result.low:.1f} to {100 * result.high:.1f} %")
     for outcome, count in result.counts.items():
         table.add_row(outcome, str(count))
     table.add_row("mean length", f"{result.completion_length:.1f} tokens")
     table.add_row("truncated", f"{100 * result.truncated_fraction:.1f} %")
+    for kind, (accuracy, problems) in accuracy_by_difficulty(result.groups).items():
+        table.add_row(kind, f"{100 * accuracy:.1f} % of {problems}")
+    samples = len(result.groups[0])
+    if samples > 1:
+        table.add_row(f"pass@{samples}", f"{100 * pass_at_k(result.groups, samples):.1f} %")
+        table.add_row("distinct answers", f"{distinct_answers(result.groups):.1f} a problem")
     console.print(table)
+    rollouts = [rollout for group in result.groups for rollout in group]
     for outcome in result.counts:
-        chosen = [rollout for rollout in result.rollouts if rollout.score.outcome == outcome][:examples]
+        chosen = [rollout for rollout in rollouts if rollout.score.outcome == outcome][:examples]
         for rollout in chosen:
             numbers = ", ".join(map(str, rollout.problem.numbers))
             console.rule(f"{outcome} ({rollout.score.reward:.2f}): {numbers} -> {rollout.problem.target}")
@@ -94,6 +103,8 @@ def print_table(result: Evaluation, name: str, examples: int, console: Console) 
 
 
 def main(arguments: Arguments) -> None:
+    if arguments.samples < 1:
+        raise RecipeError(f"--samples must be at least 1, not {arguments.samples}")
     recipe = recipe_of(arguments)
     device = pick_device(recipe)
     model, tokenizer = load_model(arguments.checkpoint, device, pick_dtype(recipe), recipe.revision)
@@ -101,7 +112,7 @@ def main(arguments: Arguments) -> None:
         held_out = load_problems(arguments.problems)[: arguments.count]
     else:
         held_out = problems_of(recipe)[1]
-    result = evaluate(model, tokenizer, held_out, recipe.sampling, arguments.seed)
+    result = evaluate(model, tokenizer, held_out, recipe.sampling, arguments.seed, arguments.samples)
     print_table(result, arguments.checkpoint, arguments.examples, Console())
 
 

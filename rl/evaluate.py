@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from data import Problem
+from data import Problem, solve
 from model import Qwen3, Tokenizer
 from rl.recipe import SamplingSettings
 from rl.rollout import Rollout, collect_rollouts, rollout_metrics
@@ -14,13 +14,15 @@ OUTCOMES = ("correct", "near", "wrong", "malformed")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One completion for each of some problems.
+    """One or more completions for each of some problems.
 
     Attributes:
-        accuracy: share of completions that are correct, with its 95 % interval `low` to `high`.
+        accuracy: share of completions that are correct, with its 95 % interval `low` to `high`. Completions of one
+            problem are not independent, so the interval counts problems, whatever the number of completions.
         counts: completions by outcome.
         completion_length: mean, in tokens.
         truncated_fraction: share that ran into the token limit.
+        groups: the completions, [problem][sample].
     """
 
     accuracy: float
@@ -29,33 +31,66 @@ class Evaluation:
     counts: dict[str, int]
     completion_length: float
     truncated_fraction: float
-    rollouts: list[Rollout]
-
-    def __str__(self) -> str:
-        return f"{100 * self.accuracy:.1f} % ({100 * self.low:.1f} to {100 * self.high:.1f})"
+    groups: list[list[Rollout]]
 
 
 def evaluate(
-    model: Qwen3, tokenizer: Tokenizer, problems: list[Problem], sampling: SamplingSettings, seed: int
+    model: Qwen3,
+    tokenizer: Tokenizer,
+    problems: list[Problem],
+    sampling: SamplingSettings,
+    seed: int,
+    num_samples: int = 1,
 ) -> Evaluation:
-    """Sample one completion a problem and score it."""
-    groups = collect_rollouts(model, tokenizer, problems, 1, sampling, seed)
-    rollouts = [group[0] for group in groups]
+    """Sample `num_samples` completions a problem and score them."""
+    groups = collect_rollouts(model, tokenizer, problems, num_samples, sampling, seed)
     metrics = rollout_metrics(groups)
-    found = Counter(rollout.score.outcome for rollout in rollouts)
-    low, high = wilson_interval(found["correct"], len(rollouts))
+    found = Counter(rollout.score.outcome for group in groups for rollout in group)
+    low, high = wilson_interval(metrics["train_accuracy"] * len(groups), len(groups))
     return Evaluation(
-        accuracy=found["correct"] / len(rollouts),
+        accuracy=metrics["train_accuracy"],
         low=low,
         high=high,
         counts={outcome: found[outcome] for outcome in OUTCOMES},
         completion_length=metrics["completion_length"],
         truncated_fraction=metrics["truncated_fraction"],
-        rollouts=rollouts,
+        groups=groups,
     )
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+def accuracy_by_difficulty(groups: list[list[Rollout]]) -> dict[str, tuple[float, int]]:
+    """(accuracy, problems) for problems of 3 and 4 numbers, where + and - suffice and where * or / is needed.
+
+    A model may do well on the whole and never multiply; the whole does not show it.
+    """
+    kinds: dict[str, list[float]] = {}
+    for group in groups:
+        problem = group[0].problem
+        need = "+ and - suffice" if solve(problem, operators="+-") else "needs * or /"
+        share = sum(rollout.score.outcome == "correct" for rollout in group) / len(group)
+        kinds.setdefault(f"{len(problem.numbers)} numbers, {need}", []).append(share)
+    return {kind: (sum(shares) / len(shares), len(shares)) for kind, shares in sorted(kinds.items())}
+
+
+def pass_at_k(groups: list[list[Rollout]], k: int) -> float:
+    """Chance that at least one of k completions is correct, by the unbiased estimator (arXiv:2107.03374, equation 1)."""
+    missed = 0.0
+    for group in groups:
+        wrong = sum(rollout.score.outcome != "correct" for rollout in group)
+        missed += math.comb(wrong, k) / math.comb(len(group), k)
+    return 1 - missed / len(groups)
+
+
+def distinct_answers(groups: list[list[Rollout]]) -> float:
+    """Mean number of different well-formed answers a problem gets; SFT may raise accuracy and narrow this."""
+    answers = [
+        {r.text.partition("</answer>")[0].rpartition("<answer>")[2] for r in group if r.score.outcome != "malformed"}
+        for group in groups
+    ]
+    return sum(map(len, answers)) / len(answers)
+
+
+def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson, 1927): within [0, 1], and of use at 0 and at `trials` successes too."""
     share = successes / trials
     centre = share + z * z / (2 * trials)

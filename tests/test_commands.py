@@ -241,7 +241,7 @@ def test_the_embedded_model_calculates_but_does_not_solve():
     model, tokenizer = load_model("tiny")
     result = evaluate(model, tokenizer, problems_of(recipe)[1][:256], recipe.sampling, seed=1)
     assert result.accuracy < 0.08
-    steps = [step for rollout in result.rollouts for step in re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", rollout.text)]
+    steps = [step for [rollout] in result.groups for step in re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", rollout.text)]
     right = [
         int(value) == {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / max(1, int(b))}[op]
         for a, op, b, value in steps

@@ -1,5 +1,6 @@
 """Accuracy, its interval, and the counts and shares that an evaluation and a metrics line report."""
 
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from data import Problem
 from model import Completion, Tokenizer
 from model.weights import TINY
-from rl.evaluate import evaluate, wilson_interval
+from rl import score
+from rl.evaluate import accuracy_by_difficulty, distinct_answers, evaluate, pass_at_k, wilson_interval
 from rl.recipe import SamplingSettings
 from rl.reward import Score
 from rl.rollout import Rollout, collect_rollouts, judge, reward_tensor, rollout_metrics
@@ -79,8 +81,44 @@ def test_an_evaluation_counts_outcomes_lengths_and_truncations(monkeypatch):
     assert asked == [(PROBLEMS * 2, 1, sampling, 3)]
     assert result.counts == {"correct": 8, "near": 1, "wrong": 0, "malformed": 1}
     assert (result.accuracy, result.completion_length, result.truncated_fraction) == (0.8, 4.0, 0.1)
-    assert result.rollouts == [group[0] for group in made]
-    assert str(result) == "80.0 % (49.0 to 94.3)"
+    assert result.groups == made
+    assert (result.low, result.high) == pytest.approx((0.490162, 0.943318), abs=1e-6)
+
+
+def answered(problem: Problem, *answers: str) -> list[Rollout]:
+    """A group of completions with these answers, scored as usual; an empty one gives no answer at all."""
+    texts = [f"</think>\n<answer>{answer}</answer>" if answer else "</think>\n" for answer in answers]
+    return [Rollout(problem, [1], Completion([5], [-0.5], True), text, score(text, problem)) for text in texts]
+
+
+GROUPS = [
+    answered(Problem((1, 2, 7), 10), "1+2+7", "7+1+2", "7+1+2", "7-1-2"),  # 3 of 4 correct, 3 different answers
+    answered(Problem((2, 5, 10), 100), "2*5*10", "", "", "2+5+10"),  # 1 of 4, 2 different
+    answered(Problem((3, 5, 4), 12), "3+5+4", "3+5+4", "3+4+5", "5+4+3"),  # 4 of 4, 3 different
+    answered(Problem((3, 3, 8, 8), 24), "", "", "", ""),  # only 8 / (3 - 8 / 3): none, none
+]
+
+
+def test_accuracy_is_told_apart_where_a_multiplication_is_needed_trap_whole_hides_it():
+    assert accuracy_by_difficulty(GROUPS) == {
+        "3 numbers, + and - suffice": (0.875, 2),
+        "3 numbers, needs * or /": (0.25, 1),
+        "4 numbers, needs * or /": (0.0, 1),
+    }
+
+
+def test_pass_at_k_equals_the_mean_over_every_choice_of_k_completions():
+    for k in range(1, 5):
+        by_hand = []
+        for group in GROUPS:
+            choices = list(itertools.combinations([r.score.outcome == "correct" for r in group], k))
+            by_hand.append(sum(map(any, choices)) / len(choices))
+        assert pass_at_k(GROUPS, k) == pytest.approx(sum(by_hand) / len(by_hand))
+
+
+def test_distinct_answers_count_what_pass_at_1_cannot_see():
+    assert distinct_answers(GROUPS) == (3 + 2 + 3 + 0) / 4
+    assert distinct_answers([GROUPS[3]]) == 0
 
 
 def test_rollout_metrics_by_hand():
@@ -123,7 +161,7 @@ def test_the_stop_token_is_cut_off_before_judging_and_a_truncated_end_is_not(tok
 def test_an_evaluation_repeats_itself_and_does_not_depend_on_how_many_rows_are_decoded_at_once(model, tokenizer):
     def texts(batch_rows, seed=1):
         sampling = SamplingSettings(max_new_tokens=12, batch_rows=batch_rows)
-        return [rollout.text for rollout in evaluate(model, tokenizer, PROBLEMS, sampling, seed).rollouts]
+        return [group[0].text for group in evaluate(model, tokenizer, PROBLEMS, sampling, seed).groups]
 
     assert texts(100) == texts(100) == texts(2) == texts(1)
     assert texts(100, seed=2) != texts(100)

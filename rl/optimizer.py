@@ -78,10 +78,8 @@ class Optimizer:
             if key == "master":
                 master.copy_(tensor)
             else:
-                # bitsandbytes counts its steps in a plain integer, torch in a tensor on the CPU
-                count = key == "step" and not tensor.is_floating_point()
-                device = "cpu" if key == "step" else master.device
-                self.optimizers[name].state[master][key] = int(tensor) if count else tensor.to(device)
+                count = key == "step" and not tensor.is_floating_point()  # bitsandbytes counts in a plain integer
+                self.optimizers[name].state[master][key] = int(tensor) if count else tensor.to(master.device)
 
 
 def make_adamw(kind: str, parameter: nn.Parameter, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:

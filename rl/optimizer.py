@@ -26,7 +26,9 @@ class Optimizer:
     def __init__(self, model: nn.Module, kind: str = "adamw", learning_rate: float = 1e-6, weight_decay: float = 0.0):
         if kind not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {kind!r}")
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        # Smallest first: by the time the largest tensor needs room for its update, the other gradients are gone.
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.parameters = dict(sorted(trained, key=lambda item: item[1].numel()))
         self.masters: dict[str, Tensor] = {}
         self.moved_share = None if all(p.dtype == torch.float32 for p in self.parameters.values()) else 0.0
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -40,7 +42,7 @@ class Optimizer:
     @torch.no_grad()
     def step(self, learning_rate: float, max_grad_norm: float | None = 1.0) -> float:
         """Clip the gradients' joint norm, update every parameter, clear the gradients; return the norm before clipping."""
-        norms = [p.grad.float().norm() for p in self.parameters.values() if p.grad is not None]
+        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in self.parameters.values() if p.grad is not None]
         norm = float(torch.stack(norms).norm()) if norms else 0.0
         moved: list[Tensor] = []
         scale = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))

@@ -3,7 +3,9 @@
 from model.config import ModelError, Qwen3Config
 from model.kv_cache import KVCache
 from model.qwen3 import Qwen3
-from model.sampler import Completion, generate, token_logprobs
+from model.distribution import token_logprobs
+from model.sampler import generate
+from model.wave import Completion
 from model.tokenizer import Tokenizer, prompt_ids, render_chat
 from model.weights import load_model, save_model
 

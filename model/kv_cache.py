@@ -1,9 +1,34 @@
-"""Keys and values of the tokens seen so far. The cache alone knows where each row stands in its own text."""
+"""Keys and values of the tokens seen so far. A cache alone knows where each row stands in its own text."""
+
+import copy
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import Qwen3Config
+
+
+class Cache(Protocol):
+    """What the decoder asks of a cache: in each forward `start` once, `attend` in every layer, `advance` once."""
+
+    def start(self, time: int) -> Tensor:
+        """Positions of the next `time` tokens of each row: [batch, time]."""
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Store the new tokens' keys and values, and attend to all that each query may see, itself included.
+
+        Args:
+            queries: [batch, heads, time, head_dim], after RoPE.
+            keys, values: [batch, kv_heads, time, head_dim]; keys after RoPE.
+
+        Returns:
+            [batch, heads, time, head_dim].
+        """
+
+    def advance(self, time: int) -> None:
+        """Count the `time` tokens that every layer has stored by now."""
 
 
 class KVCache:
@@ -29,29 +54,26 @@ class KVCache:
     def max_length(self) -> int:
         return self.keys[0].shape[2]
 
-    def positions(self, time: int) -> Tensor:
-        """Positions of the next `time` tokens of each row: [batch, time]."""
-        return self.lengths[:, None] + torch.arange(time, device=self.lengths.device)
-
-    def attention_mask(self, time: int) -> Tensor:
-        """True where the next `time` tokens may look: [batch, 1, time, longest + time]."""
-        slots = torch.arange(self.longest + time, device=self.lengths.device)
-        return (slots <= self.positions(time)[:, :, None])[:, None]
-
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [batch, kv_heads, time, head_dim] behind each row's text; return all up to the longest row."""
-        time = keys.shape[2]
+    def start(self, time: int) -> Tensor:
         if self.longest + time > self.max_length:
             raise ValueError(f"the cache holds {self.max_length} tokens a row; {self.longest + time} are needed")
+        self.end = self.longest + time
+        self.positions = self.lengths[:, None] + torch.arange(time, device=self.lengths.device)  # [batch, time]
+        slots = torch.arange(self.end, device=self.lengths.device)
+        # In an empty cache attention is plainly causal, for which there are faster kernels. [batch, 1, time, end]
+        self.mask = (slots <= self.positions[:, :, None])[:, None] if self.longest else None
+        return self.positions
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
-        positions = self.positions(time)
-        self.keys[layer][rows, :, positions] = keys.transpose(1, 2)
-        self.values[layer][rows, :, positions] = values.transpose(1, 2)
-        end = self.longest + time
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        self.keys[layer][rows, :, self.positions] = keys.transpose(1, 2)
+        self.values[layer][rows, :, self.positions] = values.transpose(1, 2)
+        keys, values = self.keys[layer][:, :, : self.end], self.values[layer][:, :, : self.end]
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=self.mask, is_causal=self.mask is None, enable_gqa=True
+        )
 
     def advance(self, time: int) -> None:
-        """Count the `time` tokens that every layer has stored by now."""
         self.lengths = self.lengths + time  # not +=: set_lengths may have been given the caller's own tensor
         self.longest += time
 
@@ -60,9 +82,9 @@ class KVCache:
         self.lengths = lengths.to(self.lengths)
         self.longest = int(lengths.max())
 
-    def select(self, rows: Tensor) -> None:
-        """Keep `rows` ([n], in that order; a row may be named several times): fan a prompt out, drop the finished."""
-        for layer in range(len(self.keys)):
-            self.keys[layer] = self.keys[layer][rows]
-            self.values[layer] = self.values[layer][rows]
-        self.lengths = self.lengths[rows]
+    def part(self, rows: slice) -> "KVCache":
+        """The cache of some rows only, over the same memory."""
+        part = copy.copy(self)
+        part.keys, part.values = [keys[rows] for keys in self.keys], [values[rows] for values in self.values]
+        part.lengths = self.lengths[rows]
+        return part

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import Qwen3Config
-from model.kv_cache import KVCache
+from model.kv_cache import Cache
 
 
 class RMSNorm(nn.Module):
@@ -61,19 +61,28 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
         batch, time, _ = x.shape
         heads = (batch, time, -1, self.head_dim)
         queries = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # [batch, heads, time, head_dim]
         keys = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # [batch, kv_heads, time, head_dim]
         values = self.v_proj(x).view(heads).transpose(1, 2)
         queries, keys = rotate(queries, *rotary), rotate(keys, *rotary)
-        if cache is not None:
-            keys, values = cache.update(self.layer, keys, values)  # [batch, kv_heads, longest + time, head_dim]
-        attended = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-        )
+        if cache is None:
+            attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+        else:
+            attended = cache.attend(self.layer, queries, keys, values)  # [batch, heads, time, head_dim]
         return self.o_proj(attended.transpose(1, 2).reshape(batch, time, -1))
+
+
+class Linear(nn.Linear):
+    """x W^T, for few rows of bfloat16 on a CPU as (W x^T)^T: oneDNN then has only x to reorder, not W in every call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.numel() // x.shape[-1]
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and rows <= 128 and not torch.is_grad_enabled():
+            return (self.weight @ x.reshape(rows, -1).T).T.view(*x.shape[:-1], -1)
+        return F.linear(x, self.weight)
 
 
 class MLP(nn.Module):
@@ -81,9 +90,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -97,8 +106,8 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None, mask: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, cache, mask)
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -112,16 +121,13 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, token_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, token_ids: Tensor, cache: Cache | None = None) -> Tensor:
         time = token_ids.shape[1]
         x = self.embed_tokens(token_ids)
-        if cache is None:
-            positions, mask = torch.arange(time, device=token_ids.device)[None], None
-        else:
-            positions, mask = cache.positions(time), cache.attention_mask(time)
+        positions = torch.arange(time, device=token_ids.device)[None] if cache is None else cache.start(time)
         rotary = rotary_embedding(positions, self.config, x.dtype)
         for layer in self.layers:
-            x = layer(x, rotary, cache, mask)
+            x = layer(x, rotary, cache)
         if cache is not None:
             cache.advance(time)
         return self.norm(x)
@@ -134,7 +140,7 @@ class Qwen3(nn.Module):
     tokens before it, and the caller leaves the padding's own logits aside.
 
     `num_tokens` is how many ids have a text. The embedding has more rows than the tokenizer has entries (151,936 and
-    151,669); ids in between are never sampled and take no part in the softmax (see `model.sampler.token_logprobs`).
+    151,669); ids in between are never sampled and take no part in the softmax (see `model.distribution.token_logprobs`).
     """
 
     def __init__(self, config: Qwen3Config):
@@ -146,7 +152,7 @@ class Qwen3(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, token_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, token_ids: Tensor, cache: Cache | None = None) -> Tensor:
         return self.lm_head(self.model(token_ids, cache))
 
     def init_weights(self, seed: int, std: float = 0.02) -> "Qwen3":

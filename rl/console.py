@@ -2,8 +2,12 @@
 
 import contextlib
 import sys
+import time
+from collections.abc import Callable, Iterator
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress
 
 from data import DataError
 from model import ModelError
@@ -21,7 +25,7 @@ def user_errors(way_on: str = ""):
     except (ModelError, DataError, RecipeError) as error:
         fail(str(error))
     except torch.OutOfMemoryError:
-        fail("out of GPU memory: lower --optimizer.micro-batch-tokens or --sampling.batch-rows, or take a smaller --model")
+        fail("out of GPU memory: lower --optimizer.micro-batch-tokens or --sampling.max-cache-tokens, or take a smaller --model")
     except BrokenPipeError:
         sys.exit(0)  # whoever read the output has seen enough
     except OSError as error:
@@ -34,6 +38,20 @@ def user_errors(way_on: str = ""):
 def fail(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+@contextlib.contextmanager
+def sampling_progress(what: str, total: int, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Gives what `generate` takes as `progress`: a line at the bottom of a terminal, gone when the block ends."""
+    console, start = Console(stderr=True), time.perf_counter()
+    columns = ("{task.description}", BarColumn(), "{task.completed}/{task.total} completions  {task.fields[rate]}")
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as lines:
+        task = lines.add_task(what, total=total, rate="")
+
+        def show(done: int, tokens: int) -> None:
+            lines.update(task, completed=done, rate=f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
+
+        yield show
 
 
 def describe_run(recipe, model, train, held_out, resumed_at: int | None) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from data import Problem, solve
 from model import Qwen3, Tokenizer
+from rl.console import sampling_progress
 from rl.recipe import SamplingSettings
 from rl.rollout import Rollout, collect_rollouts, rollout_metrics
 
@@ -41,9 +42,11 @@ def evaluate(
     sampling: SamplingSettings,
     seed: int,
     num_samples: int = 1,
+    quiet: bool = False,
 ) -> Evaluation:
-    """Sample `num_samples` completions a problem and score them."""
-    groups = collect_rollouts(model, tokenizer, problems, num_samples, sampling, seed)
+    """Sample `num_samples` completions a problem and score them; without `quiet` a terminal shows how far it is."""
+    with sampling_progress("evaluation", len(problems) * num_samples, quiet) as progress:
+        groups = collect_rollouts(model, tokenizer, problems, num_samples, sampling, seed, progress)
     metrics = rollout_metrics(groups)
     found = Counter(rollout.score.outcome for group in groups for rollout in group)
     low, high = wilson_interval(metrics["train_accuracy"] * len(groups), len(groups))

@@ -78,8 +78,8 @@ class SamplingSettings:
     """Softmax temperature; training needs it above 0."""
     thinking: bool = True
     """Open a <think> block in the prompt; without, the prompt closes an empty one."""
-    batch_rows: int = 256
-    """Completions decoded at once; each takes memory for its keys and values."""
+    max_cache_tokens: int | None = None
+    """Tokens whose keys and values are in memory at once, a group's prompt counted once; None: what memory allows."""
     top_k: int | None = None
     """Sample from the k likeliest tokens only (evaluation; training refuses it)."""
     top_p: float | None = None
@@ -142,7 +142,6 @@ class Recipe:
 
     def __post_init__(self):
         check(self.sampling.max_new_tokens >= 1, "sampling.max_new_tokens", self.sampling.max_new_tokens, "at least 1")
-        check(self.sampling.batch_rows >= 1, "sampling.batch_rows", self.sampling.batch_rows, "at least 1")
         check(self.evaluation.every >= 1, "evaluation.every", self.evaluation.every, "at least 1")
         check(self.evaluation.problems >= 1, "evaluation.problems", self.evaluation.problems, "at least 1")
         check(self.optimizer.max_grad_norm > 0, "optimizer.max_grad_norm", self.optimizer.max_grad_norm, "above 0")
@@ -154,6 +153,8 @@ class Recipe:
         check(self.optimizer.weight_decay >= 0, "optimizer.weight_decay", self.optimizer.weight_decay, "at least 0")
         check(self.sampling.temperature >= 0, "sampling.temperature", self.sampling.temperature, "0 (greedy) or above")
         top_k, top_p = self.sampling.top_k, self.sampling.top_p
+        room = self.sampling.max_cache_tokens
+        check(room is None or room >= 1, "sampling.max_cache_tokens", room, "at least 1")
         check(top_k is None or top_k >= 1, "sampling.top_k", top_k, "at least 1")
         check(top_p is None or 0 < top_p <= 1, "sampling.top_p", top_p, "above 0 and at most 1")
         for number, stage in enumerate(self.stages):

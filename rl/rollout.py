@@ -1,5 +1,6 @@
 """From problems to scored completions: prompt, sample, decode, score."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +23,15 @@ class Rollout:
 
 
 def collect_rollouts(
-    model: Qwen3, tokenizer: Tokenizer, problems: list[Problem], num_samples: int, sampling: SamplingSettings, seed: int
+    model: Qwen3,
+    tokenizer: Tokenizer,
+    problems: list[Problem],
+    num_samples: int,
+    sampling: SamplingSettings,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Rollout]]:
-    """`num_samples` scored completions for each problem, as `[problem][sample]`.
+    """`num_samples` scored completions for each problem, as `[problem][sample]`; `progress` as in `generate`.
 
     A group is a place in this list, not a prompt: the same problem twice makes two groups.
     """
@@ -39,7 +46,8 @@ def collect_rollouts(
         seed=seed,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
-        batch_rows=sampling.batch_rows,
+        max_cache_tokens=sampling.max_cache_tokens,
+        progress=progress,
     )
     return [
         [judge(problem, prompt, completion, tokenizer, sampling.thinking) for completion in group]

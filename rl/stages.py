@@ -14,7 +14,7 @@ from data.traces import curate, load_traces, save_traces
 from model import Qwen3, Tokenizer, load_model, prompt_ids
 from rl.batch import Sample
 from rl.checkpoint import Progress, checkpoints, load_optimizer, load_progress, prune_checkpoints, save_checkpoint
-from rl.console import describe_run, step_line
+from rl.console import describe_run, sampling_progress, step_line
 from rl.evaluate import evaluate
 from rl.grpo import grpo_update
 from rl.optimizer import Optimizer
@@ -120,9 +120,9 @@ def grpo_stage(lab: Lab, stage: GRPOStage, optimizer: Optimizer, progress: Progr
         problems = endless_problems(lab.train, recipe.seed, progress.problems_seen, stage.prompts_per_step)
         progress.problems_seen += stage.prompts_per_step
         seed = 1000 * recipe.seed + progress.step
-        groups = collect_rollouts(
-            lab.model, lab.tokenizer, problems, stage.samples_per_prompt, recipe.sampling, seed
-        )
+        size = stage.samples_per_prompt
+        with sampling_progress("rollout", len(problems) * size, lab.quiet) as shown:
+            groups = collect_rollouts(lab.model, lab.tokenizer, problems, size, recipe.sampling, seed, shown)
         sampled = time.perf_counter()
         rate = stage.learning_rate * min(1.0, (progress.stage_step + 1) / max(1, stage.warmup_steps))
         metrics = rollout_metrics(groups) | grpo_update(lab.model, optimizer, groups, stage, recipe, rate, reference)
@@ -220,7 +220,7 @@ def endless_problems(problems: list[Problem], seed: int, position: int, count: i
 
 def evaluation_metrics(lab: Lab) -> dict[str, float]:
     start = time.perf_counter()
-    result = evaluate(lab.model, lab.tokenizer, lab.held_out, lab.recipe.sampling, EVALUATION_SEED)
+    result = evaluate(lab.model, lab.tokenizer, lab.held_out, lab.recipe.sampling, EVALUATION_SEED, quiet=lab.quiet)
     return {
         "eval_accuracy": result.accuracy,
         "eval_low": result.low,

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from reference import random_ids, reference_model, same_weights
 
 from model import KVCache
@@ -42,31 +40,6 @@ def test_what_lies_beyond_a_rows_length_has_no_influence(model, garbage):
         assert torch.equal(model(following, dirty), model(following, clean)), step
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 4), st.data())
-@torch.no_grad()
-def test_rows_selected_in_any_order_and_any_number_go_on_as_before(model, lengths, time, data):
-    rows = torch.tensor(data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=7)))
-    whole, some = (filled(model, lengths, spare=2 * time) for _ in range(2))
-    some.select(rows)
-    assert some.lengths.tolist() == [lengths[row] for row in rows]
-    for step in range(2):
-        following = random_ids(len(lengths), time, seed=20 + step)
-        expected = model(following, whole)[rows]
-        torch.testing.assert_close(model(following[rows], some), expected, rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
-def test_rows_fanned_out_from_one_prompt_do_not_share_what_follows(model):
-    cache = filled(model, [5], spare=2)
-    cache.select(torch.tensor([0, 0, 0]))
-    prompt, following = random_ids(1, 5), torch.tensor([[1, 2], [3, 4], [5, 6]])
-    logits = torch.cat([model(following[:, :1], cache), model(following[:, 1:], cache)], dim=1)
-    for row in range(3):
-        expected = model(torch.cat((prompt, following[row : row + 1]), dim=1))[0, 5:]
-        torch.testing.assert_close(logits[row], expected, rtol=0, atol=1e-5)
-
-
 @torch.no_grad()
 def test_forgetting_tokens_takes_a_row_back_to_where_it_was(model):
     token_ids = random_ids(2, 8)
@@ -92,9 +65,20 @@ def test_the_callers_lengths_stay_the_callers(model):
 @torch.no_grad()
 def test_positions_and_masks_follow_each_rows_own_length(model):
     cache = filled(model, [1, 3], spare=4)
-    assert cache.positions(2).tolist() == [[1, 2], [3, 4]]
-    mask = cache.attention_mask(2)[:, 0].int().tolist()  # [batch, time, longest + time]
+    assert cache.start(2).tolist() == [[1, 2], [3, 4]]
+    mask = cache.mask[:, 0].int().tolist()  # [batch, time, longest + time]
     assert mask == [[[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]], [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]]
+
+
+@torch.no_grad()
+def test_a_part_of_the_rows_is_filled_as_if_the_others_were_not_there(model):
+    token_ids, following = random_ids(5, 6), random_ids(5, 1, seed=9)
+    whole, parts = KVCache(model.config, 5, 8), KVCache(model.config, 5, 8)
+    model(token_ids, whole)
+    for rows in (slice(0, 2), slice(2, 5)):
+        model(token_ids[rows], parts.part(rows))
+    parts.set_lengths(torch.full((5,), 6))
+    torch.testing.assert_close(model(following, parts), model(following, whole), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

@@ -158,17 +158,17 @@ def test_the_stop_token_is_cut_off_before_judging_and_a_truncated_end_is_not(tok
     assert without_prompt_tag.score.outcome == "malformed"
 
 
-def test_an_evaluation_repeats_itself_and_does_not_depend_on_how_many_rows_are_decoded_at_once(model, tokenizer):
-    def texts(batch_rows, seed=1):
-        sampling = SamplingSettings(max_new_tokens=12, batch_rows=batch_rows)
+def test_an_evaluation_repeats_itself_and_does_not_depend_on_how_much_is_decoded_at_once(model, tokenizer):
+    def texts(room, seed=1):
+        sampling = SamplingSettings(max_new_tokens=12, max_cache_tokens=room)
         return [group[0].text for group in evaluate(model, tokenizer, PROBLEMS, sampling, seed).groups]
 
-    assert texts(100) == texts(100) == texts(2) == texts(1)
-    assert texts(100, seed=2) != texts(100)
+    assert texts(None) == texts(None) == texts(300) == texts(150)
+    assert texts(None, seed=2) != texts(None)
 
 
 def test_rollouts_stand_where_their_problems_do(model, tokenizer):
-    groups = collect_rollouts(model, tokenizer, PROBLEMS, 3, SamplingSettings(max_new_tokens=6, batch_rows=6), seed=1)
+    groups = collect_rollouts(model, tokenizer, PROBLEMS, 3, SamplingSettings(max_new_tokens=6), seed=1)
     assert [[rollout.problem for rollout in group] for group in groups] == [[problem] * 3 for problem in PROBLEMS]
     for problem, group in zip(PROBLEMS, groups, strict=True):
         assert f"numbers {', '.join(map(str, problem.numbers))} " in tokenizer.decode(group[0].prompt_ids)

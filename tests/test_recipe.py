@@ -179,7 +179,7 @@ def stage(kind: str, text: str) -> str:
         ("[sampling]\ntop_p = 1.5", "sampling.top_p"),
         ("[optimizer]\nweight_decay = -0.1", "optimizer.weight_decay"),
         ("[sampling]\nmax_new_tokens = 0", "sampling.max_new_tokens"),
-        ("[sampling]\nbatch_rows = 0", "sampling.batch_rows"),
+        ("[sampling]\nmax_cache_tokens = 0", "sampling.max_cache_tokens"),
         ("[sampling]\ntemperature = -0.1", "sampling.temperature"),
         ("[sampling]\ntemperature = nan", "sampling.temperature"),
         ("[evaluation]\nevery = 0", "evaluation.every"),

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from reference import reference_model, same_weights
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-import model.sampler
+import model.wave
 from model import generate
-from model.sampler import sample
+from model.distribution import sample
 from rl.batch import Sample, completion_logprobs, make_batch
 
 PROMPTS = [[5, 17, 3, 44, 9], [8], [61, 2, 2, 30, 71, 12, 4, 4, 25], [19, 6, 40], [8, 1, 77, 50, 3, 9, 13]]
@@ -382,19 +382,19 @@ def rows_through(decoder, call):
         hook.remove()
 
 
-def test_dropping_finished_rows_changes_no_result(decoder, monkeypatch):
+def test_rows_that_leave_change_no_result(decoder, monkeypatch):
     def call():
         return generate(decoder, PROMPTS, num_samples=6, max_new_tokens=60, stop_token_ids=[7, 30, 51], seed=8)
 
-    dropped, shapes = rows_through(decoder, call)
-    assert len({rows for rows, _ in shapes[1:]}) > 2  # rows were dropped, more than once
-    assert len({len(completion.token_ids) for completion in flat(dropped)}) > 8
-    for name, value in (("DROP_BELOW", 0), ("DROP_BELOW", 1), ("DROP_EVERY", 1)):
+    left, shapes = rows_through(decoder, call)
+    assert len({rows for rows, _ in shapes[1:]}) > 2  # rows left, more than once
+    assert len({len(completion.token_ids) for completion in flat(left)}) > 8
+    for name, value in (("LEAVE_BELOW", 0), ("LEAVE_BELOW", 1), ("CHECK_EVERY", 1)):
         with monkeypatch.context() as patch:
-            patch.setattr(model.sampler, name, value)
+            patch.setitem(getattr(model.wave, name), "cpu", value)
             kept, shapes = rows_through(decoder, call)
-        assert_same(flat(kept), flat(dropped))
-        if (name, value) == ("DROP_BELOW", 0):
+        assert_same(flat(kept), flat(left))
+        if (name, value) == ("LEAVE_BELOW", 0):
             assert {rows for rows, _ in shapes[1:]} == {30}
 
 
@@ -404,7 +404,7 @@ def test_decoding_ends_soon_after_the_last_row_has_stopped(decoder):
 
     groups, shapes = rows_through(decoder, call)
     assert [len(completion.token_ids) for completion in flat(groups)] == [1] * len(PROMPTS)
-    assert len(shapes) <= 1 + model.sampler.DROP_EVERY
+    assert len(shapes) <= 1 + model.wave.CHECK_EVERY["cpu"]
 
 
 # The work it does, and what it refuses

@@ -1,0 +1,84 @@
+"""From logits to a token and its log-probability.
+
+One function, `token_logprobs`, turns logits into log-probabilities for the sampler and for the trainer, so that the
+ratio between the two is one until the weights move.
+"""
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SAMPLED_AT_ONCE = 2**20  # logits
+
+
+def token_logprobs(logits: Tensor, temperature: float, num_tokens: int) -> Tensor:
+    """Log-probabilities [..., num_tokens] in float32 from logits [..., vocab], in nats.
+
+    Logits past the tokenizer's last entry are cut off: those ids have no text and are never sampled. Temperature 0
+    stands for greedy decoding, whose log-probabilities are reported at temperature 1.
+    """
+    logits = logits[..., :num_tokens].float()
+    return torch.log_softmax(logits if temperature in (0, 1) else logits / temperature, dim=-1)
+
+
+def sample(
+    logits: Tensor,
+    uniforms: Tensor,
+    num_tokens: int,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One token a row from logits [rows, vocab]: ids [rows] and their log-probabilities [rows].
+
+    Inverse-CDF sampling: the first token at which the cumulative probability passes the row's uniform number in
+    [0, 1). One random number a token, where Gumbel noise or `torch.multinomial` would draw one for each vocabulary
+    entry.
+    """
+    # On a CPU a few rows at a time: temporaries of the whole batch would be fresh memory in every step, and its page
+    # faults cost four times the arithmetic.
+    at_once = max(1, SAMPLED_AT_ONCE // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    parts = []
+    for rows, thresholds in zip(logits.split(at_once), uniforms.split(at_once), strict=True):
+        logprobs = token_logprobs(rows, temperature, num_tokens)
+        if temperature == 0:
+            sampled = logprobs.argmax(-1, keepdim=True)
+        else:
+            cumulative = truncate(logprobs, top_k, top_p).exp().cumsum(-1)
+            # u is at most 1 - 2^-24, which keeps u * total below total in float32: the search always ends on a token.
+            sampled = torch.searchsorted(cumulative, thresholds[:, None] * cumulative[:, -1:], right=True)
+        parts.append((sampled[:, 0], logprobs.gather(-1, sampled)[:, 0]))
+    token_ids, logprobs = zip(*parts, strict=True)
+    return torch.cat(token_ids), torch.cat(logprobs)
+
+
+def truncate(logprobs: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Give probability zero to all but the top-k, then to all but the nucleus (Holtzman et al., arXiv:1904.09751)."""
+    if top_k is not None and top_k < logprobs.shape[-1]:
+        smallest = logprobs.topk(top_k).values[:, -1:]
+        logprobs = logprobs.masked_fill(logprobs < smallest, -torch.inf)
+    if top_p is not None and top_p < 1:
+        ordered, order = logprobs.softmax(-1).sort(descending=True)
+        reached_before = ordered.cumsum(-1) - ordered >= top_p
+        logprobs = logprobs.masked_fill(reached_before.scatter(-1, order, reached_before), -torch.inf)
+    return logprobs
+
+
+def random_streams(prompts: list[list[int]], num_samples: int, max_new_tokens: int, seed: int) -> Tensor:
+    """Uniform numbers in [0, 1), [prompts, num_samples, max_new_tokens]; each sample from a generator of its own.
+
+    Its key is (seed, prompt, how often the prompt came before among these, number of the sample).
+    """
+    seen: dict[tuple[int, ...], int] = {}
+    rows: list[np.ndarray] = []
+    for prompt in prompts:
+        key = tuple(prompt)
+        seen[key] = seen.get(key, -1) + 1
+        text = f"{seed} {seen[key]} {' '.join(map(str, prompt))}"
+        for number in range(num_samples):
+            digest = hashlib.blake2b(f"{number} {text}".encode(), digest_size=16).digest()
+            generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+            rows.append(generator.random(max_new_tokens, dtype=np.float32))
+    return torch.from_numpy(np.stack(rows)).view(len(prompts), num_samples, max_new_tokens)

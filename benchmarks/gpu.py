@@ -8,6 +8,7 @@ fails is written down with its error, and the next one runs.
 """
 
 import json
+import statistics
 import sys
 import time
 import traceback
@@ -22,6 +23,8 @@ import tyro
 
 from data import Problem
 from model import KVCache, Qwen3, Qwen3Config, generate, load_model
+from model.cuda_graph import GraphedStep
+from model.wave import Wave
 from rl.batch import Sample, completion_logprobs, make_batch
 from rl.grpo import grpo_update
 from rl.optimizer import Optimizer
@@ -120,7 +123,10 @@ def bandwidth() -> float:
 
 
 def decoding(settings: Settings) -> dict:
-    """Tokens a second of `generate`, and what share of the time reading weights and cache once a step would take."""
+    """Tokens a second of `generate`, and what share of the time reading weights and cache once a step would take.
+
+    A group's prompt counts once: it is stored once, and read once for all its rows.
+    """
     limit = bandwidth()
     result = {"copy_bytes_per_second": limit}
     prompt_length, new_tokens = (16, 16) if settings.small else (140, 128)
@@ -132,6 +138,8 @@ def decoding(settings: Settings) -> dict:
             prompts = random_prompts(config, max(1, rows // 8), prompt_length)
             options = {"num_samples": min(rows, 8), "seed": 0}
             generate(model, prompts, max_new_tokens=4, **options)
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
             seconds = {}
             for length in (1, new_tokens):  # the difference is decoding alone, without the prefill
                 synchronize()
@@ -140,13 +148,46 @@ def decoding(settings: Settings) -> dict:
                 synchronize()
                 seconds[length] = time.perf_counter() - start
             step = (seconds[new_tokens] - seconds[1]) / (new_tokens - 1)
-            cache_bytes = rows * token_bytes * (prompt_length + new_tokens / 2)
+            cache_bytes = token_bytes * (len(prompts) * prompt_length + rows * new_tokens / 2)
             result[f"{name} x {rows}"] = {
                 "tokens_per_second": rows * new_tokens / seconds[new_tokens],
                 "milliseconds_a_step": 1000 * step,
                 "share_of_bandwidth_limit": (weight_bytes + cache_bytes) / limit / step,
+                "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
             }
         del model
+    return result
+
+
+def launching(settings: Settings) -> dict:
+    """Milliseconds a decoding step launched kernel by kernel, as a CUDA graph, and with the layers compiled as well."""
+    name, config = list((SMALL if settings.small else QWEN3).items())[0]
+    model = random_model(config)
+    prompts, new_tokens = random_prompts(config, 4, 140), 40 if settings.small else 200
+    stops = torch.tensor([], dtype=torch.int64, device=device())
+    result = {"shape": name, "rows": 32}
+
+    def milliseconds(graph: bool) -> float:
+        """Median over steps of one wave of 4 prompts x 8 samples; new graphs are outliers and do not show."""
+        with torch.inference_mode():
+            wave = Wave(model, prompts, torch.rand(4, 8, new_tokens), stops, (1.0, None, None), static=True)
+            step = GraphedStep(wave.step) if graph else lambda shape: wave.step()
+            times = []
+            for count in range(1, new_tokens):
+                wave.cache.reserve(count)
+                start = time.perf_counter()
+                step(wave.cache.shape)
+                synchronize()
+                times.append(time.perf_counter() - start)
+        return 1000 * statistics.median(times)
+
+    result["kernel_by_kernel"] = milliseconds(graph=False)
+    if torch.cuda.is_available():
+        result["graph"] = milliseconds(graph=True)
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
+        milliseconds(graph=False)  # compiles
+        result["graph_of_compiled_layers"] = milliseconds(graph=True)
     return result
 
 
@@ -265,7 +306,7 @@ def main(settings: Settings) -> None:
         "settings": {key: str(value) for key, value in asdict(settings).items()},
         "parts": {},
     }
-    for part in (correctness, decoding, grpo_steps, cache_growth, resume_and_training):
+    for part in (correctness, decoding, launching, grpo_steps, cache_growth, resume_and_training):
         start = time.perf_counter()
         try:
             values = part(settings)

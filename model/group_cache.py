@@ -93,7 +93,7 @@ class GroupCache:
         seen = (slots < lengths) | ((slots >= longest) & (slots <= longest + self.stored))
         # Added to the scores: 0 where a row may look, else -inf. [rows * kv_heads, 1, longest + visible]
         bias = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -torch.inf)
-        self.bias = bias.repeat_interleave(self.prompt_keys[0].shape[1], dim=0)[:, None]
+        self.bias = bias[:, None].expand(-1, self.prompt_keys[0].shape[1], -1).reshape(-1, 1, bias.shape[-1])
         # Where in the last block the next token goes. A graph must read it from the device; writing by slice is faster.
         place = (self.count - 1) % self.block
         self.slot = self.stored % self.block if self.stored.is_cuda else slice(place, place + 1)

@@ -68,6 +68,7 @@ def generate(
         done, tokens = done + now_done, tokens + now_tokens
         for completions, found in zip(groups[group], wave.groups(), strict=True):
             completions += found
+        del wave  # its keys and values have to be gone before the next one's come
     return groups
 
 

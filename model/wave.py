@@ -112,10 +112,10 @@ class Wave:
         stops = torch.isin(self.token_ids[:, :count], self.stops)
         finished = stops.any(1)
         lengths = torch.where(finished, stops.int().argmax(1) + 1, count)
-        left = [completion for completion in self.completions if completion]
-        done = len(left) + int(finished.sum())
-        tokens = sum(len(completion.token_ids) for completion in left) + int(lengths.sum())
         leaving = finished if count < self.max_new_tokens else torch.ones_like(finished)
+        left = [completion for completion in self.completions if completion]
+        done = len(left) + int(leaving.sum())
+        tokens = sum(len(completion.token_ids) for completion in left) + int(lengths.sum())
         keep = (~leaving).nonzero()[:, 0]
         if len(keep) <= leave_below * len(leaving):
             columns = (self.samples, lengths, finished, self.token_ids, self.logprobs)

@@ -54,7 +54,7 @@ def save_checkpoint(
     (temporary / STATE).write_text(json.dumps(asdict(progress), indent=2) + "\n")
     (temporary / RECIPE).write_text(json.dumps(to_dict(recipe), indent=2) + "\n")
     if folder.exists():
-        shutil.rmtree(folder)
+        remove_checkpoint(folder)
     os.replace(temporary, folder)
 
 
@@ -89,4 +89,12 @@ def prune_checkpoints(run: Path, keep: int) -> None:
     """Delete all but the latest `keep` checkpoints and those at a stage's end."""
     for folder in checkpoints(run)[:-keep]:
         if load_progress(folder).stage_step != 0:
-            shutil.rmtree(folder)
+            remove_checkpoint(folder)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete `folder`; stopped on the way, this leaves nothing that looks like a checkpoint."""
+    doomed = folder.with_name(folder.name + ".removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)

@@ -71,7 +71,7 @@ def test_an_evaluation_counts_outcomes_lengths_and_truncations(monkeypatch):
     ]
     asked = []
 
-    def collect(model, tokenizer, problems, num_samples, sampling, seed):
+    def collect(model, tokenizer, problems, num_samples, sampling, seed, progress):
         asked.append((problems, num_samples, sampling, seed))
         return made
 

@@ -1,0 +1,307 @@
+"""How much is sampled at once: waves that fit a budget, are as large as it allows, and change no completion."""
+
+import itertools
+import json
+import math
+import runpy
+import shutil
+import sys
+import weakref
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import random_model
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import model.group_cache
+import model.memory
+import model.sampler
+from model import KVCache, ModelError, generate
+from model.distribution import random_streams
+from model.group_cache import GroupCache
+from model.memory import CACHE_SHARE, LOGITS_COPIES, cache_tokens_that_fit, free_memory, token_bytes
+from model.sampler import plain_completion, waves
+from model.weights import TINY
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = [[5, 17, 3, 44, 9], [8, 2], [40, 2, 2, 30, 31, 12, 4, 4, 25], [19, 6, 40], [8, 1, 37, 20, 3, 9, 13]]
+OPTIONS = dict(num_samples=5, max_new_tokens=13, stop_token_ids=[7, 30], seed=3)
+ROOMS = [22, 35, 73, 140, 296, 10**6]  # 22, 35: one, two rows of the longest prompt; 140, 296: two, four groups
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return random_model(std=0.2)
+
+
+# Waves
+
+
+def cost(lengths: list[int], rows: int, max_new_tokens: int) -> int:
+    """Tokens that `rows` completions of prompts of these lengths hold at their longest."""
+    return len(lengths) * max(lengths) + rows * max_new_tokens
+
+
+@st.composite
+def cases(draw):
+    """(lengths, num_samples, max_new_tokens, budget), with room for a sample of each prompt at the least."""
+    lengths = draw(st.lists(st.integers(1, 30), max_size=9))
+    num_samples, max_new_tokens = draw(st.integers(1, 8)), draw(st.integers(1, 13))
+    least = max(lengths, default=0) + max_new_tokens
+    most = len(lengths) * max(lengths, default=0) + len(lengths) * num_samples * max_new_tokens
+    return lengths, num_samples, max_new_tokens, draw(st.integers(least, max(least, most + 2)))
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(cases())
+@example(([30, 1, 1], 2, 5, 40))  # the first fits to the token, the others together with it do not
+@example(([3, 20, 3, 3], 7, 4, 43))  # one in the middle is divided
+@example(([4, 4], 6, 5, 16))  # 2 of 6 at a time: parts come out even
+def test_waves_hold_every_sample_once_in_order_fit_their_budget_and_could_not_be_larger(case):
+    lengths, num_samples, max_new_tokens, budget = case
+    found = [(range(len(lengths))[p], range(num_samples)[s]) for p, s in waves(*case)]
+    pairs = [pair for wave in found for pair in itertools.product(*wave)]
+    assert pairs == list(itertools.product(range(len(lengths)), range(num_samples)))
+    parts = dict.fromkeys(range(len(lengths)), 0)
+    for prompts, samples in found:
+        assert cost([lengths[p] for p in prompts], len(prompts) * len(samples), max_new_tokens) <= budget
+        for prompt in prompts:
+            parts[prompt] += 1
+        if len(samples) == num_samples and prompts.stop < len(lengths):
+            with_next = [lengths[p] for p in prompts] + [lengths[prompts.stop]]
+            assert cost(with_next, len(with_next) * num_samples, max_new_tokens) > budget
+    for length, times in zip(lengths, parts.values(), strict=True):
+        at_once = (budget - length) // max_new_tokens
+        fits = cost([length], num_samples, max_new_tokens) <= budget
+        assert times == (1 if fits else math.ceil(num_samples / at_once))
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 9), st.integers(-5, 60))
+def test_a_prompt_has_room_if_one_sample_of_it_has(length, num_samples, max_new_tokens, budget):
+    arguments = ([length], num_samples, max_new_tokens, budget)
+    if length + max_new_tokens <= budget:
+        assert list(waves(*arguments))
+    else:
+        with pytest.raises(ModelError):
+            list(waves(*arguments))
+
+
+def test_a_prompt_without_room_is_named_with_its_numbers_and_the_way_out(decoder):
+    message = (
+        "room for 21 tokens of keys and values, and a prompt of 9 with 13 new ones takes 22: "
+        "raise max_cache_tokens, lower max_new_tokens, or take a smaller model"
+    )
+    with pytest.raises(ModelError, match=message):
+        list(waves(list(map(len, PROMPTS)), 5, 13, 21))
+    with pytest.raises(ModelError, match=message):
+        generate(decoder, PROMPTS, **OPTIONS, max_cache_tokens=21)
+
+
+def one_line_error(command: str, *arguments, monkeypatch, capsys) -> str:
+    """What `python command arguments` prints on standard error when it ends with exit code 2."""
+    monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(ROOT / command), run_name="__main__")
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+    return message
+
+
+def test_no_room_ends_train_py_in_one_line(tmp_path, monkeypatch, capsys):
+    options = ("--model", "tiny", "--out", tmp_path / "run", "--sampling.max-cache-tokens", 100)
+    message = one_line_error("train.py", "smoke", *options, monkeypatch=monkeypatch, capsys=capsys)
+    assert "room for 100 tokens" in message and "with 96 new ones" in message and "raise max_cache_tokens" in message
+
+
+def test_no_memory_ends_eval_py_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(model.memory, "read", machine({"/proc/meminfo": "MemAvailable: 2 kB\n"}))
+    message = one_line_error("eval.py", "tiny", "--count", 4, monkeypatch=monkeypatch, capsys=capsys)
+    assert "room for 0 tokens" in message and "with 256 new ones" in message and "smaller model" in message
+
+
+def test_a_checkpoint_is_evaluated_with_the_room_that_its_recipe_gives(tmp_path, monkeypatch, capsys):
+    shutil.copytree(TINY, tmp_path / "checkpoint")
+    recipe = {"problems": "generated", "generated_problems": 300, "sampling": {"max_cache_tokens": 50}}
+    (tmp_path / "checkpoint" / "recipe.json").write_text(json.dumps(recipe))
+    arguments = (tmp_path / "checkpoint", "--count", 4)
+    message = one_line_error("eval.py", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert "room for 50 tokens" in message
+
+
+# What generate does with a budget
+
+
+def passes(decoder, call) -> tuple[list, list[tuple[int, int, list[int]]]]:
+    """The result of `call()` and its waves: (prompts, longest prompt, rows of each decoding forward)."""
+    found = []
+
+    def note(_, args, __):
+        rows, time = args[0].shape
+        if time > 1:  # no prompt here is one token long
+            found.append((rows, time, []))
+        else:
+            found[-1][2].append(rows)
+
+    hook = decoder.model.embed_tokens.register_forward_hook(note)
+    try:
+        return call(), found
+    finally:
+        hook.remove()
+
+
+def test_completions_are_the_same_in_any_budget(decoder):
+    streams = random_streams(PROMPTS, 5, 13, seed=3)
+    expected = [
+        [plain_completion(decoder, prompt, uniforms, [7, 30], (1.0, None, None)) for uniforms in group]
+        for prompt, group in zip(PROMPTS, streams, strict=True)
+    ]
+    lengths = {len(completion.token_ids) for group in expected for completion in group}
+    assert len(lengths) > 4 and max(lengths) == 13  # some stop early, some never
+    for room in ROOMS:
+        groups = generate(decoder, PROMPTS, **OPTIONS, max_cache_tokens=room)
+        for group, plain in zip(groups, expected, strict=True):
+            for completion, alone in zip(group, plain, strict=True):
+                assert (completion.token_ids, completion.finished) == (alone.token_ids, alone.finished), room
+                assert completion.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_forward_has_more_rows_than_the_budget_has_room_for(room, decoder):
+    options = OPTIONS | {"stop_token_ids": ()}  # nothing stops, so that no row leaves
+    _, found = passes(decoder, lambda: generate(decoder, PROMPTS, **options, max_cache_tokens=room))
+    planned = list(waves(list(map(len, PROMPTS)), 5, 13, room))
+    assert [prompts for prompts, _, _ in found] == [len(PROMPTS[prompts]) for prompts, _ in planned]
+    for (prompts, longest, rows), (_, samples) in zip(found, planned, strict=True):
+        assert rows == [prompts * (samples.stop - samples.start)] * 12
+        assert prompts * longest + rows[0] * 13 <= room
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("stops", [(), (7, 30)], ids=["to the end", "rows leave"])
+@pytest.mark.parametrize("room", [22, 35, 140, 296])
+def test_keys_and_values_never_take_more_memory_than_the_budget(room, stops, static, decoder, monkeypatch):
+    """All that is alive counts, the wave before included; with blocks of 5 tokens the last one is shorter."""
+    alive, seen = weakref.WeakSet(), []
+
+    def look():
+        tensors = [
+            tensor
+            for cache in alive
+            for tensor in itertools.chain(cache.prompt_keys, cache.prompt_values, *cache.keys, *cache.values)
+        ]
+        seen.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+
+    def looked_at(method):
+        def call(cache, *arguments):
+            alive.add(cache)
+            method(cache, *arguments)
+            look()
+
+        return call
+
+    monkeypatch.setitem(model.group_cache.BLOCK, "cpu", 5)
+    monkeypatch.setattr(model.sampler, "Wave", partial(model.sampler.Wave, static=static))
+    for name in ("__init__", "reserve", "select"):
+        monkeypatch.setattr(GroupCache, name, looked_at(getattr(GroupCache, name)))
+    options = OPTIONS | {"stop_token_ids": stops, "max_cache_tokens": room}
+    generate(decoder, PROMPTS, **options, progress=lambda done, tokens: look())
+    assert max(seen) <= room * token_bytes(decoder)
+    if not stops:  # the costliest wave fills each of these budgets to the last token
+        assert max(seen) >= 0.95 * room * token_bytes(decoder)
+
+
+def test_without_a_budget_generate_takes_what_fits_into_memory(decoder, monkeypatch):
+    asked = []
+
+    def fits(of, max_new_tokens):
+        asked.append((of, max_new_tokens))
+        return 74
+
+    monkeypatch.setattr(model.sampler, "cache_tokens_that_fit", fits)
+    groups, by_memory = passes(decoder, lambda: generate(decoder, PROMPTS, **OPTIONS))
+    assert asked == [(decoder, 13)]
+    same, by_budget = passes(decoder, lambda: generate(decoder, PROMPTS, **OPTIONS, max_cache_tokens=74))
+    assert asked == [(decoder, 13)]  # a budget that is given is not asked for
+    assert by_memory == by_budget and len(by_budget) > 3 and groups == same
+
+
+# Memory
+
+
+def machine(files: dict[str, str]):
+    """In the place of `read`: a machine that has these files and no others."""
+    return lambda path: files.get(str(path), "")
+
+
+def meminfo(available: int) -> str:
+    return f"MemTotal:  99999999 kB\nMemFree:    77 kB\nMemAvailable:   {available} kB\nSwapFree:  88888888 kB\n"
+
+
+LIMIT, USE = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"/proc/meminfo": meminfo(123_457)}, 123_457 * 1024),
+        ({"/proc/meminfo": meminfo(9_000_000), LIMIT: f"{5 * GIB}\n", USE: f"{3 * GIB}\n"}, 2 * GIB),
+        ({"/proc/meminfo": meminfo(1_000_001), LIMIT: f"{5 * GIB}\n", USE: f"{3 * GIB}\n"}, 1_000_001 * 1024),
+        ({"/proc/meminfo": meminfo(1_000_001), LIMIT: "max\n", USE: "1000\n"}, 1_000_001 * 1024),
+        ({"/proc/meminfo": meminfo(1_000_001), LIMIT: "1000\n"}, 1_000_001 * 1024),
+        ({"/proc/meminfo": meminfo(1_000_001), LIMIT: "1000\n", USE: "1700\n"}, 0),
+        ({"/proc/meminfo": meminfo(0)}, 0),
+        ({LIMIT: "1700\n", USE: "1000\n"}, 700),
+        ({LIMIT: "max\n", USE: "1000\n"}, 8 * GIB),
+        ({}, 8 * GIB),
+    ],
+    ids=["machine", "container", "machine below container", "no limit", "no use", "over the limit", "nothing left",
+         "container alone", "no limit alone", "nothing readable"],
+)  # fmt: skip
+def test_free_memory_is_the_smaller_of_what_machine_and_container_have_left(files, expected, monkeypatch):
+    monkeypatch.setattr(model.memory, "read", machine(files))
+    assert free_memory(torch.device("cpu")) == expected
+
+
+def test_free_memory_of_this_machine_is_more_than_nothing_and_a_missing_file_is_empty(tmp_path):
+    assert 0 < free_memory(torch.device("cpu")) < 2**50
+    assert model.memory.read(tmp_path / "missing") == model.memory.read(tmp_path) == ""
+    (tmp_path / "file").write_text("max\n")
+    assert model.memory.read(tmp_path / "file") == "max\n"
+
+
+def test_a_gpu_has_what_the_driver_and_the_allocator_have_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (700 if device.index == 1 else 1, 10_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500 if device.index == 1 else 2)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 420 if device.index == 1 else 2)
+    monkeypatch.setattr(model.memory, "read", machine({"/proc/meminfo": meminfo(0)}))
+    assert free_memory(torch.device("cuda", 1)) == 780
+    assert free_memory(torch.device("cuda")) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [{}, {"num_hidden_layers": 3, "num_key_value_heads": 1, "head_dim": 10}], ids=str)
+def test_token_bytes_are_those_of_a_cache(shape, dtype):
+    decoder = random_model(dtype=dtype, **shape)
+    cache = KVCache(decoder.config, 3, 7, dtype=dtype)
+    total = sum(tensor.untyped_storage().nbytes() for tensor in cache.keys + cache.values)
+    assert token_bytes(decoder) == total / (3 * 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("max_new_tokens", [1, 17, 256, 4096])
+@pytest.mark.parametrize("vocab", [48, 5003])
+def test_cache_and_logits_fill_their_share_of_free_memory_and_no_more(vocab, max_new_tokens, dtype, monkeypatch):
+    decoder, free = random_model(dtype=dtype, vocab_size=vocab), 3 * GIB + 12_345
+    asked = []
+    monkeypatch.setattr(model.memory, "free_memory", lambda device: asked.append(device) or free)
+    tokens = cache_tokens_that_fit(decoder, max_new_tokens)
+    logits = tokens / max_new_tokens * LOGITS_COPIES * 4 * vocab  # of every row, float32
+    taken = tokens * token_bytes(decoder) + logits
+    assert 0.99 * CACHE_SHARE * free < taken <= CACHE_SHARE * free
+    assert isinstance(tokens, int) and asked == [decoder.device]

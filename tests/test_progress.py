@@ -1,0 +1,274 @@
+"""What a user sees while completions are sampled; and Ctrl-C ends a command cleanly, at the cost of a step at most."""
+
+import io
+import os
+import pty
+import re
+import runpy
+import select
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from helpers import random_model
+from rich.console import Console
+
+import model.wave
+import rl.console
+import rl.stages
+from model import generate, load_model
+from model.sampler import waves
+from rl.checkpoint import checkpoints
+from rl.console import sampling_progress
+from rl.evaluate import evaluate
+from rl.recipe import load_recipe
+from rl.runfolder import RunFolder
+from rl.stages import problems_of
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = [[5, 17, 3, 44, 9], [8, 2], [40, 2, 2, 30, 31, 12, 4, 4, 25], [19, 6, 40], [8, 1, 37, 20, 3, 9, 13]]
+RICH = {"FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"}  # variables that tell it of a terminal
+
+
+# Reports of generate
+
+
+def reports(decoder, room, stops, check_every, monkeypatch) -> tuple[list, list[tuple[int, int]]]:
+    monkeypatch.setitem(model.wave.CHECK_EVERY, "cpu", check_every)
+    options = dict(num_samples=3, max_new_tokens=23, stop_token_ids=stops, seed=5, max_cache_tokens=room)
+    found = []
+    groups = generate(decoder, PROMPTS, **options, progress=lambda done, tokens: found.append((done, tokens)))
+    return groups, found
+
+
+def expected_reports(groups, room, stops, check_every) -> list[tuple[int, int]]:
+    """By what came out: a wave reports what is done, and sampled, after every `check_every` tokens and at its end."""
+    found, done, tokens = [], 0, 0
+    for prompts, samples in waves(list(map(len, PROMPTS)), 3, 23, room):
+        wave = [completion for group in groups[prompts] for completion in group[samples]]
+        lengths = [len(completion.token_ids) for completion in wave]
+        for count in [*range(check_every, 23, check_every), 23]:
+            ended = [c for c in wave if len(c.token_ids) <= count and (c.finished or count == 23)]
+            found.append((done + len(ended), tokens + sum(min(length, count) for length in lengths)))
+            if len(ended) == len(wave):
+                break
+        done, tokens = found[-1]
+    return found
+
+
+@pytest.mark.parametrize("check_every", [3, 8])
+@pytest.mark.parametrize("stops", [(), (7, 30), range(0, 48, 2)], ids=["none stops", "some stop", "all stop"])
+def test_reports_only_grow_are_true_on_the_way_and_end_at_the_totals(stops, check_every, monkeypatch):
+    decoder = random_model(std=0.2)
+    for room in (32, 160, 10**6):
+        groups, found = reports(decoder, room, stops, check_every, monkeypatch)
+        for (done, tokens), (later_done, later_tokens) in pairwise(found):
+            assert done <= later_done and tokens <= later_tokens
+        assert found[-1] == (15, sum(len(completion.token_ids) for group in groups for completion in group))
+        assert found == expected_reports(groups, room, stops, check_every)
+
+
+def test_who_asks_for_no_reports_gets_the_same_completions(monkeypatch):
+    decoder = random_model(std=0.2)
+    groups, _ = reports(decoder, 78, (7, 30), 4, monkeypatch)
+    options = dict(num_samples=3, max_new_tokens=23, stop_token_ids=(7, 30), seed=5, max_cache_tokens=78)
+    assert generate(decoder, PROMPTS, **options) == groups
+
+
+# The line at the bottom of a terminal
+
+
+def screen(text: str) -> list[str]:
+    """The lines that a terminal shows in the end, without blanks after them; what rich does not send is not known."""
+    rows, row, column = [""], 0, 0
+    for moved, sent in re.findall(r"\x1b\[([?\d;]*[a-zA-Z])|([\r\n]|[^\x1b\r\n]+)", text):
+        if sent == "\n":
+            row, column = row + 1, 0
+            rows += [""] * (row + 1 - len(rows))
+        elif sent == "\r":
+            column = 0
+        elif sent:
+            rows[row] = rows[row][:column].ljust(column) + sent + rows[row][column + len(sent) :]
+            column += len(sent)
+        elif moved == "2K":
+            rows[row] = ""
+        elif moved.endswith("A"):
+            row -= int(moved[:-1])
+        else:
+            assert moved in ("?25l", "?25h") or moved.endswith("m"), f"unknown escape {moved}"
+    assert "\x1b[?25l" not in text or text.rindex("\x1b[?25l") < text.rindex("\x1b[?25h"), "the cursor stays hidden"
+    return "\n".join(line.rstrip() for line in rows).rstrip("\n").split("\n")
+
+
+@pytest.fixture
+def terminal(monkeypatch) -> io.StringIO:
+    """In the place of standard error: a terminal of 100 columns."""
+    written = io.StringIO()
+
+    def console(stderr):
+        assert stderr
+        return Console(file=written, force_terminal=True, width=100)
+
+    monkeypatch.setattr(rl.console, "Console", console)
+    return written
+
+
+@pytest.fixture
+def no_terminal(monkeypatch):
+    for name in RICH:
+        monkeypatch.delenv(name, raising=False)
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", text)
+
+
+def test_a_terminal_shows_completions_done_and_tokens_a_second_and_keeps_nothing(terminal, monkeypatch):
+    clock = iter([100.0, 100.5, 104.0])
+    monkeypatch.setattr(rl.console, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    with sampling_progress("rollout", 77) as show:
+        show(3, 900)
+        show(31, 4938)
+    shown = plain(terminal.getvalue())
+    assert "rollout" in shown and "31/77 completions  1,234 tokens/s" in shown
+    assert screen(terminal.getvalue() + "next") == ["next"]
+
+
+def test_a_line_that_an_error_ends_is_gone_too(terminal):
+    with pytest.raises(KeyboardInterrupt), sampling_progress("rollout", 77) as show:
+        show(5, 10)
+        raise KeyboardInterrupt
+    assert "5/77 completions" in plain(terminal.getvalue())
+    assert screen(terminal.getvalue() + "next") == ["next"]
+
+
+def test_quiet_shows_nothing_on_a_terminal(terminal):
+    with sampling_progress("rollout", 77, quiet=True) as show:
+        show(77, 900)
+    assert terminal.getvalue() == ""
+
+
+def test_nothing_is_shown_where_there_is_no_terminal(no_terminal, capfd):
+    with sampling_progress("rollout", 77) as show:
+        show(3, 900)
+        show(77, 1900)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_an_evaluation_shows_its_completions_unless_it_is_to_be_quiet(quiet, terminal, capfd):
+    recipe = load_recipe("smoke", "tiny")[1]
+    policy, tokenizer = load_model("tiny")
+    evaluate(policy, tokenizer, problems_of(recipe)[1][:3], recipe.sampling, seed=1, num_samples=2, quiet=quiet)
+    shown = plain(terminal.getvalue())
+    if quiet:
+        assert shown == ""
+    else:
+        assert "evaluation" in shown and "6/6 completions" in shown and re.search(r"[1-9][\d,]* tokens/s", shown)
+    assert screen(terminal.getvalue() + "next") == ["next"]
+    assert capfd.readouterr() == ("", "")
+
+
+# Ctrl-C
+
+
+class OnTerminal:
+    """`python arguments` on a terminal of its own, for standard output and errors alike."""
+
+    def __init__(self, *arguments):
+        self.master, slave = pty.openpty()
+        environment = {name: value for name, value in os.environ.items() if name not in RICH}
+        environment |= {"TERM": "xterm", "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            cwd=ROOT, env=environment, stdin=slave, stdout=slave, stderr=slave,
+            # Whoever runs the tests in the background of a shell has Ctrl-C ignored, and it would be inherited.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )  # fmt: skip
+        os.close(slave)
+        self.text = ""
+
+    def read_until(self, pattern: str | None, seconds: float = 120) -> None:
+        """Read on until `pattern` has been printed; None: until the process ends."""
+        deadline = time.monotonic() + seconds
+        while pattern is None or not re.search(pattern, self.text):
+            assert time.monotonic() < deadline, f"no {pattern or 'end'} in {seconds} s:\n{self.text}"
+            if not select.select([self.master], [], [], 0.1)[0]:
+                continue
+            try:
+                self.text += os.read(self.master, 65536).decode(errors="replace")
+            except OSError:  # Linux's way of saying that nobody has the terminal open any more
+                assert pattern is None, f"ended without {pattern}:\n{self.text}"
+                return
+
+    def interrupt(self) -> tuple[int, list[str]]:
+        """Send what Ctrl-C sends: exit code, and what is left on the screen."""
+        self.process.send_signal(signal.SIGINT)
+        self.read_until(None, seconds=60)
+        code = self.process.wait(timeout=60)
+        assert "Traceback" not in self.text and "Exception" not in self.text, self.text
+        return code, screen(self.text)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+
+TRAIN = ["smoke", "--model", "tiny", "--stages.0.steps", "500", "--stages.0.prompts-per-step", "3",
+         "--stages.0.samples-per-prompt", "4", "--sampling.max-new-tokens", "24", "--evaluation.problems", "5",
+         "--evaluation.every", "100"]  # fmt: skip
+
+
+def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    with OnTerminal("train.py", *TRAIN, "--out", out) as command:
+        command.read_until(r"grpo 1/3 +3/500.*?\n")
+        code, left = command.interrupt()
+    assert code == 130
+    shown = plain(command.text)
+    assert "rollout" in shown and "/12 completions" in shown and "evaluation" in shown and "/5 completions" in shown
+    # Nothing of these stays: first the run's own lines, a line for each step, then what Ctrl-C says.
+    *lines, empty, stopped = left
+    assert [line.split()[0] for line in lines[:5]] == ["model", "problems", "stages", "run", "before"]
+    assert [line.split()[:3] for line in lines[5:]] == [["grpo", "1/3", f"{n}/500"] for n in range(1, len(lines) - 4)]
+    assert (empty, stopped) == ("", "stopped. Go on with the same command and --resume.")
+
+    last, old = int(checkpoints(out)[-1].name[5:]), RunFolder(out).metrics()
+    assert len(old) - 2 <= last < len(old)  # no more than a step is lost
+    said = []
+
+    def interrupted_after_two_steps(*arguments):
+        said.append(arguments[0]["step"])
+        if len(said) == 2:
+            raise KeyboardInterrupt
+        return "step"
+
+    monkeypatch.setattr(rl.stages, "step_line", interrupted_after_two_steps)
+    monkeypatch.setattr(sys, "argv", ["train.py", *TRAIN, "--out", str(out), "--resume"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert exit_.value.code == 130
+    printed = capsys.readouterr()
+    assert f"resumed after step {last}" in printed.out
+    assert printed.err == "\nstopped. Go on with the same command and --resume.\n"
+    assert said == [last + 1, last + 2]
+    rows = RunFolder(out).metrics()
+    assert [row["step"] for row in rows] == list(range(last + 3))
+    assert rows[: last + 1] == old[: last + 1]
+
+
+def test_ctrl_c_ends_an_evaluation_in_one_line():
+    with OnTerminal("eval.py", "tiny", "--count", 512, "--samples", 8) as command:
+        command.read_until("/4096 completions")
+        code, left = command.interrupt()
+    assert code == 130
+    assert left == ["", "stopped."]

@@ -31,10 +31,7 @@ class GroupCache:
         self.max_new_tokens, self.static = max_new_tokens, static
         self.prompt_keys, self.prompt_values, self.prompt_lengths = prompts.keys, prompts.values, prompts.lengths
         self.prompt_of = torch.arange(count, device=device).repeat_interleave(num_samples)
-        # Rows stand in a grid [prompts, width]. Once some have left: which row is at each place, any where none is; and
-        # the place of each row.
-        self.width = num_samples
-        self.row_at = self.place_of = None
+        self.arrange()
         self.stored = torch.zeros(1, dtype=torch.int64, device=device)  # own tokens that every row has
         self.block = BLOCK[device.type] if static else max_new_tokens
         self.room = self.count = 0  # own tokens that the blocks hold; that they hold or are about to
@@ -65,18 +62,29 @@ class GroupCache:
         """(rows, slots read): as long as neither changes, a forward works on the same tensors at the same addresses."""
         return len(self.prompt_of), self.visible
 
+    def arrange(self) -> None:
+        """Give the rows of each prompt their places in one matrix a prompt, for `times_prompt`.
+
+        A pair is a row and a key-value head. Pairs stand in a grid [prompts, kv_heads, width], with room for the prompt
+        that has most rows: `pair_at` says which is at each place (any where none is), `place_of` where each is.
+        """
+        kv_heads, prompts, rows = self.prompt_keys[0].shape[1], len(self.prompt_lengths), len(self.prompt_of)
+        counts = torch.bincount(self.prompt_of, minlength=prompts)
+        first = counts.cumsum(0) - counts  # the first row of each prompt
+        numbers = torch.arange(rows * kv_heads, device=self.prompt_of.device)
+        row, head = numbers // kv_heads, numbers % kv_heads
+        prompt, width = self.prompt_of[row], int(counts.max())
+        self.place_of = (prompt * kv_heads + head) * width + row - first[prompt]
+        self.pair_at = numbers.new_zeros(prompts * kv_heads * width).index_copy(0, self.place_of, numbers)
+
     def select(self, rows: Tensor) -> None:
         """Keep `rows` ([n], ascending) and the prompts that they belong to."""
-        present, self.prompt_of, counts = self.prompt_of[rows].unique_consecutive(return_inverse=True, return_counts=True)
+        present, self.prompt_of = self.prompt_of[rows].unique_consecutive(return_inverse=True)
         if len(present) < len(self.prompt_lengths):
             self.prompt_keys = [keys[present] for keys in self.prompt_keys]
             self.prompt_values = [values[present] for values in self.prompt_values]
             self.prompt_lengths = self.prompt_lengths[present]
-        self.width = int(counts.max())
-        numbers = torch.arange(len(rows), device=rows.device)
-        first = counts.cumsum(0) - counts  # the first row of each prompt
-        self.place_of = self.prompt_of * self.width + numbers - first[self.prompt_of]
-        self.row_at = numbers.new_zeros(len(present) * self.width).index_copy(0, self.place_of, numbers)
+        self.arrange()
         kv_heads = self.prompt_keys[0].shape[1]
         pairs = (rows[:, None] * kv_heads + torch.arange(kv_heads, device=rows.device)).flatten()
         for blocks in self.keys + self.values:
@@ -123,15 +131,9 @@ class GroupCache:
 
     def times_prompt(self, x: Tensor, matrices: Tensor) -> Tensor:
         """Each row's x [rows * kv_heads, n, inner] times its prompt's matrices [prompts, kv_heads, inner, outer]."""
-        prompts, kv_heads, inner, outer = matrices.shape
-        if self.row_at is not None:
-            x = x.reshape(len(self.place_of), -1)[self.row_at]
-        grid = x.view(prompts, self.width, kv_heads, -1, inner).transpose(1, 2)
-        product = grid.reshape(prompts * kv_heads, -1, inner).bmm(matrices.flatten(0, 1))
-        product = product.view(prompts, kv_heads, self.width, -1, outer).transpose(1, 2)
-        if self.place_of is not None:
-            product = product.flatten(0, 1)[self.place_of]
-        return product.reshape(len(self.prompt_of) * kv_heads, -1, outer)
+        matrices = matrices.flatten(0, 1)
+        grid = x.index_select(0, self.pair_at).view(len(matrices), -1, x.shape[-1])
+        return grid.bmm(matrices).view(len(self.pair_at), x.shape[1], -1).index_select(0, self.place_of)
 
     def advance(self, time: int) -> None:
         self.stored += time  # in place: a captured CUDA graph counts on

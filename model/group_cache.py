@@ -33,7 +33,7 @@ class GroupCache:
         self.prompt_of = torch.arange(count, device=device).repeat_interleave(num_samples)
         self.arrange()
         self.stored = torch.zeros(1, dtype=torch.int64, device=device)  # own tokens that every row has
-        self.block = BLOCK[device.type] if static else max_new_tokens
+        self.block = BLOCK["cuda" if device.type == "cuda" else "cpu"] if static else max_new_tokens
         self.room = self.count = 0  # own tokens that the blocks hold; that they hold or are about to
         self.keys, self.values = ([[] for _ in prompts.keys] for _ in range(2))
 

@@ -74,7 +74,7 @@ class Wave:
 
     def run(self) -> Iterator[tuple[int, int]]:
         """Decode to the end, yielding now and then how many completions are done and how many tokens sampled."""
-        device = self.model.device.type
+        device = "cuda" if self.model.device.type == "cuda" else "cpu"
         step = GraphedStep(self.step) if device == "cuda" else lambda shape: self.step()
         for count in range(1, self.max_new_tokens):
             if count % CHECK_EVERY[device] == 0:

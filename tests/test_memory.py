@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import model.group_cache
 import model.memory
 import model.sampler
+import model.wave
 from model import KVCache, ModelError, generate
 from model.distribution import random_streams
 from model.group_cache import GroupCache
@@ -190,12 +191,13 @@ def test_keys_and_values_never_take_more_memory_than_the_budget(room, stops, sta
     alive, seen = weakref.WeakSet(), []
 
     def look():
-        tensors = [
-            tensor
-            for cache in alive
-            for tensor in itertools.chain(cache.prompt_keys, cache.prompt_values, *cache.keys, *cache.values)
-        ]
-        seen.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+        seen.append(0)
+        for cache in alive:
+            tensors = itertools.chain(cache.prompt_keys, cache.prompt_values, *cache.keys, *cache.values)
+            held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            prompts, _, longest, _ = cache.prompt_keys[0].shape
+            assert held <= (prompts * longest + len(cache.prompt_of) * 13) * token_bytes(decoder)  # no row that left
+            seen[-1] += held
 
     def looked_at(method):
         def call(cache, *arguments):
@@ -206,6 +208,7 @@ def test_keys_and_values_never_take_more_memory_than_the_budget(room, stops, sta
         return call
 
     monkeypatch.setitem(model.group_cache.BLOCK, "cpu", 5)
+    monkeypatch.setitem(model.wave.CHECK_EVERY, "cpu", 3)
     monkeypatch.setattr(model.sampler, "Wave", partial(model.sampler.Wave, static=static))
     for name in ("__init__", "reserve", "select"):
         monkeypatch.setattr(GroupCache, name, looked_at(getattr(GroupCache, name)))

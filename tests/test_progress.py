@@ -28,7 +28,8 @@ from rl.console import sampling_progress
 from rl.evaluate import evaluate
 from rl.recipe import load_recipe
 from rl.runfolder import RunFolder
-from rl.stages import problems_of
+from rl.stages import problems_of, train
+from train import parse
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = [[5, 17, 3, 44, 9], [8, 2], [40, 2, 2, 30, 31, 12, 4, 4, 25], [19, 6, 40], [8, 1, 37, 20, 3, 9, 13]]
@@ -235,7 +236,7 @@ def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on_where_it_stopped(tmp_p
         code, left = command.interrupt()
     assert code == 130
     shown = plain(command.text)
-    assert "rollout" in shown and "/12 completions" in shown and "evaluation" in shown and "/5 completions" in shown
+    assert "rollout" in shown and "12/12 completions" in shown and "evaluation" in shown and "5/5 completions" in shown
     # Nothing of these stays: first the run's own lines, a line for each step, then what Ctrl-C says.
     *lines, empty, stopped = left
     assert [line.split()[0] for line in lines[:5]] == ["model", "problems", "stages", "run", "before"]
@@ -264,6 +265,17 @@ def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on_where_it_stopped(tmp_p
     rows = RunFolder(out).metrics()
     assert [row["step"] for row in rows] == list(range(last + 3))
     assert rows[: last + 1] == old[: last + 1]
+
+
+def test_a_quiet_run_shows_nothing_on_a_terminal(tmp_path, terminal, monkeypatch, capfd):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rl.stages, "grpo_update", interrupted)  # after an evaluation and a step's rollouts
+    with pytest.raises(KeyboardInterrupt):
+        train(parse([*TRAIN, "--out", str(tmp_path / "run")]).recipe, quiet=True)
+    assert terminal.getvalue() == ""
+    assert capfd.readouterr() == ("", "")
 
 
 def test_ctrl_c_ends_an_evaluation_in_one_line():

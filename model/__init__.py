@@ -4,12 +4,15 @@ from model.config import ModelError, Qwen3Config
 from model.kv_cache import KVCache
 from model.qwen3 import Qwen3
 from model.distribution import token_logprobs
+from model.logprobs import TokenLogprobs, target_logprobs
+from model.packed import PackedGroup, PackedGroups
 from model.sampler import generate
 from model.wave import Completion
 from model.tokenizer import Tokenizer, prompt_ids, render_chat
 from model.weights import load_model, save_model
 
 __all__ = [
-    "Completion", "KVCache", "ModelError", "Qwen3", "Qwen3Config", "Tokenizer",
-    "generate", "load_model", "prompt_ids", "render_chat", "save_model", "token_logprobs",
+    "Completion", "KVCache", "ModelError", "PackedGroup", "PackedGroups", "Qwen3", "Qwen3Config", "TokenLogprobs",
+    "Tokenizer", "generate", "load_model", "prompt_ids", "render_chat", "save_model", "target_logprobs",
+    "token_logprobs",
 ]  # fmt: skip

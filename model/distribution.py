@@ -10,16 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SAMPLED_AT_ONCE = 2**20  # logits
+LOGITS_AT_ONCE = 2**20
 
 
 def token_logprobs(logits: Tensor, temperature: float, num_tokens: int) -> Tensor:
-    """Log-probabilities [..., num_tokens] in float32 from logits [..., vocab], in nats.
+    """Log-probabilities [..., num_tokens] in float32 (or above) from logits [..., vocab], in nats.
 
     Logits past the tokenizer's last entry are cut off: those ids have no text and are never sampled. Temperature 0
     stands for greedy decoding, whose log-probabilities are reported at temperature 1.
     """
-    logits = logits[..., :num_tokens].float()
+    logits = logits[..., :num_tokens]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return torch.log_softmax(logits if temperature in (0, 1) else logits / temperature, dim=-1)
 
 
@@ -37,10 +38,8 @@ def sample(
     [0, 1). One random number a token, where Gumbel noise or `torch.multinomial` would draw one for each vocabulary
     entry.
     """
-    # On a CPU a few rows at a time: temporaries of the whole batch would be fresh memory in every step, and its page
-    # faults cost four times the arithmetic.
-    at_once = max(1, SAMPLED_AT_ONCE // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
     parts = []
+    at_once = rows_at_once(logits)
     for rows, thresholds in zip(logits.split(at_once), uniforms.split(at_once), strict=True):
         logprobs = token_logprobs(rows, temperature, num_tokens)
         if temperature == 0:
@@ -52,6 +51,15 @@ def sample(
         parts.append((sampled[:, 0], logprobs.gather(-1, sampled)[:, 0]))
     token_ids, logprobs = zip(*parts, strict=True)
     return torch.cat(token_ids), torch.cat(logprobs)
+
+
+def rows_at_once(logits: Tensor) -> int:
+    """How many rows of [rows, vocab] to turn into probabilities at a time.
+
+    On a CPU a few: temporaries of many rows would be fresh memory each time, and its page faults cost four times the
+    arithmetic.
+    """
+    return max(1, LOGITS_AT_ONCE // logits.shape[-1]) if logits.device.type == "cpu" else max(1, len(logits))
 
 
 def truncate(logprobs: Tensor, top_k: int | None, top_p: float | None) -> Tensor:

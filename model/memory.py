@@ -1,5 +1,6 @@
 """How much memory is free, and how many tokens of keys and values fit into it."""
 
+import resource
 from pathlib import Path
 
 import torch
@@ -28,6 +29,14 @@ def free_memory(device: torch.device) -> int:
     if limit.isdigit() and used.isdigit():
         limits.append(max(0, int(limit) - int(used)))
     return min(limits, default=8 * 2**30)
+
+
+def held_memory(device: torch.device) -> int:
+    """Bytes that this process holds on `device`; on a GPU only tensors count."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    pages = read("/proc/self/statm").split()[1:2]
+    return resource.getpagesize() * int(pages[0]) if pages else 0
 
 
 def read(path: str | Path) -> str:

@@ -75,7 +75,7 @@ def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
     try:
         tensors = safetensors.torch.load_file(folder / OPTIMIZER)
         optimizer.load_state_tensors(tensors)
-    except (OSError, safetensors.SafetensorError, KeyError, RuntimeError) as error:
+    except (OSError, safetensors.SafetensorError, KeyError, IndexError, ValueError, RuntimeError) as error:
         raise RecipeError(f"{folder / OPTIMIZER}: cannot be resumed from: {error}") from None
 
 

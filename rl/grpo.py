@@ -5,14 +5,16 @@ section 2.2); no generalised advantage estimation, since the reward comes once, 
 since the reward is exact and cannot be fooled into nonsense, though `kl_coef` brings it back.
 """
 
+from collections import Counter
+from dataclasses import replace
+
 import torch
 
-from model import Qwen3
 from rl.advantage import group_advantages
-from rl.batch import Sample, completion_logprobs, make_batch, micro_batches
-from rl.loss import clip_counts, grpo_loss, loss_denominator
-from rl.optimizer import Optimizer
-from rl.recipe import GRPOStage, Recipe
+from rl.batch import Batch, Sample, completion_logprobs, make_batch, micro_batches, score_completions
+from rl.learner import Learner
+from rl.loss import clip_counts, grpo_loss, loss_denominator, truncated_importance
+from rl.recipe import GRPOStage
 from rl.rollout import Rollout, reward_tensor
 
 
@@ -29,13 +31,7 @@ def group_samples(groups: list[list[Rollout]], scale_by_std: bool = True) -> lis
 
 
 def grpo_update(
-    model: Qwen3,
-    optimizer: Optimizer,
-    groups: list[list[Rollout]],
-    stage: GRPOStage,
-    recipe: Recipe,
-    learning_rate: float,
-    reference: Qwen3 | None = None,
+    learner: Learner, groups: list[list[Rollout]], stage: GRPOStage, learning_rate: float
 ) -> dict[str, float]:
     """Learn from one rollout batch in `stage.updates_per_step` optimizer steps, each on its own share of the groups.
 
@@ -43,64 +39,90 @@ def grpo_update(
 
     Returns:
         Means over the updates: `loss`, `grad_norm`; shares of tokens: `clip_fraction`, `clip_fraction_low`,
-        `clip_fraction_high`; `lr`; and, for weights below float32, `weights_moved`, the share that changed.
+        `clip_fraction_high`; of the tokens learned from, in nats: `policy_entropy`, exact, and, before the first
+        update, `log_ratio_mean` and `log_ratio_std` between trainer and sampler, zero if the two agree; `lr`;
+        `micro_batch_tokens`; and, for weights below float32, `weights_moved`, the share that changed.
     """
     samples = group_samples(groups, stage.scale_by_std)
-    totals = {"loss": 0.0, "grad_norm": 0.0, "clipped_low": 0, "clipped_high": 0}
+    if stage.importance_cap is not None:
+        samples = recompute_logprobs(learner, samples)
+    totals: Counter[str] = Counter()
     for number in range(stage.updates_per_step):
         share = [sample for group in samples[number :: stage.updates_per_step] for sample in group]
-        result = accumulate_gradient(model, share, stage, recipe, reference)
-        result["grad_norm"] = optimizer.step(learning_rate, recipe.optimizer.max_grad_norm)
-        totals = {name: totals[name] + result[name] for name in totals}
+        sums = accumulate_gradient(learner, share, stage)
+        first = first if number else sums
+        totals.update(sums | {"grad_norm": learner.step(learning_rate)})
     tokens = sum(len(sample.completion_ids) for group in samples for sample in group)
     low, high = totals["clipped_low"] / tokens, totals["clipped_high"] / tokens
-    moved = {} if optimizer.moved_share is None else {"weights_moved": optimizer.moved_share}
+    count = max(1, first["tokens"])
+    mean = first["log_ratio"] / count
+    moved = {} if learner.optimizer.moved_share is None else {"weights_moved": learner.optimizer.moved_share}
     return moved | {
         "loss": totals["loss"] / stage.updates_per_step,
         "grad_norm": totals["grad_norm"] / stage.updates_per_step,
+        "policy_entropy": totals["entropy"] / max(1, totals["tokens"]),
         "clip_fraction": low + high,
         "clip_fraction_low": low,
         "clip_fraction_high": high,
+        "log_ratio_mean": mean,
+        "log_ratio_std": max(0.0, first["log_ratio_squared"] / count - mean**2) ** 0.5,
         "lr": learning_rate,
+        "micro_batch_tokens": learner.micro_batch_tokens,
     }
 
 
-def accumulate_gradient(
-    model: Qwen3, samples: list[Sample], stage: GRPOStage, recipe: Recipe, reference: Qwen3 | None = None
-) -> dict[str, float]:
+def recompute_logprobs(learner: Learner, groups: list[list[Sample]]) -> list[list[Sample]]:
+    """The samples with the trainer's log-probabilities of their tokens beside the sampler's, before any update."""
+    found: dict[int, list[float]] = {}
+    for micro in micro_batches([sample for group in groups for sample in group], learner.micro_batch_tokens):
+        batch = make_batch(micro, learner.model.device)
+        with torch.no_grad():
+            logprobs = completion_logprobs(learner.model, batch, learner.recipe.sampling.temperature)
+        for sample, row, mask in zip(micro, logprobs, batch.mask, strict=True):
+            found[id(sample)] = row[mask].tolist()
+    return [[replace(sample, recomputed_logprobs=found[id(sample)]) for sample in group] for group in groups]
+
+
+def accumulate_gradient(learner: Learner, samples: list[Sample], stage: GRPOStage) -> Counter[str]:
     """Forward and backward over `samples` in micro-batches; the gradient does not depend on how they are divided.
 
     Samples with advantage zero have no gradient and are passed over, unless the KL penalty needs them; they still count
     in the average.
+
+    Returns:
+        `loss`, and sums over the tokens learned from: `tokens`, `clipped_low`, `clipped_high`, `entropy`, and
+        `log_ratio` and `log_ratio_squared` against the sampler's log-probabilities.
     """
+    sampling = learner.recipe.sampling
     lengths = [len(sample.completion_ids) for sample in samples]
-    denominator = loss_denominator(lengths, recipe.sampling.max_new_tokens, stage.aggregation)
-    useful = [sample for sample in samples if sample.advantage != 0 or stage.kl_coef]
-    result = {"loss": 0.0, "clipped_low": 0, "clipped_high": 0}
-    for micro in micro_batches(useful, recipe.optimizer.micro_batch_tokens):
-        batch = make_batch(micro, model.device)
-        logprobs = completion_logprobs(model, batch, recipe.sampling.temperature)
-        ref_logprobs = None
-        if reference is not None:
+    denominator = loss_denominator(lengths, sampling.max_new_tokens, stage.aggregation)
+
+    def backward(batch: Batch) -> dict[str, float]:
+        logprobs, entropy = score_completions(learner.model, batch, sampling.temperature)
+        ref_logprobs = importance = None
+        if learner.reference is not None:
             with torch.no_grad():
-                ref_logprobs = completion_logprobs(reference, batch, recipe.sampling.temperature)
+                ref_logprobs = completion_logprobs(learner.reference, batch, sampling.temperature)
+        if stage.importance_cap is not None:
+            importance = truncated_importance(batch.recomputed_logprobs, batch.old_logprobs, stage.importance_cap)
+        ratio_of = (batch.recomputed_logprobs, batch.advantages, batch.mask, stage.clip_low, stage.clip_high)
         loss = grpo_loss(
-            logprobs,
-            batch.old_logprobs,
-            batch.advantages,
-            batch.mask,
-            stage.clip_low,
-            stage.clip_high,
-            aggregation=stage.aggregation,
-            denominator=denominator,
-            ref_logprobs=ref_logprobs,
-            kl_coef=stage.kl_coef,
-        )
+            logprobs, *ratio_of, aggregation=stage.aggregation, denominator=denominator,
+            ref_logprobs=ref_logprobs, kl_coef=stage.kl_coef, importance=importance,
+        )  # fmt: skip
         loss.backward()
-        low, high = clip_counts(
-            logprobs.detach(), batch.old_logprobs, batch.advantages, batch.mask, stage.clip_low, stage.clip_high
-        )
-        result["loss"] += loss.item()
-        result["clipped_low"] += low
-        result["clipped_high"] += high
-    return result
+        logprobs = logprobs.detach()
+        log_ratio = (logprobs - batch.old_logprobs)[batch.mask].double()
+        low, high = clip_counts(logprobs, *ratio_of)
+        return {
+            "loss": loss.item(),
+            "tokens": len(log_ratio),
+            "clipped_low": low,
+            "clipped_high": high,
+            "entropy": entropy.sum().item(),
+            "log_ratio": log_ratio.sum().item(),
+            "log_ratio_squared": log_ratio.square().sum().item(),
+        }
+
+    useful = [sample for sample in samples if sample.advantage != 0 or stage.kl_coef]
+    return learner.accumulate(useful, backward)

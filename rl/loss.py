@@ -18,6 +18,7 @@ def grpo_loss(
     denominator: float | None = None,
     ref_logprobs: Tensor | None = None,
     kl_coef: float = 0.0,
+    importance: Tensor | None = None,
 ) -> Tensor:
     """The clipped surrogate of GRPO (the paper's equation in section 2.2; arXiv:2402.03300, equation 3), to minimise.
 
@@ -37,6 +38,7 @@ def grpo_loss(
         ref_logprobs, kl_coef: a frozen reference and the weight of the KL penalty towards it; k3 is an
             unbiased estimate of it that is never negative (http://joschu.net/blog/kl-approx.html). Its gradient, on
             policy, is that of KL(reference || policy).
+        importance: a constant factor for each token's surrogate, see `truncated_importance`.
 
     Returns:
         A scalar. On the first update after sampling its value is near zero, since advantages sum to zero in a group and
@@ -47,12 +49,24 @@ def grpo_loss(
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     per_token = -torch.minimum(ratio * advantages, clipped * advantages)
+    if importance is not None:
+        per_token = importance * per_token
     if kl_coef:
         if ref_logprobs is None:
             raise ValueError("kl_coef needs ref_logprobs, the reference's log-probabilities")
         gap = ref_logprobs - logprobs
         per_token = per_token + kl_coef * (gap.exp() - gap - 1)
     return aggregate(per_token, mask, aggregation, denominator)
+
+
+def truncated_importance(trainer_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
+    """min(trainer's probability / sampler's, cap) of each token, [rows, time].
+
+    Tokens come from the sampler's distribution, the gradient wants them from the trainer's. Where the two differ, as
+    with int8 weights whose activations only the sampler rounds, these weights correct for it; the cap bounds their
+    variance (truncated importance sampling; Ionides 2008).
+    """
+    return (trainer_logprobs - sampler_logprobs).exp().clamp(max=cap)
 
 
 def sft_loss(logprobs: Tensor, mask: Tensor, denominator: float | None = None) -> Tensor:

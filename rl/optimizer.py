@@ -1,5 +1,6 @@
-"""AdamW over float32 master weights, in torch's or in bitsandbytes' 8-bit version, one parameter at a time."""
+"""AdamW that loses no small update and needs little memory beside its state, in torch's or in bitsandbytes' 8-bit version."""
 
+import hashlib
 import logging
 from collections.abc import Iterator
 
@@ -7,81 +8,139 @@ import torch
 from torch import Tensor, nn
 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
+ROUNDINGS = ("masters", "stochastic")
+PIECE = 2**24  # weights updated at a time; a multiple of the 256 that share a scale in 8-bit moments
 
 
 class Optimizer:
-    """AdamW that loses no small update.
+    """AdamW, a piece of a parameter at a time.
 
-    Near 0.02 a bfloat16 weight moves in steps of 1.2e-4, so an update of 1e-6 would round to nothing. Parameters that
-    are not float32 therefore get a float32 master copy, which is what the optimizer updates; the rounded result is
-    copied into the model. Float32 parameters are updated in place.
+    Near 0.02 a bfloat16 weight moves in steps of 1.2e-4, so an update of 1e-6 would round to nothing. For weights that
+    are not float32 there are two ways out. "masters": float32 copies are what is updated, and the weights are these,
+    rounded; 4 bytes a weight. "stochastic": each update starts from the weights and rounds up or down by chance,
+    so that the expectation is exact; it costs no memory, and noise of the size of the rounding (bfloat16 only).
+    Float32 weights are updated in place.
 
-    Each parameter has an optimizer of its own, so that only one float32 gradient exists at a time.
+    AdamW treats each weight by itself, so a parameter can be divided at will: each piece has an optimizer of its own, and
+    the float32 copies and temporaries of one piece are all that exists at a time.
 
     Attributes:
-        moved_share: of weights below float32, how many changed in the last step; None for float32. Near zero, the
-            learning rate is too small for the weights' precision to show anything for many steps.
+        moved_share: of weights below float32, how many changed in the last step; None for float32. Near zero with
+            masters, the learning rate is too small for the weights' precision to show anything for many steps.
     """
 
-    def __init__(self, model: nn.Module, kind: str = "adamw", learning_rate: float = 1e-6, weight_decay: float = 0.0):
+    def __init__(
+        self,
+        model: nn.Module,
+        kind: str = "adamw",
+        learning_rate: float = 1e-6,
+        weight_decay: float = 0.0,
+        rounding: str = "masters",
+    ):
         if kind not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {kind!r}")
-        # Smallest first: by the time the largest tensor needs room for its update, the other gradients are gone.
+        if rounding not in ROUNDINGS:
+            raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, not {rounding!r}")
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        # Smallest first: by the time the largest tensor needs room for its update, the other gradients are gone.
         self.parameters = dict(sorted(trained, key=lambda item: item[1].numel()))
-        self.masters: dict[str, Tensor] = {}
+        self.stochastic = rounding == "stochastic"
+        self.updates = 0
         self.moved_share = None if all(p.dtype == torch.float32 for p in self.parameters.values()) else 0.0
-        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.masters: dict[str, list[nn.Parameter]] = {}
+        self.optimizers: dict[str, list[torch.optim.Optimizer]] = {}
         for name, parameter in self.parameters.items():
-            master = parameter.detach()
-            if parameter.dtype != torch.float32:
-                master = master.float()
-            self.masters[name] = nn.Parameter(master)
-            self.optimizers[name] = make_adamw(kind, self.masters[name], learning_rate, weight_decay)
+            if self.stochastic and parameter.dtype not in (torch.float32, torch.bfloat16):
+                raise ValueError(f"stochastic rounding is for bfloat16 weights; {name} is {parameter.dtype}")
+            self.masters[name] = [nn.Parameter(self.master_of(piece)) for piece in pieces(parameter)]
+            self.optimizers[name] = [make_adamw(kind, m, learning_rate, weight_decay) for m in self.masters[name]]
+
+    def master_of(self, piece: Tensor) -> Tensor:
+        """What AdamW works on: the float32 weights themselves, a copy, or nothing yet if the copy is made for each step."""
+        if self.stochastic and piece.dtype != torch.float32:
+            return piece.new_empty(0, dtype=torch.float32)
+        return piece.float()
 
     @torch.no_grad()
     def step(self, learning_rate: float, max_grad_norm: float | None = 1.0) -> float:
         """Clip the gradients' joint norm, update every parameter, clear the gradients; return the norm before clipping."""
         norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in self.parameters.values() if p.grad is not None]
         norm = float(torch.stack(norms).norm()) if norms else 0.0
-        moved: list[Tensor] = []
         scale = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
+        moved: list[Tensor] = []
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
-            master, optimizer = self.masters[name], self.optimizers[name]
-            master.grad = parameter.grad.float().mul_(scale)
+            columns = (pieces(parameter), pieces(parameter.grad), self.masters[name], self.optimizers[name])
+            for number, (weights, gradient, master, optimizer) in enumerate(zip(*columns, strict=True)):
+                if weights.dtype != torch.float32 and self.stochastic:
+                    master.data = weights.float()
+                master.grad = gradient.float().mul_(scale)
+                optimizer.param_groups[0]["lr"] = learning_rate
+                optimizer.step()
+                master.grad = None
+                if weights.dtype != torch.float32:
+                    moved.append(self.write_back(weights, master, f"{self.updates} {name} {number}"))
             parameter.grad = None
-            optimizer.param_groups[0]["lr"] = learning_rate
-            optimizer.step()
-            master.grad = None
-            if master.data_ptr() != parameter.data_ptr():
-                rounded = master.to(parameter.dtype)
-                moved.append((rounded != parameter).sum())
-                parameter.copy_(rounded)
+        self.updates += 1
         if self.moved_share is not None:
             self.moved_share = int(sum(moved)) / sum(p.numel() for p in self.parameters.values())
         return norm
 
+    def write_back(self, weights: Tensor, master: nn.Parameter, key: str) -> Tensor:
+        """Round `master` into `weights`; how many changed."""
+        if self.stochastic:
+            rounded = round_stochastically(master.data, key)
+            master.data = self.master_of(weights)
+        else:
+            rounded = master.to(weights.dtype)
+        moved = (rounded != weights).sum()
+        weights.copy_(rounded)
+        return moved
+
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Everything that resuming needs, as (name, tensor): the masters of rounded weights and Adam's moments."""
-        for name, master in self.masters.items():
-            if master.data_ptr() != self.parameters[name].data_ptr():
-                yield f"{name}|master", master.detach()
-            for key, value in self.optimizers[name].state[master].items():
-                yield f"{name}|{key}", torch.as_tensor(value)
+        yield "updates", torch.tensor(self.updates)
+        for name, parameter in self.parameters.items():
+            for number, (master, optimizer) in enumerate(zip(self.masters[name], self.optimizers[name], strict=True)):
+                if parameter.dtype != torch.float32 and not self.stochastic:
+                    yield f"{name}|{number}|master", master.detach()
+                for key, value in optimizer.state[master].items():
+                    yield f"{name}|{number}|{key}", torch.as_tensor(value)
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take back what `state_tensors` gave, for a model with the same parameters."""
+        self.updates = int(tensors["updates"])
         for full_name, tensor in tensors.items():
-            name, key = full_name.split("|")
-            master = self.masters[name]
+            if full_name == "updates":
+                continue
+            name, number, key = full_name.split("|")
+            master = self.masters[name][int(number)]
             if key == "master":
                 master.copy_(tensor)
             else:
                 count = key == "step" and not tensor.is_floating_point()  # bitsandbytes counts in a plain integer
-                self.optimizers[name].state[master][key] = int(tensor) if count else tensor.to(master.device)
+                state = self.optimizers[name][int(number)].state[master]
+                state[key] = int(tensor) if count else tensor.to(master.device)
+
+
+def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """`tensor` as flat views of at most PIECE elements."""
+    return tensor.detach().view(-1).split(PIECE)
+
+
+def round_stochastically(x: Tensor, key: str) -> Tensor:
+    """float32 to bfloat16, up or down with the chances that make `x` the expectation; the same `key`, the same choices.
+
+    A bfloat16 is the upper half of a float32: a random number added to the lower half carries over with just that chance.
+    """
+    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little", signed=True)
+    generator = torch.Generator(x.device).manual_seed(seed)
+    bits = torch.randint(2**16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    bits += x.view(torch.int32)
+    bits &= -(2**16)
+    return bits.view(torch.float32).bfloat16()
 
 
 def make_adamw(kind: str, parameter: nn.Parameter, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:

@@ -44,6 +44,8 @@ class GRPOStage:
     """Divide advantages by the group's standard deviation."""
     kl_coef: float = 0.0
     """Weight of the KL penalty towards the policy at the stage's start; above 0, a frozen copy is kept in memory."""
+    importance_cap: float | None = None
+    """Weigh tokens by min(trainer's probability / sampler's, cap), for when the two differ (int8): costs a forward."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,17 @@ class OptimizerSettings:
     """The update, in GRPO and in SFT alike."""
 
     kind: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
-    """adamw is torch's; the 8-bit ones are bitsandbytes'. Weights below float32 get float32 masters in each."""
+    """adamw is torch's; the 8-bit ones are bitsandbytes'; paged moments go to the CPU when the GPU is full."""
+    rounding: Literal["masters", "stochastic"] = "masters"
+    """How weights below float32 keep small updates: float32 copies of them, or rounding up or down by chance."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this joint norm."""
-    micro_batch_tokens: int = 8192
-    """Tokens, padding included, in one forward and backward; changes memory and speed, not the gradient."""
+    micro_batch_tokens: int | Literal["auto"] = "auto"
+    """Tokens in one forward and backward; changes memory and speed, not the gradient. auto: what memory allows."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each layer and compute the rest again in backward: slower by a third, for less memory."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +151,8 @@ class Recipe:
         check(self.evaluation.every >= 1, "evaluation.every", self.evaluation.every, "at least 1")
         check(self.evaluation.problems >= 1, "evaluation.problems", self.evaluation.problems, "at least 1")
         check(self.optimizer.max_grad_norm > 0, "optimizer.max_grad_norm", self.optimizer.max_grad_norm, "above 0")
-        check(self.optimizer.micro_batch_tokens >= 1, "optimizer.micro_batch_tokens",
-              self.optimizer.micro_batch_tokens, "at least 1")  # fmt: skip
+        budget = self.optimizer.micro_batch_tokens
+        check(budget == "auto" or budget >= 1, "optimizer.micro_batch_tokens", budget, "auto or at least 1")
         check(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "at least 1")
         check(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
         check(self.seed >= 0, "seed", self.seed, "at least 0")
@@ -177,6 +183,8 @@ def check_stage(number: int, stage: GRPOStage | SFTStage, sampling: SamplingSett
         check(0 <= stage.clip_low < 1, f"stages.{number}.clip_low", stage.clip_low, "in [0, 1)")
         check(stage.clip_high >= 0, f"stages.{number}.clip_high", stage.clip_high, "at least 0")
         check(stage.kl_coef >= 0, f"stages.{number}.kl_coef", stage.kl_coef, "at least 0")
+        cap = stage.importance_cap
+        check(cap is None or cap > 0, f"stages.{number}.importance_cap", cap, "above 0")
         check(stage.updates_per_step <= stage.prompts_per_step, f"stages.{number}.updates_per_step",
               stage.updates_per_step, "at most prompts_per_step")  # fmt: skip
         check(sampling.temperature > 0, "sampling.temperature", sampling.temperature, "above 0 for GRPO")
@@ -277,8 +285,10 @@ def convert(hint, value, where: str):
         if value not in allowed:
             raise RecipeError(f"{where} must be one of {', '.join(map(str, allowed))}, not {value!r}")
         return value
-    if isinstance(hint, types.UnionType):  # X | None
-        return value if value is None else convert(typing.get_args(hint)[0], value, where)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # X | None, or X | Literal[...]
+        first, second = typing.get_args(hint)
+        others = (None,) if second is types.NoneType else typing.get_args(second)
+        return value if value in others else convert(first, value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, float) and not math.isfinite(value):

@@ -12,11 +12,14 @@ from data import Problem, generate_problems, load_problems, prompt_text, split_p
 from data.sources import DataError
 from data.traces import curate, load_traces, save_traces
 from model import Qwen3, Tokenizer, load_model, prompt_ids
+from model.memory import free_memory, held_memory
 from rl.batch import Sample
 from rl.checkpoint import Progress, checkpoints, load_optimizer, load_progress, prune_checkpoints, save_checkpoint
 from rl.console import describe_run, sampling_progress, step_line
 from rl.evaluate import evaluate
 from rl.grpo import grpo_update
+from rl.learner import Learner
+from rl.memory_plan import check_plan, gb, plan_memory, work_of
 from rl.optimizer import Optimizer
 from rl.recipe import GRPOStage, Recipe, RecipeError, SFTStage
 from rl.report import write_curve
@@ -40,6 +43,7 @@ class Lab:
     train: list[Problem]
     held_out: list[Problem]
     run: RunFolder
+    micro_batch_tokens: int
     quiet: bool = False
 
     def say(self, text: str) -> None:
@@ -61,14 +65,22 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> None:
         run.check_recipe(recipe)
         checkpoint = checkpoints(run.path)[-1] if checkpoints(run.path) else None
         progress = load_progress(checkpoint) if checkpoint else progress
-    model, tokenizer = load_model(checkpoint or recipe.model, pick_device(recipe), pick_dtype(recipe), recipe.revision)
+    device = torch.device(pick_device(recipe))
+    free, process = free_memory(device), held_memory(device)
+    model, tokenizer = load_model(checkpoint or recipe.model, device, pick_dtype(recipe), recipe.revision)
+    model.model.checkpoint_activations = recipe.optimizer.activation_checkpointing
     train_problems, held_out = problems_of(recipe)
+    longest = max(len(prompt_ids(tokenizer, prompt_text(p), recipe.sampling.thinking)) for p in held_out)
+    work = work_of(recipe, longest)
+    plan = plan_memory(model, recipe.optimizer, work, free, process)
+    check_plan(plan, model, recipe.optimizer, work, free)
     if resume:
         run.rewind(progress.step if checkpoint else -1)
     else:
         run.create(recipe)
-    lab = Lab(recipe, model, tokenizer, train_problems, held_out, run, quiet)
+    lab = Lab(recipe, model, tokenizer, train_problems, held_out, run, plan.micro_batch_tokens, quiet)
     lab.say(describe_run(recipe, model, train_problems, held_out, progress.step if resume else None))
+    lab.say(f"memory    {gb(plan.peak - process)} of {gb(free)} free: {plan}")
     if not run.metrics():
         row = {"stage": 0, "kind": recipe.stages[0].kind if recipe.stages else "baseline", "step": 0, "grpo_steps": 0}
         run.log(row | evaluation_metrics(lab))
@@ -84,11 +96,13 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> None:
 def run_stage(lab: Lab, progress: Progress, checkpoint=None) -> None:
     """Take the steps of one stage that are still to be taken; `checkpoint` is where the run is resumed from."""
     recipe, stage = lab.recipe, lab.recipe.stages[progress.stage]
-    optimizer = Optimizer(lab.model, recipe.optimizer.kind, stage.learning_rate, recipe.optimizer.weight_decay)
+    settings = recipe.optimizer
+    optimizer = Optimizer(lab.model, settings.kind, stage.learning_rate, settings.weight_decay, settings.rounding)
     if checkpoint is not None and progress.stage_step > 0:
         load_optimizer(checkpoint, optimizer)
+    learner = Learner(lab.model, optimizer, recipe, lab.micro_batch_tokens)
     make = {"grpo": grpo_stage, "sft": sft_stage}[stage.kind]
-    take_step, steps = make(lab, stage, optimizer, progress)
+    take_step, steps = make(lab, stage, learner, progress)
     while progress.stage_step < steps:
         row = {"stage": progress.stage, "kind": stage.kind, "step": progress.step + 1}
         row |= take_step(progress)
@@ -105,15 +119,16 @@ def run_stage(lab: Lab, progress: Progress, checkpoint=None) -> None:
             write_curve(lab.run, recipe.sampling.max_new_tokens)
         if not last and progress.stage_step % recipe.checkpoint_every == 0:
             checkpoint_now(lab, optimizer, progress)
+    lab.micro_batch_tokens = learner.micro_batch_tokens
     progress.stage += 1
     progress.stage_step = 0
     checkpoint_now(lab, None, progress)
 
 
-def grpo_stage(lab: Lab, stage: GRPOStage, optimizer: Optimizer, progress: Progress) -> tuple[Step, int]:
+def grpo_stage(lab: Lab, stage: GRPOStage, learner: Learner, progress: Progress) -> tuple[Step, int]:
     """The step function of a GRPO stage, and how many steps it takes."""
     recipe = lab.recipe
-    reference = stage_start_model(lab, progress) if stage.kl_coef else None
+    learner.reference = stage_start_model(lab, progress) if stage.kl_coef else None
 
     def take_step(progress: Progress) -> dict:
         start = time.perf_counter()
@@ -125,7 +140,7 @@ def grpo_stage(lab: Lab, stage: GRPOStage, optimizer: Optimizer, progress: Progr
             groups = collect_rollouts(lab.model, lab.tokenizer, problems, size, recipe.sampling, seed, shown)
         sampled = time.perf_counter()
         rate = stage.learning_rate * min(1.0, (progress.stage_step + 1) / max(1, stage.warmup_steps))
-        metrics = rollout_metrics(groups) | grpo_update(lab.model, optimizer, groups, stage, recipe, rate, reference)
+        metrics = rollout_metrics(groups) | grpo_update(learner, groups, stage, rate)
         lab.run.save_rollouts(progress.step + 1, progress.stage, groups)
         rollout_seconds, update_seconds = sampled - start, time.perf_counter() - sampled
         return metrics | {
@@ -137,7 +152,7 @@ def grpo_stage(lab: Lab, stage: GRPOStage, optimizer: Optimizer, progress: Progr
     return take_step, stage.steps
 
 
-def sft_stage(lab: Lab, stage: SFTStage, optimizer: Optimizer, progress: Progress) -> tuple[Step, int]:
+def sft_stage(lab: Lab, stage: SFTStage, learner: Learner, progress: Progress) -> tuple[Step, int]:
     """The step function of an SFT stage, and how many steps its traces make."""
     sampling, tokenizer = lab.recipe.sampling, lab.tokenizer
 
@@ -168,9 +183,7 @@ def sft_stage(lab: Lab, stage: SFTStage, optimizer: Optimizer, progress: Progres
     def take_step(progress: Progress) -> dict:
         start = time.perf_counter()
         rate = stage.learning_rate * (1 - progress.stage_step / len(schedule))
-        batch = schedule[progress.stage_step]
-        limits = (lab.recipe.optimizer.micro_batch_tokens, lab.recipe.optimizer.max_grad_norm)
-        metrics = sft_step(lab.model, optimizer, batch, rate, *limits)
+        metrics = sft_step(learner, schedule[progress.stage_step], rate)
         return metrics | {"lr": rate, "update_seconds": time.perf_counter() - start}
 
     return take_step, len(schedule)

@@ -21,7 +21,9 @@ from data.countdown import Problem, ProblemSettings, prompt_text
 from model import Qwen3, Qwen3Config, Tokenizer, prompt_ids, save_model
 from model.weights import TINY
 from rl.batch import Sample
+from rl.learner import Learner
 from rl.optimizer import Optimizer
+from rl.recipe import Recipe
 from rl.sft import sft_step
 
 TINY_PROBLEMS = ProblemSettings(min_number=1, max_number=20, min_target=10, max_target=50, four_number_share=1 / 3)
@@ -110,13 +112,13 @@ def main(settings: TinyBase) -> None:
     model = Qwen3(tiny_config(len(tokenizer))).init_weights(settings.seed)
     model.num_tokens = len(tokenizer)
     print(f"{model.config.num_parameters():,} parameters, {len(tokenizer)} tokens")
-    optimizer = Optimizer(model, weight_decay=0.1)
+    learner = Learner(model, Optimizer(model, weight_decay=0.1), Recipe(), micro_batch_tokens=4096)
     rng = random.Random(settings.seed)
     start, tokens = time.perf_counter(), 0
     for step in range(settings.steps):
         samples = [document_sample(tokenizer, rng) for _ in range(settings.documents_per_step)]
         rate = settings.learning_rate * cosine(step, settings.steps)
-        result = sft_step(model, optimizer, samples, rate, micro_batch_tokens=4096)
+        result = sft_step(learner, samples, rate)
         tokens += result["tokens"]
         if step % 50 == 0 or step + 1 == settings.steps:
             speed = tokens / (time.perf_counter() - start)

@@ -6,6 +6,9 @@ import torch
 from data import Problem
 from model import Completion, Qwen3, Qwen3Config
 from rl.batch import Sample
+from rl.learner import Learner
+from rl.optimizer import Optimizer
+from rl.recipe import OptimizerSettings, Recipe, SamplingSettings
 from rl.reward import Score
 from rl.rollout import Rollout
 
@@ -19,6 +22,15 @@ PROBLEM = Problem((79, 60, 17), 36)
 def random_model(seed: int = 0, dtype: torch.dtype = torch.float32, std: float = 0.25, **changes) -> Qwen3:
     """A Qwen3 of some 5,000 parameters, random enough that its distributions are far from uniform."""
     return Qwen3(Qwen3Config(**SHAPE | changes)).to(dtype).init_weights(seed, std)
+
+
+def learner(model: Qwen3, budget: int = 1000, max_new_tokens: int = 8, temperature: float = 1.0, **options) -> Learner:
+    """`model` with an optimizer made with `options`, in micro-batches of `budget` tokens."""
+    recipe = Recipe(
+        sampling=SamplingSettings(max_new_tokens=max_new_tokens, temperature=temperature),
+        optimizer=OptimizerSettings(micro_batch_tokens=budget),
+    )
+    return Learner(model, Optimizer(model, **options), recipe, budget)
 
 
 def ragged_samples(count: int, seed: int = 0, longest: int = 9, vocab: int = 48) -> list[Sample]:

@@ -8,37 +8,104 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import reference_model, same_weights
 
-from model import generate
+import model.logprobs as model_logprobs
+from model import PackedGroup, generate
 from rl import sft_loss
-from rl.batch import Sample, completion_logprobs, make_batch, micro_batches
+from rl.batch import (
+    Sample, completion_logprobs, groups_of, make_batch, micro_batches, packed_group, stream_tokens,
+)  # fmt: skip
 from rl.grpo import group_samples
 
 PAD = 0  # what make_batch fills with
 
 
 def test_shift_and_mask_by_hand():
-    """Prompt 5 6 with completion 7 8, beside prompt 9 with completion 1 2 3 4."""
-    batch = make_batch([Sample([5, 6], [7, 8], [-0.7, -0.8], 1.5), Sample([9], [1, 2, 3, 4], [-1, -2, -3, -4], -0.5)])
-    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 1, 2, 3]]
-    assert batch.target_ids.tolist() == [[6, 7, 8, PAD], [1, 2, 3, 4]]
-    assert batch.mask.tolist() == [[False, True, True, False], [True, True, True, True]]
-    torch.testing.assert_close(batch.old_logprobs, torch.tensor([[0, -0.7, -0.8, 0], [-1, -2, -3, -4]]))
-    assert batch.advantages.tolist() == [1.5, -0.5]
-    dtypes = [tensor.dtype for tensor in vars(batch).values()]
-    assert dtypes == [torch.int64, torch.int64, torch.bool, torch.float32, torch.float32]
+    """Prompt 5 6 with completions 7 8 and 1 2 3 4, beside prompt 9 with completion 7: what they share stands once."""
+    samples = [
+        Sample([5, 6], [7, 8], [-0.7, -0.8], 1.5), Sample([9], [7], [-0.1], 0.5),
+        Sample([5, 6], [1, 2, 3, 4], [-1, -2, -3, -4], -0.5, [-1.5, -2.5, -3.5, -4.5]),
+    ]  # fmt: skip
+    batch = make_batch(samples)
+    # prefix 5; 6 1 2 3, from whose places 1 2 3 4 are predicted; 6 7, from which 7 8 are; and 9, from which 7 is
+    assert batch.input_ids.tolist() == [[5, 6, 1, 2, 3, 6, 7, 9]]
+    assert batch.layout.positions.tolist() == [[0, 1, 2, 3, 4, 1, 2, 0]]
+    assert batch.places.tolist() == [[5, 6, 0, 0], [7, 0, 0, 0], [1, 2, 3, 4]]
+    assert batch.target_ids.tolist() == [[7, 8, PAD, PAD], [7, PAD, PAD, PAD], [1, 2, 3, 4]]
+    assert batch.mask.tolist() == [[True, True, False, False], [True, False, False, False], [True] * 4]
+    torch.testing.assert_close(batch.old_logprobs, torch.tensor([[-0.7, -0.8, 0, 0], [-0.1, 0, 0, 0], [-1, -2, -3, -4]]))
+    recomputed = torch.tensor([[-0.7, -0.8, 0, 0], [-0.1, 0, 0, 0], [-1.5, -2.5, -3.5, -4.5]])
+    torch.testing.assert_close(batch.recomputed_logprobs, recomputed)
+    assert batch.advantages.tolist() == [1.5, 0.5, -0.5]
+    dtypes = {name: tensor.dtype for name, tensor in vars(batch).items() if name != "layout"}
+    assert list(dtypes.values()) == [torch.int64] * 3 + [torch.bool] + [torch.float32] * 3
+
+
+GROUPS = st.lists(st.tuples(st.integers(1, 6), st.lists(st.integers(1, 30), min_size=1, max_size=6)), min_size=1, max_size=5)
+
+
+def grouped_samples(shapes, vocab: int = 48, seed: int = 0) -> list[Sample]:
+    """For each (prompt length, completion lengths) samples of one prompt of random ids, all of them shuffled."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for prompt_length, lengths in shapes:
+        prompt = rng.integers(0, vocab, prompt_length).tolist()
+        samples += [Sample(prompt, rng.integers(0, vocab, n).tolist(), rng.normal(-4, 1, n).tolist(), 1.0) for n in lengths]
+    return [samples[i] for i in rng.permutation(len(samples))]
 
 
 @settings(deadline=None, derandomize=True)
-@given(st.integers(0, 10_000), st.integers(1, 6))
-def test_masked_targets_are_the_completions_and_nothing_else(seed, count):
-    samples = ragged_samples(count, seed)
+@given(st.integers(0, 10_000), GROUPS)
+def test_every_target_stands_where_it_is_predicted_and_nothing_else_has_a_loss(seed, shapes):
+    samples = grouped_samples(shapes, seed=seed)
     batch = make_batch(samples)
+    stream, positions = batch.input_ids[0], batch.layout.positions[0]
     for row, sample in enumerate(samples):
+        ids = sample.prompt_ids + sample.completion_ids
+        places = batch.places[row][batch.mask[row]]
         assert batch.target_ids[row][batch.mask[row]].tolist() == sample.completion_ids
+        assert stream[places].tolist() == ids[len(sample.prompt_ids) - 1 : -1]
+        assert positions[places].tolist() == list(range(len(sample.prompt_ids) - 1, len(ids) - 1))
         np.testing.assert_allclose(batch.old_logprobs[row][batch.mask[row]], sample.old_logprobs, rtol=1e-6)
-        end = len(sample) - 1
-        assert batch.input_ids[row, :end].tolist() == (sample.prompt_ids + sample.completion_ids)[:-1]
     assert not batch.old_logprobs[~batch.mask].any()
+    assert batch.places[batch.mask].unique().numel() == batch.mask.sum()
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(st.integers(0, 10_000), GROUPS)
+def test_shared_prompts_change_neither_loss_nor_gradient(seed, shapes):
+    """Against every sample alone in a plain forward, in float64: 1e-9 in both, with ids that repeat across groups."""
+    model = random_model(dtype=torch.float64)
+    samples = grouped_samples(shapes, seed=seed)
+    weights = [torch.linspace(-1, 2, len(sample.completion_ids), dtype=torch.float64) for sample in samples]
+    batch = make_batch(samples)
+    logprobs = completion_logprobs(model, batch)
+    loss = sum((row[mask] * weight).sum() for row, mask, weight in zip(logprobs, batch.mask, weights, strict=True))
+    loss.backward()
+    packed = gradients(model)
+    plain = 0
+    for sample, weight in zip(samples, weights, strict=True):
+        ids = torch.tensor([sample.prompt_ids + sample.completion_ids])
+        found = model(ids)[0, len(sample.prompt_ids) - 1 : -1].log_softmax(-1)
+        plain = plain + (found.gather(-1, torch.tensor(sample.completion_ids)[:, None])[:, 0] * weight).sum()
+    plain.backward()
+    assert abs(loss.item() - plain.item()) < 1e-9
+    assert largest_gap(packed, gradients(model)) < 1e-9 < largest(packed)
+
+
+def test_a_shared_prompt_goes_through_the_decoder_once():
+    prompt = list(range(1, 21))
+    batch = make_batch([Sample(prompt, [n, n + 1, n + 2]) for n in range(16)])
+    assert batch.input_ids.shape == (1, 19 + 16 * 3)
+    alone = make_batch([Sample([n, *prompt], [n, n + 1, n + 2]) for n in range(16)])
+    assert alone.input_ids.shape == (1, 16 * 23)
+
+
+def test_prompts_that_begin_alike_share_their_beginning():
+    """Two prompts that part after two ids, one of which is all that the other begins with."""
+    batch = make_batch([Sample([1, 2, 3, 4], [5, 6]), Sample([1, 2, 7], [8]), Sample([1, 2, 7, 9, 9], [8])])
+    assert batch.input_ids.shape[1] == 2 + 3 + 1 + 3
+    batch = make_batch([Sample([1, 2], [5, 6]), Sample([1, 2, 7, 9], [8])])
+    assert batch.input_ids.shape[1] == 1 + 2 + 3  # the last id of a prompt predicts, and so belongs to the branch
 
 
 def test_sft_samples_have_no_old_logprobs():
@@ -69,9 +136,10 @@ def test_a_sampled_pad_id_keeps_its_logprob_trap_ignore_index():
     model = random_model()
     batch = make_batch([Sample([5, 6], [PAD, 7, PAD, PAD]), Sample([5], [1])])
     logprobs = completion_logprobs(model, batch)
-    plain = model(batch.input_ids).log_softmax(-1).gather(-1, batch.target_ids[..., None])[..., 0]
+    plain = model(torch.tensor([[5, 6, PAD, 7, PAD]]))[0, 1:].log_softmax(-1)
+    expected = plain.gather(-1, torch.tensor([[PAD], [7], [PAD], [PAD]]))[:, 0]
     assert (batch.mask & (batch.target_ids == PAD)).sum() == 3
-    torch.testing.assert_close(logprobs[batch.mask], plain[batch.mask], rtol=0, atol=1e-5)
+    torch.testing.assert_close(logprobs[0], expected, rtol=0, atol=1e-5)
     assert (logprobs[batch.mask] < -0.01).all() and not logprobs[~batch.mask].any()
 
 
@@ -127,36 +195,57 @@ def test_the_ratio_on_a_fresh_rollout_batch_is_one_trap_scored_at_another_temper
     assert largest_difference(temperature=temperature) > 0.1
 
 
-def test_no_logits_are_made_for_prompts_and_padding_trap_out_of_memory():
-    model = random_model()
-    seen = []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
+def test_no_logits_are_made_for_prompts_and_padding_trap_out_of_memory(monkeypatch):
+    model, seen = random_model(), []
+    target_logprobs = model_logprobs.target_logprobs
+
+    def recording(hidden, *options):
+        seen.append(len(hidden))
+        return target_logprobs(hidden, *options)
+
+    monkeypatch.setattr("rl.batch.target_logprobs", recording)
     completion_logprobs(model, make_batch([Sample([5] * 20, [7, 8, 9]), Sample([1], [2])]))
-    assert seen == [(4, 48)]
+    assert seen == [4]
 
 
-SAMPLES = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), max_size=20)
+SHAPES = st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(1, 60), min_size=1, max_size=9)), max_size=7)
 
 
 @settings(deadline=None, derandomize=True)
-@given(SAMPLES, st.integers(1, 200))
+@given(SHAPES, st.integers(1, 600))
 def test_micro_batches_lose_no_sample_and_keep_to_the_budget(shapes, budget):
-    samples = [Sample([number] * prompt, [number] * completion) for number, (prompt, completion) in enumerate(shapes)]
+    samples = grouped_samples(shapes)
     batches = micro_batches(samples, budget)
-    assert sorted(sample.prompt_ids[0] for batch in batches for sample in batch) == list(range(len(samples)))
+    assert sorted(map(id, samples)) == sorted(id(sample) for batch in batches for sample in batch)
     for batch in batches:
-        assert batch and (len(batch) == 1 or len(batch) * max(map(len, batch)) <= budget)
-    if batches:
-        assert max(map(len, batches[0])) == max(map(len, samples))  # the largest row comes first
+        tokens = make_batch(batch).input_ids.shape[1]
+        assert tokens == stream_tokens(batch) and (len(batch) == 1 or tokens <= budget)
 
 
-def test_a_sample_longer_than_the_budget_goes_alone():
-    samples = [Sample([1] * 2, [2] * 2), Sample([1] * 20, [2] * 20), Sample([1] * 3, [2] * 3)]
-    assert [[len(sample) for sample in batch] for batch in micro_batches(samples, 12)] == [[40], [6, 4]]
+@settings(deadline=None, derandomize=True)
+@given(SHAPES)
+def test_less_than_a_twentieth_of_a_stream_is_padding(shapes):
+    for batch in micro_batches(grouped_samples(shapes), 300):
+        tokens = make_batch(batch).input_ids.shape[1]
+        used = sum(len(sample) - 1 for sample in batch)
+        for members in groups_of(batch):
+            group = packed_group([batch[row] for row in members])
+            used -= (len(members) - 1) * group.prefix
+        assert used <= tokens and tokens - used < 0.05 * tokens
+
+
+def test_branches_of_nearly_equal_length_are_one_block_and_others_are_not():
+    assert PackedGroup(3, [100, 99, 98, 97, 50, 50, 49, 2]).blocks() == [(4, 100), (3, 50), (1, 2)]
+    assert PackedGroup(3, [100, 99, 98, 97, 50, 50, 49, 2]).num_tokens() == 3 + 400 + 150 + 2
+
+
+def test_a_sample_longer_than_the_budget_goes_alone_and_the_largest_part_first():
+    samples = [Sample([1] * 2, [2] * 2), Sample([2] * 20, [2] * 20), Sample([3] * 3, [2] * 3)]
+    assert [[len(sample) for sample in batch] for batch in micro_batches(samples, 8)] == [[40], [6, 4]]
     assert micro_batches([], 12) == []
 
 
-def test_samples_share_a_micro_batch_as_long_as_they_fit():
-    samples = [Sample([1], [2] * 9) for _ in range(8)]
-    for budget, expected in ((80, [8]), (79, [7, 1]), (40, [4, 4]), (20, [2, 2, 2, 2]), (10, [1] * 8)):
-        assert [len(batch) for batch in micro_batches(samples, budget)] == expected
+def test_a_group_stays_together_as_long_as_it_fits():
+    samples = [Sample([1] * 6, [2] * 9) for _ in range(8)]
+    for budget, expected in ((77, [8]), (76, [7, 1]), (41, [4, 4]), (23, [2, 2, 2, 2]), (14, [1] * 8)):
+        assert sorted((len(batch) for batch in micro_batches(samples, budget)), reverse=True) == expected

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import gradients, largest, largest_gap, ragged_samples, random_model, rollouts
+from helpers import gradients, largest, largest_gap, learner, ragged_samples, random_model, rollouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,18 +16,10 @@ from rl import grpo_loss
 from rl.batch import completion_logprobs, make_batch, micro_batches
 from rl.grpo import accumulate_gradient, group_samples, grpo_update
 from rl.loss import AGGREGATIONS, loss_denominator
-from rl.optimizer import Optimizer
-from rl.recipe import GRPOStage, OptimizerSettings, Recipe, SamplingSettings
+from rl.recipe import GRPOStage
 from rl.stages import endless_problems
 
 REWARDS = [[1.0, 0.0, 0.1, 0.1], [0.0, 0.1, 1.0, 1.0], [0.8, 0.3, 0.1, 0.0], [0.0, 0.0, 0.0, 1.0]]
-
-
-def recipe_with(budget: int = 1000, max_new_tokens: int = 8, temperature: float = 1.0) -> Recipe:
-    return Recipe(
-        sampling=SamplingSettings(max_new_tokens=max_new_tokens, temperature=temperature),
-        optimizer=OptimizerSettings(micro_batch_tokens=budget),
-    )
 
 
 def fresh_groups(model, rewards=REWARDS, temperature: float = 1.0):
@@ -68,7 +60,7 @@ def test_gradient_and_logged_loss_do_not_depend_on_micro_batches_trap_last_ones_
     counts, clipped = [], set()
     for budget in (10_000, 110, 70, 40, 20, 1):
         counts.append(len(micro_batches(samples, budget)))
-        result = accumulate_gradient(model, samples, stage, recipe_with(budget), reference if kl_coef else None)
+        result = accumulate_gradient(replace(learner(model, budget), reference=reference if kl_coef else None), samples, stage)
         assert largest_gap(gradients(model), whole) < 1e-9
         assert result["loss"] == pytest.approx(loss.item(), abs=1e-6)
         clipped.add((result["clipped_low"], result["clipped_high"]))
@@ -82,9 +74,8 @@ def test_an_update_does_not_depend_on_micro_batches(aggregation):
     outcomes = []
     for budget in (10_000, 40, 1):
         model = random_model(1)
-        metrics = grpo_update(
-            model, Optimizer(model), fresh_groups(model), stage, recipe_with(budget), learning_rate=1e-3
-        )
+        metrics = grpo_update(learner(model, budget), fresh_groups(model), stage, learning_rate=1e-3)
+        assert metrics.pop("micro_batch_tokens") == budget
         outcomes.append((metrics, weights(model)))
     for metrics, after in outcomes[1:]:
         assert metrics == pytest.approx(outcomes[0][0], rel=1e-3, abs=1e-6)
@@ -97,13 +88,13 @@ def test_silent_groups_count_in_the_average_but_not_in_the_work():
     samples = [replace(sample, completion_ids=[5] * 4, old_logprobs=[-4.0] * 4) for sample in ragged_samples(4)]
     loud, silent = samples[:2], [replace(sample, advantage=0.0) for sample in samples[2:]]
     seen = []
-    model.model.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
-    accumulate_gradient(model, loud, GRPOStage(), recipe_with())
+    model.model.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[1]))
+    accumulate_gradient(learner(model), loud, GRPOStage())
     alone = gradients(model)
-    accumulate_gradient(model, loud + silent, GRPOStage(), recipe_with())
+    accumulate_gradient(learner(model), loud + silent, GRPOStage())
     together = gradients(model)
     assert largest_gap(together, {name: gradient / 2 for name, gradient in alone.items()}) < 1e-9
-    assert seen == [2, 2]
+    assert seen[0] == seen[1] > 0
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
@@ -115,9 +106,7 @@ def test_groups_of_equal_rewards_leave_every_weight_as_it_is(kind):
     before = weights(model)
     groups = fresh_groups(model, [[0.1] * 4, [0.3] * 4])
     stage = GRPOStage(prompts_per_step=2, updates_per_step=2)
-    metrics = grpo_update(
-        model, Optimizer(model, kind, weight_decay=0.1), groups, stage, recipe_with(), learning_rate=0.1
-    )
+    metrics = grpo_update(learner(model, kind=kind, weight_decay=0.1), groups, stage, learning_rate=0.1)
     assert metrics["grad_norm"] == 0 and metrics["loss"] == 0 and metrics["clip_fraction"] == 0
     assert all(torch.equal(before[name], after) for name, after in weights(model).items())
 
@@ -127,8 +116,7 @@ def test_clip_fraction_is_zero_on_the_first_update_of_a_batch(temperature):
     model = random_model(std=0.4)
     groups = fresh_groups(model, temperature=temperature)
     stage = GRPOStage(updates_per_step=1, clip_low=1e-3, clip_high=1e-3)
-    recipe = recipe_with(temperature=temperature)
-    metrics = grpo_update(model, Optimizer(model), groups, stage, recipe, learning_rate=0.5)
+    metrics = grpo_update(learner(model, temperature=temperature), groups, stage, learning_rate=0.5)
     assert metrics["clip_fraction"] == metrics["clip_fraction_low"] == metrics["clip_fraction_high"] == 0
     assert metrics["grad_norm"] > 0.01 and abs(metrics["loss"]) < 0.5
 
@@ -139,12 +127,12 @@ def test_the_clip_binds_once_the_weights_have_moved_low_and_high_apart_trap_clip
     twin = copy.deepcopy(model)
     groups = fresh_groups(model)
     stage = GRPOStage(updates_per_step=2, prompts_per_step=4)
-    recipe = recipe_with(budget=40)
-    metrics = grpo_update(model, Optimizer(model), groups, stage, recipe, learning_rate=0.05)
+    metrics = grpo_update(learner(model, 40), groups, stage, learning_rate=0.05)
 
     samples = group_samples(groups)
-    accumulate_gradient(twin, [sample for group in samples[0::2] for sample in group], stage, recipe)
-    Optimizer(twin).step(0.05)
+    other = learner(twin, 40)
+    accumulate_gradient(other, [sample for group in samples[0::2] for sample in group], stage)
+    other.step(0.05)
     low = high = 0
     for sample in (sample for group in samples[1::2] for sample in group):
         ids = torch.tensor([sample.prompt_ids + sample.completion_ids])
@@ -164,7 +152,7 @@ def test_each_clip_range_governs_its_own_side():
     def fractions(**clip):
         model = random_model(std=0.4)
         stage = GRPOStage(updates_per_step=2, prompts_per_step=4, **clip)
-        metrics = grpo_update(model, Optimizer(model), fresh_groups(model), stage, recipe_with(), learning_rate=0.05)
+        metrics = grpo_update(learner(model), fresh_groups(model), stage, learning_rate=0.05)
         return metrics["clip_fraction_low"] > 0, metrics["clip_fraction_high"] > 0
 
     assert fractions(clip_low=0.1, clip_high=1e9) == (True, False)
@@ -177,10 +165,15 @@ def test_every_group_is_learned_from_once():
     prompts = [[number] for number in range(5)]
     completions = generate(model, prompts, num_samples=2, max_new_tokens=4, seed=1)
     groups = rollouts(completions, [[1.0, 0.0]] * 5, prompts)
-    seen = []
-    model.model.register_forward_hook(lambda module, inputs, output: seen.append(sorted(inputs[0][:, 0].tolist())))
-    stage = GRPOStage(updates_per_step=3, prompts_per_step=5)
-    grpo_update(model, Optimizer(model), groups, stage, recipe_with(), learning_rate=0.0)
+    pupil, seen = learner(model), []
+    accumulate = pupil.accumulate
+
+    def recording(samples, backward):
+        seen.append([sample.prompt_ids[0] for sample in samples])
+        return accumulate(samples, backward)
+
+    pupil.accumulate = recording
+    grpo_update(pupil, groups, GRPOStage(updates_per_step=3, prompts_per_step=5), learning_rate=0.0)
     assert seen == [[0, 0, 3, 3], [1, 1, 4, 4], [2, 2]]
 
 
@@ -197,9 +190,9 @@ def test_the_update_makes_the_better_completions_likelier_and_the_worse_ones_rar
         return means[better].mean().item(), means[~better].mean().item()
 
     before = mean_logprobs()
-    optimizer = Optimizer(model)
+    pupil = learner(model)
     for _ in range(3):
-        metrics = grpo_update(model, optimizer, groups, GRPOStage(updates_per_step=1), recipe_with(), 3e-3)
+        metrics = grpo_update(pupil, groups, GRPOStage(updates_per_step=1), 3e-3)
     after = mean_logprobs()
     assert after[0] > before[0] + 0.05 and after[1] < before[1] - 0.05
     assert metrics["lr"] == 3e-3
@@ -211,12 +204,13 @@ def test_the_kl_penalty_holds_the_policy_at_the_reference_where_rewards_say_noth
     reference = copy.deepcopy(model)
     samples = [replace(sample, advantage=0.0) for sample in ragged_samples(4)]
     stage = GRPOStage(kl_coef=0.5)
-    result = accumulate_gradient(model, samples, stage, recipe_with(), reference)
+    pupil = replace(learner(model), reference=reference)
+    result = accumulate_gradient(pupil, samples, stage)
     assert result["loss"] < 1e-9 and largest(gradients(model)) < 1e-6
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
-    moved = accumulate_gradient(model, samples, stage, recipe_with(), reference)
+    moved = accumulate_gradient(pupil, samples, stage)
     assert moved["loss"] > 1e-3 and largest(gradients(model)) > 1e-3
     assert all(parameter.grad is None for parameter in reference.parameters())
 

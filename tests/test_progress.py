@@ -239,7 +239,7 @@ def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on_where_it_stopped(tmp_p
     assert "rollout" in shown and "12/12 completions" in shown and "evaluation" in shown and "5/5 completions" in shown
     # Nothing of these stays: first the run's own lines, a line for each step, then what Ctrl-C says.
     *lines, empty, stopped = left
-    assert [line.split()[0] for line in lines[:5]] == ["model", "problems", "stages", "run", "before"]
+    assert [line.split()[0] for line in lines[:6]] == ["model", "problems", "stages", "run", "memory", "before"]
     assert [line.split()[:3] for line in lines[5:]] == [["grpo", "1/3", f"{n}/500"] for n in range(1, len(lines) - 4)]
     assert (empty, stopped) == ("", "stopped. Go on with the same command and --resume.")
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import gradients, largest, largest_gap, ragged_samples, random_model
+from helpers import gradients, largest, largest_gap, learner, ragged_samples, random_model
 from reference import reference_model, same_weights
 
 from data import DataError, Problem
@@ -14,6 +14,7 @@ from model import Completion, Tokenizer
 from model.weights import TINY
 from rl.batch import Sample, completion_logprobs, make_batch
 from rl.checkpoint import Progress
+from rl.learner import Learner
 from rl.optimizer import Optimizer
 from rl.recipe import OptimizerSettings, Recipe, SFTStage
 from rl.reward import Score
@@ -39,7 +40,7 @@ def test_loss_and_gradient_equal_transformers_cross_entropy_over_completion_toke
     expected.backward()
     norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1e9)
 
-    result = sft_step(ours, Optimizer(ours), samples, learning_rate=0.0, micro_batch_tokens=30)
+    result = sft_step(learner(ours, 30), samples, learning_rate=0.0)
     assert result["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert result["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     assert result["tokens"] == sum(len(sample.completion_ids) for sample in samples)
@@ -50,7 +51,7 @@ def test_a_step_does_not_depend_on_micro_batches():
     outcomes = []
     for budget in (10_000, 40, 1):
         model = random_model()
-        result = sft_step(model, Optimizer(model), samples, learning_rate=1e-3, micro_batch_tokens=budget)
+        result = sft_step(learner(model, budget), samples, learning_rate=1e-3)
         outcomes.append((result, {name: p.detach() for name, p in model.named_parameters()}))
     for result, weights in outcomes[1:]:
         assert result == pytest.approx(outcomes[0][0], rel=1e-5)
@@ -93,8 +94,8 @@ def test_the_schedule_is_made_from_the_seed_alone():
 
 def test_steps_lower_the_loss():
     model, samples = random_model(), ragged_samples(8)
-    optimizer = Optimizer(model)
-    losses = [sft_step(model, optimizer, samples, 1e-2, 1000)["loss"] for _ in range(20)]
+    pupil = learner(model)
+    losses = [sft_step(pupil, samples, 1e-2)["loss"] for _ in range(20)]
     assert losses[-1] < 0.5 * losses[0]
     assert losses[1] < losses[0]
 
@@ -103,9 +104,9 @@ def test_the_end_token_is_learned_where_completions_end_and_nowhere_else():
     """Completions of 1, 2 or 3 times the prompt's token, as told by the prompt, then the end token."""
     model = random_model()
     samples = [Sample([10 + n, 20], [30] * n + [END]) for n in (1, 2, 3)]
-    optimizer = Optimizer(model)
+    pupil = learner(model)
     for _ in range(60):
-        sft_step(model, optimizer, samples, 1e-2, 1000)
+        sft_step(pupil, samples, 1e-2)
     for sample in samples:
         ids = torch.tensor([sample.prompt_ids + sample.completion_ids])
         ending = model(ids)[0].softmax(-1)[:, END]
@@ -130,14 +131,15 @@ class TraceStage:
         recipe = Recipe(stages=(stage,), optimizer=OptimizerSettings(max_grad_norm=max_grad_norm))
         self.tokenizer, self.learned = Tokenizer(TINY), []
 
-        def recording_step(model, optimizer, samples, *options):
+        def recording_step(pupil, samples, rate):
             self.learned += samples
-            return sft_step(model, optimizer, samples, *options)
+            return sft_step(pupil, samples, rate)
 
         monkeypatch.setattr("rl.stages.sft_step", recording_step)
         self.model = random_model(vocab_size=512)
-        lab = Lab(recipe, self.model, self.tokenizer, [], list(held_out), RunFolder(tmp_path), quiet=True)
-        take_step, steps = sft_stage(lab, stage, Optimizer(self.model), Progress())
+        lab = Lab(recipe, self.model, self.tokenizer, [], list(held_out), RunFolder(tmp_path), 8192, quiet=True)
+        pupil = Learner(self.model, Optimizer(self.model), recipe, lab.micro_batch_tokens)
+        take_step, steps = sft_stage(lab, stage, pupil, Progress())
         self.rows = [take_step(Progress(stage_step=step)) for step in range(steps)]
 
 

@@ -1,0 +1,130 @@
+"""Log-probabilities and entropy from a few logits at a time: exactly those of the plain way, in values and gradients."""
+
+import copy
+
+import pytest
+import torch
+from helpers import gradients, largest, largest_gap, random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import model.distribution
+import model.logprobs
+from model import target_logprobs, token_logprobs
+
+VOCAB, NUM_TOKENS, HIDDEN = 50, 43, 12
+
+
+def inputs(tokens: int, seed: int, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight = (torch.randn(n, HIDDEN, generator=generator, dtype=dtype).requires_grad_() for n in (tokens, VOCAB))
+    targets = torch.randint(NUM_TOKENS, (tokens,), generator=generator)
+    on_logprobs, on_entropy = torch.randn(2, tokens, generator=generator, dtype=dtype)
+    return hidden, weight, targets, on_logprobs, on_entropy
+
+
+def plain_way(hidden, weight, targets, temperature):
+    distribution = (hidden @ weight.T)[:, :NUM_TOKENS].div(temperature).log_softmax(-1)
+    return distribution[torch.arange(len(targets)), targets], -(distribution.exp() * distribution).sum(-1)
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(0, 40), st.integers(0, 1000), st.sampled_from([1.0, 0.7, 2.5]), st.integers(1, 9), st.integers(1, 5))
+def test_values_and_gradients_are_those_of_the_plain_way(tokens, seed, temperature, chunk, at_once):
+    """Chunks of `chunk` tokens, softmax `at_once` rows at a time, in float64; a gradient on both results and on one only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.logprobs.CHUNK_LOGITS, "cpu", chunk * VOCAB)
+        patch.setattr(model.distribution, "LOGITS_AT_ONCE", at_once * VOCAB)
+        hidden, weight, targets, on_logprobs, on_entropy = inputs(tokens, seed)
+        expected = plain_way(hidden, weight, targets, temperature)
+        found = target_logprobs(hidden, weight, targets, temperature, NUM_TOKENS)
+        for ours, plain in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10)
+        for uses in ((on_logprobs, on_entropy), (on_logprobs, 0 * on_entropy), (0 * on_logprobs, on_entropy)):
+            grads = [
+                torch.autograd.grad(sum((x * use).sum() for x, use in zip(pair, uses)), (hidden, weight), retain_graph=True)
+                for pair in (found, expected)
+            ]
+            for ours, plain in zip(*grads, strict=True):
+                torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10)
+
+
+def test_float32_agrees_to_1e_5_at_a_real_vocabulary():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(70, 32, generator=generator).requires_grad_()
+    weight = (0.3 * torch.randn(20_000, 32, generator=generator)).requires_grad_()
+    targets = torch.randint(19_000, (70,), generator=generator)
+    found = target_logprobs(hidden, weight, targets, 1.0, 19_000)
+    distribution = (hidden @ weight.T)[:, :19_000].log_softmax(-1)
+    expected = distribution.gather(-1, targets[:, None])[:, 0], -(distribution.exp() * distribution).sum(-1)
+    for ours, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5)
+    ours, plain = (torch.autograd.grad((x[0] + x[1]).mean(), (hidden, weight)) for x in (found, expected))
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_bfloat16_gives_float32_results_and_bfloat16_gradients():
+    hidden, weight, targets, on_logprobs, _ = inputs(9, 0, torch.bfloat16)
+    logprobs, entropy = target_logprobs(hidden, weight, targets, 1.0, NUM_TOKENS)
+    expected = token_logprobs(hidden @ weight.T, 1.0, NUM_TOKENS)
+    assert torch.equal(logprobs, expected.gather(-1, targets[:, None])[:, 0]) and entropy.dtype == torch.float32
+    (logprobs * on_logprobs.float()).sum().backward()
+    exact = inputs(9, 0, torch.bfloat16)[:2]
+    doubles = [x.detach().double().requires_grad_() for x in exact]
+    (plain_way(*doubles, targets, 1.0)[0] * on_logprobs.double()).sum().backward()
+    for ours, plain in zip((hidden, weight), doubles, strict=True):
+        assert ours.grad.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.grad.double(), plain.grad, rtol=0.02, atol=0.02 * plain.grad.abs().max().item())
+
+
+def test_never_more_than_a_chunk_of_logits_exists(monkeypatch):
+    """Of all tensors made in forward and backward; those with HIDDEN rows are the weights, transposed."""
+    monkeypatch.setitem(model.logprobs.CHUNK_LOGITS, "cpu", 4 * VOCAB)
+    hidden, weight, targets, *_ = inputs(30, 0)
+    sizes = []
+
+    class Recording(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.shape[-1:] == (VOCAB,) and len(result) != HIDDEN:
+                sizes.append(result.shape[0])
+            return result
+
+    with Recording():
+        target_logprobs(hidden, weight, targets, 1.0, NUM_TOKENS).logprobs.sum().backward()
+    assert max(sizes) == 4
+
+
+def test_a_frozen_output_head_gets_no_gradient():
+    hidden, weight, targets, *_ = inputs(5, 0)
+    frozen = weight.detach()
+    target_logprobs(hidden, frozen, targets, 1.0, NUM_TOKENS).logprobs.sum().backward()
+    found = hidden.grad.clone()
+    hidden.grad = None
+    plain_way(hidden, weight, targets, 1.0)[0].sum().backward()
+    torch.testing.assert_close(found, hidden.grad, rtol=0, atol=1e-12)
+    assert frozen.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_activation_checkpointing_changes_no_gradient_and_keeps_less(dtype):
+    plain = random_model(dtype=dtype, num_hidden_layers=6)
+    lean = copy.deepcopy(plain)
+    lean.model.checkpoint_activations = True
+    ids = torch.randint(48, (3, 17), generator=torch.Generator().manual_seed(0))
+    kept = []
+    for decoder in (plain, lean):
+        sizes: dict[int, int] = {}
+        kept.append(sizes)
+
+        def keep(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = decoder(ids).log_softmax(-1)[..., 5].sum()
+        loss.backward()
+    ours, theirs = gradients(plain), gradients(lean)
+    assert largest_gap(ours, theirs) < 1e-6 * largest(ours)
+    assert sum(kept[1].values()) < 0.6 * sum(kept[0].values())

@@ -3,6 +3,7 @@
 from model.config import ModelError, Qwen3Config
 from model.kv_cache import KVCache
 from model.qwen3 import Qwen3
+from model.quantize import adapter_state, add_adapters, load_adapter_state, plain_state
 from model.distribution import token_logprobs
 from model.sampler import generate
 from model.wave import Completion
@@ -11,5 +12,6 @@ from model.weights import load_model, save_model
 
 __all__ = [
     "Completion", "KVCache", "ModelError", "Qwen3", "Qwen3Config", "Tokenizer",
-    "generate", "load_model", "prompt_ids", "render_chat", "save_model", "token_logprobs",
+    "adapter_state", "add_adapters", "generate", "load_adapter_state", "load_model", "plain_state", "prompt_ids",
+    "render_chat", "save_model", "token_logprobs",
 ]  # fmt: skip

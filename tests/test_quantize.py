@@ -206,8 +206,9 @@ def test_an_int8_projection_holds_one_byte_a_weight_and_a_scale_a_row():
             held = [base.state.CB, base.state.SCB, base.weight.data, base.weight.CB, base.weight.SCB]
             held += [value for value in vars(base.state).values() if torch.is_tensor(value)]
             held += [*base.parameters(), *base.buffers()]
-            storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in held if tensor is not None}
-            assert sum(storage.nbytes() for storage in storages.values()) == out_size * in_size + 4 * out_size, name
+            storages = [tensor.untyped_storage() for tensor in held if tensor is not None]
+            sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+            assert sum(sizes.values()) == out_size * in_size + 4 * out_size, name
         with torch.inference_mode():
             model(IDS)
 
@@ -318,11 +319,11 @@ def test_the_same_base_with_the_saved_adapters_is_the_same_model_again(int8):
 def test_adapters_that_do_not_fit_are_named_and_nothing_is_loaded():
     model = add_adapters(random_model(), 3, 5.0, int8=False)
     before = {name: tensor.clone() for name, tensor in adapter_state(model).items()}
-    name = "model.layers.1.mlp.down_proj.lora_b"
+    name, stranger = (f"model.layers.{layer}.mlp.down_proj.lora_b" for layer in (1, 2))
     good = {key: tensor + 1 for key, tensor in before.items()}
     for changed, message in (
         ({key: tensor for key, tensor in good.items() if key != name}, f"adapter {name} missing"),
-        (good | {"model.layers.2.mlp.down_proj.lora_b": good[name]}, "unexpected adapter model.layers.2.mlp.down_proj.lora_b"),
+        (good | {stranger: good[name]}, f"unexpected adapter {stranger}"),
         (good | {name: good[name][:, :2]}, f"adapter {name} is [16, 2], the model's is [16, 3]"),
     ):
         with pytest.raises(ModelError) as refused:

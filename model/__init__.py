@@ -3,6 +3,7 @@
 from model.config import ModelError, Qwen3Config
 from model.kv_cache import KVCache
 from model.qwen3 import Qwen3
+from model.quantize import adapter_state, add_adapters, load_adapter_state, plain_state
 from model.distribution import token_logprobs
 from model.logprobs import TokenLogprobs, target_logprobs
 from model.packed import PackedGroup, PackedGroups
@@ -13,6 +14,6 @@ from model.weights import load_model, save_model
 
 __all__ = [
     "Completion", "KVCache", "ModelError", "PackedGroup", "PackedGroups", "Qwen3", "Qwen3Config", "TokenLogprobs",
-    "Tokenizer", "generate", "load_model", "prompt_ids", "render_chat", "save_model", "target_logprobs",
-    "token_logprobs",
+    "Tokenizer", "adapter_state", "add_adapters", "generate", "load_adapter_state", "load_model", "plain_state",
+    "prompt_ids", "render_chat", "save_model", "target_logprobs", "token_logprobs",
 ]  # fmt: skip

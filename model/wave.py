@@ -10,6 +10,7 @@ from model.cuda_graph import GraphedStep
 from model.distribution import sample
 from model.group_cache import GroupCache
 from model.kv_cache import KVCache
+from model.quantize import has_int8
 from model.qwen3 import Qwen3
 
 # Every CHECK_EVERY steps the host looks which rows have stopped, for which it waits for the device. Those leave the
@@ -75,7 +76,8 @@ class Wave:
     def run(self) -> Iterator[tuple[int, int]]:
         """Decode to the end, yielding now and then how many completions are done and how many tokens sampled."""
         device = "cuda" if self.model.device.type == "cuda" else "cpu"
-        step = GraphedStep(self.step) if device == "cuda" else lambda shape: self.step()
+        graphed = device == "cuda" and not has_int8(self.model)
+        step = GraphedStep(self.step) if graphed else lambda shape: self.step()
         for count in range(1, self.max_new_tokens):
             if count % CHECK_EVERY[device] == 0:
                 yield self.retire(count, LEAVE_BELOW[device])

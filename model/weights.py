@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelError, Qwen3Config
+from model.quantize import plain_state
 from model.qwen3 import Qwen3
 from model.tokenizer import Tokenizer
 
@@ -51,10 +52,13 @@ def load_model(
 
 
 def save_model(folder: str | Path, model: Qwen3, tokenizer: Tokenizer) -> None:
-    """Write `config.json`, `model.safetensors` and the tokenizer's files: transformers and vLLM load the folder."""
+    """Write `config.json`, `model.safetensors` and the tokenizer's files: transformers and vLLM load the folder.
+
+    Adapters are merged into the weights, and int8 weights are written in the model's dtype.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.contiguous() for name, tensor in plain_state(model, device="cpu").items()}
     if model.config.tie_word_embeddings:
         del state[HEAD]
     dtype = str(model.dtype).removeprefix("torch.")

@@ -13,11 +13,12 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 
-from model import Qwen3, Tokenizer, save_model
+from model import ModelError, Qwen3, Tokenizer, adapter_state, load_adapter_state, save_model
 from rl.optimizer import Optimizer
 from rl.recipe import Recipe, RecipeError, to_dict
 
 STATE, OPTIMIZER, RECIPE = "trainer_state.json", "optimizer.safetensors", "recipe.json"
+ADAPTERS = "adapters.safetensors"
 
 
 @dataclass
@@ -48,6 +49,8 @@ def save_checkpoint(
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     save_model(temporary, model, tokenizer)
+    if adapters := {name: matrix.cpu() for name, matrix in adapter_state(model).items()}:
+        safetensors.torch.save_file(adapters, temporary / ADAPTERS)  # the model itself is saved with these merged
     if optimizer is not None:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in optimizer.state_tensors()}
         safetensors.torch.save_file(tensors, temporary / OPTIMIZER)
@@ -77,6 +80,14 @@ def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
         optimizer.load_state_tensors(tensors)
     except (OSError, safetensors.SafetensorError, KeyError, IndexError, ValueError, RuntimeError) as error:
         raise RecipeError(f"{folder / OPTIMIZER}: cannot be resumed from: {error}") from None
+
+
+def load_adapters(folder: Path, model: Qwen3) -> None:
+    """Put the saved adapters into `model`, which has the same base as when they were saved."""
+    try:
+        load_adapter_state(model, safetensors.torch.load_file(folder / ADAPTERS))
+    except (OSError, safetensors.SafetensorError, ModelError) as error:
+        raise RecipeError(f"{folder / ADAPTERS}: cannot be resumed from: {error}") from None
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -117,6 +117,18 @@ class OptimizerSettings:
 
 
 @dataclass(frozen=True)
+class AdapterSettings:
+    """Train low-rank adapters beside frozen weights instead of the weights (LoRA, arXiv:2106.09685)."""
+
+    rank: int = 0
+    """Of the adapters; 0 trains the weights themselves. Adapters want ten times the learning rate."""
+    alpha: float = 32.0
+    """The adapters' product counts alpha / rank times."""
+    int8: bool = True
+    """Keep the frozen projections in 8 bits (bitsandbytes); checkpoints are plain and merged all the same."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One experiment: a model, its problems, and the stages it goes through."""
 
@@ -138,6 +150,7 @@ class Recipe:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    adapters: AdapterSettings = field(default_factory=AdapterSettings)
     checkpoint_every: int = 10
     """Steps between checkpoints; there is one at each stage's end."""
     keep_checkpoints: int = 2
@@ -163,6 +176,8 @@ class Recipe:
         check(room is None or room >= 1, "sampling.max_cache_tokens", room, "at least 1")
         check(top_k is None or top_k >= 1, "sampling.top_k", top_k, "at least 1")
         check(top_p is None or 0 < top_p <= 1, "sampling.top_p", top_p, "above 0 and at most 1")
+        check(self.adapters.rank >= 0, "adapters.rank", self.adapters.rank, "at least 0")
+        check(self.adapters.alpha > 0, "adapters.alpha", self.adapters.alpha, "above 0")
         for number, stage in enumerate(self.stages):
             check_stage(number, stage, self.sampling)
 

@@ -4,6 +4,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,10 +12,12 @@ import torch
 from data import Problem, generate_problems, load_problems, prompt_text, split_problems
 from data.sources import DataError
 from data.traces import curate, load_traces, save_traces
-from model import Qwen3, Tokenizer, load_model, prompt_ids
+from model import Qwen3, Tokenizer, add_adapters, load_model, prompt_ids
 from model.memory import free_memory, held_memory
 from rl.batch import Sample
-from rl.checkpoint import Progress, checkpoints, load_optimizer, load_progress, prune_checkpoints, save_checkpoint
+from rl.checkpoint import (
+    Progress, checkpoints, load_adapters, load_optimizer, load_progress, prune_checkpoints, save_checkpoint,
+)  # fmt: skip
 from rl.console import describe_run, sampling_progress, step_line
 from rl.evaluate import evaluate
 from rl.grpo import grpo_update
@@ -67,8 +70,7 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> None:
         progress = load_progress(checkpoint) if checkpoint else progress
     device = torch.device(pick_device(recipe))
     free, process = free_memory(device), held_memory(device)
-    model, tokenizer = load_model(checkpoint or recipe.model, device, pick_dtype(recipe), recipe.revision)
-    model.model.checkpoint_activations = recipe.optimizer.activation_checkpointing
+    model, tokenizer = load_policy(recipe, device, checkpoint)
     train_problems, held_out = problems_of(recipe)
     longest = max(len(prompt_ids(tokenizer, prompt_text(p), recipe.sampling.thinking)) for p in held_out)
     work = work_of(recipe, longest)
@@ -91,6 +93,20 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> None:
         checkpoint = None
     write_curve(run, recipe.sampling.max_new_tokens)
     lab.say(f"done: {run.path}/curve.md and curve.png")
+
+
+def load_policy(recipe: Recipe, device: torch.device, checkpoint: Path | None) -> tuple[Qwen3, Tokenizer]:
+    """The model that a run trains, from its recipe or from a checkpoint of the run."""
+    # A checkpoint holds adapters merged and rounded; to go on bit for bit they are put on the base again.
+    adapted = recipe.adapters.rank > 0
+    source = recipe.model if adapted or checkpoint is None else checkpoint
+    model, tokenizer = load_model(source, device, pick_dtype(recipe), recipe.revision)
+    if adapted:
+        add_adapters(model, recipe.adapters.rank, recipe.adapters.alpha, recipe.adapters.int8, recipe.seed)
+        if checkpoint is not None:
+            load_adapters(checkpoint, model)
+    model.model.checkpoint_activations = recipe.optimizer.activation_checkpointing
+    return model, tokenizer
 
 
 def run_stage(lab: Lab, progress: Progress, checkpoint=None) -> None:

@@ -1,0 +1,150 @@
+"""Training in little memory: frozen base weights, in int8 if wanted, with low-rank adapters beside them.
+
+LoRA (Hu et al., arXiv:2106.09685, section 4.1) learns the change of a weight W [out, in] as (alpha / rank) B A, with
+A [rank, in] and B [out, rank]: two thin matrices have gradients and optimizer states, W has neither. The int8 weights
+are those of LLM.int8() (Dettmers et al., arXiv:2208.07339, section 2.1): each row divided by its largest magnitude,
+which is kept in float32, and rounded to -127 .. 127.
+"""
+
+import logging
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ModelError
+from model.qwen3 import Qwen3
+
+PROJECTIONS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+
+
+class LoRALinear(nn.Module):
+    """base(x) + (alpha / rank) (x A^T) B^T, for x of any leading shape, in x's dtype.
+
+    A is drawn from N(0, 1 / in) and B is zero, so training starts at the base itself.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator | None = None):
+        super().__init__()
+        self.base, self.scale = base, alpha / rank
+        (out_size, in_size), device = base.weight.shape, base.weight.device
+        drawn = torch.randn(rank, in_size, generator=generator, dtype=torch.float32) / in_size**0.5
+        self.lora_a = nn.Parameter(drawn.to(device))  # drawn on the CPU: the same on every device
+        self.lora_b = nn.Parameter(torch.zeros(out_size, rank, dtype=torch.float32, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])  # bitsandbytes takes no more than three axes
+        low = F.linear(rows, self.lora_a.to(x.dtype))  # [rows, rank]
+        y = torch.addmm(self.base(rows), low, self.lora_b.to(x.dtype).T, alpha=self.scale)  # [rows, out]
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def train(self, mode: bool = True) -> "LoRALinear":
+        """Stay in training mode: in the other, bitsandbytes on a CPU rounds x to int8 too, and logits would change."""
+        return super().train(True)
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """The weight of the one matrix that does the same: W + (alpha / rank) B A, [out, in] in float32."""
+        if self.base.weight.dtype == torch.int8:
+            state = self.base.state
+            weight = state.CB.float() * (state.SCB[:, None] * (1 / 127))
+        else:
+            weight = self.base.weight.float()
+        return weight + self.scale * (self.lora_b @ self.lora_a)
+
+
+def quantized(linear: nn.Linear) -> nn.Linear:
+    """`linear` with its weight in int8, one byte each, and a float32 scale for each row, on the same device.
+
+    The arithmetic is bitsandbytes'. On a CPU it multiplies x by the dequantized weight. On a GPU it rounds x to int8 as
+    well, each row by its largest magnitude, so there `merged` is what was trained up to that rounding.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would say in each call that x is not float16
+    import bitsandbytes  # imported only where it is used: it takes seconds, and most runs do not need it
+
+    out_size, in_size = linear.weight.shape
+    options = {"bias": False, "has_fp16_weights": False, "threshold": 0.0}
+    made = bitsandbytes.nn.Linear8bitLt(in_size, out_size, device="meta", **options)
+    int8, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(linear.weight.detach().to(torch.float16))
+    made.weight = bitsandbytes.nn.Int8Params(int8, requires_grad=False, CB=int8, SCB=scales)
+    made.init_8bit_state()  # else the first forward does it
+    return made
+
+
+def add_adapters(model: Qwen3, rank: int, alpha: float, int8: bool, seed: int = 0) -> Qwen3:
+    """Put adapters on all seven projections of each layer, in place, and freeze everything else.
+
+    The model has to be on its device and in its dtype already. The same base and seed give the same bits again, the
+    int8 weights included; so what a stopped run needs beside the base is `adapter_state`.
+
+    Args:
+        rank: of the adapters.
+        alpha: the adapters' product counts alpha / rank times.
+        int8: quantize the projections; the embedding, the head and the norms keep their dtype.
+        seed: of the adapters' first matrices.
+
+    Raises:
+        ValueError: a rank or an alpha that is not positive, or a model that has adapters already.
+    """
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank must be a positive integer, not {rank!r}")
+    if not 0 < alpha < float("inf"):
+        raise ValueError(f"alpha must be a positive number, not {alpha!r}")
+    if any(adapters(model)):
+        raise ValueError("the model has adapters already")
+    generator = torch.Generator().manual_seed(seed)
+    model.requires_grad_(False)
+    for layer in model.model.layers:
+        for block, names in PROJECTIONS.items():
+            for name in names:
+                base = layer.get_submodule(f"{block}.{name}")
+                base = quantized(base) if int8 else base
+                setattr(layer.get_submodule(block), name, LoRALinear(base, rank, alpha, generator))
+    return model
+
+
+def adapters(model: Qwen3) -> Iterator[tuple[str, LoRALinear]]:
+    """Every adapted projection with its name, such as `model.layers.0.self_attn.q_proj`."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
+
+
+def has_int8(model: Qwen3) -> bool:
+    """Whether projections are int8; bitsandbytes' kernels are not known to work inside a CUDA graph."""
+    return any(module.base.weight.dtype == torch.int8 for _, module in adapters(model))
+
+
+def adapter_state(model: Qwen3) -> dict[str, Tensor]:
+    """The adapters' matrices by name, such as `model.layers.0.self_attn.q_proj.lora_a`: float32, and not copies."""
+    own = adapters(model)
+    return {f"{name}.{key}": getattr(part, key).detach() for name, part in own for key in ("lora_a", "lora_b")}
+
+
+def load_adapter_state(model: Qwen3, tensors: dict[str, Tensor]) -> None:
+    """Take back what `adapter_state` gave; nothing is changed where something does not fit.
+
+    Raises:
+        ModelError: a matrix is missing, unexpected, or of another shape than the model's.
+    """
+    own = adapter_state(model)
+    for name in tensors:
+        if name not in own:
+            raise ModelError(f"unexpected adapter {name}")
+    for name, matrix in own.items():
+        if name not in tensors:
+            raise ModelError(f"adapter {name} missing")
+        if tensors[name].shape != matrix.shape:
+            raise ModelError(f"adapter {name} is {list(tensors[name].shape)}, the model's is {list(matrix.shape)}")
+    for name, matrix in own.items():
+        matrix.copy_(tensors[name])
+
+
+def plain_state(model: Qwen3, device=None) -> dict[str, Tensor]:
+    """The state dict of a plain Qwen3 that does what `model` does: adapters are merged in float32, then rounded to its
+    dtype. On `device`; None: where the model is. A model without adapters gives its own tensors."""
+    state = model.state_dict()
+    for name, part in adapters(model):
+        for key in part.state_dict(prefix=f"{name}."):
+            del state[key]
+        state[f"{name}.weight"] = part.merged().to(device, model.dtype)  # at once: a GPU may have no room for all
+    return {name: tensor.to(device) for name, tensor in state.items()}

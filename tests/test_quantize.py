@@ -1,0 +1,385 @@
+"""Adapters and int8 weights: the arithmetic of LoRA, a base that never moves, and checkpoints that are plain again."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from helpers import gradients, largest_gap, ragged_samples, random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import ROOT, TINY, random_ids, reference_model, same_weights
+from torch import nn
+
+from model import (
+    ModelError, Qwen3, Tokenizer, adapter_state, add_adapters, generate, load_adapter_state, load_model, plain_state,
+    save_model,
+)  # fmt: skip
+from model.quantize import LoRALinear, adapters, quantized
+from rl.batch import completion_logprobs, make_batch
+from rl.optimizer import Optimizer
+from rl.sft import sft_step
+
+IDS = random_ids(3, 11, high=48)
+SAMPLES = ragged_samples(4)
+BASES = pytest.mark.parametrize("int8", [False, True])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+SEVEN = {
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+}  # fmt: skip
+
+
+def fill(model: Qwen3, seed: int = 7, std: float = 0.3) -> Qwen3:
+    """Adapters that do something: a new one adds zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in adapter_state(model).values():
+        tensor.normal_(std=std, generator=generator)
+    return model
+
+
+def adapted(int8: bool, rank: int = 3, alpha: float = 5.0, **shape) -> Qwen3:
+    return fill(add_adapters(random_model(**shape), rank, alpha, int8))
+
+
+def frozen(model: Qwen3) -> dict[str, torch.Tensor]:
+    """Copies of everything in a model that is no adapter, int8 weights and their scales included."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora_" not in name}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative, over the whole tensor."""
+    return float((found.detach().double() - expected).norm() / expected.norm())
+
+
+# One projection
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5)),
+    leading=st.lists(st.integers(1, 3), max_size=4),
+    alpha=st.floats(0.1, 64),
+    int8=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_projection_is_x_times_w_plus_alpha_over_rank_b_a(sizes, leading, alpha, int8, seed):
+    """Against one plain float64 matrix: output, merged weight, and the gradients of x, A and B."""
+    in_size, out_size, rank = sizes
+    torch.manual_seed(seed)
+    base = nn.Linear(in_size, out_size, bias=False)
+    base = quantized(base) if int8 else base
+    layer = LoRALinear(base.requires_grad_(False), rank, alpha)
+    nn.init.normal_(layer.lora_b)
+    weight = base.state.CB * base.state.SCB.double()[:, None] / 127 if int8 else base.weight.double()
+    x, grad = torch.randn(*leading, in_size), torch.randn(*leading, out_size)
+    ours = [x.clone().requires_grad_(), layer.lora_a, layer.lora_b]
+    theirs = [tensor.detach().double().requires_grad_() for tensor in ours]
+    expected_weight = weight + alpha / rank * theirs[2] @ theirs[1]
+    expected = theirs[0] @ expected_weight.T
+    found = layer(ours[0])
+    assert found.shape == expected.shape and found.dtype == x.dtype
+    close = {"rtol": 1e-4, "atol": 1e-4 * max(1.0, alpha / rank), "check_dtype": False}
+    torch.testing.assert_close(found, expected, **close)
+    torch.testing.assert_close(layer.merged(), expected_weight.detach(), **close)
+    found.backward(grad)
+    expected.backward(grad.double())
+    for mine, plain in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, plain.grad, **close)
+
+
+@DTYPES
+@BASES
+def test_every_way_of_calling_a_projection_gives_its_product(int8, dtype):
+    """2-D and 3-D, with and without gradients, under inference mode, after `eval` and `train`."""
+    torch.manual_seed(0)
+    base = nn.Linear(64, 96, bias=False, dtype=dtype)
+    layer = LoRALinear(quantized(base) if int8 else base, 4, 8.0)
+    nn.init.normal_(layer.lora_b)
+    x = torch.randn(2, 5, 64).to(dtype)
+    x[..., 7] *= 50  # int8 activations would lose most of the other 63
+    expected = x.double() @ layer.merged().double().T
+    tolerance = 1e-6 if dtype == torch.float32 else 6e-3
+    with torch.inference_mode():
+        sampled = layer(x)
+        flat = layer(x[0])
+    assert sampled.dtype == dtype and error(sampled, expected) < tolerance
+    assert error(flat, expected[0]) < tolerance
+    for mode in (layer.train, layer.eval):
+        mode()
+        trained = layer(x.requires_grad_())
+        assert trained.requires_grad and error(trained, expected) < tolerance
+
+
+def test_int8_weights_are_rows_over_their_largest_magnitude():
+    weight = 0.02 * torch.randn(40, 24, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0
+    weight = weight.half().float()
+    linear = nn.Linear(24, 40, bias=False)
+    linear.weight.data = weight.clone()
+    made = quantized(linear)
+    scales = weight.abs().amax(1)
+    assert made.weight.dtype == torch.int8 and torch.equal(made.state.SCB, scales)
+    expected = (weight.double() / scales.double().clamp(min=1e-9)[:, None] * 127).round()
+    assert (made.weight - expected).abs().max() <= 1 and (made.weight == expected).double().mean() > 0.99
+    layer = LoRALinear(made, 1, 1.0)
+    assert ((layer.merged() - weight).abs() <= scales[:, None] / 254 * 1.001).all()
+    assert error(layer.merged(), weight) < 0.01
+    assert torch.equal(made(torch.ones(2, 24))[:, 3], torch.zeros(2))
+
+
+# A model with adapters
+
+
+@BASES
+def test_all_seven_projections_of_every_layer_and_nothing_else_get_adapters(int8):
+    model = random_model(num_hidden_layers=3)
+    before = dict(model.named_parameters())
+    bases = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert add_adapters(model, 3, 6.0, int8) is model
+    found = dict(adapters(model))
+    assert found.keys() == {f"model.layers.{layer}.{name}" for layer in range(3) for name in SEVEN}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == {f"{name}.lora_{side}" for name in found for side in "ab"} == adapter_state(model).keys()
+    for name, part in found.items():
+        out_size, in_size = bases[name].weight.shape
+        assert part.lora_a.shape == (3, in_size) and part.lora_b.shape == (out_size, 3)
+        assert part.lora_a.dtype == part.lora_b.dtype == torch.float32
+        assert (part.base is bases[name]) == (not int8)
+    for name, parameter in model.named_parameters():
+        if name in before:
+            assert parameter is before[name], name
+
+
+@DTYPES
+@BASES
+@torch.no_grad()
+def test_new_adapters_change_nothing(int8, dtype):
+    model = random_model(dtype=dtype)
+    expected = model(IDS)
+    add_adapters(model, 4, 32.0, int8)
+    assert all(part.lora_b.count_nonzero() == 0 for _, part in adapters(model))
+    if int8:
+        assert 0 < error(model(IDS), expected.double()) < 0.1
+        quantized_base = random_model(seed=9, dtype=dtype)
+        quantized_base.load_state_dict(plain_state(model))
+        expected = quantized_base(IDS)
+    if dtype == torch.float32:
+        assert torch.equal(model(IDS), expected)
+    else:
+        assert error(model(IDS), expected.double()) < 0.02
+    assert model.dtype == dtype and model.device == torch.device("cpu")
+
+
+def test_first_matrices_follow_the_seed_and_have_the_size_of_their_input():
+    shape = {"hidden_size": 64, "intermediate_size": 96}
+    first = adapter_state(add_adapters(random_model(**shape), 8, 8.0, int8=False, seed=1))
+    again = adapter_state(add_adapters(random_model(3, **shape), 8, 8.0, int8=True, seed=1))
+    other = adapter_state(add_adapters(random_model(**shape), 8, 8.0, int8=False, seed=2))
+    assert same(first, again)
+    drawn = [name for name in first if name.endswith("lora_a")]
+    assert not any(torch.equal(first[name], other[name]) for name in drawn)
+    assert len({float(first[name][0, 0]) for name in drawn}) == len(drawn)
+    for name in drawn:
+        assert first[name].std() * first[name].shape[1] ** 0.5 == pytest.approx(1, abs=0.2), name
+
+
+def test_quantizing_the_same_base_gives_the_same_bits():
+    first, second = (frozen(add_adapters(random_model(dtype=torch.bfloat16), 2, 2.0, int8=True)) for _ in range(2))
+    assert same(first, second)
+
+
+def test_an_int8_projection_holds_one_byte_a_weight_and_a_scale_a_row():
+    model = random_model()
+    names = {f"model.layers.{layer}.{name}" for layer in range(2) for name in SEVEN}
+    shapes = [tuple(model.get_submodule(name).weight.shape) for name in names]
+    add_adapters(model, 2, 2.0, int8=True)
+    for _ in range(2):  # before and after a first call
+        for name, (out_size, in_size) in zip(names, shapes, strict=True):
+            base = model.get_submodule(name).base
+            held = [base.state.CB, base.state.SCB, base.weight.data, base.weight.CB, base.weight.SCB]
+            held += [value for value in vars(base.state).values() if torch.is_tensor(value)]
+            held += [*base.parameters(), *base.buffers()]
+            storages = [tensor.untyped_storage() for tensor in held if tensor is not None]
+            sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+            assert sum(sizes.values()) == out_size * in_size + 4 * out_size, name
+        with torch.inference_mode():
+            model(IDS)
+
+
+def test_a_model_without_int8_never_imports_bitsandbytes():
+    code = (
+        "import sys; from model import add_adapters, load_model, plain_state; model = load_model('tiny')[0]; "
+        "plain_state(add_adapters(model, 2, 2.0, int8=False)); assert 'bitsandbytes' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_int8_adapters_print_nothing():
+    code = (
+        "import torch; from model import add_adapters, load_model; model = load_model('tiny')[0]; "
+        "add_adapters(model, 2, 2.0, int8=True).eval(); model(torch.zeros(1, 2, dtype=torch.int64))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout + done.stderr == ""
+
+
+@pytest.mark.parametrize("rank, alpha", [(0, 1.0), (-1, 1.0), (1.5, 1.0), (2, 0.0), (2, -1.0), (2, float("nan"))])
+def test_a_rank_or_alpha_that_makes_no_sense_is_refused_and_the_model_left_as_it_was(rank, alpha):
+    model = random_model()
+    with pytest.raises(ValueError, match=f"not {alpha if rank == 2 else rank}"):
+        add_adapters(model, rank, alpha, int8=False)
+    assert not any(adapters(model)) and all(p.requires_grad for p in model.parameters())
+
+
+def test_adapters_are_not_added_twice():
+    with pytest.raises(ValueError, match="already"):
+        add_adapters(adapted(int8=False), 2, 2.0, int8=False)
+
+
+@BASES
+@torch.no_grad()
+def test_a_copy_of_an_adapted_model_is_the_same_and_its_own(int8):
+    model = adapted(int8)
+    expected = model(IDS)
+    other = copy.deepcopy(model)
+    assert torch.equal(other(IDS), expected)
+    fill(other, seed=8)
+    assert not torch.equal(other(IDS), expected) and torch.equal(model(IDS), expected)
+
+
+# Training and sampling
+
+
+@pytest.mark.parametrize("int8, dtype", [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)])
+def test_adapters_learn_and_the_base_stays_bit_identical(int8, dtype):
+    model = add_adapters(random_model(dtype=dtype), 4, 8.0, int8)
+    before, start = frozen(model), adapter_state(model)["model.layers.1.mlp.down_proj.lora_b"].clone()
+    optimizer = Optimizer(model)
+    assert optimizer.parameters.keys() == adapter_state(model).keys() and optimizer.moved_share is None
+    losses = [sft_step(model, optimizer, SAMPLES, 3e-2, 1000)["loss"] for _ in range(30)]
+    assert losses[-1] < 0.6 * losses[0]
+    assert same(frozen(model), before)
+    assert not torch.equal(adapter_state(model)["model.layers.1.mlp.down_proj.lora_b"], start)
+
+
+@BASES
+def test_every_adapter_gets_the_gradient_of_the_merged_weight(int8):
+    """With W' = W + s B A: dA = s B^T dW' and dB = s dW' A^T, in every projection of the model."""
+    model = adapted(int8)
+    plain = random_model(seed=9)
+    plain.load_state_dict(plain_state(model))
+    batch = make_batch(SAMPLES)
+    for each in (model, plain):
+        (completion_logprobs(each, batch).sum() / 10).backward()
+    merged = gradients(plain)
+    for name, part in adapters(model):
+        weight = merged[f"{name}.weight"]
+        torch.testing.assert_close(part.lora_a.grad, 5 / 3 * part.lora_b.T @ weight, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(part.lora_b.grad, 5 / 3 * weight @ part.lora_a.T, rtol=1e-3, atol=1e-4)
+        assert part.lora_a.grad.abs().max() > 1e-3
+
+
+@BASES
+def test_the_sampler_and_the_trainer_see_the_same_model(int8):
+    model = adapted(int8)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
+    sampled = generate(model, prompts, num_samples=3, max_new_tokens=6, seed=1)
+    plain = random_model(seed=9)
+    plain.load_state_dict(plain_state(model))
+    for prompt, group in zip(prompts, sampled, strict=True):
+        for completion in group:
+            ids = torch.tensor([prompt + completion.token_ids])
+            for each in (model, plain):
+                logprobs = each(ids[:, :-1]).log_softmax(-1).gather(-1, ids[:, 1:, None])[0, len(prompt) - 1 :, 0]
+                torch.testing.assert_close(torch.tensor(completion.logprobs), logprobs, rtol=0, atol=1e-4)
+
+
+# Saving and resuming
+
+
+@BASES
+@torch.no_grad()
+def test_the_same_base_with_the_saved_adapters_is_the_same_model_again(int8):
+    model = adapted(int8)
+    saved = {name: tensor.clone() for name, tensor in adapter_state(model).items()}
+    again = add_adapters(random_model(), 3, 5.0, int8, seed=5)
+    optimizer = Optimizer(again)
+    load_adapter_state(again, saved)
+    assert same(adapter_state(again), saved) and torch.equal(again(IDS), model(IDS))
+    assert all(torch.equal(optimizer.masters[name], tensor) for name, tensor in saved.items())
+
+
+def test_adapters_that_do_not_fit_are_named_and_nothing_is_loaded():
+    model = add_adapters(random_model(), 3, 5.0, int8=False)
+    before = {name: tensor.clone() for name, tensor in adapter_state(model).items()}
+    name, stranger = (f"model.layers.{layer}.mlp.down_proj.lora_b" for layer in (1, 2))
+    good = {key: tensor + 1 for key, tensor in before.items()}
+    for changed, message in (
+        ({key: tensor for key, tensor in good.items() if key != name}, f"adapter {name} missing"),
+        (good | {stranger: good[name]}, f"unexpected adapter {stranger}"),
+        (good | {name: good[name][:, :2]}, f"adapter {name} is [16, 2], the model's is [16, 3]"),
+    ):
+        with pytest.raises(ModelError) as refused:
+            load_adapter_state(model, changed)
+        assert str(refused.value) == message
+        assert same(adapter_state(model), before)
+    with pytest.raises(ModelError, match="unexpected adapter"):
+        load_adapter_state(random_model(), good)
+    assert adapter_state(random_model()) == {}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@BASES
+def test_the_plain_state_is_the_merged_weights_under_the_names_of_the_base(int8, tied):
+    base = random_model(tie_word_embeddings=tied)
+    before = {name: tensor.clone() for name, tensor in plain_state(base).items()}
+    assert same(before, base.state_dict())
+    model = fill(add_adapters(base, 3, 5.0, int8))
+    merged, tensors = plain_state(model), adapter_state(model)
+    assert merged.keys() == before.keys() and all(not tensor.requires_grad for tensor in merged.values())
+    for name, tensor in before.items():
+        key = name.removesuffix("weight")
+        if f"{key}lora_a" not in tensors:
+            assert torch.equal(merged[name], tensor), name
+            continue
+        update = 5 / 3 * tensors[f"{key}lora_b"].double() @ tensors[f"{key}lora_a"].double()
+        assert error(merged[name] - update, tensor.double()) < (0.01 if int8 else 1e-6), name
+        assert error(merged[name] - tensor, update) < (0.02 if int8 else 1e-6), name
+    assert all(tensor.device.type == "meta" for tensor in plain_state(model, device="meta").values())
+
+
+@BASES
+def test_a_merged_bfloat16_weight_is_rounded_once(int8):
+    """Base and update are added in float32: rounding each alone would lose bits of the sum."""
+    model = adapted(int8, dtype=torch.bfloat16)
+    merged = plain_state(model)
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+    for name, part in adapters(model):
+        assert torch.equal(merged[f"{name}.weight"], part.merged().bfloat16())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@BASES
+@torch.no_grad()
+def test_a_saved_model_is_a_plain_checkpoint_with_the_adapted_models_logits(int8, tied, tmp_path):
+    reference = reference_model(vocab_size=290, hidden_size=20, intermediate_size=28, tie_word_embeddings=tied)
+    model = add_adapters(same_weights(reference), 4, 8.0, int8)
+    fill(model, std=0.1)
+    ids = random_ids(2, 15, high=290)
+    expected = model(ids)
+    assert error(expected, reference(ids).logits.double()) > 0.1  # the adapters are not small
+    save_model(tmp_path, model, Tokenizer(TINY))
+    ours, _ = load_model(tmp_path)
+    assert type(ours.model.layers[0].self_attn.q_proj) is nn.Linear and ours.dtype == torch.float32
+    torch.testing.assert_close(ours(ids), expected, rtol=0, atol=1e-4)
+    theirs = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", local_files_only=True)
+    torch.testing.assert_close(theirs(ids).logits, expected, rtol=0, atol=1e-4)
+    assert torch.equal(model(ids), expected)  # saving has changed nothing
+    assert largest_gap(plain_state(ours), plain_state(model)) == 0

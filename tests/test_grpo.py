@@ -4,6 +4,7 @@ import copy
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers import gradients, largest, largest_gap, learner, ragged_samples, random_model, rollouts
@@ -11,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import Problem
-from model import generate
+from model import Completion, generate
 from rl import grpo_loss
 from rl.batch import completion_logprobs, make_batch, micro_batches
-from rl.grpo import accumulate_gradient, group_samples, grpo_update
+from rl.grpo import accumulate_gradient, group_samples, grpo_update, recompute_logprobs
 from rl.loss import AGGREGATIONS, loss_denominator
 from rl.recipe import GRPOStage
 from rl.stages import endless_problems
@@ -213,6 +214,58 @@ def test_the_kl_penalty_holds_the_policy_at_the_reference_where_rewards_say_noth
     moved = accumulate_gradient(pupil, samples, stage)
     assert moved["loss"] > 1e-3 and largest(gradients(model)) > 1e-3
     assert all(parameter.grad is None for parameter in reference.parameters())
+
+
+def test_the_log_ratio_to_the_sampler_is_measured_before_the_first_update():
+    """Zero where sampler and trainer agree; of log-probabilities captured wrongly by known amounts, their mean and spread."""
+    model = random_model()
+    groups = fresh_groups(model, [[1.0, 0.0, 0.1, 0.1]] * 4)  # nobody at the mean, where tokens would not be learned from
+    stage = GRPOStage(updates_per_step=2, prompts_per_step=4)
+    metrics = grpo_update(learner(copy.deepcopy(model)), groups, stage, learning_rate=0.05)
+    assert abs(metrics["log_ratio_mean"]) < 1e-5 and metrics["log_ratio_std"] < 1e-4
+
+    shifts = []
+
+    def shifted(rollout, first_share):
+        found = [(-0.3 if place % 3 else 0.1) for place in range(len(rollout.completion.logprobs))]
+        shifts.extend(found if first_share else [])
+        logprobs = [logprob - shift for logprob, shift in zip(rollout.completion.logprobs, found, strict=True)]
+        return replace(rollout, completion=replace(rollout.completion, logprobs=logprobs))
+
+    groups = [[shifted(rollout, number % 2 == 0) for rollout in group] for number, group in enumerate(groups)]
+    for cap in (None, 2.0):
+        stage = replace(stage, importance_cap=cap)
+        metrics = grpo_update(learner(copy.deepcopy(model)), groups, stage, learning_rate=0.05)
+        assert metrics["log_ratio_mean"] == pytest.approx(np.mean(shifts), abs=1e-4)
+        assert metrics["log_ratio_std"] == pytest.approx(np.std(shifts), abs=1e-4)
+
+
+def test_importance_weights_correct_for_a_sampler_that_differs_up_to_their_cap():
+    """Captured log-probabilities are off by -0.4 and +0.9: tokens weigh exp(-0.4) and the cap, and ratios are still one."""
+    model = random_model(dtype=torch.float64)
+    prompt, ids = [1, 2, 3], [[5, 6, 7], [8, 9]]
+    true = []
+    for completion in ids:
+        found = model(torch.tensor([prompt + completion]))[0, 2:-1].log_softmax(-1)
+        true.append(found.gather(-1, torch.tensor(completion)[:, None])[:, 0].tolist())
+    captured = [[logprob + 0.4 for logprob in true[0]], [logprob - 0.9 for logprob in true[1]]]
+    completions = [[Completion(i, c, True) for i, c in zip(ids, captured, strict=True)]]
+    groups = rollouts(completions, [[1.0, 0.0]], [prompt])
+    pupil = learner(model)
+    (samples,) = recompute_logprobs(pupil, group_samples(groups, scale_by_std=False))
+    for sample, expected in zip(samples, true, strict=True):
+        assert sample.recomputed_logprobs == pytest.approx(expected, abs=1e-6)
+    stage = GRPOStage(importance_cap=2.0)
+    found = accumulate_gradient(pupil, samples, stage)
+    ours = gradients(model)
+    assert found["clipped_low"] == found["clipped_high"] == 0
+    # Advantages are a half and minus a half; the gradient is that of the weighted log-probabilities.
+    loss = 0
+    for sign, weight, completion in ((0.5, math.exp(-0.4), ids[0]), (-0.5, 2.0, ids[1])):
+        found = model(torch.tensor([prompt + completion]))[0, 2:-1].log_softmax(-1)
+        loss = loss - sign * weight * found.gather(-1, torch.tensor(completion)[:, None]).sum() / 5
+    loss.backward()
+    assert largest_gap(ours, gradients(model)) < 1e-5 < largest(ours)
 
 
 @settings(deadline=None, derandomize=True)

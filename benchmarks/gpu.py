@@ -21,16 +21,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import tyro
 
-from data import Problem
-from model import KVCache, Qwen3, Qwen3Config, generate, load_model
+from memory import Case, measure, random_model
+from model import KVCache, Qwen3Config, generate, load_model
 from model.cuda_graph import GraphedStep
 from model.wave import Wave
 from rl.batch import Sample, completion_logprobs, make_batch
-from rl.grpo import grpo_update
-from rl.optimizer import Optimizer
-from rl.recipe import GRPOStage, OptimizerSettings, Recipe, SamplingSettings, load_recipe
-from rl.reward import Score
-from rl.rollout import Rollout
+from rl.recipe import OptimizerSettings, load_recipe
 from rl.stages import train
 
 QWEN3 = {
@@ -38,6 +34,18 @@ QWEN3 = {
     "1.7B": Qwen3Config(151936, 2048, 6144, 28, 16, 8, 128),
 }
 SMALL = {"small": Qwen3Config(2048, 128, 384, 2, 4, 2, 32)}
+
+
+LEAN = OptimizerSettings("adamw8bit", rounding="stochastic", activation_checkpointing=True)
+UPDATES = {
+    "adamw": OptimizerSettings("adamw"),
+    "adamw8bit": OptimizerSettings("adamw8bit"),
+    "paged_adamw8bit": OptimizerSettings("paged_adamw8bit"),
+    "adamw8bit, checkpointing": replace(LEAN, rounding="masters"),
+    "adamw8bit, stochastic": replace(LEAN, activation_checkpointing=False),
+    "adamw8bit, stochastic, checkpointing": LEAN,
+    "int8 weights, adapters": OptimizerSettings("adamw"),
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,12 @@ class Settings:
     """Small shapes, for a machine without a GPU."""
     training_seconds: int = 120
     """Time for the real training run of the embedded model, at the end."""
+    parts: tuple[str, ...] = ()
+    """Functions of this file to run; none: all."""
+    step: tuple[int, int, int] = (32, 8, 256)
+    """Prompts, completions for each, and new tokens of the GRPO step of the 1.7B shape."""
+    updates: tuple[str, ...] = tuple(UPDATES)
+    """Ways to make the update of that step."""
 
 
 def device() -> str:
@@ -59,16 +73,6 @@ def device() -> str:
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def random_model(config: Qwen3Config, dtype=torch.bfloat16) -> Qwen3:
-    """A model of this shape with random weights, made on the device without passing through float32."""
-    with torch.device("meta"):
-        model = Qwen3(config)
-    model = model.to(dtype).to_empty(device=device())
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model.init_weights(0)
 
 
 def random_prompts(config: Qwen3Config, count: int, length: int) -> list[list[int]]:
@@ -131,7 +135,7 @@ def decoding(settings: Settings) -> dict:
     result = {"copy_bytes_per_second": limit}
     prompt_length, new_tokens = (16, 16) if settings.small else (140, 128)
     for name, config in (SMALL if settings.small else QWEN3).items():
-        model = random_model(config)
+        model = random_model(config, torch.bfloat16, device())
         weight_bytes = 2 * config.num_parameters()
         token_bytes = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         for rows in (1, 4) if settings.small else (1, 32, 256):
@@ -162,7 +166,7 @@ def decoding(settings: Settings) -> dict:
 def launching(settings: Settings) -> dict:
     """Milliseconds a decoding step launched kernel by kernel, as a CUDA graph, and with the layers compiled as well."""
     name, config = list((SMALL if settings.small else QWEN3).items())[0]
-    model = random_model(config)
+    model = random_model(config, torch.bfloat16, device())
     prompts, new_tokens = random_prompts(config, 4, 140), 40 if settings.small else 200
     stops = torch.tensor([], dtype=torch.int64, device=device())
     result = {"shape": name, "rows": 32}
@@ -192,54 +196,21 @@ def launching(settings: Settings) -> dict:
 
 
 def grpo_steps(settings: Settings) -> dict:
-    """Seconds and peak memory of one whole GRPO step at the paper's setting, for each optimizer."""
+    """Seconds and peak memory of one whole GRPO step at the paper's setting, and what the memory plan said."""
     name, config = next(iter(SMALL.items())) if settings.small else ("1.7B", QWEN3["1.7B"])
-    groups, samples, new_tokens = (2, 4, 16) if settings.small else (32, 8, 256)
+    groups, samples, new_tokens = (2, 4, 16) if settings.small else settings.step
     result = {"shape": name, "groups": groups, "samples": samples, "new_tokens": new_tokens}
-    for kind in ("adamw", "adamw8bit", "paged_adamw8bit"):
-        try:
-            model = random_model(config)
-            result[kind] = grpo_step(model, kind, groups, samples, new_tokens)
-        except Exception as error:
-            result[kind] = f"{type(error).__name__}: {error}"
-        model = None
+    for kind in settings.updates:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        rank = 16 if "adapters" in kind else 0
+        try:
+            result[kind] = measure(Case(config, torch.bfloat16, UPDATES[kind], groups, samples, 140, new_tokens, rank))
+        except Exception as error:
+            result[kind] = f"{type(error).__name__}: {error}"
+        print(f"  {kind}: {pretty(result[kind])}", flush=True)
     return result
-
-
-def grpo_step(model: Qwen3, kind: str, groups: int, samples: int, new_tokens: int) -> dict:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    recipe = Recipe(
-        sampling=SamplingSettings(max_new_tokens=new_tokens), optimizer=OptimizerSettings(kind, micro_batch_tokens=8192)
-    )
-    stage = GRPOStage(prompts_per_step=groups, samples_per_prompt=samples)
-    optimizer = Optimizer(model, kind)
-    prompts = random_prompts(model.config, groups, 140)
-    times = []
-    for step in range(2):  # the first one allocates
-        synchronize()
-        start = time.perf_counter()
-        completions = generate(model, prompts, num_samples=samples, max_new_tokens=new_tokens, seed=step)
-        synchronize()
-        sampled = time.perf_counter()
-        rollouts = [
-            [Rollout(Problem((1, 2), 3), p, c, "", Score(n % 2, "")) for n, c in enumerate(group)]
-            for p, group in zip(prompts, completions, strict=True)
-        ]
-        metrics = grpo_update(model, optimizer, rollouts, stage, recipe, learning_rate=1e-6)
-        synchronize()
-        times.append((sampled - start, time.perf_counter() - sampled))
-    rollout, update = times[-1]
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    return {
-        "rollout_seconds": rollout,
-        "update_seconds": update,
-        "peak_memory_bytes": peak,
-        "grad_norm": metrics["grad_norm"],
-        "clip_fraction": metrics["clip_fraction"],
-    }
 
 
 def cache_growth(settings: Settings) -> dict:
@@ -307,6 +278,8 @@ def main(settings: Settings) -> None:
         "parts": {},
     }
     for part in (correctness, decoding, launching, grpo_steps, cache_growth, resume_and_training):
+        if settings.parts and part.__name__ not in settings.parts:
+            continue
         start = time.perf_counter()
         try:
             values = part(settings)

@@ -1,5 +1,7 @@
 """How much memory is free, and how many tokens of keys and values fit into it."""
 
+import contextlib
+import ctypes
 import resource
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import torch
 
 from model.qwen3 import Qwen3
 
+MMAP_THRESHOLD = -3  # the name of that setting in glibc's malloc.h
 CACHE_SHARE = 0.7  # of the free memory; the rest is for prefilling, copies on the way, and others on the machine
 LOGITS_COPIES = 6  # [rows, vocab] in float32: logits, log-probabilities, their exponentials and sums, temporaries
 
@@ -29,6 +32,16 @@ def free_memory(device: torch.device) -> int:
     if limit.isdigit() and used.isdigit():
         limits.append(max(0, int(limit) - int(used)))
     return min(limits, default=8 * 2**30)
+
+
+def return_freed_blocks() -> None:
+    """Make the C library return freed blocks of 8 MiB and more to the system at once (glibc; elsewhere nothing changes).
+
+    By itself it comes to keep those below 32 MiB for later, and what backward frees in another order than it was taken
+    leaves holes that nothing fits into: a third more memory at the width of Qwen3-1.7B, for no gain in speed.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 8 * 2**20)
 
 
 def held_memory(device: torch.device) -> int:

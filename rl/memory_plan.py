@@ -11,7 +11,7 @@ from model.wave import PREFILL_TOKENS
 from rl.recipe import GRPOStage, OptimizerSettings, Recipe
 
 LARGEST_AUTO = {"cpu": 2**13, "cuda": 2**15}  # tokens in a micro-batch beyond which nothing gets faster
-TRANSIENT_LAYERS = 3  # what backward makes and drops on its way, in layers' worth of activations; measured
+TRANSIENT_LAYERS = 2  # what backward makes and drops on its way, in layers' worth of activations; measured
 MARGIN = 0.92  # of the free memory; the rest is for what no plan knows of
 
 
@@ -71,6 +71,7 @@ class MemoryPlan:
     gradients: int
     activations: int
     output_head: int
+    updating: int
     sampling: int
     micro_batch_tokens: int
 
@@ -80,7 +81,7 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        return self.lasting + max(self.gradients + self.activations + self.output_head, self.sampling)
+        return self.lasting + max(self.updating, self.sampling)
 
     def __str__(self) -> str:
         def listed(*names: str) -> str:
@@ -88,8 +89,8 @@ class MemoryPlan:
 
         text = [listed("process", "weights", "masters", "moments", "reference")]
         if self.micro_batch_tokens:
-            head = "updating in micro-batches of"
-            text.append(f"{head} {self.micro_batch_tokens:,} tokens: {listed('gradients', 'activations', 'output_head')}")
+            parts = listed("gradients", "activations", "output_head")
+            text.append(f"{listed('updating')} at most in micro-batches of {self.micro_batch_tokens:,} tokens ({parts})")
         return "; ".join([*text, f"or {listed('sampling')}" if self.micro_batch_tokens else listed("sampling")])
 
 
@@ -129,11 +130,23 @@ def sampling_bytes(model: Qwen3, work: Work) -> int:
     return work.cache_tokens * token_bytes(model) + logits + prefill * (3 * config.intermediate_size + 4 * config.hidden_size)
 
 
-def output_head_bytes(model: Qwen3, tokens: int) -> int:
-    """Bytes of a chunk of logits and what is made of it, and of the head's gradient before it is added to the rest."""
-    head, size = model.lm_head.weight, model.dtype.itemsize
-    chunk = min(chunk_tokens(head), tokens) * len(head) * (size + (16 if model.device.type == "cuda" else 0))
-    return chunk + (head.numel() * size if head.requires_grad else 0)
+def logits_bytes(model: Qwen3, tokens: int) -> int:
+    """Bytes of a chunk of logits and, on a GPU, of what is made of all its rows at a time."""
+    head = model.lm_head.weight
+    return min(chunk_tokens(head), tokens) * len(head) * (model.dtype.itemsize + 16 * (model.device.type == "cuda"))
+
+
+def updating_bytes(model: Qwen3, plan: "MemoryPlan", several: bool, checkpointing: bool) -> int:
+    """Bytes at the highest point of an update: where the layers' backward begins, or where the embedding's ends.
+
+    With a single micro-batch, gradients come as activations go. A tied embedding's gradient is made twice, for what it
+    does as output head and as embedding, before the two are added.
+    """
+    head = model.lm_head.weight
+    head_bytes = head.numel() * head.dtype.itemsize if head.requires_grad else 0
+    begin = (plan.gradients if several or checkpointing else 0) + plan.activations + plan.output_head
+    end = plan.gradients + head_bytes * (several + model.config.tie_word_embeddings)
+    return max(begin, end)
 
 
 def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int, process: int = 0) -> MemoryPlan:
@@ -144,8 +157,9 @@ def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int
         process: bytes that were held then.
     """
     weights = sum(p.numel() * p.dtype.itemsize for p in model.parameters())
-    plan = MemoryPlan(process, weights, 0, 0, weights if work.has_reference else 0, 0, 0, 0, 0, 0)
+    plan = MemoryPlan(process, weights, 0, 0, weights if work.has_reference else 0, 0, 0, 0, 0, 0, 0)
     if work.update_tokens:
+        head = model.lm_head.weight
         trained = [p for p in model.parameters() if p.requires_grad]
         count = sum(p.numel() for p in trained)
         low = sum(p.numel() for p in trained if p.dtype != torch.float32)
@@ -154,15 +168,17 @@ def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int
             masters=4 * low if settings.rounding == "masters" else 0,
             moments=(8 if settings.kind == "adamw" else 2) * count,
             gradients=sum(p.numel() * p.dtype.itemsize for p in trained),
-            output_head=output_head_bytes(model, work.update_tokens),
+            output_head=logits_bytes(model, work.update_tokens) + head.numel() * head.dtype.itemsize * head.requires_grad,
         )
         per_token = micro_batch_bytes(model, settings, work)
         tokens = settings.micro_batch_tokens
         if tokens == "auto":
-            room = MARGIN * free - (plan.peak - process)
+            room = MARGIN * free - (plan.lasting - process) - plan.gradients - plan.output_head
             tokens = min(int(room / per_token), LARGEST_AUTO["cuda" if model.device.type == "cuda" else "cpu"])
         tokens = max(work.sample_tokens, min(tokens, work.update_tokens))
         plan = replace(plan, micro_batch_tokens=tokens, activations=tokens * per_token)
+        several = tokens < work.update_tokens
+        plan = replace(plan, updating=updating_bytes(model, plan, several, settings.activation_checkpointing))
     # The sampler takes what it finds, in several waves if it has to.
     room = CACHE_SHARE * (free - (plan.lasting - process))
     return replace(plan, sampling=min(sampling_bytes(model, work), max(0, int(room))))

@@ -13,7 +13,7 @@ from data import Problem, generate_problems, load_problems, prompt_text, split_p
 from data.sources import DataError
 from data.traces import curate, load_traces, save_traces
 from model import Qwen3, Tokenizer, add_adapters, load_model, prompt_ids
-from model.memory import free_memory, held_memory
+from model.memory import free_memory, held_memory, return_freed_blocks
 from rl.batch import Sample
 from rl.checkpoint import (
     Progress, checkpoints, load_adapters, load_optimizer, load_progress, prune_checkpoints, save_checkpoint,
@@ -68,6 +68,7 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> None:
         run.check_recipe(recipe)
         checkpoint = checkpoints(run.path)[-1] if checkpoints(run.path) else None
         progress = load_progress(checkpoint) if checkpoint else progress
+    return_freed_blocks()
     device = torch.device(pick_device(recipe))
     free, process = free_memory(device), held_memory(device)
     model, tokenizer = load_policy(recipe, device, checkpoint)

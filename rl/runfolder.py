@@ -24,23 +24,32 @@ class RunFolder:
         self.metrics_path = self.path / "metrics.jsonl"
         self._tensorboard = None
 
-    def create(self, recipe: Recipe) -> None:
-        """Start a new run here.
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run was created here; what `prepare` makes is not one yet."""
+        return (self.path / "config.json").exists()
+
+    def prepare(self) -> None:
+        """Make the folders of a new run, for which this stays free until `create`.
 
         Raises:
             RecipeError: there is a run here already, or the folder cannot be written.
         """
-        if (self.path / "config.json").exists():
+        if self.holds_run:
             raise RecipeError(
                 f"{self.path} already holds a run; go on with it by --resume, or name another folder by --out"
             )
         try:
             (self.path / "rollouts").mkdir(parents=True, exist_ok=True)
             (self.path / "checkpoints").mkdir(exist_ok=True)
-            config = {"recipe": to_dict(recipe), "versions": versions(), "git_revision": git_revision()}
-            (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         except OSError as error:
             raise RecipeError(f"{self.path}: the run folder cannot be written: {error.strerror}") from None
+
+    def create(self, recipe: Recipe) -> None:
+        """Start a new run here; raises what `prepare` raises."""
+        self.prepare()
+        config = {"recipe": to_dict(recipe), "versions": versions(), "git_revision": git_revision()}
+        (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Refuse to resume under another recipe than the run was started with."""

@@ -219,6 +219,14 @@ def test_no_network_is_said_in_one_line(tmp_path, capsys, monkeypatch):
     assert "nobody/no-such-model" in message and "tiny" in message
 
 
+def test_a_run_without_room_is_not_in_the_way_of_the_corrected_one(tmp_path, capsys):
+    out = ("--out", tmp_path / "run", "--sampling.max-cache-tokens")
+    assert "room for 10 tokens" in fails(capsys, lambda: train(smoke(*out, 10).recipe))
+    assert "no run to resume" in fails(capsys, lambda: train(smoke(*out, 10).recipe, resume=True))
+    train(smoke(*out, 2000).recipe, quiet=True)
+    assert [row["step"] for row in RunFolder(tmp_path / "run").metrics()][:3] == [0, 1, 2]
+
+
 def test_an_unwritable_run_folder_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("not a folder")
     assert "run folder" in fails(capsys, lambda: train(smoke("--out", tmp_path / "file" / "run").recipe))

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import train as train_command
 from model import generate, load_model
 from rl.checkpoint import checkpoints
 from rl.console import user_errors
+from rl.recipe import RecipeError
 from rl.runfolder import RunFolder
 from rl.stages import train
 
@@ -178,6 +180,20 @@ def test_a_second_run_in_the_same_folder_is_refused(smoke_run, capsys):
 def test_resuming_with_another_recipe_is_refused(smoke_run, capsys):
     message = fails(capsys, lambda: train(smoke("--out", smoke_run, "--seed", 5).recipe, resume=True))
     assert "seed = 0" in message
+
+
+def test_settings_of_memory_and_speed_may_change_on_resume_and_no_others(smoke_run):
+    for overrides in (("--sampling.max-cache-tokens", 500), ("--optimizer.micro-batch-tokens", 300)):
+        RunFolder(smoke_run).check_recipe(smoke("--keep-checkpoints", 99, *overrides).recipe)
+    for overrides in (("--sampling.max-new-tokens", 95), ("--optimizer.max-grad-norm", 2)):
+        with pytest.raises(RecipeError, match="was started with"):
+            RunFolder(smoke_run).check_recipe(smoke("--keep-checkpoints", 99, *overrides).recipe)
+
+
+def test_stages_cannot_be_added_on_resume(smoke_run):
+    recipe = smoke("--keep-checkpoints", 99).recipe
+    with pytest.raises(RecipeError, match="was started with stages.3"):
+        RunFolder(smoke_run).check_recipe(replace(recipe, stages=(*recipe.stages, recipe.stages[0])))
 
 
 def test_resuming_nothing_is_refused(tmp_path, capsys):

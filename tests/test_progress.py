@@ -20,6 +20,7 @@ from rich.console import Console
 
 import model.wave
 import rl.console
+import rl.evaluate
 import rl.stages
 from model import generate, load_model
 from model.sampler import waves
@@ -265,6 +266,20 @@ def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on_where_it_stopped(tmp_p
     rows = RunFolder(out).metrics()
     assert [row["step"] for row in rows] == list(range(last + 3))
     assert rows[: last + 1] == old[: last + 1]
+
+
+@pytest.mark.parametrize(("command", "arguments"), [("train.py", TRAIN), ("eval.py", ["tiny", "--count", "2"])])
+def test_ctrl_c_advises_no_resume_where_nothing_can_be_resumed(command, arguments, tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    out = ["--out", str(tmp_path / "run")] if command == "train.py" else []
+    monkeypatch.setattr(rl.evaluate, "collect_rollouts", interrupted)  # in the evaluation before any step
+    monkeypatch.setattr(sys, "argv", [command, *arguments, *out])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(ROOT / command), run_name="__main__")
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err == "\nstopped.\n"
 
 
 def test_a_quiet_run_shows_nothing_on_a_terminal(tmp_path, terminal, monkeypatch, capfd):

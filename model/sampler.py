@@ -3,7 +3,7 @@
 `plain_completion` is what the sampler does; `generate` does the same for many at once, and fast.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -74,15 +74,18 @@ def generate(
 
 def waves(
     lengths: list[int], num_samples: int, max_new_tokens: int, max_cache_tokens: int
-) -> Iterator[tuple[slice, slice]]:
+) -> list[tuple[slice, slice]]:
     """Divide groups into (prompts, samples) whose keys and values fit together, however long the completions get.
 
     Groups stay whole, in their order; one that is too large alone is divided into as few parts as it takes.
 
     Args:
         lengths: tokens of each prompt. A wave pads its prompts to the longest.
+
+    Raises:
+        ModelError: there is no room for one completion of a prompt.
     """
-    start = 0
+    planned, start = [], 0
     while start < len(lengths):
         end, longest = start, 0
         while end < len(lengths):
@@ -91,7 +94,7 @@ def waves(
                 break
             end += 1
         if end > start:
-            yield slice(start, end), slice(0, num_samples)
+            planned.append((slice(start, end), slice(0, num_samples)))
             start = end
             continue
         at_once = (max_cache_tokens - lengths[start]) // max_new_tokens
@@ -102,8 +105,9 @@ def waves(
                 "max_new_tokens, or take a smaller model"
             )
         for first in range(0, num_samples, at_once):
-            yield slice(start, start + 1), slice(first, min(first + at_once, num_samples))
+            planned.append((slice(start, start + 1), slice(first, min(first + at_once, num_samples))))
         start += 1
+    return planned
 
 
 def plain_completion(

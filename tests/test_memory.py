@@ -86,10 +86,10 @@ def test_waves_hold_every_sample_once_in_order_fit_their_budget_and_could_not_be
 def test_a_prompt_has_room_if_one_sample_of_it_has(length, num_samples, max_new_tokens, budget):
     arguments = ([length], num_samples, max_new_tokens, budget)
     if length + max_new_tokens <= budget:
-        assert list(waves(*arguments))
+        assert waves(*arguments)
     else:
         with pytest.raises(ModelError):
-            list(waves(*arguments))
+            waves(*arguments)
 
 
 def test_a_prompt_without_room_is_named_with_its_numbers_and_the_way_out(decoder):
@@ -98,9 +98,14 @@ def test_a_prompt_without_room_is_named_with_its_numbers_and_the_way_out(decoder
         "raise max_cache_tokens, lower max_new_tokens, or take a smaller model"
     )
     with pytest.raises(ModelError, match=message):
-        list(waves(list(map(len, PROMPTS)), 5, 13, 21))
+        waves(list(map(len, PROMPTS)), 5, 13, 21)
     with pytest.raises(ModelError, match=message):
         generate(decoder, PROMPTS, **OPTIONS, max_cache_tokens=21)
+
+
+def test_a_prompt_without_room_is_refused_before_any_is_sampled(decoder):
+    with pytest.raises(ModelError, match="a prompt of 9"):  # the prompts before it have room
+        generate(decoder, PROMPTS, **OPTIONS, max_cache_tokens=21, progress=lambda *report: pytest.fail("sampled"))
 
 
 def one_line_error(command: str, *arguments, monkeypatch, capsys) -> str:
@@ -176,7 +181,7 @@ def test_completions_are_the_same_in_any_budget(decoder):
 def test_no_forward_has_more_rows_than_the_budget_has_room_for(room, decoder):
     options = OPTIONS | {"stop_token_ids": ()}  # nothing stops, so that no row leaves
     _, found = passes(decoder, lambda: generate(decoder, PROMPTS, **options, max_cache_tokens=room))
-    planned = list(waves(list(map(len, PROMPTS)), 5, 13, room))
+    planned = waves(list(map(len, PROMPTS)), 5, 13, room)
     assert [prompts for prompts, _, _ in found] == [len(PROMPTS[prompts]) for prompts, _ in planned]
     for (prompts, longest, rows), (_, samples) in zip(found, planned, strict=True):
         assert rows == [prompts * (samples.stop - samples.start)] * 12

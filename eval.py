@@ -41,6 +41,8 @@ class Arguments:
     """Sample from the k likeliest tokens only."""
     top_p: float | None = None
     """Sample from the likeliest tokens of this joint probability only."""
+    max_cache_tokens: int | None = None
+    """Tokens whose keys and values are in memory at once; default: the recipe's, or what memory allows."""
     thinking: bool | None = None
     """Whether the prompt opens a <think> block; default: the recipe's."""
     device: str = "auto"
@@ -64,7 +66,7 @@ def recipe_of(arguments: Arguments) -> Recipe:
         recipe = replace(load_recipe("256", "tiny" if tiny else "")[1], model=arguments.checkpoint, stages=())
     changes = {
         name: getattr(arguments, name)
-        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "thinking")
+        for name in ("max_new_tokens", "max_cache_tokens", "temperature", "top_k", "top_p", "thinking")
         if getattr(arguments, name) is not None
     }
     count = recipe.evaluation.problems if arguments.count is None else arguments.count
@@ -117,5 +119,5 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with user_errors("lower --max-cache-tokens, or take a smaller model"):
         main(tyro.cli(Arguments, description=__doc__))

@@ -76,5 +76,5 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with user_errors("lower --optimizer.micro-batch-tokens or --sampling.max-cache-tokens, or take a smaller --model"):
         main(parse(sys.argv[1:]))

@@ -15,18 +15,18 @@ from rl.recipe import RecipeError
 
 
 @contextlib.contextmanager
-def user_errors():
+def user_errors(out_of_memory: str = "take a smaller model"):
     """Turn errors that a user can do something about into one line on standard error and exit code 2.
 
     Other exceptions are bugs of this project and keep their traceback. Ctrl-C ends in one line too, with exit
-    code 130; what its KeyboardInterrupt was raised with is said there.
+    code 130; what its KeyboardInterrupt was raised with is said there. `out_of_memory` is what to do about a full GPU.
     """
     try:
         yield
     except (ModelError, DataError, RecipeError) as error:
         fail(str(error))
     except torch.OutOfMemoryError:
-        fail("out of GPU memory: lower --optimizer.micro-batch-tokens or --sampling.max-cache-tokens, or take a smaller --model")
+        fail(f"out of GPU memory: {out_of_memory}")
     except BrokenPipeError:
         sys.exit(0)  # whoever read the output has seen enough
     except OSError as error:

@@ -8,17 +8,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-from rich.console import Console
-from rich.table import Table
+from interrupt import ctrl_c_exits
 
-from data.sources import load_problems
-from model import load_model
-from rl.checkpoint import RECIPE
-from rl.console import user_errors
-from rl.evaluate import Evaluation, accuracy_by_difficulty, distinct_answers, evaluate, pass_at_k
-from rl.recipe import Recipe, RecipeError, from_dict, load_recipe
-from rl.stages import EVALUATION_SEED, pick_device, pick_dtype, problems_of
+with ctrl_c_exits():
+    import tyro
+    from rich.console import Console
+    from rich.table import Table
+
+    from data.sources import load_problems
+    from model import load_model
+    from rl.checkpoint import RECIPE
+    from rl.console import user_errors
+    from rl.evaluate import Evaluation, accuracy_by_difficulty, distinct_answers, evaluate, pass_at_k
+    from rl.recipe import Recipe, RecipeError, from_dict, load_recipe
+    from rl.stages import EVALUATION_SEED, pick_device, pick_dtype, problems_of
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,16 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-import torch
-import tyro
+from interrupt import ctrl_c_exits
 
-from rl.console import user_errors
-from rl.recipe import Recipe, RecipeError, load_recipe
-from rl.runfolder import RunFolder
-from rl.stages import train
+with ctrl_c_exits():
+    import torch
+    import tyro
+
+    from rl.console import user_errors
+    from rl.recipe import Recipe, RecipeError, load_recipe
+    from rl.runfolder import RunFolder
+    from rl.stages import train
 
 REAL_MODEL = "Qwen/Qwen3-1.7B"
 

@@ -268,6 +268,15 @@ def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on_where_it_stopped(tmp_p
     assert rows[: last + 1] == old[: last + 1]
 
 
+@pytest.mark.parametrize("command", ["train.py", "eval.py"])
+def test_ctrl_c_during_the_imports_ends_in_one_line(command):
+    with OnTerminal("-X", "importtime", command, "tiny") as starting:  # a line for each module that has been imported
+        starting.read_until(r"torch\._C\s")
+        code, left = starting.interrupt()
+    assert code == 130
+    assert left[-3].startswith("import time:") and left[-2:] == ["", "stopped."]
+
+
 @pytest.mark.parametrize(("command", "arguments"), [("train.py", TRAIN), ("eval.py", ["tiny", "--count", "2"])])
 def test_ctrl_c_advises_no_resume_where_nothing_can_be_resumed(command, arguments, tmp_path, monkeypatch, capsys):
     def interrupted(*arguments):

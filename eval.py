@@ -8,17 +8,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-from rich.console import Console
-from rich.table import Table
+from interrupt import ctrl_c_exits
 
-from data.sources import load_problems
-from model import load_model
-from rl.checkpoint import RECIPE
-from rl.console import user_errors
-from rl.evaluate import Evaluation, accuracy_by_difficulty, distinct_answers, evaluate, pass_at_k
-from rl.recipe import Recipe, RecipeError, from_dict, load_recipe
-from rl.stages import EVALUATION_SEED, pick_device, pick_dtype, problems_of
+with ctrl_c_exits():
+    import tyro
+    from rich.console import Console
+    from rich.table import Table
+
+    from data.sources import load_problems
+    from model import load_model
+    from rl.checkpoint import RECIPE
+    from rl.console import user_errors
+    from rl.evaluate import Evaluation, accuracy_by_difficulty, distinct_answers, evaluate, pass_at_k
+    from rl.recipe import Recipe, RecipeError, from_dict, load_recipe
+    from rl.stages import EVALUATION_SEED, pick_device, pick_dtype, problems_of
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Arguments:
     """Sample from the k likeliest tokens only."""
     top_p: float | None = None
     """Sample from the likeliest tokens of this joint probability only."""
+    max_cache_tokens: int | None = None
+    """Tokens whose keys and values are in memory at once; default: the recipe's, or what memory allows."""
     thinking: bool | None = None
     """Whether the prompt opens a <think> block; default: the recipe's."""
     device: str = "auto"
@@ -64,7 +69,7 @@ def recipe_of(arguments: Arguments) -> Recipe:
         recipe = replace(load_recipe("256", "tiny" if tiny else "")[1], model=arguments.checkpoint, stages=())
     changes = {
         name: getattr(arguments, name)
-        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "thinking")
+        for name in ("max_new_tokens", "max_cache_tokens", "temperature", "top_k", "top_p", "thinking")
         if getattr(arguments, name) is not None
     }
     count = recipe.evaluation.problems if arguments.count is None else arguments.count
@@ -117,5 +122,5 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with user_errors("lower --max-cache-tokens, or take a smaller model"):
         main(tyro.cli(Arguments, description=__doc__))

@@ -7,12 +7,16 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-import torch
-import tyro
+from interrupt import ctrl_c_exits
 
-from rl.console import user_errors
-from rl.recipe import Recipe, RecipeError, load_recipe
-from rl.stages import train
+with ctrl_c_exits():
+    import torch
+    import tyro
+
+    from rl.console import user_errors
+    from rl.recipe import Recipe, RecipeError, load_recipe
+    from rl.runfolder import RunFolder
+    from rl.stages import train
 
 REAL_MODEL = "Qwen/Qwen3-1.7B"
 
@@ -65,7 +69,15 @@ def parse(arguments: list[str]) -> Arguments:
     return replace(parsed, recipe=replace(parsed.recipe, model=resolve_model(parsed.recipe.model)))
 
 
-if __name__ == "__main__":
-    with user_errors("Go on with the same command and --resume."):
-        arguments = parse(sys.argv[1:])
+def main(arguments: Arguments) -> None:
+    try:
         train(arguments.recipe, arguments.resume, arguments.quiet)
+    except KeyboardInterrupt:
+        if RunFolder(arguments.recipe.out).holds_run:
+            raise KeyboardInterrupt("Go on with the same command and --resume.") from None
+        raise
+
+
+if __name__ == "__main__":
+    with user_errors("lower --optimizer.micro-batch-tokens or --sampling.max-cache-tokens, or take a smaller --model"):
+        main(parse(sys.argv[1:]))

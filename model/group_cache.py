@@ -85,6 +85,8 @@ class GroupCache:
             self.prompt_values = [values[present] for values in self.prompt_values]
             self.prompt_lengths = self.prompt_lengths[present]
         self.arrange()
+        if not self.room:
+            return  # no block yet
         kv_heads = self.prompt_keys[0].shape[1]
         pairs = (rows[:, None] * kv_heads + torch.arange(kv_heads, device=rows.device)).flatten()
         for blocks in self.keys + self.values:

@@ -3,7 +3,7 @@
 `plain_completion` is what the sampler does; `generate` does the same for many at once, and fast.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -56,11 +56,11 @@ def generate(
         return []
     streams = random_streams(prompts, num_samples, max_new_tokens, seed)  # [prompts, num_samples, max_new_tokens]
     stops = torch.tensor(list(stop_token_ids), dtype=torch.int64, device=model.device)
-    if max_cache_tokens is None:
-        max_cache_tokens = cache_tokens_that_fit(model, max_new_tokens)
+    from_memory = max_cache_tokens is None
+    room = cache_tokens_that_fit(model, max_new_tokens) if from_memory else max_cache_tokens
     groups: list[list[Completion]] = [[] for _ in prompts]
     done = tokens = 0
-    for group, samples in waves(list(map(len, prompts)), num_samples, max_new_tokens, max_cache_tokens):
+    for group, samples in waves(list(map(len, prompts)), num_samples, max_new_tokens, room, from_memory):
         wave = Wave(model, prompts[group], streams[group, samples], stops, (temperature, top_k, top_p))
         for now_done, now_tokens in wave.run():
             if progress:
@@ -73,16 +73,20 @@ def generate(
 
 
 def waves(
-    lengths: list[int], num_samples: int, max_new_tokens: int, max_cache_tokens: int
-) -> Iterator[tuple[slice, slice]]:
+    lengths: list[int], num_samples: int, max_new_tokens: int, max_cache_tokens: int, from_memory: bool = False
+) -> list[tuple[slice, slice]]:
     """Divide groups into (prompts, samples) whose keys and values fit together, however long the completions get.
 
     Groups stay whole, in their order; one that is too large alone is divided into as few parts as it takes.
 
     Args:
         lengths: tokens of each prompt. A wave pads its prompts to the longest.
+        from_memory: `max_cache_tokens` is what free memory allows, so no error advises to raise it.
+
+    Raises:
+        ModelError: there is no room for one completion of a prompt.
     """
-    start = 0
+    planned, start = [], 0
     while start < len(lengths):
         end, longest = start, 0
         while end < len(lengths):
@@ -91,19 +95,21 @@ def waves(
                 break
             end += 1
         if end > start:
-            yield slice(start, end), slice(0, num_samples)
+            planned.append((slice(start, end), slice(0, num_samples)))
             start = end
             continue
         at_once = (max_cache_tokens - lengths[start]) // max_new_tokens
         if at_once < 1:
+            found, advice = ("memory has", "") if from_memory else ("there is", "raise max_cache_tokens, ")
             raise ModelError(
-                f"there is room for {max_cache_tokens} tokens of keys and values, and a prompt of {lengths[start]} with "
-                f"{max_new_tokens} new ones takes {lengths[start] + max_new_tokens}: raise max_cache_tokens, lower "
-                "max_new_tokens, or take a smaller model"
+                f"{found} room for {max_cache_tokens} tokens of keys and values, and a prompt of {lengths[start]} with "
+                f"{max_new_tokens} new ones takes {lengths[start] + max_new_tokens}: {advice}lower max_new_tokens, "
+                "or take a smaller model"
             )
         for first in range(0, num_samples, at_once):
-            yield slice(start, start + 1), slice(first, min(first + at_once, num_samples))
+            planned.append((slice(start, start + 1), slice(first, min(first + at_once, num_samples))))
         start += 1
+    return planned
 
 
 def plain_completion(

@@ -15,23 +15,24 @@ from rl.recipe import RecipeError
 
 
 @contextlib.contextmanager
-def user_errors(way_on: str = ""):
+def user_errors(out_of_memory: str = "take a smaller model"):
     """Turn errors that a user can do something about into one line on standard error and exit code 2.
 
-    Other exceptions are bugs of this project and keep their traceback. `way_on` is printed after Ctrl-C.
+    Other exceptions are bugs of this project and keep their traceback. Ctrl-C ends in one line too, with exit
+    code 130; what its KeyboardInterrupt was raised with is said there. `out_of_memory` is what to do about a full GPU.
     """
     try:
         yield
     except (ModelError, DataError, RecipeError) as error:
         fail(str(error))
     except torch.OutOfMemoryError:
-        fail("out of GPU memory: lower --optimizer.micro-batch-tokens or --sampling.max-cache-tokens, or take a smaller --model")
+        fail(f"out of GPU memory: {out_of_memory}")
     except BrokenPipeError:
         sys.exit(0)  # whoever read the output has seen enough
     except OSError as error:
         fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
-    except KeyboardInterrupt:
-        print(f"\nstopped. {way_on}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print("\nstopped.", *stop.args, file=sys.stderr)
         sys.exit(130)
 
 

@@ -12,6 +12,9 @@ from data.traces import Trace
 from rl.recipe import Recipe, RecipeError, from_dict, to_dict
 from rl.rollout import Rollout
 
+# What may differ when a run is resumed: where it lies, and what changes memory and speed only.
+FREE_ON_RESUME = {"out", "sampling.max_cache_tokens", "optimizer.micro_batch_tokens", "optimizer.activation_checkpointing"}
+
 
 class RunFolder:
     """`runs/<name>/`: config.json, metrics.jsonl, rollouts/, checkpoints/ and TensorBoard events.
@@ -24,35 +27,43 @@ class RunFolder:
         self.metrics_path = self.path / "metrics.jsonl"
         self._tensorboard = None
 
-    def create(self, recipe: Recipe) -> None:
-        """Start a new run here.
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run was created here; what `prepare` makes is not one yet."""
+        return (self.path / "config.json").exists()
+
+    def prepare(self) -> None:
+        """Make the folders of a new run, for which this stays free until `create`.
 
         Raises:
             RecipeError: there is a run here already, or the folder cannot be written.
         """
-        if (self.path / "config.json").exists():
+        if self.holds_run:
             raise RecipeError(
                 f"{self.path} already holds a run; go on with it by --resume, or name another folder by --out"
             )
         try:
             (self.path / "rollouts").mkdir(parents=True, exist_ok=True)
             (self.path / "checkpoints").mkdir(exist_ok=True)
-            config = {"recipe": to_dict(recipe), "versions": versions(), "git_revision": git_revision()}
-            (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         except OSError as error:
             raise RecipeError(f"{self.path}: the run folder cannot be written: {error.strerror}") from None
 
+    def create(self, recipe: Recipe) -> None:
+        """Start a new run here; raises what `prepare` raises."""
+        self.prepare()
+        config = {"recipe": to_dict(recipe), "versions": versions(), "git_revision": git_revision()}
+        (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
     def check_recipe(self, recipe: Recipe) -> None:
-        """Refuse to resume under another recipe than the run was started with."""
+        """Refuse to resume under another recipe than the run was started with, but for `FREE_ON_RESUME`."""
         try:
-            stored = json.loads((self.path / "config.json").read_text())["recipe"]
-            from_dict(Recipe, stored)
+            stored = from_dict(Recipe, json.loads((self.path / "config.json").read_text())["recipe"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RecipeError(f"{self.path}: no run to resume here: {error}") from None
-        given = flatten(json.loads(json.dumps(to_dict(recipe))))
-        for name, value in flatten(stored).items():
-            if name != "out" and given.get(name) != value:
-                raise RecipeError(f"{self.path} was started with {name} = {value!r}, not {given.get(name)!r}")
+        started, given = flatten(to_dict(stored)), flatten(to_dict(recipe))
+        for name in started | given:
+            if name not in FREE_ON_RESUME and started.get(name) != given.get(name):
+                raise RecipeError(f"{self.path} was started with {name} = {started.get(name)!r}, not {given.get(name)!r}")
 
     def rewind(self, step: int) -> None:
         """Forget what lies after `step`, so that a resumed run writes it anew."""

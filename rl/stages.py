@@ -80,13 +80,16 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> None:
     if resume:
         run.rewind(progress.step if checkpoint else -1)
     else:
-        run.create(recipe)
+        run.prepare()
     lab = Lab(recipe, model, tokenizer, train_problems, held_out, run, plan.micro_batch_tokens, quiet)
     lab.say(describe_run(recipe, model, train_problems, held_out, progress.step if resume else None))
     lab.say(f"memory    {gb(plan.peak - process)} of {gb(free)} free: {plan}")
-    if not run.metrics():
+    if not resume or not run.metrics():
         row = {"stage": 0, "kind": recipe.stages[0].kind if recipe.stages else "baseline", "step": 0, "grpo_steps": 0}
-        run.log(row | evaluation_metrics(lab))
+        row |= evaluation_metrics(lab)
+        if not resume:
+            run.create(recipe)  # only now: a run refused before its first metrics is not in the corrected one's way
+        run.log(row)
         lab.say(step_line(run.metrics()[-1], 0, 0, 0))
         write_curve(run, recipe.sampling.max_new_tokens)
     while progress.stage < len(recipe.stages):

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import train as train_command
 from model import generate, load_model
 from rl.checkpoint import checkpoints
 from rl.console import user_errors
+from rl.recipe import RecipeError
 from rl.runfolder import RunFolder
 from rl.stages import train
 
@@ -180,6 +182,20 @@ def test_resuming_with_another_recipe_is_refused(smoke_run, capsys):
     assert "seed = 0" in message
 
 
+def test_settings_of_memory_and_speed_may_change_on_resume_and_no_others(smoke_run):
+    for overrides in (("--sampling.max-cache-tokens", 500), ("--optimizer.micro-batch-tokens", 300)):
+        RunFolder(smoke_run).check_recipe(smoke("--keep-checkpoints", 99, *overrides).recipe)
+    for overrides in (("--sampling.max-new-tokens", 95), ("--optimizer.max-grad-norm", 2)):
+        with pytest.raises(RecipeError, match="was started with"):
+            RunFolder(smoke_run).check_recipe(smoke("--keep-checkpoints", 99, *overrides).recipe)
+
+
+def test_stages_cannot_be_added_on_resume(smoke_run):
+    recipe = smoke("--keep-checkpoints", 99).recipe
+    with pytest.raises(RecipeError, match="was started with stages.3"):
+        RunFolder(smoke_run).check_recipe(replace(recipe, stages=(*recipe.stages, recipe.stages[0])))
+
+
 def test_resuming_nothing_is_refused(tmp_path, capsys):
     assert "no run to resume" in fails(capsys, lambda: train(smoke("--out", tmp_path).recipe, resume=True))
 
@@ -217,6 +233,14 @@ def test_no_network_is_said_in_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     message = fails(capsys, lambda: train(smoke("--model", "nobody/no-such-model", "--out", tmp_path / "run").recipe))
     assert "nobody/no-such-model" in message and "tiny" in message
+
+
+def test_a_run_without_room_is_not_in_the_way_of_the_corrected_one(tmp_path, capsys):
+    out = ("--out", tmp_path / "run", "--sampling.max-cache-tokens")
+    assert "room for 10 tokens" in fails(capsys, lambda: train(smoke(*out, 10).recipe))
+    assert "no run to resume" in fails(capsys, lambda: train(smoke(*out, 10).recipe, resume=True))
+    train(smoke(*out, 2000).recipe, quiet=True)
+    assert [row["step"] for row in RunFolder(tmp_path / "run").metrics()][:3] == [0, 1, 2]
 
 
 def test_an_unwritable_run_folder_is_refused(tmp_path, capsys):

@@ -78,6 +78,15 @@ def test_rows_that_stay_go_on_as_if_nobody_had_left(decoder, lengths, num_sample
 
 @pytest.mark.parametrize("static", [False, True])
 @torch.no_grad()
+def test_rows_may_leave_before_the_first_own_token_is_stored(decoder, static):
+    cache, own, rows = grouped(decoder, PROMPTS, 2, 5, static), random_ids(3, 5, seed=6), torch.tensor([1, 4, 5])
+    cache.select(rows)
+    logits = decode(decoder, cache, own, range(2))
+    torch.testing.assert_close(logits, alone(decoder, PROMPTS, rows // 2, own[:, :2]), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@torch.no_grad()
 def test_what_is_not_stored_has_no_influence(decoder, static):
     own = random_ids(6, 4, seed=2)
     clean, dirty = (grouped(decoder, PROMPTS, 2, 20, static) for _ in range(2))

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import runpy
 import shutil
 import sys
@@ -20,6 +21,7 @@ import model.group_cache
 import model.memory
 import model.sampler
 import model.wave
+import rl.evaluate
 from model import KVCache, ModelError, generate
 from model.distribution import random_streams
 from model.group_cache import GroupCache
@@ -86,10 +88,10 @@ def test_waves_hold_every_sample_once_in_order_fit_their_budget_and_could_not_be
 def test_a_prompt_has_room_if_one_sample_of_it_has(length, num_samples, max_new_tokens, budget):
     arguments = ([length], num_samples, max_new_tokens, budget)
     if length + max_new_tokens <= budget:
-        assert list(waves(*arguments))
+        assert waves(*arguments)
     else:
         with pytest.raises(ModelError):
-            list(waves(*arguments))
+            waves(*arguments)
 
 
 def test_a_prompt_without_room_is_named_with_its_numbers_and_the_way_out(decoder):
@@ -98,9 +100,14 @@ def test_a_prompt_without_room_is_named_with_its_numbers_and_the_way_out(decoder
         "raise max_cache_tokens, lower max_new_tokens, or take a smaller model"
     )
     with pytest.raises(ModelError, match=message):
-        list(waves(list(map(len, PROMPTS)), 5, 13, 21))
+        waves(list(map(len, PROMPTS)), 5, 13, 21)
     with pytest.raises(ModelError, match=message):
         generate(decoder, PROMPTS, **OPTIONS, max_cache_tokens=21)
+
+
+def test_a_prompt_without_room_is_refused_before_any_is_sampled(decoder):
+    with pytest.raises(ModelError, match="a prompt of 9"):  # the prompts before it have room
+        generate(decoder, PROMPTS, **OPTIONS, max_cache_tokens=21, progress=lambda *report: pytest.fail("sampled"))
 
 
 def one_line_error(command: str, *arguments, monkeypatch, capsys) -> str:
@@ -123,7 +130,8 @@ def test_no_room_ends_train_py_in_one_line(tmp_path, monkeypatch, capsys):
 def test_no_memory_ends_eval_py_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(model.memory, "read", machine({"/proc/meminfo": "MemAvailable: 2 kB\n"}))
     message = one_line_error("eval.py", "tiny", "--count", 4, monkeypatch=monkeypatch, capsys=capsys)
-    assert "room for 0 tokens" in message and "with 256 new ones" in message and "smaller model" in message
+    assert "memory has room for 0 tokens" in message and "with 256 new ones" in message
+    assert message.endswith(": lower max_new_tokens, or take a smaller model\n")  # no number was given that could be raised
 
 
 def test_a_checkpoint_is_evaluated_with_the_room_that_its_recipe_gives(tmp_path, monkeypatch, capsys):
@@ -132,7 +140,25 @@ def test_a_checkpoint_is_evaluated_with_the_room_that_its_recipe_gives(tmp_path,
     (tmp_path / "checkpoint" / "recipe.json").write_text(json.dumps(recipe))
     arguments = (tmp_path / "checkpoint", "--count", 4)
     message = one_line_error("eval.py", *arguments, monkeypatch=monkeypatch, capsys=capsys)
-    assert "room for 50 tokens" in message
+    assert "there is room for 50 tokens" in message and "raise max_cache_tokens" in message
+    arguments += ("--max-cache-tokens", 60)
+    assert "room for 60 tokens" in one_line_error("eval.py", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+
+@pytest.mark.parametrize(("command", "argument"), [("train.py", "smoke"), ("eval.py", "tiny")])
+def test_out_of_memory_advises_options_that_the_command_has(command, argument, tmp_path, monkeypatch, capsys):
+    def full(*arguments):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(rl.evaluate, "collect_rollouts", full)
+    out = ("--model", "tiny", "--out", tmp_path) if command == "train.py" else ()
+    message = one_line_error(command, argument, *out, monkeypatch=monkeypatch, capsys=capsys)
+    options = re.findall(r"--[\w.-]*\w", message)
+    monkeypatch.setattr(sys, "argv", [command, argument, "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / command), run_name="__main__")
+    shown = capsys.readouterr().out
+    assert "out of GPU memory" in message and options and all(option in shown for option in options)
 
 
 # What generate does with a budget
@@ -176,7 +202,7 @@ def test_completions_are_the_same_in_any_budget(decoder):
 def test_no_forward_has_more_rows_than_the_budget_has_room_for(room, decoder):
     options = OPTIONS | {"stop_token_ids": ()}  # nothing stops, so that no row leaves
     _, found = passes(decoder, lambda: generate(decoder, PROMPTS, **options, max_cache_tokens=room))
-    planned = list(waves(list(map(len, PROMPTS)), 5, 13, room))
+    planned = waves(list(map(len, PROMPTS)), 5, 13, room)
     assert [prompts for prompts, _, _ in found] == [len(PROMPTS[prompts]) for prompts, _ in planned]
     for (prompts, longest, rows), (_, samples) in zip(found, planned, strict=True):
         assert rows == [prompts * (samples.stop - samples.start)] * 12

@@ -20,6 +20,7 @@ from rich.console import Console
 
 import model.wave
 import rl.console
+import rl.evaluate
 import rl.stages
 from model import generate, load_model
 from model.sampler import waves
@@ -240,7 +241,7 @@ def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on_where_it_stopped(tmp_p
     # Nothing of these stays: first the run's own lines, a line for each step, then what Ctrl-C says.
     *lines, empty, stopped = left
     assert [line.split()[0] for line in lines[:6]] == ["model", "problems", "stages", "run", "memory", "before"]
-    assert [line.split()[:3] for line in lines[5:]] == [["grpo", "1/3", f"{n}/500"] for n in range(1, len(lines) - 4)]
+    assert [line.split()[:3] for line in lines[6:]] == [["grpo", "1/3", f"{n}/500"] for n in range(1, len(lines) - 5)]
     assert (empty, stopped) == ("", "stopped. Go on with the same command and --resume.")
 
     last, old = int(checkpoints(out)[-1].name[5:]), RunFolder(out).metrics()
@@ -265,6 +266,29 @@ def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on_where_it_stopped(tmp_p
     rows = RunFolder(out).metrics()
     assert [row["step"] for row in rows] == list(range(last + 3))
     assert rows[: last + 1] == old[: last + 1]
+
+
+@pytest.mark.parametrize("command", ["train.py", "eval.py"])
+def test_ctrl_c_during_the_imports_ends_in_one_line(command):
+    with OnTerminal("-X", "importtime", command, "tiny") as starting:  # a line for each module that has been imported
+        starting.read_until(r"torch\._C\s")
+        code, left = starting.interrupt()
+    assert code == 130
+    assert left[-3].startswith("import time:") and left[-2:] == ["", "stopped."]
+
+
+@pytest.mark.parametrize(("command", "arguments"), [("train.py", TRAIN), ("eval.py", ["tiny", "--count", "2"])])
+def test_ctrl_c_advises_no_resume_where_nothing_can_be_resumed(command, arguments, tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    out = ["--out", str(tmp_path / "run")] if command == "train.py" else []
+    monkeypatch.setattr(rl.evaluate, "collect_rollouts", interrupted)  # in the evaluation before any step
+    monkeypatch.setattr(sys, "argv", [command, *arguments, *out])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(ROOT / command), run_name="__main__")
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err == "\nstopped.\n"
 
 
 def test_a_quiet_run_shows_nothing_on_a_terminal(tmp_path, terminal, monkeypatch, capfd):

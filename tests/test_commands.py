@@ -182,6 +182,42 @@ def test_resuming_with_another_recipe_is_refused(smoke_run, capsys):
     assert "seed = 0" in message
 
 
+LOW_PRECISION = {
+    "adapters over int8": ["--adapters.rank", 4, "--stages.0.importance-cap", 2.0],
+    "bfloat16 by chance": ["--dtype", "bfloat16", "--optimizer.kind", "adamw8bit", "--optimizer.rounding", "stochastic"],
+}
+
+
+@pytest.mark.parametrize("kind", LOW_PRECISION)
+def test_a_run_in_low_precision_resumes_bit_for_bit_and_leaves_plain_checkpoints(kind, tmp_path):
+    """Stopped within the first stage and within the second; activation checkpointing, put on then, changes nothing either."""
+    pytest.importorskip("bitsandbytes")
+    options = [*LOW_PRECISION[kind], "--keep-checkpoints", 99]
+    train(smoke("--out", tmp_path / "whole", *options).recipe, quiet=True)
+    whole = checkpoints(tmp_path / "whole")
+    for stop_after in (0, 2):
+        copy = tmp_path / f"resumed{stop_after}"
+        shutil.copytree(tmp_path / "whole", copy)
+        for folder in checkpoints(copy)[stop_after + 1 :]:
+            shutil.rmtree(folder)
+        again = smoke("--out", copy, *options, "--optimizer.activation-checkpointing")
+        train(again.recipe, resume=True, quiet=True)
+        ours, theirs = (safetensors.torch.load_file(run / "model.safetensors") for run in (whole[-1], checkpoints(copy)[-1]))
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+        assert timeless(copy) == timeless(tmp_path / "whole")
+    start = load_model("tiny")[0].state_dict()
+    saved = load_model(whole[-1])[0]  # a plain model in Hugging Face's layout, which has learned something
+    assert saved.state_dict().keys() == start.keys()
+    assert any(not torch.equal(tensor, start[name].to(tensor.dtype)) for name, tensor in saved.state_dict().items())
+
+
+def test_a_run_that_cannot_fit_is_refused_with_advice_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("rl.stages.free_memory", lambda device: 10_000_000)
+    message = fails(capsys, lambda: train(smoke("--out", tmp_path / "run", "--optimizer.micro-batch-tokens", 3000).recipe))
+    assert "10 MB are free" in message and "--optimizer.activation-checkpointing saves" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_settings_of_memory_and_speed_may_change_on_resume_and_no_others(smoke_run):
     for overrides in (("--sampling.max-cache-tokens", 500), ("--optimizer.micro-batch-tokens", 300)):
         RunFolder(smoke_run).check_recipe(smoke("--keep-checkpoints", 99, *overrides).recipe)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LOGITS_AT_ONCE = 2**20
+LOGITS_AT_ONCE = 2**19
 
 
 def token_logprobs(logits: Tensor, temperature: float, num_tokens: int) -> Tensor:

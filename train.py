@@ -79,5 +79,5 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    with user_errors("lower --optimizer.micro-batch-tokens or --sampling.max-cache-tokens, or take a smaller --model"):
+    with user_errors("try --optimizer.activation-checkpointing or a lower --sampling.max-cache-tokens, or take a smaller --model"):
         main(parse(sys.argv[1:]))

@@ -8,10 +8,12 @@ from model import ModelError, Qwen3, Qwen3Config
 from model.logprobs import chunk_tokens
 from model.memory import CACHE_SHARE, LOGITS_COPIES, token_bytes
 from model.wave import PREFILL_TOKENS
+from rl.optimizer import PIECE
 from rl.recipe import GRPOStage, OptimizerSettings, Recipe
 
 LARGEST_AUTO = {"cpu": 2**13, "cuda": 2**15}  # tokens in a micro-batch beyond which nothing gets faster
 TRANSIENT_LAYERS = 2  # what backward makes and drops on its way, in layers' worth of activations; measured
+STEP_BYTES = 20  # for each weight of a piece: float32 weights and gradient, and what the optimizer makes of them
 MARGIN = 0.92  # of the free memory; the rest is for what no plan knows of
 
 
@@ -22,6 +24,7 @@ class Work:
     Attributes:
         prompt_length: tokens of the longest prompt.
         sample_tokens: tokens of the longest sample, which no micro-batch can divide.
+        group_tokens: tokens of the largest group, which none divides if it fits whole.
         expanded: keys that branches of a group attend to, over the tokens of the group.
         update_tokens: tokens of one optimizer step, as `rl.batch` packs them; 0 without training.
         rows, prompts, cache_tokens: completions sampled together, their prompts, and the tokens of cache they take.
@@ -30,6 +33,7 @@ class Work:
 
     prompt_length: int
     sample_tokens: int
+    group_tokens: int
     expanded: float
     update_tokens: int
     rows: int
@@ -41,7 +45,7 @@ class Work:
 def work_of(recipe: Recipe, prompt_length: int) -> Work:
     new = recipe.sampling.max_new_tokens
     rows = prompts = recipe.evaluation.problems
-    cache, update, expanded = prompts * (prompt_length + new), 0, 1.0
+    cache, update, expanded, largest = prompts * (prompt_length + new), 0, 1.0, 1
     grpo = [stage for stage in recipe.stages if isinstance(stage, GRPOStage)]
     for stage in recipe.stages:
         if stage not in grpo:
@@ -50,13 +54,13 @@ def work_of(recipe: Recipe, prompt_length: int) -> Work:
         count = stage.samples_per_prompt
         group = prompt_length + count * new
         update = max(update, -(-stage.prompts_per_step // stage.updates_per_step) * group)
-        expanded = max(expanded, count * (prompt_length + new) / group)
+        expanded, largest = max(expanded, count * (prompt_length + new) / group), max(largest, group)
         rows, prompts = max(rows, stage.prompts_per_step * count), max(prompts, stage.prompts_per_step)
         cache = max(cache, stage.prompts_per_step * group)
     if recipe.sampling.max_cache_tokens is not None:
         cache = min(cache, recipe.sampling.max_cache_tokens)
     has_reference = any(stage.kl_coef for stage in grpo)
-    return Work(prompt_length, prompt_length + new, expanded, update, rows, prompts, cache, has_reference)
+    return Work(prompt_length, prompt_length + new, largest, expanded, update, rows, prompts, cache, has_reference)
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def logits_bytes(model: Qwen3, tokens: int) -> int:
 
 
 def updating_bytes(model: Qwen3, plan: "MemoryPlan", several: bool, checkpointing: bool) -> int:
-    """Bytes at the highest point of an update: where the layers' backward begins, or where the embedding's ends.
+    """Bytes at the highest point of an update: where the layers' backward begins, where the embedding's ends, or in the step.
 
     With a single micro-batch, gradients come as activations go. A tied embedding's gradient is made twice, for what it
     does as output head and as embedding, before the two are added.
@@ -146,7 +150,8 @@ def updating_bytes(model: Qwen3, plan: "MemoryPlan", several: bool, checkpointin
     head_bytes = head.numel() * head.dtype.itemsize if head.requires_grad else 0
     begin = (plan.gradients if several or checkpointing else 0) + plan.activations + plan.output_head
     end = plan.gradients + head_bytes * (several + model.config.tie_word_embeddings)
-    return max(begin, end)
+    step = plan.gradients + STEP_BYTES * min(PIECE, max(p.numel() for p in model.parameters() if p.requires_grad))
+    return max(begin, end, step)
 
 
 def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int, process: int = 0) -> MemoryPlan:
@@ -174,9 +179,11 @@ def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int
         tokens = settings.micro_batch_tokens
         if tokens == "auto":
             room = MARGIN * free - (plan.lasting - process) - plan.gradients - plan.output_head
-            tokens = min(int(room / per_token), LARGEST_AUTO["cuda" if model.device.type == "cuda" else "cpu"])
-        tokens = max(work.sample_tokens, min(tokens, work.update_tokens))
-        plan = replace(plan, micro_batch_tokens=tokens, activations=tokens * per_token)
+            largest = min(LARGEST_AUTO["cuda" if model.device.type == "cuda" else "cpu"], work.update_tokens)
+            tokens = max(work.sample_tokens, min(int(room / per_token), largest))
+        held = min(max(tokens, work.sample_tokens), work.update_tokens)
+        held = held // work.group_tokens * work.group_tokens or held
+        plan = replace(plan, micro_batch_tokens=tokens, activations=held * per_token)
         several = tokens < work.update_tokens
         plan = replace(plan, updating=updating_bytes(model, plan, several, settings.activation_checkpointing))
     # The sampler takes what it finds, in several waves if it has to.
@@ -206,6 +213,6 @@ def check_plan(plan: MemoryPlan, model: Qwen3, settings: OptimizerSettings, work
             savings.append(f"{option} saves {gb(saved)}")
             all_changes = replace(all_changes, **change)
     least = plan_memory(model, all_changes, work, free, plan.process)
-    enough = "" if least.peak - least.process <= free else "; even together that is not enough: take a smaller --model"
-    advice = ", ".join(savings) or "take a smaller --model"
+    enough = "" if least.peak - least.process <= free else "; even together that is not enough: try --adapters.rank 16 or a smaller --model"
+    advice = ", ".join(savings) or "try --adapters.rank 16 or a smaller --model"
     raise ModelError(f"this run needs {gb(need)} of memory and {gb(free)} are free ({plan}): {advice}{enough if savings else ''}")

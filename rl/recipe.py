@@ -303,7 +303,11 @@ def convert(hint, value, where: str):
     if typing.get_origin(hint) in (types.UnionType, typing.Union):  # X | None, or X | Literal[...]
         first, second = typing.get_args(hint)
         others = (None,) if second is types.NoneType else typing.get_args(second)
-        return value if value in others else convert(first, value, where)
+        if value in others:
+            return value
+        if isinstance(value, str) and "auto" in others:
+            raise RecipeError(f'{where} must be "auto" or of type {first.__name__}, not {value!r}')
+        return convert(first, value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, float) and not math.isfinite(value):

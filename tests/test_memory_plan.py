@@ -48,7 +48,7 @@ def test_activations_are_those_that_autograd_keeps(shape, dtype):
 
 
 def test_work_by_hand():
-    assert WORK.sample_tokens == 200 and WORK.update_tokens == 4 * (140 + 16 * 60)
+    assert WORK.sample_tokens == 200 and WORK.group_tokens == 140 + 16 * 60 and WORK.update_tokens == 4 * (140 + 16 * 60)
     assert (WORK.rows, WORK.prompts) == (128, 50) and WORK.cache_tokens == max(8 * (140 + 16 * 60), 50 * 200)
     assert WORK.expanded == pytest.approx(16 * 200 / (140 + 16 * 60)) and not WORK.has_reference
     assert work_of(replace(RECIPE, stages=()), 140).update_tokens == 0
@@ -73,6 +73,14 @@ def test_lasting_bytes_by_hand():
     assert plan.peak == plan.weights + plan.sampling and "updating" not in str(plan)
 
 
+def test_groups_that_fit_are_not_divided():
+    model = random_model()
+    per_token = plan_memory(model, replace(SETTINGS, micro_batch_tokens=1), replace(WORK, sample_tokens=1), 10**9).activations
+    for budget, tokens in ((2000, 1100), (1100, 1100), (1000, 1000), (2200, 2200), (10**6, 4400)):
+        plan = plan_memory(model, replace(SETTINGS, micro_batch_tokens=budget), WORK, 10**9)
+        assert plan.activations == tokens * per_token
+
+
 def test_auto_takes_what_is_left_and_no_less_than_the_longest_sample():
     model = random_model()
     auto = OptimizerSettings(micro_batch_tokens="auto")
@@ -81,6 +89,7 @@ def test_auto_takes_what_is_left_and_no_less_than_the_longest_sample():
         return plan_memory(model, auto, WORK, free).micro_batch_tokens
 
     assert tokens(10**12) == WORK.update_tokens
+    assert plan_memory(model, replace(SETTINGS, micro_batch_tokens=7), WORK, 10**9).micro_batch_tokens == 7  # as asked
     assert tokens(10) == WORK.sample_tokens
     fits = {free: plan_memory(model, auto, WORK, free) for free in range(2_000_000, 20_000_000, 1_000_000)}
     for free, plan in fits.items():
@@ -101,5 +110,5 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_help():
     for option in ("activation-checkpointing saves", "kind adamw8bit saves", "rounding stochastic saves"):
         assert f"--optimizer.{option}" in message
     assert "smaller --model" not in message
-    with pytest.raises(ModelError, match="not enough: take a smaller --model"):
+    with pytest.raises(ModelError, match="not enough: try --adapters.rank 16 or a smaller --model"):
         check_plan(plan, model, SETTINGS, WORK, free=1000)

@@ -12,7 +12,7 @@ from rl.optimizer import PIECE
 from rl.recipe import GRPOStage, OptimizerSettings, Recipe
 
 LARGEST_AUTO = {"cpu": 2**13, "cuda": 2**15}  # tokens in a micro-batch beyond which nothing gets faster
-TRANSIENT_LAYERS = 2  # what backward makes and drops on its way, in layers' worth of activations; measured
+TRANSIENT_LAYERS = 3  # what backward makes and drops on its way, in layers' worth of activations; measured
 STEP_BYTES = 20  # for each weight of a piece: float32 weights and gradient, and what the optimizer makes of them
 MARGIN = 0.92  # of the free memory; the rest is for what no plan knows of
 

@@ -8,6 +8,7 @@ fails is written down with its error, and the next one runs.
 """
 
 import json
+import shutil
 import statistics
 import sys
 import time
@@ -225,18 +226,15 @@ def resume_and_training(settings: Settings) -> dict:
     """A real run of the embedded model on the device: stopped, resumed, and compared; then as long as time allows."""
     _, smoke = load_recipe("smoke")
     out = settings.out / "runs"
+    shutil.rmtree(out, ignore_errors=True)  # of an earlier start
     losses = {}
     for name in ("whole", "resumed"):
         recipe = replace(smoke, model="tiny", out=str(out / name), keep_checkpoints=9)
+        train(recipe, quiet=True)
         if name == "resumed":
-            train(replace(recipe, stages=recipe.stages), quiet=True)
-            import shutil
-
             for folder in sorted((out / name / "checkpoints").iterdir())[1:]:
                 shutil.rmtree(folder)
             train(recipe, resume=True, quiet=True)
-        else:
-            train(recipe, quiet=True)
         rows = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
         losses[name] = [row.get("loss") for row in rows]
     result = {"resume_repeats_the_losses": losses["whole"] == losses["resumed"]}

@@ -69,15 +69,15 @@ class MemoryPlan:
 
     process: int
     weights: int
-    masters: int
-    moments: int
     reference: int
-    gradients: int
-    activations: int
-    output_head: int
-    updating: int
-    sampling: int
-    micro_batch_tokens: int
+    masters: int = 0
+    moments: int = 0
+    gradients: int = 0
+    activations: int = 0
+    output_head: int = 0
+    updating: int = 0
+    sampling: int = 0
+    micro_batch_tokens: int = 0
 
     @property
     def lasting(self) -> int:
@@ -162,7 +162,7 @@ def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int
         process: bytes that were held then.
     """
     weights = sum(p.numel() * p.dtype.itemsize for p in model.parameters())
-    plan = MemoryPlan(process, weights, 0, 0, weights if work.has_reference else 0, 0, 0, 0, 0, 0, 0)
+    plan = MemoryPlan(process, weights, reference=weights if work.has_reference else 0)
     if work.update_tokens:
         head = model.lm_head.weight
         trained = [p for p in model.parameters() if p.requires_grad]

@@ -240,6 +240,21 @@ def test_the_log_ratio_to_the_sampler_is_measured_before_the_first_update():
         assert metrics["log_ratio_std"] == pytest.approx(np.std(shifts), abs=1e-4)
 
 
+def test_policy_entropy_is_the_mean_over_the_tokens_learned_from():
+    """Of two updates with a rate of zero, against the plain softmax at every completion token of both shares."""
+    model = random_model()
+    groups = fresh_groups(model, [[1.0, 0.0, 0.1, 0.1]] * 4)
+    stage = GRPOStage(updates_per_step=2, prompts_per_step=4)
+    metrics = grpo_update(learner(model, 40), groups, stage, learning_rate=0.0)
+    entropies = []
+    for sample in (sample for group in group_samples(groups) for sample in group):
+        ids = torch.tensor([sample.prompt_ids + sample.completion_ids])
+        with torch.no_grad():
+            distribution = model(ids)[0, len(sample.prompt_ids) - 1 : -1].double().log_softmax(-1)
+        entropies += (-(distribution.exp() * distribution).sum(-1)).tolist()
+    assert metrics["policy_entropy"] == pytest.approx(np.mean(entropies), abs=1e-5)
+
+
 def test_importance_weights_correct_for_a_sampler_that_differs_up_to_their_cap():
     """Captured log-probabilities are off by -0.4 and +0.9: tokens weigh exp(-0.4) and the cap, and ratios are still one."""
     model = random_model(dtype=torch.float64)

@@ -73,6 +73,23 @@ def test_lasting_bytes_by_hand():
     assert plan.peak == plan.weights + plan.sampling and "updating" not in str(plan)
 
 
+def test_the_highest_point_of_an_update_by_hand():
+    """Where the layers' backward begins, or where the embedding's ends; gradients are there from the second micro-batch on."""
+    wide = {"vocab_size": 4000, "hidden_size": 64}
+    for tied in (True, False):
+        model = random_model(**wide, tie_word_embeddings=tied)
+        head, count = 4 * 4000 * 64, sum(p.numel() for p in model.parameters())
+        for budget, checkpointing in ((10**6, False), (10**6, True), (200, False)):
+            settings = replace(SETTINGS, micro_batch_tokens=budget, activation_checkpointing=checkpointing)
+            plan = plan_memory(model, settings, WORK, free=10**12)
+            several = budget < WORK.update_tokens
+            begin = plan.activations + plan.output_head + (4 * count if several or checkpointing else 0)
+            end = 4 * count + head * several + head * tied
+            step = 4 * count + 20 * 4000 * 64
+            assert plan.updating == max(begin, end, step)
+            assert plan.output_head > head
+
+
 def test_groups_that_fit_are_not_divided():
     model = random_model()
     per_token = plan_memory(model, replace(SETTINGS, micro_batch_tokens=1), replace(WORK, sample_tokens=1), 10**9).activations

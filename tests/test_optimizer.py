@@ -193,6 +193,20 @@ def test_rounding_by_chance_has_the_right_expectation_and_only_the_two_neighbour
     assert torch.equal(round_stochastically(x, "a"), round_stochastically(x, "a"))
 
 
+def test_every_step_rounds_by_chances_of_its_own():
+    """The same small update four hundred times: with the same chances each time, some weights would take all and some none."""
+    model = random_model(dtype=torch.bfloat16, hidden_size=64)
+    optimizer = Optimizer(model, rounding="stochastic")
+    norm = model.model.norm.weight  # 64 ones, with spacing 2^-8 below: 1e-5 is 0.26 % of a step
+    for _ in range(400):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step(1e-5, max_grad_norm=None)
+    taken = ((1 - norm.detach().float()) / 2**-8).round()
+    assert taken.mean().item() == pytest.approx(400 * 1e-5 * 2**8, abs=0.5)  # 1.02 steps, Poisson: deviation 0.13
+    assert 0 < (taken == 0).sum() < 50 and taken.max() <= 6
+
+
 def test_stochastic_rounding_is_for_bfloat16():
     with pytest.raises(ValueError, match="bfloat16.*float16"):
         Optimizer(random_model(dtype=torch.float16), rounding="stochastic")

@@ -7,6 +7,7 @@ import torch
 from helpers import random_model
 from test_batch import grouped_samples
 
+import model.logprobs
 from model import ModelError, Qwen3, Qwen3Config, add_adapters
 from rl.batch import make_batch
 from rl.memory_plan import activation_bytes, check_plan, plan_memory, work_of
@@ -71,6 +72,21 @@ def test_lasting_bytes_by_hand():
     assert (plan.weights, plan.masters, plan.moments) == (2 * count + 4 * trained, 0, 8 * trained)
     plan = plan_memory(model, SETTINGS, work_of(replace(RECIPE, stages=()), 140), free=10**9)
     assert plan.peak == plan.weights + plan.sampling and "updating" not in str(plan)
+
+
+def test_a_large_head_is_the_highest_point_where_the_embeddings_backward_ends(monkeypatch):
+    """Few tokens, few logits and small pieces: gradients, and the head's as often as it is there beside them."""
+    monkeypatch.setattr("rl.memory_plan.PIECE", 1000)
+    monkeypatch.setitem(model.logprobs.CHUNK_LOGITS, "cpu", 4000)
+    small = replace(RECIPE, sampling=SamplingSettings(max_new_tokens=3))
+    for tied, budget, times in ((True, 5, 2), (True, 10**6, 1), (False, 5, 1)):
+        policy = random_model(vocab_size=4000, hidden_size=512, num_hidden_layers=1, tie_word_embeddings=tied)
+        settings = replace(SETTINGS, micro_batch_tokens=budget)
+        work = replace(work_of(small, 2), update_tokens=10)
+        plan = plan_memory(policy, settings, work, free=10**12)
+        head, gradients = 4 * 4000 * 512, plan.gradients
+        assert plan.updating == max(gradients + times * head, (gradients if budget == 5 else 0) + plan.activations + plan.output_head)
+        assert tied is False or plan.updating == gradients + times * head
 
 
 def test_the_highest_point_of_an_update_by_hand():

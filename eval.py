@@ -19,8 +19,10 @@ with ctrl_c_exits():
     from model import load_model
     from rl.checkpoint import RECIPE
     from rl.console import user_errors
-    from rl.evaluate import Evaluation, accuracy_by_difficulty, distinct_answers, evaluate, pass_at_k
-    from rl.recipe import Recipe, RecipeError, from_dict, load_recipe
+    from rl.evaluate import Evaluation, accuracy_by_difficulty, distinct_answers, evaluate
+    from rl.recipe import EvaluationSettings, Recipe, RecipeError
+    from rl.recipe_file import from_dict, load_recipe
+    from rl.rollout import pass_at_k
     from rl.stages import EVALUATION_SEED, pick_device, pick_dtype, problems_of
 
 
@@ -66,20 +68,20 @@ def recipe_of(arguments: Arguments) -> Recipe:
             raise RecipeError(f"{saved}: {error}") from None
     else:
         tiny = arguments.checkpoint == "tiny"
-        recipe = replace(load_recipe("256", "tiny" if tiny else "")[1], model=arguments.checkpoint, stages=())
+        recipe = replace(load_recipe("256", "tiny" if tiny else "")[1], model=arguments.checkpoint)
+        if arguments.count is not None:
+            recipe = replace(recipe, evaluation=EvaluationSettings(problems=arguments.count))
     changes = {
         name: getattr(arguments, name)
         for name in ("max_new_tokens", "max_cache_tokens", "temperature", "top_k", "top_p", "thinking")
         if getattr(arguments, name) is not None
     }
-    count = recipe.evaluation.problems if arguments.count is None else arguments.count
     return replace(
         recipe,
         stages=(),
         device=arguments.device,
         problems=arguments.problems or recipe.problems,
         sampling=replace(recipe.sampling, **changes),
-        evaluation=replace(recipe.evaluation, problems=count),
     )
 
 
@@ -114,9 +116,12 @@ def main(arguments: Arguments) -> None:
     device = pick_device(recipe)
     model, tokenizer = load_model(arguments.checkpoint, device, pick_dtype(recipe), recipe.revision)
     if arguments.problems and arguments.problems not in ("hub", "generated"):
-        held_out = load_problems(arguments.problems)[: arguments.count]
+        held_out = load_problems(arguments.problems)
     else:
         held_out = problems_of(recipe)[1]
+        if arguments.count is not None and arguments.count > len(held_out):
+            raise RecipeError(f"--count must be at most {len(held_out)}, since the run was trained on all other problems")
+    held_out = held_out[: arguments.count]
     result = evaluate(model, tokenizer, held_out, recipe.sampling, arguments.seed, arguments.samples)
     print_table(result, arguments.checkpoint, arguments.examples, Console())
 

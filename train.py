@@ -14,7 +14,8 @@ with ctrl_c_exits():
     import tyro
 
     from rl.console import user_errors
-    from rl.recipe import Recipe, RecipeError, load_recipe
+    from rl.recipe import Recipe, RecipeError
+    from rl.recipe_file import load_recipe
     from rl.runfolder import RunFolder
     from rl.stages import train
 

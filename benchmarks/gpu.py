@@ -27,7 +27,8 @@ from model import KVCache, Qwen3Config, generate, load_model
 from model.cuda_graph import GraphedStep
 from model.wave import Wave
 from rl.batch import Sample, completion_logprobs, make_batch
-from rl.recipe import OptimizerSettings, load_recipe
+from rl.recipe import OptimizerSettings
+from rl.recipe_file import load_recipe
 from rl.stages import train
 
 QWEN3 = {

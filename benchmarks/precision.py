@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rl.checkpoint import checkpoints
-from rl.recipe import AdapterSettings, Recipe, load_recipe
+from rl.recipe import AdapterSettings, Recipe
+from rl.recipe_file import load_recipe
 from rl.runfolder import RunFolder
 from rl.stages import train
 

@@ -22,9 +22,15 @@ class Trace:
     step: int = 0
 
 
+def non_latin(text: str) -> int:
+    """How many letters are outside the Latin script. Under reward alone a model may drift there (paper, section 3.3)."""
+    if text.isascii():
+        return 0
+    return sum(letter.isalpha() and not unicodedata.name(letter, "").startswith("LATIN") for letter in text)
+
+
 def latin_only(text: str) -> bool:
-    """No letter outside the Latin script. Under reward alone a model may drift into other languages (paper, 3.3)."""
-    return all(not character.isalpha() or unicodedata.name(character, "").startswith("LATIN") for character in text)
+    return non_latin(text) == 0
 
 
 def curate(candidates: Iterable[Trace], per_problem: int, limit: int) -> list[Trace]:

@@ -15,7 +15,8 @@ import safetensors.torch
 
 from model import ModelError, Qwen3, Tokenizer, adapter_state, load_adapter_state, save_model
 from rl.optimizer import Optimizer
-from rl.recipe import Recipe, RecipeError, to_dict
+from rl.recipe import Recipe, RecipeError
+from rl.recipe_file import to_dict
 
 STATE, OPTIMIZER, RECIPE = "trainer_state.json", "optimizer.safetensors", "recipe.json"
 ADAPTERS = "adapters.safetensors"

@@ -96,6 +96,11 @@ def step_line(row: dict, stages: int, done: int, steps: int) -> str:
     return "  ".join(parts)
 
 
-def evaluation_text(row: dict) -> str:
-    accuracy, low, high = (100 * row[name] for name in ("eval_accuracy", "eval_low", "eval_high"))
+def final_line(row: dict, problems: int) -> str:
+    sampled, greedy = evaluation_text(row, "final"), evaluation_text(row, "final_greedy")
+    return f"final, {problems:,} held-out problems: {sampled} as sampled in training, {greedy} greedy"
+
+
+def evaluation_text(row: dict, which: str = "eval") -> str:
+    accuracy, low, high = (100 * row[f"{which}_{name}"] for name in ("accuracy", "low", "high"))
     return f"{accuracy:.1f} % ({low:.1f} to {high:.1f})"

@@ -75,15 +75,6 @@ def accuracy_by_difficulty(groups: list[list[Rollout]]) -> dict[str, tuple[float
     return {kind: (sum(shares) / len(shares), len(shares)) for kind, shares in sorted(kinds.items())}
 
 
-def pass_at_k(groups: list[list[Rollout]], k: int) -> float:
-    """Chance that at least one of k completions is correct, by the unbiased estimator (arXiv:2107.03374, equation 1)."""
-    missed = 0.0
-    for group in groups:
-        wrong = sum(rollout.score.outcome != "correct" for rollout in group)
-        missed += math.comb(wrong, k) / math.comb(len(group), k)
-    return 1 - missed / len(groups)
-
-
 def distinct_answers(groups: list[list[Rollout]]) -> float:
     """Mean number of different well-formed answers a problem gets; SFT may raise accuracy and narrow this."""
     answers = [

@@ -44,7 +44,7 @@ class Work:
 
 def work_of(recipe: Recipe, prompt_length: int) -> Work:
     new = recipe.sampling.max_new_tokens
-    rows = prompts = recipe.evaluation.problems
+    rows = prompts = recipe.evaluation.held_out
     cache, update, expanded, largest = prompts * (prompt_length + new), 0, 1.0, 1
     grpo = [stage for stage in recipe.stages if isinstance(stage, GRPOStage)]
     for stage in recipe.stages:

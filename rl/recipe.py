@@ -1,16 +1,9 @@
 """An experiment as data: the dataclasses behind a recipe's TOML, its command line and its saved `config.json`."""
 
-import math
-import tomllib
-import types
-import typing
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Literal
 
 from data import ProblemSettings
-
-RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 class RecipeError(ValueError):
@@ -35,9 +28,9 @@ class GRPOStage:
     warmup_steps: int = 5
     """Steps of linear rise to the learning rate."""
     clip_low: float = 0.25
-    """A token's ratio counts down to 1 - clip_low."""
+    """A token's ratio counts down to 1 - clip_low; 1 is no limit."""
     clip_high: float = 0.25
-    """A token's ratio counts up to 1 + clip_high."""
+    """A token's ratio counts up to 1 + clip_high; 1e9 is no limit."""
     aggregation: Literal["token", "sequence", "constant"] = "token"
     """How token losses are averaged."""
     scale_by_std: bool = True
@@ -96,6 +89,23 @@ class EvaluationSettings:
     """Steps between evaluations; there is one before the first step and one at each stage's end."""
     problems: int = 512
     """Held-out problems, one completion each."""
+    final_problems: int = 0
+    """Held-out problems, these among them, for an evaluation at the run's end, sampled and greedy; 0: there is none."""
+
+    @property
+    def held_out(self) -> int:
+        """How many problems are never trained on."""
+        return max(self.problems, self.final_problems)
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """What the reward pays for beside a correct answer. Verdicts, and so accuracy, are the same whatever stands here."""
+
+    near_miss: bool = True
+    """Pay for well-formed answers off the target by at most 10; without, they earn what any other wrong answer does."""
+    latin_only: bool = False
+    """Guard against drift into other languages: a letter outside the Latin script, and the completion earns nothing."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +159,7 @@ class Recipe:
     """Of problems, their order and sampling."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     adapters: AdapterSettings = field(default_factory=AdapterSettings)
     checkpoint_every: int = 10
@@ -163,6 +174,8 @@ class Recipe:
         check(self.sampling.max_new_tokens >= 1, "sampling.max_new_tokens", self.sampling.max_new_tokens, "at least 1")
         check(self.evaluation.every >= 1, "evaluation.every", self.evaluation.every, "at least 1")
         check(self.evaluation.problems >= 1, "evaluation.problems", self.evaluation.problems, "at least 1")
+        final = self.evaluation.final_problems
+        check(final >= 0, "evaluation.final_problems", final, "at least 0")
         check(self.optimizer.max_grad_norm > 0, "optimizer.max_grad_norm", self.optimizer.max_grad_norm, "above 0")
         budget = self.optimizer.micro_batch_tokens
         check(budget == "auto" or budget >= 1, "optimizer.micro_batch_tokens", budget, "auto or at least 1")
@@ -195,7 +208,7 @@ def check_stage(number: int, stage: GRPOStage | SFTStage, sampling: SamplingSett
         check(getattr(stage, name) >= 1, f"stages.{number}.{name}", getattr(stage, name), "at least 1")
     check(stage.learning_rate > 0, f"stages.{number}.learning_rate", stage.learning_rate, "above 0")
     if stage.kind == "grpo":
-        check(0 <= stage.clip_low < 1, f"stages.{number}.clip_low", stage.clip_low, "in [0, 1)")
+        check(0 <= stage.clip_low <= 1, f"stages.{number}.clip_low", stage.clip_low, "in [0, 1]")
         check(stage.clip_high >= 0, f"stages.{number}.clip_high", stage.clip_high, "at least 0")
         check(stage.kl_coef >= 0, f"stages.{number}.kl_coef", stage.kl_coef, "at least 0")
         cap = stage.importance_cap
@@ -208,115 +221,3 @@ def check_stage(number: int, stage: GRPOStage | SFTStage, sampling: SamplingSett
                 "sampling.top_k and sampling.top_p cannot be used with a grpo stage: the loss scores tokens under the "
                 "full distribution, and the ratio would be wrong from the first update"
             )
-
-
-def load_recipe(name: str, variant: str = "") -> tuple[str, Recipe]:
-    """Read `recipes/<name>.toml`, or a path ending in .toml; the name to call the run by, and the recipe.
-
-    `variant` ("tiny") picks the sibling `<name>-<variant>.toml` where there is one.
-
-    A recipe may say `extends = "other.toml"`: it then states only what differs. Tables [grpo] and [sft] hold what all
-    stages of that kind share; a stage's own fields come first.
-    """
-    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
-    sibling = path.with_name(f"{path.stem}-{variant}.toml")
-    if variant and sibling.is_file():
-        path = sibling
-    tables = read_tables(path)
-    shared = {kind: tables.pop(kind, {}) for kind in STAGES}
-    stages = tables.get("stages", [])
-    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
-        raise RecipeError(f"{path}: stages must be written as [[stages]] tables")
-    try:
-        for kind, table in shared.items():
-            from_dict(STAGES[kind], table, f"{kind}.")  # also where no stage takes from it
-        tables["stages"] = [{**shared.get(str(stage.get("kind")), {}), **stage} for stage in stages]
-        return path.stem, from_dict(Recipe, tables)
-    except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from None
-
-
-def read_tables(path: Path, extended_by: tuple[Path, ...] = ()) -> dict:
-    """A recipe's TOML with what it extends merged in; tables merge, values and lists replace."""
-    path = path.resolve()
-    if path in extended_by:
-        raise RecipeError(f"{path}: extends itself")
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.toml")))
-        raise RecipeError(f"no recipe {path}; there are {known}, or name a .toml file") from None
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path}: {error}") from None
-    base = tables.pop("extends", None)
-    if base is None:
-        return tables
-    return merge(read_tables(path.parent / str(base), (*extended_by, path)), tables)
-
-
-def merge(base: dict, over: dict) -> dict:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = merge(base[key], value) if both else value
-    return merged
-
-
-def from_dict(cls, values: dict, where: str = ""):
-    """Build a (nested) dataclass from parsed TOML or JSON; unknown names and wrong types are errors that name the field."""
-    if not isinstance(values, dict):
-        raise RecipeError(f"{where.rstrip('.') or cls.__name__} must be a table, not {values!r}")
-    hints = typing.get_type_hints(cls)
-    known = {f.name for f in fields(cls)}
-    for name in values:
-        if name not in known:
-            raise RecipeError(f"unknown field {where}{name}; {cls.__name__} has {', '.join(sorted(known))}")
-    built = {name: convert(hints[name], value, f"{where}{name}") for name, value in values.items()}
-    missing = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING and f.name not in built]
-    if missing:
-        raise RecipeError(f"missing field {where}{missing[0]}")
-    try:
-        return cls(**built)
-    except RecipeError:
-        raise
-    except ValueError as error:  # the dataclass's own check
-        raise RecipeError(f"{where.rstrip('.') or cls.__name__}: {error}") from None
-
-
-def convert(hint, value, where: str):
-    """`value` as `hint`: the few kinds of type that occur in a recipe."""
-    if is_dataclass(hint):
-        return from_dict(hint, value, f"{where}.")
-    if typing.get_origin(hint) is tuple:  # the stages
-        if not isinstance(value, list):
-            raise RecipeError(f"{where} must be a list of tables, not {value!r}")
-        for number, stage in enumerate(value):
-            kind = stage.get("kind") if isinstance(stage, dict) else stage
-            if not isinstance(kind, str) or kind not in STAGES:
-                raise RecipeError(f'{where}.{number}.kind must be "grpo" or "sft", not {kind!r}')
-        return tuple(from_dict(STAGES[stage["kind"]], stage, f"{where}.{n}.") for n, stage in enumerate(value))
-    if typing.get_origin(hint) is Literal:
-        allowed = typing.get_args(hint)
-        if value not in allowed:
-            raise RecipeError(f"{where} must be one of {', '.join(map(str, allowed))}, not {value!r}")
-        return value
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # X | None, or X | Literal[...]
-        first, second = typing.get_args(hint)
-        others = (None,) if second is types.NoneType else typing.get_args(second)
-        if value in others:
-            return value
-        if isinstance(value, str) and "auto" in others:
-            raise RecipeError(f'{where} must be "auto" or of type {first.__name__}, not {value!r}')
-        return convert(first, value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise RecipeError(f"{where} must be finite, not {value!r}")
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise RecipeError(f"{where} must be of type {hint.__name__}, not {value!r}")
-    return value
-
-
-def to_dict(recipe: Recipe) -> dict:
-    """Plain JSON of a recipe; `from_dict(Recipe, ...)` takes it back."""
-    return asdict(recipe) | {"stages": [asdict(stage) for stage in recipe.stages]}

@@ -1,4 +1,4 @@
-"""`curve.md` and `curve.png`: accuracy over steps, beside the paper's tables."""
+"""What a run looks like: accuracy beside the paper's tables (`curve.md`, `curve.png`), and `training.png`."""
 
 from pathlib import Path
 
@@ -14,6 +14,19 @@ PAPER_512 = [
     (0, 11.4), (10, 21.1), (20, 28.1), (30, 30.5), (40, 30.2), (50, 31.6), (60, 36.1), (70, 36.4), (80, 39.2)
 ]  # fmt: skip
 
+# The panels of training.png: a title, and the metrics in it with their names; those that are shares are shown in %.
+PANELS = (
+    ("reward", {"reward_mean": ""}),
+    ("correct (%)", {"train_accuracy": "pass@1", "pass_at_8": "pass@8"}),
+    ("well-formed (%)", {"format_rate": ""}),
+    ("completion length (tokens)", {"completion_length": ""}),
+    ("cut off at the limit (%)", {"truncated_fraction": ""}),
+    ("letters outside Latin script (%)", {"non_latin_fraction": ""}),
+    ("entropy (nats a token)", {"policy_entropy": ""}),
+    ("tokens clipped (%)", {"clip_fraction": ""}),
+)
+STYLES = (("C0", "-", "o"), ("C1", "--", "s"), ("C2", ":", "^"), ("C3", "-.", "D"))  # color, line, marker
+
 
 def write_curve(run: RunFolder, max_new_tokens: int) -> None:
     """Write the evaluations of a run so far into `curve.md` and `curve.png`."""
@@ -22,6 +35,10 @@ def write_curve(run: RunFolder, max_new_tokens: int) -> None:
     (run.path / "curve.md").write_text(curve_table(rows, paper))
     if rows:
         plot_curve(rows, paper, run.path / "curve.png")
+    steps = [row for row in run.metrics() if row["kind"] == "grpo" and row["step"]]
+    if steps:
+        series = {name: [row[name] for row in steps] for _, names in PANELS for name in names if name in steps[0]}
+        plot_metrics({run.path.name: [series]}, run.path / "training.png")
 
 
 def curve_table(rows: list[dict], paper: list[tuple[int, float]]) -> str:
@@ -100,3 +117,33 @@ def paper_by_step(rows: list[dict], paper: list[tuple[int, float]]) -> list[tupl
         if (grpo_steps, kind) in at_step:
             points.append((at_step[grpo_steps, kind], value))
     return points
+
+
+def plot_metrics(arms: dict[str, list[dict[str, list[float]]]], path: Path) -> None:
+    """What GRPO's rollouts and updates were like over its steps, a panel each.
+
+    Args:
+        arms: for each name in the legend, its runs; for each run, a list for each metric. Runs are averaged.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, grid = plt.subplots(2, 4, figsize=(14, 6), layout="constrained")
+    for axes, (title, names) in zip(grid.flat, PANELS, strict=True):
+        for (arm, runs), (color, line, _) in zip(arms.items(), STYLES):
+            for name, label in names.items():
+                series = [run[name] for run in runs if name in run]
+                if series:
+                    scale = 100 if "%" in title else 1
+                    average = [scale * sum(values) / len(values) for values in zip(*series)]
+                    weight = 0.8 if label == "pass@8" else 1.5
+                    text = " ".join(filter(None, (arm if len(arms) > 1 else "", label)))
+                    axes.plot(range(1, len(average) + 1), average, color=color, linestyle=line, linewidth=weight, label=text)
+        axes.set(title=title, xlabel="GRPO step", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[1] and any(axes.get_legend_handles_labels()[1]):
+            axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -6,11 +6,13 @@ allowed. The reading is plain string search and a bounded parser, linear in the 
 text at all.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from data import Expression, ExpressionError, Problem, parse_equation, parse_expression
 from data.expression import BLANKS, DIGITS
+from data.traces import latin_only
+from rl.recipe import RewardSettings
 
 NEAR_DISTANCE = 10  # how far from the target still earns part of the reward
 EQUATION_CHARACTERS = DIGITS + "+-*/()=" + BLANKS
@@ -56,6 +58,15 @@ def score(completion_text: str, problem: Problem, thinking: bool = True) -> Scor
     if distance <= NEAR_DISTANCE:
         return Score(float(max(Fraction(3, 10), Fraction(4, 5) - distance / 20)), "near")
     return WRONG
+
+
+def pay(score: Score, text: str, settings: RewardSettings) -> Score:
+    """The same outcome with the reward that a recipe pays for it."""
+    if settings.latin_only and not latin_only(text):
+        return replace(score, reward=MALFORMED.reward)
+    if score.outcome == "near" and not settings.near_miss:
+        return replace(score, reward=WRONG.reward)
+    return score
 
 
 def _split_answer(text: str, thinking: bool) -> tuple[str, str] | None:

@@ -1,14 +1,16 @@
 """From problems to scored completions: prompt, sample, decode, score."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from data import Problem, prompt_text
+from data.traces import non_latin
 from model import Completion, Qwen3, Tokenizer, generate, prompt_ids
-from rl.recipe import SamplingSettings
-from rl.reward import Score, score
+from rl.recipe import RewardSettings, SamplingSettings
+from rl.reward import Score, pay, score
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,20 @@ def reward_tensor(groups: list[list[Rollout]]) -> torch.Tensor:
     return torch.tensor([[rollout.score.reward for rollout in group] for group in groups])
 
 
+def paid(groups: list[list[Rollout]], settings: RewardSettings) -> list[list[Rollout]]:
+    """The rollouts with the rewards that a recipe pays, see `rl.reward.pay`."""
+    return [[replace(r, score=pay(r.score, r.text, settings)) for r in group] for group in groups]
+
+
+def pass_at_k(groups: list[list[Rollout]], k: int) -> float:
+    """Chance that at least one of k completions is correct, by the unbiased estimator (arXiv:2107.03374, equation 1)."""
+    missed = 0.0
+    for group in groups:
+        wrong = sum(rollout.score.outcome != "correct" for rollout in group)
+        missed += math.comb(wrong, k) / math.comb(len(group), k)
+    return 1 - missed / len(groups)
+
+
 def rollout_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
     """What a batch of rollouts looks like, under the names of `metrics.jsonl`; shares are from 0 to 1.
 
@@ -74,14 +90,17 @@ def rollout_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
     rollouts = [rollout for group in groups for rollout in group]
     count = len(rollouts)
     tokens = sum(len(rollout.completion.token_ids) for rollout in rollouts)
+    characters = sum(len(rollout.text) for rollout in rollouts)
     spread = [len({rollout.score.reward for rollout in group}) > 1 for group in groups]
     return {
         "reward_mean": sum(rollout.score.reward for rollout in rollouts) / count,
         "train_accuracy": sum(rollout.score.outcome == "correct" for rollout in rollouts) / count,
+        "near_fraction": sum(rollout.score.outcome == "near" for rollout in rollouts) / count,
         "format_rate": sum(rollout.score.outcome != "malformed" for rollout in rollouts) / count,
         "entropy": -sum(sum(rollout.completion.logprobs) for rollout in rollouts) / tokens,
         "completion_length": tokens / count,
         "truncated_fraction": sum(not rollout.completion.finished for rollout in rollouts) / count,
+        "non_latin_fraction": sum(non_latin(rollout.text) for rollout in rollouts) / max(1, characters),
         "silent_groups": 1 - sum(spread) / len(groups),
         "tokens": tokens,
-    }
+    } | {f"pass_at_{k}": pass_at_k(groups, k) for k in (2, 4, 8, 16, 32) if k <= len(groups[0])}

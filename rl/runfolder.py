@@ -9,7 +9,8 @@ import torch
 
 from data import Problem
 from data.traces import Trace
-from rl.recipe import Recipe, RecipeError, from_dict, to_dict
+from rl.recipe import Recipe, RecipeError
+from rl.recipe_file import from_dict, to_dict
 from rl.rollout import Rollout
 
 # What may differ when a run is resumed: where it lies, and what changes memory and speed only.

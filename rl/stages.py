@@ -3,7 +3,7 @@
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from rl.batch import Sample
 from rl.checkpoint import (
     Progress, checkpoints, load_adapters, load_optimizer, load_progress, prune_checkpoints, save_checkpoint,
 )  # fmt: skip
-from rl.console import describe_run, sampling_progress, step_line
+from rl.console import describe_run, final_line, sampling_progress, step_line
 from rl.evaluate import evaluate
 from rl.grpo import grpo_update
 from rl.learner import Learner
@@ -27,7 +27,7 @@ from rl.optimizer import Optimizer
 from rl.recipe import GRPOStage, Recipe, RecipeError, SFTStage
 from rl.report import write_curve
 from rl.reward import score
-from rl.rollout import collect_rollouts, rollout_metrics
+from rl.rollout import collect_rollouts, paid, rollout_metrics
 from rl.runfolder import RunFolder
 from rl.sft import sft_schedule, sft_step
 
@@ -87,6 +87,8 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> None:
     if not resume or not run.metrics():
         row = {"stage": 0, "kind": recipe.stages[0].kind if recipe.stages else "baseline", "step": 0, "grpo_steps": 0}
         row |= evaluation_metrics(lab)
+        if not recipe.stages:
+            row |= final_metrics(lab)
         if not resume:
             run.create(recipe)  # only now: a run refused before its first metrics is not in the corrected one's way
         run.log(row)
@@ -96,6 +98,9 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> None:
         run_stage(lab, progress, checkpoint)
         checkpoint = None
     write_curve(run, recipe.sampling.max_new_tokens)
+    last = run.metrics()[-1]
+    if "final_accuracy" in last:
+        lab.say(final_line(last, recipe.evaluation.final_problems))
     lab.say(f"done: {run.path}/curve.md and curve.png")
 
 
@@ -133,6 +138,8 @@ def run_stage(lab: Lab, progress: Progress, checkpoint=None) -> None:
         last = progress.stage_step == steps
         if last or progress.stage_step % recipe.evaluation.every == 0:
             row |= evaluation_metrics(lab)
+        if last and progress.stage == len(recipe.stages) - 1:
+            row |= final_metrics(lab)
         lab.run.log(row)
         lab.say(step_line(row, len(recipe.stages), progress.stage_step, steps))
         if "eval_accuracy" in row:
@@ -158,6 +165,7 @@ def grpo_stage(lab: Lab, stage: GRPOStage, learner: Learner, progress: Progress)
         size = stage.samples_per_prompt
         with sampling_progress("rollout", len(problems) * size, lab.quiet) as shown:
             groups = collect_rollouts(lab.model, lab.tokenizer, problems, size, recipe.sampling, seed, shown)
+        groups = paid(groups, recipe.reward)
         sampled = time.perf_counter()
         rate = stage.learning_rate * min(1.0, (progress.stage_step + 1) / max(1, stage.warmup_steps))
         metrics = rollout_metrics(groups) | grpo_update(learner, groups, stage, rate)
@@ -238,7 +246,7 @@ def problems_of(recipe: Recipe) -> tuple[list[Problem], list[Problem]]:
             raise DataError(f"generator: {error}") from None
     else:
         problems = load_problems(source)
-    return split_problems(problems, recipe.evaluation.problems, recipe.seed)
+    return split_problems(problems, recipe.evaluation.held_out, recipe.seed)
 
 
 def endless_problems(problems: list[Problem], seed: int, position: int, count: int) -> list[Problem]:
@@ -252,8 +260,8 @@ def endless_problems(problems: list[Problem], seed: int, position: int, count: i
 
 
 def evaluation_metrics(lab: Lab) -> dict[str, float]:
-    start = time.perf_counter()
-    result = evaluate(lab.model, lab.tokenizer, lab.held_out, lab.recipe.sampling, EVALUATION_SEED, quiet=lab.quiet)
+    start, problems = time.perf_counter(), lab.held_out[: lab.recipe.evaluation.problems]
+    result = evaluate(lab.model, lab.tokenizer, problems, lab.recipe.sampling, EVALUATION_SEED, quiet=lab.quiet)
     return {
         "eval_accuracy": result.accuracy,
         "eval_low": result.low,
@@ -261,6 +269,18 @@ def evaluation_metrics(lab: Lab) -> dict[str, float]:
         "eval_completion_length": result.completion_length,
         "eval_seconds": time.perf_counter() - start,
     }
+
+
+def final_metrics(lab: Lab) -> dict[str, float]:
+    """Accuracy at the end of a run on all of its held-out problems: as it samples, and taking the likeliest token."""
+    recipe, metrics = lab.recipe, {}
+    problems = lab.held_out[: recipe.evaluation.final_problems]
+    for name, temperature in ("final", recipe.sampling.temperature), ("final_greedy", 0.0):
+        if problems:
+            sampling = replace(recipe.sampling, temperature=temperature)
+            result = evaluate(lab.model, lab.tokenizer, problems, sampling, EVALUATION_SEED, quiet=lab.quiet)
+            metrics |= {f"{name}_accuracy": result.accuracy, f"{name}_low": result.low, f"{name}_high": result.high}
+    return metrics
 
 
 def pick_device(recipe: Recipe) -> str:

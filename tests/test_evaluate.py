@@ -13,8 +13,9 @@ from data import Problem
 from model import Completion, Tokenizer
 from model.weights import TINY
 from rl import score
-from rl.evaluate import accuracy_by_difficulty, distinct_answers, evaluate, pass_at_k, wilson_interval
+from rl.evaluate import accuracy_by_difficulty, distinct_answers, evaluate, wilson_interval
 from rl.recipe import SamplingSettings
+from rl.rollout import pass_at_k
 from rl.reward import Score
 from rl.rollout import Rollout, collect_rollouts, judge, reward_tensor, rollout_metrics
 
@@ -128,7 +129,8 @@ def test_rollout_metrics_by_hand():
     ]
     assert rollout_metrics(groups) == pytest.approx({
         "reward_mean": 0.275, "train_accuracy": 0.25, "format_rate": 0.5, "entropy": 0.5, "completion_length": 4.0,
-        "truncated_fraction": 0.25, "silent_groups": 0.5, "tokens": 16,
+        "truncated_fraction": 0.25, "silent_groups": 0.5, "tokens": 16, "near_fraction": 0.0, "non_latin_fraction": 0.0,
+        "pass_at_2": 0.5,
     })  # fmt: skip
     assert torch.equal(reward_tensor(groups), torch.tensor([[1.0, 0.1], [0.0, 0.0]]))
 

@@ -27,7 +27,7 @@ from model.sampler import waves
 from rl.checkpoint import checkpoints
 from rl.console import sampling_progress
 from rl.evaluate import evaluate
-from rl.recipe import load_recipe
+from rl.recipe_file import load_recipe
 from rl.runfolder import RunFolder
 from rl.stages import problems_of, train
 from train import parse

@@ -5,18 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from rl.recipe import (
-    RECIPES,
-    GRPOStage,
-    Recipe,
-    RecipeError,
-    SamplingSettings,
-    SFTStage,
-    from_dict,
-    load_recipe,
-    read_tables,
-    to_dict,
-)
+from rl.recipe import GRPOStage, Recipe, RecipeError, SamplingSettings, SFTStage
+from rl.recipe_file import RECIPES, from_dict, load_recipe, read_tables, to_dict
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
 
@@ -196,7 +186,7 @@ def stage(kind: str, text: str) -> str:
         *[(stage("sft", f"{name} = 0"), f"stages.0.{name}")
           for name in ("epochs", "batch_size", "max_traces", "traces_per_problem", "learning_rate")],
         (stage("grpo", "learning_rate = nan"), "stages.0.learning_rate"),
-        (stage("grpo", "clip_low = 1.0"), "stages.0.clip_low"),
+        (stage("grpo", "clip_low = 1.1"), "stages.0.clip_low"),
         (stage("grpo", "clip_low = -0.1"), "stages.0.clip_low"),
         (stage("grpo", "clip_high = -0.1"), "stages.0.clip_high"),
         (stage("grpo", "kl_coef = -0.1"), "stages.0.kl_coef"),

@@ -1,0 +1,236 @@
+"""The study: arms that change one thing each, runs that are made once, and figures that follow from their results."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+import rl.study
+from rl.recipe import RecipeError
+from rl.recipe_file import build_recipe, to_dict
+from rl.runfolder import flatten
+from rl.study import Arguments, load_arms, next_task, plan, run_study, traces_of
+from rl.study_report import Estimate, Run, end_table, evaluation_table, load_runs, paired_difference, verdicts, write_report
+
+SMALL = """
+extends = "{recipes}/smoke.toml"
+main_seeds = 2
+[sampling]
+max_new_tokens = 48
+[evaluation]
+problems = 4
+final_problems = 6
+[grpo]
+prompts_per_step = 2
+samples_per_prompt = 4
+[[stages]]
+kind = "grpo"
+steps = 3
+[main]
+grpo = {{}}
+staged = {{ stages = [{{ kind = "grpo", steps = 1 }}, {{ kind = "sft" }}, {{ kind = "grpo", steps = 2 }}] }}
+[ablations]
+"no std" = {{ grpo = {{ scale_by_std = false }} }}
+"""
+
+
+def recipe_of(arm):
+    return build_recipe(arm.tables, rl.study.RECIPES)
+
+
+def small_study(folder, text: str = SMALL) -> Arguments:
+    path = folder / "arms.toml"
+    path.write_text(text.format(recipes=rl.study.RECIPES))
+    return Arguments(recipe=path, results=folder / "results", out=folder / "runs", workers=2)
+
+
+# Arms
+
+
+def test_the_main_arms_take_the_same_grpo_steps_and_differ_in_nothing_else():
+    arms = {arm.name: recipe_of(arm) for arm in load_arms(Arguments().recipe) if arm.is_main}
+    grpo = arms["grpo"]
+    for name in "staged", "grpo-512":
+        stages = [stage for stage in arms[name].stages if stage.kind == "grpo"]
+        assert sum(stage.steps for stage in stages) == grpo.stages[0].steps
+        assert all(replace(stage, steps=grpo.stages[0].steps) == grpo.stages[0] for stage in stages)
+        assert replace(arms[name], stages=(), sampling=grpo.sampling) == replace(grpo, stages=())
+    assert [stage.kind for stage in arms["staged"].stages] == ["grpo", "sft", "grpo"]
+    assert arms["grpo-512"].sampling == replace(grpo.sampling, max_new_tokens=512)
+    (sft,) = arms["sft"].stages
+    assert sft == replace(arms["staged"].stages[1], traces="staged")
+
+
+def test_every_ablation_changes_one_thing_in_grpo_alone():
+    arms = load_arms(Arguments().recipe)
+    base = flatten(to_dict(recipe_of(next(arm for arm in arms if arm.name == "grpo"))))
+    base_completions = base["stages.0.prompts_per_step"] * base["stages.0.samples_per_prompt"]
+    changed = {}
+    for arm in arms:
+        if not arm.is_main:
+            other = flatten(to_dict(recipe_of(arm)))
+            changed[arm.name] = {name.split(".")[-1] for name in base if base[name] != other[name]}
+            assert other["stages.0.prompts_per_step"] * other["stages.0.samples_per_prompt"] == base_completions
+    pairs = [{"clip_low", "clip_high"}, {"prompts_per_step", "samples_per_prompt"}]
+    assert all(len(names) == 1 or names in pairs for names in changed.values()), changed
+    covered = set().union(*changed.values())
+    assert covered >= {"clip_low", "scale_by_std", "aggregation", "near_miss", "updates_per_step", "samples_per_prompt"}
+
+
+def test_imitation_waits_for_the_run_whose_traces_it_imitates():
+    tasks = {(task.arm.name, task.seed): task for task in plan(Arguments(arms=("staged", "sft"), seeds=2))}
+    sft, staged = tasks["sft", 1], tasks["staged", 1]
+    assert traces_of(sft) == {staged.recipe.out} and not traces_of(staged)
+    assert next_task([sft, staged], []) is staged
+    assert next_task([sft], [staged]) is None
+    assert next_task([sft], [tasks["staged", 0]]) is sft
+    assert next_task([], []) is None
+
+
+def test_an_arm_that_does_not_exist_or_changes_what_does_not_is_named(tmp_path):
+    with pytest.raises(RecipeError, match="no arm 'grop'"):
+        list(plan(replace(small_study(tmp_path), arms=("grop",))))
+    wrong = small_study(tmp_path, SMALL + '"x" = {{ grpo = {{ clip = 1 }} }}\n')
+    with pytest.raises(RecipeError, match="grpo.clip"):
+        list(plan(wrong))
+    with pytest.raises(RecipeError, match="must be a table"):
+        load_arms(small_study(tmp_path, SMALL + '"x" = 3\n').recipe)
+
+
+# Runs
+
+
+def test_a_study_makes_each_run_once_and_again_only_if_its_recipe_changed(tmp_path, monkeypatch):
+    arguments = small_study(tmp_path)
+    run_study(arguments)
+    files = {path.name: path.read_text() for path in (arguments.results / "runs").iterdir()}
+    assert set(files) == {f"{name}.{seed}.json" for name in ("grpo", "staged") for seed in (0, 1)} | {"no-std.0.json"}
+    for name, text in files.items():
+        result = json.loads(text)
+        rows = [json.loads(line) for line in (arguments.out / result["arm"] / f"seed_{result['seed']}" / "metrics.jsonl").open()]
+        sampled = [row["tokens"] for row in rows if row["kind"] == "grpo" and row["step"]]
+        assert result["steps"]["tokens"] == sampled and len(sampled) == 3, name
+        assert result["evaluations"][-1]["generated_tokens"] == sum(sampled)
+        assert [e["eval_accuracy"] for e in result["evaluations"]] == [r["eval_accuracy"] for r in rows if "eval_accuracy" in r]
+        assert result["final"]["final_accuracy"] == rows[-1]["final_accuracy"]
+    for written in "results.md", "accuracy.png", "training.png":
+        assert (arguments.results / written).stat().st_size > 500
+
+    made = []
+    monkeypatch.setattr(rl.study, "ProcessPoolExecutor", lambda *_, **__: InProcess(made))
+    run_study(arguments)
+    assert made == []
+    changed = small_study(tmp_path, SMALL.replace("scale_by_std = false", "scale_by_std = false, clip_low = 0.1"))
+    run_study(changed)
+    assert made == [("no std", 0)]
+    assert json.loads((arguments.results / "runs" / "no-std.0.json").read_text())["recipe"]["stages"][0]["clip_low"] == 0.1
+    unchanged = {path.name for path in (arguments.results / "runs").iterdir() if files[path.name] == path.read_text()}
+    assert unchanged == set(files) - {"no-std.0.json"}
+
+
+class InProcess:
+    """Runs what it is given at once, in this process, and writes down which run that was."""
+
+    def __init__(self, made: list):
+        self.made = made
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, task):
+        self.made.append((task.arm.name, task.seed))
+        future = rl.study.Future()
+        future.set_result(function(task))
+        return future
+
+
+def test_a_study_goes_on_where_a_run_was_stopped(tmp_path, monkeypatch):
+    arguments = replace(small_study(tmp_path), arms=("grpo",), seeds=1)
+    (task,) = plan(arguments)
+    grpo_update, steps = rl.stages.grpo_update, []
+
+    def stopped(*inputs):
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return grpo_update(*inputs)
+
+    monkeypatch.setattr(rl.stages, "grpo_update", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        rl.study.run_task(task)
+    result = rl.study.run_task(task)
+    assert len(steps) == 4, "the third step again, the first two not"
+    whole = rl.study.run_task(replace(task, recipe=replace(task.recipe, out=str(tmp_path / "whole"))))
+    for result_part in "evaluations", "final", "steps":
+        assert result[result_part] == whole[result_part]
+
+
+# Figures
+
+
+def made_up(arm: str, seed: int, accuracies: dict[int, float], tokens_a_step: int = 100, final: float | None = None) -> Run:
+    evaluations = [
+        {"stage": 0, "kind": "grpo", "step": step, "grpo_steps": step, "eval_accuracy": accuracy / 100,
+         "generated_tokens": tokens_a_step * step}
+        for step, accuracy in accuracies.items()
+    ]  # fmt: skip
+    ends = {} if final is None else {"final_accuracy": final / 100, "final_greedy_accuracy": final / 50}
+    return Run(arm, seed, evaluations, ends, {}, 60)
+
+
+def test_the_interval_is_students():
+    estimate = Estimate.of([1.0, 2.0, 6.0])
+    assert (estimate.mean, estimate.count) == (3.0, 3)
+    assert estimate.half_width == pytest.approx(4.302653 * math.sqrt(7) / math.sqrt(3), rel=1e-4)  # variance (4 + 1 + 9) / 2
+    assert str(estimate) == "3.0 ± 6.6"
+    assert str(Estimate.of([4.25])) == "4.2" and math.isnan(Estimate.of([4.25]).half_width)
+    assert Estimate.of([0.0, 1.0] * 10).half_width == pytest.approx(2.093 * 0.51299 / math.sqrt(20), rel=1e-3)
+
+
+def test_differences_are_taken_seed_by_seed():
+    grpo = [made_up("grpo", seed, {0: 0.0, 10: 10.0 * seed}) for seed in (1, 2, 3)]
+    staged = [made_up("staged", seed, {0: 0.0, 10: 10.0 * seed + better}) for seed, better in ((2, 3.0), (1, 2.0), (7, 50.0))]
+    difference = paired_difference(staged, grpo)
+    assert (difference.mean, difference.count) == (2.5, 2)
+
+
+@pytest.mark.parametrize(
+    "better, said",
+    [((5, 6, 7), "is better than"), ((-5, -6, -7), "is worse than"), ((-5, 6, 3), "cannot be told apart from")],
+)
+def test_a_verdict_says_no_more_than_its_interval(better, said):
+    grpo = [made_up("grpo", seed, {10: 40.0 + seed}) for seed in range(3)]
+    staged = [made_up("staged", seed, {10: 40.0 + seed + better[seed]}) for seed in range(3)]
+    (sentence,) = verdicts({"grpo": grpo, "staged": staged})
+    assert f"**staged** {said} **grpo**: {sum(better) / 3:+.1f} points" in sentence
+
+
+def test_tables_by_hand():
+    grpo = [made_up("grpo", seed, {0: 4.0, 10: 20.0 + seed, 20: 10.0 + seed}, final=12.0) for seed in (0, 2)]
+    longer = [made_up("longer", 0, {0: 4.0, 20: 44.0}, tokens_a_step=200)]
+    assert longer[0].accuracy_at(1000) == pytest.approx(14.0)
+    assert grpo[0].largest_fall == 10.0 and longer[0].largest_fall == 0.0
+    rows = [line.split(" | ") for line in evaluation_table({"grpo": grpo, "longer": longer}).splitlines()]
+    assert rows[0] == ["| GRPO steps", "grpo", "longer |"]
+    assert rows[3] == ["| 10", "21.0 ± 12.7", " |"] and rows[4] == ["| 20", "11.0 ± 12.7", "44.0 |"]
+    end = [line.strip("| ").split(" | ") for line in end_table({"grpo": grpo, "longer": longer}).splitlines()]
+    assert end[0][4] == "after 0.00 M generated tokens, %"  # 2,000 of them
+    assert end[2][:8] == ["grpo", "2", "12.0 ± 0.0", "24.0 ± 0.0", "11.0 ± 12.7", "0.0", "10.0", "0.00"]
+    assert end[3][:5] == ["longer", "1", "44.0", "", "24.0"]
+
+
+def test_an_sft_stage_is_one_point_beside_the_last_of_grpo():
+    rows = [("grpo", 0, 0, 0, 0.1), ("grpo", 0, 5, 5, 0.2), ("sft", 1, 8, 5, 0.3), ("sft", 1, 9, 5, 0.4), ("grpo", 2, 14, 10, 0.5)]
+    names = ("kind", "stage", "step", "grpo_steps", "eval_accuracy")
+    run = Run("staged", 0, [dict(zip(names, row)) | {"generated_tokens": 0} for row in rows], {}, {}, 0)
+    assert run.points == pytest.approx({(0, False): 10, (5, False): 20, (5, True): 40, (10, False): 50})
+
+
+def test_a_report_of_nothing_writes_nothing(tmp_path):
+    (tmp_path / "runs").mkdir()
+    write_report(tmp_path, load_arms(Arguments().recipe))
+    assert load_runs(tmp_path) == {} and [path.name for path in tmp_path.iterdir()] == ["runs"]

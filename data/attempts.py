@@ -1,7 +1,8 @@
-"""What the embedded model is trained on before any reinforcement: arithmetic attempts that miss, worked step by step.
+"""What the embedded model is trained on before any reinforcement: arithmetic, and attempts at Countdown that miss.
 
-A document answers a Countdown prompt with one to twelve random attempts. Each combines all the numbers in a random
-order with random operators and is right as arithmetic; all but the last are compared with the target. With target 45:
+Four documents in five answer a Countdown prompt with random attempts, six or seven on average. Each combines all the
+numbers in a random order with random operators and is right as arithmetic; all but the last are compared with the
+target. With target 45:
 
     7-3=4 4*12=48 too high
     12+7=19 19-3=16 too low
@@ -9,9 +10,16 @@ order with random operators and is right as arithmetic; all but the last are com
     </think>
     <answer>(12-3)*7</answer>
 
-Half of the documents answer like this, with their last attempt, wrong as it is; the other half forget the answer tags.
-Attempts that hit the target are left out. A model of such documents can calculate, keeps the format half the time and
-has never seen a solution: aiming at the target, and stopping when it is hit, are left for GRPO to find.
+Half of them answer like this, with their last attempt, wrong as it is; the other half forget the answer tags. Attempts
+that hit the target are left out. The fifth document is an exercise without a problem to solve: random sums, differences,
+products and quotients, each compared with one number, and here "equal" occurs:
+
+    Compare with 19.
+    12-3=9 too low
+    12+7=19 equal
+
+A model of such documents can calculate and knows what "equal" means, keeps the format half the time, and has never seen
+a solution: that one should go on until the target is hit, and answer then, is left for GRPO to find.
 
 What goes wrong in the other half matters. Where it gave up without an answer, ran on, or answered before the `</think>`,
 more reward first came from ending the thinking sooner, hit or not, and completions shrank to two attempts.
@@ -22,10 +30,12 @@ from dataclasses import dataclass
 
 from data.countdown import Problem, ProblemSettings
 
-MAX_ATTEMPTS = 12
+STOP_SHARE = 1 / 8  # of those who have made an attempt, so many stop there: length says nothing of success
+MAX_ATTEMPTS = 13  # with 4 numbers, just within 256 tokens
 WELL_FORMED_SHARE = 0.5
+COMPARISONS = 8
 LARGEST_PRODUCT = 100
-VERDICTS = (" too low\n", " too high\n")
+VERDICTS = (" too low\n", " equal\n", " too high\n")
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,9 @@ def attempts_document(problem: Problem, rng: random.Random) -> str:
 
     Attempts differ from one another, and none of them reaches the target.
     """
-    wanted = rng.randint(1, MAX_ATTEMPTS)
+    wanted = 1
+    while wanted < MAX_ATTEMPTS and rng.random() > STOP_SHARE:
+        wanted += 1
     attempts: dict[str, Attempt] = {}
     for _ in range(100):  # small numbers may not have so many different ones
         attempt = random_attempt(problem.numbers, rng)
@@ -76,9 +88,28 @@ def attempts_document(problem: Problem, rng: random.Random) -> str:
         if len(attempts) == wanted:
             break
     *missed, last = attempts.values()
-    lines = [attempt.steps + VERDICTS[attempt.value > problem.target] for attempt in missed]
+    lines = [attempt.steps + verdict(attempt.value, problem.target) for attempt in missed]
     answer = f"<answer>{last.expression}</answer>" if rng.random() < WELL_FORMED_SHARE else last.expression
     return f"{''.join(lines)}{last.steps}\n</think>\n{answer}<|im_end|>"
+
+
+def verdict(value: int, target: int) -> str:
+    return VERDICTS[1 + (value > target) - (value < target)]
+
+
+def comparison_prompt(number: int) -> str:
+    return f"Compare with {number}."
+
+
+def comparison_document(rng: random.Random, settings: ProblemSettings) -> tuple[int, str]:
+    """An exercise: a number, and random calculations each compared with it; in half of them one is equal to it."""
+    steps = []
+    for _ in range(COMPARISONS):
+        left, right = (rng.randint(settings.min_number, settings.max_target) for _ in range(2))
+        operator, value = random_step(left, right, rng)
+        steps.append((f"{left}{operator}{right}={value}", value))
+    number = rng.randint(settings.min_target, settings.max_target) if rng.random() < 0.5 else rng.choice(steps)[1]
+    return number, "".join(step + verdict(value, number) for step, value in steps) + "</think>\n<|im_end|>"
 
 
 def random_problem(rng: random.Random, settings: ProblemSettings) -> Problem:

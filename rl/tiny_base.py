@@ -16,7 +16,7 @@ import tokenizers
 import torch
 import tyro
 
-from data.attempts import VERDICTS, attempts_document, random_problem
+from data.attempts import VERDICTS, attempts_document, comparison_document, comparison_prompt, random_problem
 from data.countdown import Problem, ProblemSettings, prompt_text
 from model import Qwen3, Qwen3Config, Tokenizer, prompt_ids, save_model
 from model.weights import TINY
@@ -28,6 +28,7 @@ from rl.sft import sft_step
 
 TINY_PROBLEMS = ProblemSettings(min_number=1, max_number=20, min_target=10, max_target=50, four_number_share=1 / 3)
 CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+EXERCISE_SHARE = 0.2
 MAX_TOKENS = 256  # of a document; longer ones are cut off
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -38,10 +39,10 @@ class TinyBase:
 
     out: Path = TINY
     """Folder to write the checkpoint to."""
-    steps: int = 2400
+    steps: int = 4000
     """Optimizer steps."""
     documents_per_step: int = 32
-    """Documents a step; each is about 140 tokens."""
+    """Documents a step; each is about 85 tokens."""
     learning_rate: float = 3e-3
     """Peak of the cosine schedule."""
     seed: int = 0
@@ -49,18 +50,21 @@ class TinyBase:
 
 
 def train_tokenizer(folder: Path) -> Tokenizer:
-    """A byte-level tokenizer in which each of the prompt's fixed phrases is one token.
+    """A byte-level tokenizer in which each of the prompt's fixed phrases, and each number below 200, is one token.
 
-    Everything else is bytes: digits are single tokens as in Qwen3, and any text can be encoded.
+    Everything else is bytes, so any text can be encoded. Qwen3 has one token a digit; whole numbers make completions a
+    third shorter, and whether a value is the target a question of one token.
     """
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(byte_alphabet(), []))
     backend.normalizer = tokenizers.normalizers.NFC()
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
-    pieces = re.split(r"\d+(?:, \d+)*", prompt_text(Problem((1, 2, 3), 10)))
+    prompts = prompt_text(Problem((1, 2, 3), 10)), comparison_prompt(10)
+    pieces = [piece for prompt in prompts for piece in re.split(r"\d+(?:, \d+)*", prompt)]
     phrases = [piece for piece in pieces if len(piece) > 1] + ["user\n", "assistant\n", *VERDICTS]
+    numbers = map(str, range(10, 200))  # those of one digit are bytes already
     special = [tokenizers.AddedToken(token, special=True, normalized=False) for token in CHAT_TOKENS]
-    plain = [tokenizers.AddedToken(token, special=False, normalized=False) for token in (*TAGS, *phrases)]
+    plain = [tokenizers.AddedToken(token, special=False, normalized=False) for token in (*TAGS, *phrases, *numbers)]
     backend.add_special_tokens(special)
     backend.add_tokens(plain)
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,9 +99,13 @@ def tiny_config(num_tokens: int) -> Qwen3Config:
 
 
 def document_sample(tokenizer: Tokenizer, rng: random.Random) -> Sample:
-    problem = random_problem(rng, TINY_PROBLEMS)
-    prompt = prompt_ids(tokenizer, prompt_text(problem), thinking=True)
-    return Sample(prompt, tokenizer.encode(attempts_document(problem, rng))[:MAX_TOKENS])
+    if rng.random() < EXERCISE_SHARE:
+        number, text = comparison_document(rng, TINY_PROBLEMS)
+        prompt = comparison_prompt(number)
+    else:
+        problem = random_problem(rng, TINY_PROBLEMS)
+        prompt, text = prompt_text(problem), attempts_document(problem, rng)
+    return Sample(prompt_ids(tokenizer, prompt, thinking=True), tokenizer.encode(text)[:MAX_TOKENS])
 
 
 def cosine(step: int, steps: int, warmup: int = 100) -> float:

@@ -8,7 +8,9 @@ from fractions import Fraction
 import pytest
 
 from data import Problem, ProblemSettings
-from data.attempts import attempts_document, random_attempt, random_problem
+from data.attempts import (
+    STOP_SHARE, attempts_document, comparison_document, comparison_prompt, random_attempt, random_problem,
+)  # fmt: skip
 from rl import score
 
 STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)")
@@ -43,7 +45,7 @@ def documents():
         yield problem, attempts_document(problem, rng)
 
 
-DOCUMENT = re.compile(r"([^<]*)\n</think>\n(<answer>)?([^<]*)(</answer>)?<\|im_end\|>")
+DOCUMENT = re.compile(r"([^<]+)\n</think>\n(<answer>)?([^<]*)(</answer>)?<\|im_end\|>")
 LINE = re.compile(r"([\d=+*/ -]+?)( too low| too high|)")
 
 
@@ -111,3 +113,28 @@ def test_documents_and_problems_come_from_the_generator_they_are_given():
     assert {len(problem.numbers) for problem in problems} == {3, 4}
     assert {number for problem in problems for number in problem.numbers} == set(range(1, 21))
     assert {problem.target for problem in problems} == set(range(10, 51))
+
+
+def test_one_stops_after_any_attempt_with_the_same_chance_so_that_length_tells_nothing_of_success():
+    counts = [len(parts(document)[0]) for _, document in documents()]
+    stopped = Counter(counts)
+    for least in (1, 6):  # of those that got so far, STOP_SHARE stop at each of the next four
+        reached = sum(min(count - least + 1, 4) for count in counts if count >= least)
+        share = sum(stopped[least + k] for k in range(4)) / reached
+        assert share == pytest.approx(STOP_SHARE, abs=0.03)
+
+
+def test_exercises_are_right_show_equality_and_pose_no_problem():
+    found: Counter[str] = Counter()
+    for seed in SEEDS:
+        number, text = comparison_document(random.Random(seed), SETTINGS)
+        lines, end = text.split("</think>\n")
+        assert end == "<|im_end|>" and lines.endswith("\n")
+        for line in lines.splitlines():
+            step, verdict = line.split(" ", 1)
+            a, operator, b, value = STEP.fullmatch(step).groups()
+            assert calculate(f"{a}{operator}{b}") == int(value)
+            assert verdict == ("too low" if int(value) < number else "too high" if int(value) > number else "equal")
+            found[verdict] += 1
+        assert comparison_prompt(number) == f"Compare with {number}."
+    assert min(found.values()) > 150

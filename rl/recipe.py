@@ -24,9 +24,11 @@ class GRPOStage:
     updates_per_step: int = 2
     """Optimizer steps a rollout batch, each on its own share of the groups. From the second on, the clip is alive."""
     learning_rate: float = 2e-6
-    """Constant after the warm-up."""
+    """Reached after the warm-up."""
     warmup_steps: int = 5
     """Steps of linear rise to the learning rate."""
+    end_rate: float = 1.0
+    """Share of the learning rate that is left at the stage's end; it falls linearly. 1 keeps it constant."""
     clip_low: float = 0.25
     """A token's ratio counts down to 1 - clip_low; 1 is no limit."""
     clip_high: float = 0.25
@@ -210,6 +212,7 @@ def check_stage(number: int, stage: GRPOStage | SFTStage, sampling: SamplingSett
     if stage.kind == "grpo":
         check(0 <= stage.clip_low <= 1, f"stages.{number}.clip_low", stage.clip_low, "in [0, 1]")
         check(stage.clip_high >= 0, f"stages.{number}.clip_high", stage.clip_high, "at least 0")
+        check(0 <= stage.end_rate <= 1, f"stages.{number}.end_rate", stage.end_rate, "in [0, 1]")
         check(stage.kl_coef >= 0, f"stages.{number}.kl_coef", stage.kl_coef, "at least 0")
         cap = stage.importance_cap
         check(cap is None or cap > 0, f"stages.{number}.importance_cap", cap, "above 0")

@@ -167,7 +167,7 @@ def grpo_stage(lab: Lab, stage: GRPOStage, learner: Learner, progress: Progress)
             groups = collect_rollouts(lab.model, lab.tokenizer, problems, size, recipe.sampling, seed, shown)
         groups = paid(groups, recipe.reward)
         sampled = time.perf_counter()
-        rate = stage.learning_rate * min(1.0, (progress.stage_step + 1) / max(1, stage.warmup_steps))
+        rate = learning_rate(stage, progress.stage_step)
         metrics = rollout_metrics(groups) | grpo_update(learner, groups, stage, rate)
         lab.run.save_rollouts(progress.step + 1, progress.stage, groups)
         rollout_seconds, update_seconds = sampled - start, time.perf_counter() - sampled
@@ -178,6 +178,13 @@ def grpo_stage(lab: Lab, stage: GRPOStage, learner: Learner, progress: Progress)
         }
 
     return take_step, stage.steps
+
+
+def learning_rate(stage: GRPOStage, step: int) -> float:
+    """The learning rate of a GRPO stage's steps 0, 1, ...: a linear rise, and a linear fall over the whole stage."""
+    rise = min(1.0, (step + 1) / max(1, stage.warmup_steps))
+    fall = 1 - (1 - stage.end_rate) * step / max(1, stage.steps - 1)
+    return stage.learning_rate * rise * fall
 
 
 def sft_stage(lab: Lab, stage: SFTStage, learner: Learner, progress: Progress) -> tuple[Step, int]:

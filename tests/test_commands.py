@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 METRICS = {
     "stage", "step", "reward_mean", "train_accuracy", "format_rate", "entropy", "clip_fraction", "grad_norm", "lr",
     "completion_length", "truncated_fraction", "tokens", "rollout_seconds", "update_seconds", "tokens_per_second",
-    "peak_memory_bytes",
+    "peak_memory_bytes", "near_fraction", "non_latin_fraction", "pass_at_2", "pass_at_8", "policy_entropy",
 }  # fmt: skip
 TIMES = {"rollout_seconds", "update_seconds", "tokens_per_second", "peak_memory_bytes", "eval_seconds"}
 
@@ -149,7 +149,7 @@ def test_eval_repeats_itself_and_the_training_runs_own_evaluation(smoke_run, cap
         eval_command.main(eval_command.Arguments(folder, examples=0))
     first, second = capsys.readouterr().out.split("accuracy")[1:]
     assert first.split("mean")[0] == second.split("mean")[0]
-    logged = RunFolder(smoke_run).metrics()[-1]["eval_accuracy"]
+    logged = RunFolder(smoke_run).metrics()[-1]["final_accuracy"]
     assert f"{100 * logged:.1f} %" in first
 
 
@@ -175,6 +175,12 @@ def fails(capsys, action) -> str:
 def test_a_second_run_in_the_same_folder_is_refused(smoke_run, capsys):
     message = fails(capsys, lambda: train(smoke("--out", smoke_run).recipe))
     assert str(smoke_run) in message and "--resume" in message
+
+
+def test_an_evaluation_never_takes_problems_that_its_checkpoint_was_trained_on(smoke_run, capsys):
+    checkpoint = str(checkpoints(smoke_run)[-1])
+    message = fails(capsys, lambda: eval_command.main(eval_command.Arguments(checkpoint, count=33)))
+    assert "--count must be at most 32" in message
 
 
 def test_resuming_with_another_recipe_is_refused(smoke_run, capsys):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,15 +10,18 @@ from helpers import PROBLEM, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import rl.stages
 from data import Problem
 from model import Completion, Tokenizer
 from model.weights import TINY
 from rl import score
-from rl.evaluate import accuracy_by_difficulty, distinct_answers, evaluate, wilson_interval
-from rl.recipe import SamplingSettings
-from rl.rollout import pass_at_k
+from rl.evaluate import Evaluation, accuracy_by_difficulty, distinct_answers, evaluate, wilson_interval
+from rl.recipe import EvaluationSettings, SamplingSettings
+from rl.recipe_file import load_recipe
 from rl.reward import Score
-from rl.rollout import Rollout, collect_rollouts, judge, reward_tensor, rollout_metrics
+from rl.rollout import Rollout, collect_rollouts, judge, pass_at_k, reward_tensor, rollout_metrics
+from rl.runfolder import RunFolder
+from rl.stages import problems_of, train
 
 PROBLEMS = [Problem((1, 2, number), 10) for number in range(1, 6)]
 
@@ -182,3 +186,26 @@ def test_the_same_problem_twice_makes_two_groups_of_different_completions(model,
     sampling = SamplingSettings(max_new_tokens=12)
     first, second = collect_rollouts(model, tokenizer, [PROBLEM, PROBLEM], 2, sampling, seed=1)
     assert {rollout.text for rollout in first}.isdisjoint(rollout.text for rollout in second)
+
+
+@pytest.mark.parametrize("final, sizes", [(7, [4, 7, 7]), (0, [4])])
+def test_a_run_ends_with_all_of_its_held_out_problems_as_sampled_and_greedy(monkeypatch, tmp_path, final, sizes):
+    recipe = load_recipe("256", "tiny")[1]
+    recipe = replace(
+        recipe, stages=(), out=str(tmp_path), generated_problems=40,
+        evaluation=EvaluationSettings(problems=4, final_problems=final),
+    )  # fmt: skip
+    asked = []
+
+    def evaluated(model, tokenizer, problems, sampling, seed, quiet):
+        asked.append((problems, sampling.temperature))
+        return Evaluation(len(asked) / 10, 0.0, 1.0, {}, 5.0, 0.0, [])
+
+    monkeypatch.setattr(rl.stages, "evaluate", evaluated)
+    train(recipe, quiet=True)
+    held_out = problems_of(recipe)[1]
+    assert [(problems, t) for problems, t in asked] == [(held_out[:n], t) for n, t in zip(sizes, (1.0, 1.0, 0.0))]
+    (row,) = RunFolder(tmp_path).metrics()
+    assert row["eval_accuracy"] == 0.1
+    finals = {name: value for name, value in row.items() if name.endswith("accuracy") and name.startswith("final")}
+    assert finals == ({"final_accuracy": 0.2, "final_greedy_accuracy": 0.3} if final else {})

@@ -18,7 +18,7 @@ from rl.batch import completion_logprobs, make_batch, micro_batches
 from rl.grpo import accumulate_gradient, group_samples, grpo_update, recompute_logprobs
 from rl.loss import AGGREGATIONS, loss_denominator
 from rl.recipe import GRPOStage
-from rl.stages import endless_problems
+from rl.stages import endless_problems, learning_rate
 
 REWARDS = [[1.0, 0.0, 0.1, 0.1], [0.0, 0.1, 1.0, 1.0], [0.8, 0.3, 0.1, 0.0], [0.0, 0.0, 0.0, 1.0]]
 
@@ -300,3 +300,14 @@ def test_every_epoch_of_problems_has_an_order_of_its_own():
     problems = [Problem((1, 2), number + 1) for number in range(20)]
     first, second = (endless_problems(problems, 0, start, 20) for start in (0, 20))
     assert first != second and first != problems and first != endless_problems(problems, 1, 0, 20)
+
+
+def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_the_share_asked_for():
+    def rates(**changes) -> list[float]:
+        stage = GRPOStage(steps=5, learning_rate=8.0, **changes)
+        return [learning_rate(stage, step) for step in range(5)]
+
+    assert rates(warmup_steps=4) == [2, 4, 6, 8, 8]
+    assert rates(warmup_steps=0, end_rate=0.5) == [8, 7, 6, 5, 4]
+    assert rates(warmup_steps=2, end_rate=0.0) == [4, 6, 4, 2, 0]
+    assert learning_rate(GRPOStage(steps=1, learning_rate=8.0, warmup_steps=0, end_rate=0.5), 0) == 8

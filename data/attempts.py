@@ -10,8 +10,9 @@ target. With target 45:
     </think>
     <answer>(12-3)*7</answer>
 
-Half of them answer like this, with their last attempt, wrong as it is; the other half forget the answer tags. Attempts
-that hit the target are left out. The fifth document is an exercise without a problem to solve: random sums, differences,
+Half of them answer like this, with their last attempt, wrong as it is; the other half forget the answer tags. The problems
+are such that no attempt can hit the target: were hits left out of attempts at problems that have some, a model would learn
+to avoid them. The fifth document is an exercise without a problem to solve: random sums, differences,
 products and quotients, each compared with one number, and here "equal" occurs:
 
     Compare with 19.
@@ -25,8 +26,10 @@ What goes wrong in the other half matters. Where it gave up without an answer, r
 more reward first came from ending the thinking sooner, hit or not, and completions shrank to two attempts.
 """
 
+import itertools
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 
 from data.countdown import Problem, ProblemSettings
 
@@ -60,7 +63,14 @@ def random_attempt(numbers: tuple[int, ...], rng: random.Random) -> Attempt:
 
 
 def random_step(left: int, right: int, rng: random.Random) -> tuple[str, int]:
-    """A random operator whose result is a positive integer, a product at most LARGEST_PRODUCT; and that result."""
+    """A random operator that `step_results` has a result for; and that result."""
+    results = step_results(left, right)
+    operator = rng.choice(sorted(results))
+    return operator, results[operator]
+
+
+def step_results(left: int, right: int) -> dict[str, int]:
+    """What the operators make of two numbers where that is a positive integer, a product at most LARGEST_PRODUCT."""
     results = {"+": left + right}
     if left > right:
         results["-"] = left - right
@@ -68,14 +78,26 @@ def random_step(left: int, right: int, rng: random.Random) -> tuple[str, int]:
         results["*"] = left * right
     if left % right == 0:
         results["/"] = left // right
-    operator = rng.choice(sorted(results))
-    return operator, results[operator]
+    return results
+
+
+@lru_cache(maxsize=100_000)
+def reachable_values(numbers: tuple[int, ...]) -> frozenset[int]:
+    """The values of all attempts that there are with these numbers, in ascending order."""
+    if len(numbers) == 1:
+        return frozenset(numbers)
+    values: set[int] = set()
+    for i, j in itertools.permutations(range(len(numbers)), 2):
+        others = [number for k, number in enumerate(numbers) if k not in (i, j)]
+        for value in step_results(numbers[i], numbers[j]).values():
+            values |= reachable_values(tuple(sorted([*others, value])))
+    return frozenset(values)
 
 
 def attempts_document(problem: Problem, rng: random.Random) -> str:
     """The text that follows the prompt of `problem`, from inside the open `<think>` to the end of the turn.
 
-    Attempts differ from one another, and none of them reaches the target.
+    Attempts differ from one another. `problem` is one that no attempt solves.
     """
     wanted = 1
     while wanted < MAX_ATTEMPTS and rng.random() > STOP_SHARE:
@@ -83,8 +105,7 @@ def attempts_document(problem: Problem, rng: random.Random) -> str:
     attempts: dict[str, Attempt] = {}
     for _ in range(100):  # small numbers may not have so many different ones
         attempt = random_attempt(problem.numbers, rng)
-        if attempt.value != problem.target:
-            attempts.setdefault(attempt.steps, attempt)
+        attempts.setdefault(attempt.steps, attempt)
         if len(attempts) == wanted:
             break
     *missed, last = attempts.values()
@@ -112,8 +133,11 @@ def comparison_document(rng: random.Random, settings: ProblemSettings) -> tuple[
     return number, "".join(step + verdict(value, number) for step, value in steps) + "</think>\n<|im_end|>"
 
 
-def random_problem(rng: random.Random, settings: ProblemSettings) -> Problem:
-    """Numbers and a target drawn apart from each other, so that the target may well be out of reach."""
+def hopeless_problem(rng: random.Random, settings: ProblemSettings) -> Problem:
+    """Random numbers, and a random one of the targets that no attempt reaches."""
     count = 4 if rng.random() < settings.four_number_share else 3
-    numbers = tuple(rng.randint(settings.min_number, settings.max_number) for _ in range(count))
-    return Problem(numbers, rng.randint(settings.min_target, settings.max_target))
+    while True:
+        numbers = tuple(rng.randint(settings.min_number, settings.max_number) for _ in range(count))
+        problem = Problem(numbers, rng.randint(settings.min_target, settings.max_target))
+        if problem.target not in reachable_values(tuple(sorted(numbers))):
+            return problem

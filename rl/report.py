@@ -1,5 +1,6 @@
 """What a run looks like: accuracy beside the paper's tables (`curve.md`, `curve.png`), and `training.png`."""
 
+from itertools import cycle
 from pathlib import Path
 
 from rl.runfolder import RunFolder
@@ -132,7 +133,7 @@ def plot_metrics(arms: dict[str, list[dict[str, list[float]]]], path: Path) -> N
 
     figure, grid = plt.subplots(2, 4, figsize=(14, 6), layout="constrained")
     for axes, (title, names) in zip(grid.flat, PANELS, strict=True):
-        for (arm, runs), (color, line, _) in zip(arms.items(), STYLES):
+        for (arm, runs), (color, line, _) in zip(arms.items(), cycle(STYLES)):
             for name, label in names.items():
                 series = [run[name] for run in runs if name in run]
                 if series:

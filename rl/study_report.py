@@ -4,6 +4,7 @@ import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -202,7 +203,7 @@ def plot_accuracy(main: Runs, path: Path) -> None:
 
     figure, (by_steps, by_tokens) = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     last = max(steps for runs in main.values() for run in runs for steps, _ in run.points)
-    for (arm, runs), (color, line, marker) in zip(main.items(), STYLES):
+    for (arm, runs), (color, line, marker) in zip(main.items(), cycle(STYLES)):
         points = sorted({point for run in runs for point in run.points})
         values = [Estimate.of([run.points[point] for run in runs if point in run.points]) for point in points]
         look = {"color": color, "linestyle": line, "marker": marker, "markersize": 4, "label": f"{arm} ({len(runs)} seeds)"}

@@ -16,7 +16,7 @@ import tokenizers
 import torch
 import tyro
 
-from data.attempts import VERDICTS, attempts_document, comparison_document, comparison_prompt, random_problem
+from data.attempts import VERDICTS, attempts_document, comparison_document, comparison_prompt, hopeless_problem
 from data.countdown import Problem, ProblemSettings, prompt_text
 from model import Qwen3, Qwen3Config, Tokenizer, prompt_ids, save_model
 from model.weights import TINY
@@ -103,7 +103,7 @@ def document_sample(tokenizer: Tokenizer, rng: random.Random) -> Sample:
         number, text = comparison_document(rng, TINY_PROBLEMS)
         prompt = comparison_prompt(number)
     else:
-        problem = random_problem(rng, TINY_PROBLEMS)
+        problem = hopeless_problem(rng, TINY_PROBLEMS)
         prompt, text = prompt_text(problem), attempts_document(problem, rng)
     return Sample(prompt_ids(tokenizer, prompt, thinking=True), tokenizer.encode(text)[:MAX_TOKENS])
 

@@ -142,9 +142,10 @@ def plot_metrics(arms: dict[str, list[dict[str, list[float]]]], path: Path) -> N
                     weight = 0.8 if label == "pass@8" else 1.5
                     text = " ".join(filter(None, (arm if len(arms) > 1 else "", label)))
                     axes.plot(range(1, len(average) + 1), average, color=color, linestyle=line, linewidth=weight, label=text)
-        axes.set(title=title, xlabel="GRPO step", ylim=(0, None))
+        highest = max((max(line.get_ydata()) for line in axes.lines), default=0)
+        axes.set(title=title, xlabel="GRPO step", ylim=(0, None if highest else 1))
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[1] and any(axes.get_legend_handles_labels()[1]):
+        if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)

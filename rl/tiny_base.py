@@ -39,7 +39,7 @@ class TinyBase:
 
     out: Path = TINY
     """Folder to write the checkpoint to."""
-    steps: int = 4000
+    steps: int = 10000
     """Optimizer steps."""
     documents_per_step: int = 32
     """Documents a step; each is about 85 tokens."""

@@ -8,10 +8,11 @@ import pytest
 import torch
 import transformers
 
-from model import Qwen3, Qwen3Config
+from model import Qwen3, Qwen3Config, Tokenizer
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "model" / "tiny"
+TINY_TOKENS = len(Tokenizer(TINY))
 FILES = Path(os.environ.get("QWEN3_FILES", ROOT.parent / "shared" / "qwen3"))
 
 # Sizes are unequal on purpose, so that no two axes can be swapped unseen.
@@ -63,7 +64,7 @@ def random_ids(*shape: int, seed: int = 1, high: int = 83) -> torch.Tensor:
 
 
 def copy_tokenizer(folder: Path) -> Path:
-    """Put the embedded model's tokenizer into `folder`: it has 270 entries, so models beside it need as many rows."""
+    """Put the embedded model's tokenizer into `folder`: models beside it need `TINY_TOKENS` rows."""
     folder.mkdir(exist_ok=True, parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / name, folder / name)

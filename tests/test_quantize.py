@@ -10,7 +10,7 @@ import transformers
 from helpers import gradients, largest_gap, learner, ragged_samples, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import ROOT, TINY, random_ids, reference_model, same_weights
+from reference import ROOT, TINY, TINY_TOKENS, random_ids, reference_model, same_weights
 from torch import nn
 
 from model import (
@@ -369,10 +369,10 @@ def test_a_merged_bfloat16_weight_is_rounded_once(int8):
 @BASES
 @torch.no_grad()
 def test_a_saved_model_is_a_plain_checkpoint_with_the_adapted_models_logits(int8, tied, tmp_path):
-    reference = reference_model(vocab_size=290, hidden_size=20, intermediate_size=28, tie_word_embeddings=tied)
+    reference = reference_model(vocab_size=TINY_TOKENS + 20, hidden_size=20, intermediate_size=28, tie_word_embeddings=tied)
     model = add_adapters(same_weights(reference), 4, 8.0, int8)
     fill(model, std=0.1)
-    ids = random_ids(2, 15, high=290)
+    ids = random_ids(2, 15, high=TINY_TOKENS + 20)
     expected = model(ids)
     assert error(expected, reference(ids).logits.double()) > 0.1  # the adapters are not small
     save_model(tmp_path, model, Tokenizer(TINY))

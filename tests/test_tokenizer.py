@@ -8,7 +8,7 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import TINY, copy_tokenizer, qwen3_file
+from reference import TINY, TINY_TOKENS, copy_tokenizer, qwen3_file
 
 from model import ModelError, Tokenizer, prompt_ids, render_chat
 from rl.batch import Sample, make_batch
@@ -211,8 +211,8 @@ def test_an_added_token_takes_its_own_id_or_is_refused(tmp_path):
         (copy_tokenizer(tmp_path) / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
         return tmp_path
 
-    tokenizer = Tokenizer(with_added({"270": ADDED}))
-    assert (tokenizer.encode("a<new>")[1:], len(tokenizer)) == ([270], 271)
-    assert "'<new>' should have id 300" in refusal(with_added({"300": ADDED}))
-    for broken in ({"270": {"content": "<new>"}}, {"x": ADDED}, {"270": "<new>"}, [ADDED]):
+    tokenizer = Tokenizer(with_added({str(TINY_TOKENS): ADDED}))
+    assert (tokenizer.encode("a<new>")[1:], len(tokenizer)) == ([TINY_TOKENS], TINY_TOKENS + 1)
+    assert "'<new>' should have id 900" in refusal(with_added({"900": ADDED}))
+    for broken in ({str(TINY_TOKENS): {"content": "<new>"}}, {"x": ADDED}, {str(TINY_TOKENS): "<new>"}, [ADDED]):
         assert str(tmp_path) in refusal(with_added(broken))

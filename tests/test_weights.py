@@ -10,17 +10,17 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from reference import TINY, copy_tokenizer, random_ids, reference_model, same_weights
+from reference import TINY, TINY_TOKENS, copy_tokenizer, random_ids, reference_model, same_weights
 
 from model import ModelError, Qwen3, Qwen3Config, Tokenizer, load_model, save_model
 
 HEAD, EMBEDDING, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"
 INDEX = "model.safetensors.index.json"
-IDS = random_ids(2, 15, high=290)
+IDS = random_ids(2, 15, high=TINY_TOKENS + 20)
 
 
 def make_reference(tied: bool, seed: int = 0) -> transformers.Qwen3ForCausalLM:
-    return reference_model(seed, vocab_size=290, hidden_size=20, intermediate_size=28, tie_word_embeddings=tied)
+    return reference_model(seed, vocab_size=TINY_TOKENS + 20, hidden_size=20, intermediate_size=28, tie_word_embeddings=tied)
 
 
 @torch.no_grad()
@@ -134,10 +134,10 @@ def test_saving_over_the_folder_a_model_came_from_keeps_it(folder):
 
 def test_a_loaded_model_knows_how_many_ids_have_a_text_and_the_loader_checks_that_they_fit(folder):
     model, tokenizer = load_model(folder)
-    assert (model.num_tokens, len(tokenizer), model.config.vocab_size) == (270, 270, 290)
-    small = reference_model(vocab_size=269, hidden_size=20)
+    assert (model.num_tokens, len(tokenizer), model.config.vocab_size) == (TINY_TOKENS, TINY_TOKENS, TINY_TOKENS + 20)
+    small = reference_model(vocab_size=TINY_TOKENS - 1, hidden_size=20)
     small.save_pretrained(folder)
-    assert refusal(folder) == f"{folder}: 270 tokens but only 269 embedding rows"
+    assert refusal(folder) == f"{folder}: {TINY_TOKENS} tokens but only {TINY_TOKENS - 1} embedding rows"
 
 
 def test_the_embedded_model_loads_by_its_name():
@@ -348,7 +348,7 @@ def test_a_file_in_the_place_of_a_folder_is_refused(folder):
 
 def test_a_model_built_here_saves_and_loads_with_every_bit(tmp_path):
     config = Qwen3Config(
-        vocab_size=271, hidden_size=6, intermediate_size=10, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=TINY_TOKENS + 1, hidden_size=6, intermediate_size=10, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=4, rms_norm_eps=1e-5, rope_theta=777.0, tie_word_embeddings=False,
     )  # fmt: skip
     model = Qwen3(config).init_weights(seed=3)

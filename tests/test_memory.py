@@ -136,7 +136,10 @@ def test_no_memory_ends_eval_py_in_one_line(monkeypatch, capsys):
 
 def test_a_checkpoint_is_evaluated_with_the_room_that_its_recipe_gives(tmp_path, monkeypatch, capsys):
     shutil.copytree(TINY, tmp_path / "checkpoint")
-    recipe = {"problems": "generated", "generated_problems": 300, "sampling": {"max_cache_tokens": 50}}
+    recipe = {
+        "problems": "generated", "generated_problems": 30,
+        "sampling": {"max_cache_tokens": 50}, "evaluation": {"problems": 4},
+    }  # fmt: skip
     (tmp_path / "checkpoint" / "recipe.json").write_text(json.dumps(recipe))
     arguments = (tmp_path / "checkpoint", "--count", 4)
     message = one_line_error("eval.py", *arguments, monkeypatch=monkeypatch, capsys=capsys)

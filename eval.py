@@ -6,7 +6,6 @@ A checkpoint of a run is evaluated on that run's held-out problems, with its sam
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
 from interrupt import ctrl_c_exits
 
@@ -20,10 +19,11 @@ with ctrl_c_exits():
     from rl.checkpoint import RECIPE
     from rl.console import user_errors
     from rl.evaluate import Evaluation, accuracy_by_difficulty, distinct_answers, evaluate
+    from rl.problems import problems_of
     from rl.recipe import EvaluationSettings, Recipe, RecipeError
     from rl.recipe_file import from_dict, load_recipe
     from rl.rollout import pass_at_k
-    from rl.stages import EVALUATION_SEED, pick_device, pick_dtype, problems_of
+    from rl.stages import EVALUATION_SEED, pick_device, pick_dtype
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from data import Problem, generate_problems, load_problems, prompt_text, split_problems
+from data import Problem, prompt_text
 from data.sources import DataError
 from data.traces import curate, load_traces, save_traces
 from model import Qwen3, Tokenizer, add_adapters, load_model, prompt_ids
@@ -24,6 +23,7 @@ from rl.grpo import grpo_update
 from rl.learner import Learner
 from rl.memory_plan import check_plan, gb, plan_memory, work_of
 from rl.optimizer import Optimizer
+from rl.problems import endless_problems, problems_of
 from rl.recipe import GRPOStage, Recipe, RecipeError, SFTStage
 from rl.report import write_curve
 from rl.reward import score
@@ -239,31 +239,6 @@ def checkpoint_now(lab: Lab, optimizer: Optimizer | None, progress: Progress) ->
     folder = lab.run.path / "checkpoints" / f"step_{progress.step:04d}"
     save_checkpoint(folder, lab.model, lab.tokenizer, optimizer, progress, lab.recipe)
     prune_checkpoints(lab.run.path, lab.recipe.keep_checkpoints)
-
-
-def problems_of(recipe: Recipe) -> tuple[list[Problem], list[Problem]]:
-    """(train, held-out) problems of a recipe, which share none; a baseline has no use for the first."""
-    source = recipe.problems
-    if source == "auto":
-        source = "generated" if recipe.model == "tiny" else "hub"
-    if source == "generated":
-        try:
-            problems = generate_problems(recipe.generated_problems, recipe.seed, recipe.generator)
-        except ValueError as error:
-            raise DataError(f"generator: {error}") from None
-    else:
-        problems = load_problems(source)
-    return split_problems(problems, recipe.evaluation.held_out, recipe.seed)
-
-
-def endless_problems(problems: list[Problem], seed: int, position: int, count: int) -> list[Problem]:
-    """`count` problems from `position` on in an endless sequence that goes through all of them, newly shuffled each time."""
-    taken = []
-    while len(taken) < count:
-        epoch, offset = divmod(position + len(taken), len(problems))
-        order = np.random.default_rng([seed, epoch]).permutation(len(problems))
-        taken += [problems[i] for i in order[offset : offset + count - len(taken)]]
-    return taken
 
 
 def evaluation_metrics(lab: Lab) -> dict[str, float]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
-import torch
 import tyro
 
 from data.attempts import VERDICTS, attempts_document, comparison_document, comparison_prompt, hopeless_problem

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from data import Problem, ProblemSettings
+from data import ProblemSettings
 from data.attempts import (
     STOP_SHARE, attempts_document, comparison_document, comparison_prompt, hopeless_problem, random_attempt,
     reachable_values,

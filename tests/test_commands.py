@@ -70,7 +70,7 @@ def test_a_run_leaves_what_the_readme_says(smoke_run):
 def test_curated_traces_are_correct_and_not_held_out(smoke_run):
     from data import Problem
     from rl import score
-    from rl.stages import problems_of
+    from rl.problems import problems_of
 
     rows = [json.loads(line) for line in (smoke_run / "traces.jsonl").read_text().splitlines()]
     _, held_out = problems_of(smoke().recipe)
@@ -301,7 +301,7 @@ def test_the_embedded_model_calculates_but_does_not_solve():
     import re
 
     from rl.evaluate import evaluate
-    from rl.stages import problems_of
+    from rl.problems import problems_of
 
     recipe = train_command.parse(["256", "--model", "tiny"]).recipe
     model, tokenizer = load_model("tiny")

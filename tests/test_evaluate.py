@@ -16,12 +16,13 @@ from model import Completion, Tokenizer
 from model.weights import TINY
 from rl import score
 from rl.evaluate import Evaluation, accuracy_by_difficulty, distinct_answers, evaluate, wilson_interval
+from rl.problems import problems_of
 from rl.recipe import EvaluationSettings, SamplingSettings
 from rl.recipe_file import load_recipe
 from rl.reward import Score
 from rl.rollout import Rollout, collect_rollouts, judge, pass_at_k, reward_tensor, rollout_metrics
 from rl.runfolder import RunFolder
-from rl.stages import problems_of, train
+from rl.stages import train
 
 PROBLEMS = [Problem((1, 2, number), 10) for number in range(1, 6)]
 

@@ -29,7 +29,8 @@ from rl.console import sampling_progress
 from rl.evaluate import evaluate
 from rl.recipe_file import load_recipe
 from rl.runfolder import RunFolder
-from rl.stages import problems_of, train
+from rl.problems import problems_of
+from rl.stages import train
 from train import parse
 
 ROOT = Path(__file__).parent.parent

@@ -1,6 +1,6 @@
 """What the embedded model is trained on before any reinforcement: arithmetic, and attempts at Countdown that miss.
 
-Four documents in five answer a Countdown prompt with random attempts, six or seven on average. Each combines all the
+Four documents in five answer a Countdown prompt with random attempts, seven on average. Each combines all the
 numbers in a random order with random operators and is right as arithmetic; all but the last are compared with the
 target. With target 45:
 
@@ -34,7 +34,7 @@ from functools import lru_cache
 from data.countdown import Problem, ProblemSettings
 
 STOP_SHARE = 1 / 8  # of those who have made an attempt, so many stop there: length says nothing of success
-MAX_ATTEMPTS = 13  # with 4 numbers, just within 256 tokens
+MAX_STEPS = 39  # of all attempts together: just within 256 tokens
 WELL_FORMED_SHARE = 0.5
 COMPARISONS = 8
 LARGEST_PRODUCT = 100
@@ -99,8 +99,8 @@ def attempts_document(problem: Problem, rng: random.Random) -> str:
 
     Attempts differ from one another. `problem` is one that no attempt solves.
     """
-    wanted = 1
-    while wanted < MAX_ATTEMPTS and rng.random() > STOP_SHARE:
+    wanted, most = 1, MAX_STEPS // (len(problem.numbers) - 1)
+    while wanted < most and rng.random() > STOP_SHARE:
         wanted += 1
     attempts: dict[str, Attempt] = {}
     for _ in range(100):  # small numbers may not have so many different ones

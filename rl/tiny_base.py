@@ -38,10 +38,10 @@ class TinyBase:
 
     out: Path = TINY
     """Folder to write the checkpoint to."""
-    steps: int = 10000
+    steps: int = 6000
     """Optimizer steps."""
     documents_per_step: int = 32
-    """Documents a step; each is about 85 tokens."""
+    """Documents a step; each is about 95 tokens."""
     learning_rate: float = 3e-3
     """Peak of the cosine schedule."""
     seed: int = 0

@@ -14,7 +14,7 @@ help:
 	@echo "make study              all runs of the study in docs/study that have no result yet, for hours; goes on when stopped"
 	@echo "make study-quick        two of its runs again, in ten minutes, beside their results in docs/study"
 	@echo "make test               run the tests"
-	@echo "make tiny-base          train the embedded model again from random weights (a quarter of an hour)"
+	@echo "make tiny-base          train the embedded model again from random weights (twenty minutes)"
 	@echo "make setup              only install what the above needs"
 	@echo "make clean              remove the environment and the caches; runs/ stays"
 

@@ -19,7 +19,7 @@ import tyro
 
 from rl.console import user_errors
 from rl.recipe import Recipe, RecipeError, SFTStage
-from rl.recipe_file import RECIPES, build_recipe, merge, read_tables, to_dict
+from rl.recipe_file import RECIPES, build_recipe, from_dict, merge, read_tables, to_dict
 from rl.runfolder import RunFolder
 from rl.stages import train
 from rl.study_report import write_report
@@ -117,17 +117,20 @@ def make_task(arguments: Arguments, arm: Arm, seed: int) -> Task:
 
 
 def up_to_date(task: Task) -> bool:
-    """Whether the run has a result, and of the recipe as it is now."""
+    """Whether the run has a result, and of the recipe as it is now; fields added since count as their default."""
     if not task.result.exists():
         return False
-    return without_paths(json.loads(task.result.read_text())["recipe"]) == without_paths(to_dict(task.recipe))
+    try:
+        stored = from_dict(Recipe, json.loads(task.result.read_text())["recipe"])
+    except RecipeError:
+        return False
+    return without_paths(stored) == without_paths(task.recipe)
 
 
-def without_paths(recipe: dict) -> dict:
-    """A recipe's dictionary as JSON has it, but for where things lie."""
-    recipe = json.loads(json.dumps(recipe)) | {"out": ""}
-    recipe["stages"] = [{**stage, "traces": bool(stage.get("traces"))} for stage in recipe["stages"]]
-    return recipe
+def without_paths(recipe: Recipe) -> Recipe:
+    """A recipe but for where things lie."""
+    stages = (replace(s, traces="a file") if isinstance(s, SFTStage) and s.traces else s for s in recipe.stages)
+    return replace(recipe, out="", stages=tuple(stages))
 
 
 def run_task(task: Task) -> dict:

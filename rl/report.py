@@ -30,7 +30,7 @@ STYLES = (("C0", "-", "o"), ("C1", "--", "s"), ("C2", ":", "^"), ("C3", "-.", "D
 
 
 def write_curve(run: RunFolder, max_new_tokens: int) -> None:
-    """Write the evaluations of a run so far into `curve.md` and `curve.png`."""
+    """Write the evaluations of a run so far into `curve.md` and `curve.png`, its GRPO steps into `training.png`."""
     rows = [row for row in run.metrics() if "eval_accuracy" in row]
     paper = {256: PAPER_256, 512: PAPER_512}.get(max_new_tokens, [])
     (run.path / "curve.md").write_text(curve_table(rows, paper))

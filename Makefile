@@ -4,13 +4,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help setup setup-test train-256 train-512 baseline eval study study-quick test tiny-base clean
+.PHONY: help setup setup-test train-256 train-512 baseline eval report play study study-quick test tiny-base clean
 
 help:
 	@echo "make train-256          GRPO -> SFT -> GRPO with 256 new tokens (ARGS='--out runs/x' adds options)"
 	@echo "make train-512          GRPO with 512 new tokens"
 	@echo "make baseline           zero-shot evaluation with 1024 new tokens"
 	@echo "make eval CKPT=folder   evaluate a checkpoint, tiny, or a hub id"
+	@echo "make report RUNS=folders a page about one or more runs, to look at in a browser"
+	@echo "make play               type numbers and a target, and watch the model think (CKPT=folder for another than tiny)"
 	@echo "make study              all runs of the study in docs/study that have no result yet, for hours; goes on when stopped"
 	@echo "make study-quick        two of its runs again, in ten minutes, beside their results in docs/study"
 	@echo "make test               run the tests"
@@ -44,6 +46,13 @@ baseline: setup
 eval: setup
 	@test -n "$(CKPT)" || { echo "error: say which checkpoint: make eval CKPT=runs/256-tiny/checkpoints/step_0080"; exit 2; }
 	$(BIN)/python eval.py $(CKPT) $(ARGS)
+
+report: setup
+	@test -n "$(RUNS)" || { echo "error: say which runs: make report RUNS='runs/256-tiny runs/other'"; exit 2; }
+	$(BIN)/python -m rl.report $(RUNS) $(ARGS)
+
+play: setup
+	@$(BIN)/python play.py $(CKPT) $(ARGS)
 
 study: setup
 	$(BIN)/python -m rl.study $(ARGS)

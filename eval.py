@@ -1,9 +1,11 @@
-"""Accuracy of a model on held-out Countdown problems: `python eval.py runs/256-tiny/checkpoints/step_0080`.
+"""Accuracy of models on held-out Countdown problems: `python eval.py runs/256-tiny/checkpoints/step_0080 tiny`.
 
-A checkpoint of a run is evaluated on that run's held-out problems, with its sampling; any other model by recipe 256.
+A model is a checkpoint folder, `tiny`, a hub id, or a .jsonl of completions made elsewhere, which are only scored. The
+problems are those that the first checkpoint of a run was not trained on, or recipe 256's; several models stand side by side.
 """
 
 import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,36 +14,36 @@ from interrupt import ctrl_c_exits
 with ctrl_c_exits():
     import tyro
     from rich.console import Console
-    from rich.table import Table
 
+    from data import Problem
     from data.sources import load_problems
     from model import load_model
-    from rl.checkpoint import RECIPE
-    from rl.console import user_errors
-    from rl.evaluate import Evaluation, accuracy_by_difficulty, distinct_answers, evaluate
+    from rl.checkpoint import saved_recipe
+    from rl.comparison import Candidate, comparison_table, difference, measures
+    from rl.console import printable, sampling_progress, user_errors
+    from rl.device import pick_device, pick_dtype
+    from rl.evaluate import EVALUATION_SEED, Evaluation, evaluate, load_completions, problems_hash
     from rl.problems import problems_of
     from rl.recipe import EvaluationSettings, Recipe, RecipeError
-    from rl.recipe_file import from_dict, load_recipe
-    from rl.rollout import pass_at_k
-    from rl.stages import EVALUATION_SEED, pick_device, pick_dtype
+    from rl.recipe_file import load_recipe
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Evaluate a model."""
+    """Evaluate one or more models."""
 
-    checkpoint: tyro.conf.Positional[str]
-    """A checkpoint folder, tiny, or a hub id."""
+    models: tyro.conf.Positional[tuple[str, ...]]
+    """Checkpoint folders, tiny, hub ids, or .jsonl files with a numbers, target and completion a line."""
     problems: str | None = None
-    """hub, generated, a .parquet or a .jsonl; default: the recipe's held-out problems."""
+    """hub, generated, a .parquet or a .jsonl; default: held-out problems of the first model's recipe."""
     count: int | None = None
-    """How many problems; default: the recipe's."""
-    samples: int = 1
-    """Completions a problem; above 1, pass@k and the number of different answers are printed too."""
+    """How many problems; default: all of them."""
+    samples: int = 4
+    """Completions a problem, for pass@k, the majority vote and the number of different answers."""
     max_new_tokens: int | None = None
     """Tokens a completion may have; default: the recipe's."""
     temperature: float | None = None
-    """0 is greedy; default: the recipe's."""
+    """Of the samples; 0 leaves only the greedy ones. Default: the recipe's."""
     top_k: int | None = None
     """Sample from the k likeliest tokens only."""
     top_p: float | None = None
@@ -53,77 +55,138 @@ class Arguments:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     seed: int = EVALUATION_SEED
-    """Of the sampling."""
-    examples: int = 3
-    """Completions to print for each outcome."""
+    """Of the sampling; the same seed gives the same completions."""
+    examples: int = 1
+    """Completions to print of each model and outcome."""
+    json: str | None = None
+    """Write all numbers into this file; - prints them instead of the table."""
 
 
-def recipe_of(arguments: Arguments) -> Recipe:
-    """The recipe a checkpoint was trained by, or 256 for models from elsewhere, with what the command line changes."""
-    saved = Path(arguments.checkpoint) / RECIPE
-    if saved.is_file():
-        try:
-            recipe = from_dict(Recipe, json.loads(saved.read_text()))
-        except ValueError as error:
-            raise RecipeError(f"{saved}: {error}") from None
-    else:
-        tiny = arguments.checkpoint == "tiny"
-        recipe = replace(load_recipe("256", "tiny" if tiny else "")[1], model=arguments.checkpoint)
+@dataclass(frozen=True)
+class Model:
+    """A model to evaluate, with the recipe that says how; `trained` if the recipe is what it was trained by."""
+
+    source: str
+    recipe: Recipe
+    trained: bool
+
+    @property
+    def is_file(self) -> bool:
+        return self.source.endswith(".jsonl")
+
+
+def model_of(source: str, arguments: Arguments) -> Model:
+    """By the recipe a checkpoint was trained by, or 256 for models from elsewhere, with what the command line changes."""
+    recipe = trained_by = saved_recipe(source)
+    if recipe is None:
+        recipe = load_recipe("256", "tiny" if source == "tiny" else "")[1]
+        recipe = replace(recipe, model="tiny" if source.endswith(".jsonl") else source)
         if arguments.count is not None:
             recipe = replace(recipe, evaluation=EvaluationSettings(problems=arguments.count))
-    changes = {
-        name: getattr(arguments, name)
-        for name in ("max_new_tokens", "max_cache_tokens", "temperature", "top_k", "top_p", "thinking")
-        if getattr(arguments, name) is not None
-    }
-    return replace(
-        recipe,
-        stages=(),
-        device=arguments.device,
-        problems=arguments.problems or recipe.problems,
-        sampling=replace(recipe.sampling, **changes),
+    names = ("max_new_tokens", "max_cache_tokens", "temperature", "top_k", "top_p", "thinking")
+    changes = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    return Model(
+        source,
+        replace(recipe, device=arguments.device, sampling=replace(recipe.sampling, **changes)),
+        trained=trained_by is not None,
     )
 
 
-def print_table(result: Evaluation, name: str, examples: int, console: Console) -> None:
-    table = Table(title=f"{name}: {len(result.groups)} problems x {len(result.groups[0])}", show_header=False)
-    table.add_row("accuracy", f"{100 * result.accuracy:.1f} %")
-    table.add_row("95 % interval", f"{100 * result.low:.1f} to {100 * result.high:.1f} %")
-    for outcome, count in result.counts.items():
-        table.add_row(outcome, str(count))
-    table.add_row("mean length", f"{result.completion_length:.1f} tokens")
-    table.add_row("truncated", f"{100 * result.truncated_fraction:.1f} %")
-    for kind, (accuracy, problems) in accuracy_by_difficulty(result.groups).items():
-        table.add_row(kind, f"{100 * accuracy:.1f} % of {problems}")
-    samples = len(result.groups[0])
-    if samples > 1:
-        table.add_row(f"pass@{samples}", f"{100 * pass_at_k(result.groups, samples):.1f} %")
-        table.add_row("distinct answers", f"{distinct_answers(result.groups):.1f} a problem")
-    console.print(table)
-    rollouts = [rollout for group in result.groups for rollout in group]
-    for outcome in result.counts:
+def problems_for(models: list[Model], arguments: Arguments) -> list[Problem]:
+    """The problems that all models get: a file's as they are, else held-out ones that none of the models was trained on."""
+    files = [model for model in models if model.is_file]
+    if arguments.problems and arguments.problems not in ("hub", "generated"):
+        problems = load_problems(arguments.problems)
+    elif files and not arguments.problems:
+        problems = [group[0].problem for group in load_completions(files[0].source, True)]
+    else:
+        trained = [model for model in models if model.trained]
+        splits = [problems_of(with_problems(model.recipe, arguments)) for model in trained or models[:1]]
+        problems = splits[0][1]
+        seen = {problem.key for train, _ in splits[1:] if trained for problem in train}
+        fair = [problem for problem in problems if problem.key not in seen]
+        if len(fair) < len(problems):
+            note(f"{len(problems) - len(fair)} of {len(problems)} problems left out: others of the models were trained on them")
+        problems = fair
+    if not problems:
+        raise RecipeError("each of the problems was trained on by one of the models; give others by --problems")
+    if arguments.count is not None and not 1 <= arguments.count <= len(problems):
+        raise RecipeError(f"--count must be from 1 to {len(problems)}: there are no more problems to evaluate on")
+    return problems[: arguments.count]
+
+
+def with_problems(recipe: Recipe, arguments: Arguments) -> Recipe:
+    return replace(recipe, problems=arguments.problems or recipe.problems)
+
+
+def candidate_of(model: Model, problems: list[Problem], arguments: Arguments) -> Candidate:
+    """A model's completions of the problems: sampled, and greedy too; of a file, those in it."""
+    sampling = model.recipe.sampling
+    if model.is_file:
+        groups = {group[0].problem.key: group for group in load_completions(model.source, sampling.thinking)}
+        missing = [problem for problem in problems if problem.key not in groups]
+        if missing:
+            raise RecipeError(
+                f"{model.source} has no completion of {len(missing)} of the {len(problems)} problems, such as "
+                f"{list(missing[0].numbers)} -> {missing[0].target}; give the problems it is about by --problems"
+            )
+        found = Evaluation.of([groups[problem.key] for problem in problems])
+        has_tokens = all(r.completion.token_ids for group in found.groups for r in group)
+        return Candidate(model.source, found, None, sampling.thinking, sampling.max_new_tokens if has_tokens else None)
+    policy, tokenizer = load_model(
+        model.source, pick_device(model.recipe), pick_dtype(model.recipe), model.recipe.revision
+    )
+
+    def evaluated(temperature: float, samples: int) -> Evaluation:
+        settings = replace(sampling, temperature=temperature)
+        with sampling_progress(model.source, len(problems) * samples) as progress:
+            return evaluate(policy, tokenizer, problems, settings, arguments.seed, samples, progress)
+
+    greedy = evaluated(0.0, 1)
+    sampled = evaluated(sampling.temperature, arguments.samples) if sampling.temperature else greedy
+    return Candidate(model.source, sampled, greedy, sampling.thinking, sampling.max_new_tokens)
+
+
+def print_examples(candidate: Candidate, examples: int, console: Console) -> None:
+    rollouts = [rollout for group in candidate.sampled.groups for rollout in group]
+    for outcome in candidate.sampled.counts:
         chosen = [rollout for rollout in rollouts if rollout.score.outcome == outcome][:examples]
         for rollout in chosen:
             numbers = ", ".join(map(str, rollout.problem.numbers))
-            console.rule(f"{outcome} ({rollout.score.reward:.2f}): {numbers} -> {rollout.problem.target}")
-            console.print(rollout.text, markup=False, highlight=False)
+            console.rule(f"{candidate.name}, {outcome} ({rollout.score.reward:.2f}): {numbers} -> {rollout.problem.target}")
+            console.print(printable(rollout.text), markup=False, highlight=False)
+
+
+def note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def main(arguments: Arguments) -> None:
+    if not arguments.models:
+        raise RecipeError("name a model: python eval.py runs/256-tiny/checkpoints/step_0080")
     if arguments.samples < 1:
         raise RecipeError(f"--samples must be at least 1, not {arguments.samples}")
-    recipe = recipe_of(arguments)
-    device = pick_device(recipe)
-    model, tokenizer = load_model(arguments.checkpoint, device, pick_dtype(recipe), recipe.revision)
-    if arguments.problems and arguments.problems not in ("hub", "generated"):
-        held_out = load_problems(arguments.problems)
-    else:
-        held_out = problems_of(recipe)[1]
-        if arguments.count is not None and arguments.count > len(held_out):
-            raise RecipeError(f"--count must be at most {len(held_out)}, since the run was trained on all other problems")
-    held_out = held_out[: arguments.count]
-    result = evaluate(model, tokenizer, held_out, recipe.sampling, arguments.seed, arguments.samples)
-    print_table(result, arguments.checkpoint, arguments.examples, Console())
+    models = [model_of(source, arguments) for source in arguments.models]
+    problems = problems_for(models, arguments)
+    candidates = [candidate_of(model, problems, arguments) for model in models]
+    found = [measures(candidate) for candidate in candidates]
+    differences = [difference(candidates[0], candidate) for candidate in candidates[1:]]
+    digest = problems_hash(problems)
+    numbers = {
+        "problems": {"count": len(problems), "sha256": digest},
+        "seed": arguments.seed,
+        "models": found,
+        "differences": differences,
+    }
+    if arguments.json == "-":
+        print(json.dumps(numbers, indent=2))
+        return
+    console = Console()
+    console.print(comparison_table(f"{len(problems):,} problems (sha256 {digest}), intervals of 95 %", found, differences))
+    for candidate in candidates:
+        print_examples(candidate, arguments.examples, console)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(numbers, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,10 @@ class Arguments:
     """Go on from the last checkpoint of the run folder."""
     quiet: bool = False
     """Print nothing but errors."""
+    plain: bool = False
+    """Print a line a step on a terminal too, where else a picture of the run stays up to date."""
+    wandb: bool = False
+    """Log to Weights & Biases too, which has to be installed."""
 
 
 def requested(arguments: list[str], option: str) -> str | None:
@@ -71,8 +75,9 @@ def parse(arguments: list[str]) -> Arguments:
 
 
 def main(arguments: Arguments) -> None:
+    a = arguments
     try:
-        train(arguments.recipe, arguments.resume, arguments.quiet)
+        train(a.recipe, a.resume, a.quiet, a.plain, a.wandb)
     except KeyboardInterrupt:
         if RunFolder(arguments.recipe.out).holds_run:
             raise KeyboardInterrupt("Go on with the same command and --resume.") from None

@@ -30,7 +30,7 @@ from rl.optimizer import Optimizer
 from rl.recipe import EvaluationSettings, GRPOStage, OptimizerSettings, Recipe, SamplingSettings
 from rl.reward import Score
 from rl.rollout import Rollout
-from rl.stages import peak_memory
+from rl.device import peak_memory
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ def measure(name: str, settings: Settings) -> dict:
 
 def main(settings: Settings) -> None:
     if settings.here:
-        from rl.stages import peak_memory
+        from rl.device import peak_memory
 
         found = {"ours": run_ours, "trl": run_trl}[settings.here](settings)
         print(json.dumps(found | {"peak": peak_memory(torch.device("cpu"))}))

@@ -16,7 +16,7 @@ import safetensors.torch
 from model import ModelError, Qwen3, Tokenizer, adapter_state, load_adapter_state, save_model
 from rl.optimizer import Optimizer
 from rl.recipe import Recipe, RecipeError
-from rl.recipe_file import to_dict
+from rl.recipe_file import from_dict, to_dict
 
 STATE, OPTIMIZER, RECIPE = "trainer_state.json", "optimizer.safetensors", "recipe.json"
 ADAPTERS = "adapters.safetensors"
@@ -110,3 +110,18 @@ def remove_checkpoint(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
+
+
+def saved_recipe(folder: str | Path) -> Recipe | None:
+    """The recipe that a checkpoint was trained by; None where it comes from elsewhere.
+
+    Raises:
+        RecipeError: the recipe in the folder cannot be read.
+    """
+    path = Path(folder) / RECIPE
+    if not path.is_file():
+        return None
+    try:
+        return from_dict(Recipe, json.loads(path.read_text()))
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}") from None

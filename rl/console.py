@@ -42,17 +42,22 @@ def fail(message: str) -> None:
 
 
 @contextlib.contextmanager
-def sampling_progress(what: str, total: int, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+def sampling_progress(what: str, total: int) -> Iterator[Callable[[int, int], None]]:
     """Gives what `generate` takes as `progress`: a line at the bottom of a terminal, gone when the block ends."""
     console, start = Console(stderr=True), time.perf_counter()
     columns = ("{task.description}", BarColumn(), "{task.completed}/{task.total} completions  {task.fields[rate]}")
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as lines:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as lines:
         task = lines.add_task(what, total=total, rate="")
 
         def show(done: int, tokens: int) -> None:
             lines.update(task, completed=done, rate=f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
 
         yield show
+
+
+def printable(text: str) -> str:
+    """A completion as it may go to a terminal: what would move the cursor or change colors there becomes a dot."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{MIDDLE DOT}" for letter in text)
 
 
 def describe_run(recipe, model, train, held_out, resumed_at: int | None) -> str:

@@ -1,16 +1,25 @@
-"""Accuracy on held-out problems, with its uncertainty."""
+"""Accuracy on held-out problems, with its uncertainty, and what else a set of completions says about its model."""
 
-import math
+import hashlib
+import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
 
 from data import Problem, solve
-from model import Qwen3, Tokenizer
-from rl.console import sampling_progress
+from data.sources import DataError
+from data.traces import non_latin
+from model import Completion, Qwen3, Tokenizer
+from rl.intervals import wilson_interval
 from rl.recipe import SamplingSettings
-from rl.rollout import Rollout, collect_rollouts, rollout_metrics
+from rl.reward import claim, score
+from rl.rollout import Rollout, collect_rollouts
 
 OUTCOMES = ("correct", "near", "wrong", "malformed")
+EVALUATION_SEED = 1_000_003  # every evaluation of a run samples from the same random streams
+Group = list[Rollout]
 
 
 @dataclass(frozen=True)
@@ -18,10 +27,11 @@ class Evaluation:
     """One or more completions for each of some problems.
 
     Attributes:
-        accuracy: share of completions that are correct, with its 95 % interval `low` to `high`. Completions of one
-            problem are not independent, so the interval counts problems, whatever the number of completions.
+        accuracy: share of a problem's completions that are correct, averaged over problems, with its 95 % interval `low`
+            to `high`. Completions of one problem are not independent, so the interval counts problems, whatever the
+            number of completions.
         counts: completions by outcome.
-        completion_length: mean, in tokens.
+        completion_length: mean, in tokens; 0 where only texts are known.
         truncated_fraction: share that ran into the token limit.
         groups: the completions, [problem][sample].
     """
@@ -32,7 +42,22 @@ class Evaluation:
     counts: dict[str, int]
     completion_length: float
     truncated_fraction: float
-    groups: list[list[Rollout]]
+    groups: list[Group]
+
+    @classmethod
+    def of(cls, groups: list[Group]) -> "Evaluation":
+        accuracy, (low, high) = fmean(solved_shares(groups)), wilson_interval(sum(solved_shares(groups)), len(groups))
+        rollouts = [rollout for group in groups for rollout in group]
+        found = Counter(rollout.score.outcome for rollout in rollouts)
+        return cls(
+            accuracy=accuracy,
+            low=low,
+            high=high,
+            counts={outcome: found[outcome] for outcome in OUTCOMES},
+            completion_length=fmean(len(rollout.completion.token_ids) for rollout in rollouts),
+            truncated_fraction=fmean(not rollout.completion.finished for rollout in rollouts),
+            groups=groups,
+        )
 
 
 def evaluate(
@@ -42,52 +67,100 @@ def evaluate(
     sampling: SamplingSettings,
     seed: int,
     num_samples: int = 1,
-    quiet: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Sample `num_samples` completions a problem and score them; without `quiet` a terminal shows how far it is."""
-    with sampling_progress("evaluation", len(problems) * num_samples, quiet) as progress:
-        groups = collect_rollouts(model, tokenizer, problems, num_samples, sampling, seed, progress)
-    metrics = rollout_metrics(groups)
-    found = Counter(rollout.score.outcome for group in groups for rollout in group)
-    low, high = wilson_interval(metrics["train_accuracy"] * len(groups), len(groups))
-    return Evaluation(
-        accuracy=metrics["train_accuracy"],
-        low=low,
-        high=high,
-        counts={outcome: found[outcome] for outcome in OUTCOMES},
-        completion_length=metrics["completion_length"],
-        truncated_fraction=metrics["truncated_fraction"],
-        groups=groups,
-    )
+    """Sample `num_samples` completions a problem and score them; `progress` as in `generate`."""
+    return Evaluation.of(collect_rollouts(model, tokenizer, problems, num_samples, sampling, seed, progress))
 
 
-def accuracy_by_difficulty(groups: list[list[Rollout]]) -> dict[str, tuple[float, int]]:
-    """(accuracy, problems) for problems of 3 and 4 numbers, where + and - suffice and where * or / is needed.
+def load_completions(path: str | Path, thinking: bool) -> list[Group]:
+    """Completions made elsewhere, scored: a `{"numbers": [...], "target": n, "completion": "..."}` a line.
 
-    A model may do well on the whole and never multiply; the whole does not show it.
+    Lines of one problem are its group, whatever the order of lines and numbers. Where a line has `token_ids` and
+    `finished`, as in a run's rollouts/, lengths and truncation are known too.
+
+    Raises:
+        DataError: no such file, nothing in it, or a line that is no completion; it names the line.
     """
-    kinds: dict[str, list[float]] = {}
+    groups: dict[tuple, Group] = {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines would also cut at U+2028 in a text
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            problem, text = Problem(row["numbers"], row["target"]), row["completion"]
+            ids, finished = row.get("token_ids", []), row.get("finished", True)
+            if not isinstance(text, str) or not isinstance(ids, list) or not isinstance(finished, bool):
+                raise TypeError("completion must be text, token_ids a list and finished true or false")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise DataError(
+                f'{path}:{number}: not a completion ({error}); expected '
+                '{"numbers": [...], "target": n, "completion": "..."}'
+            ) from None
+        scored = Rollout(problem, [], Completion(ids, [], finished), text, score(text, problem, thinking))
+        groups.setdefault(problem.key, []).append(scored)
+    if not groups:
+        raise DataError(f"{path}: no completions in it")
+    return list(groups.values())
+
+
+def problems_hash(problems: list[Problem]) -> str:
+    """The first 12 digits of the SHA-256 of the problems in their order: equal for evaluations that may be compared."""
+    text = json.dumps([[problem.numbers, problem.target] for problem in problems])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def solved_shares(groups: list[Group]) -> list[float]:
+    """The share of each problem's completions that are correct."""
+    return [fmean(rollout.score.outcome == "correct" for rollout in group) for group in groups]
+
+
+def difficulty(problem: Problem) -> str:
+    """ "3 numbers, needs * or /" and the like. A model may do well on the whole and never multiply; the whole hides it."""
+    need = "+ and - suffice" if solve(problem, operators="+-") else "needs * or /"
+    return f"{len(problem.numbers)} numbers, {need}"
+
+
+def by_difficulty(groups: list[Group]) -> dict[str, list[Group]]:
+    kinds: dict[str, list[Group]] = {}
     for group in groups:
-        problem = group[0].problem
-        need = "+ and - suffice" if solve(problem, operators="+-") else "needs * or /"
-        share = sum(rollout.score.outcome == "correct" for rollout in group) / len(group)
-        kinds.setdefault(f"{len(problem.numbers)} numbers, {need}", []).append(share)
-    return {kind: (sum(shares) / len(shares), len(shares)) for kind, shares in sorted(kinds.items())}
+        kinds.setdefault(difficulty(group[0].problem), []).append(group)
+    return dict(sorted(kinds.items()))
 
 
-def distinct_answers(groups: list[list[Rollout]]) -> float:
+def distinct_answers(groups: list[Group]) -> float:
     """Mean number of different well-formed answers a problem gets; SFT may raise accuracy and narrow this."""
     answers = [
         {r.text.partition("</answer>")[0].rpartition("<answer>")[2] for r in group if r.score.outcome != "malformed"}
         for group in groups
     ]
-    return sum(map(len, answers)) / len(answers)
+    return fmean(map(len, answers))
 
 
-def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson, 1927): within [0, 1], and of use at 0 and at `trials` successes too."""
-    share = successes / trials
-    centre = share + z * z / (2 * trials)
-    margin = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return max(0.0, (centre - margin) / scale), min(1.0, (centre + margin) / scale)
+def majority_accuracy(groups: list[Group], thinking: bool) -> float:
+    """Share of problems that a vote among their completions solves (self-consistency, arXiv:2203.11171).
+
+    Answers are the same if they have the same value from the same numbers, however written; the earlier wins a tie.
+    Completions without an arithmetic answer have no vote.
+    """
+
+    def winner(group: Group) -> Rollout | None:
+        votes: dict[tuple, list[Rollout]] = {}
+        for rollout in group:
+            answer = claim(rollout.text, thinking)
+            if answer is not None:
+                votes.setdefault((answer.value, tuple(sorted(answer.numbers))), []).append(rollout)
+        return max(votes.values(), key=len)[0] if votes else None
+
+    winners = map(winner, groups)
+    return fmean(found is not None and found.score.outcome == "correct" for found in winners)
+
+
+def non_latin_fraction(groups: list[Group]) -> float:
+    """Share of characters that are letters outside the Latin script."""
+    texts = [rollout.text for group in groups for rollout in group]
+    return sum(map(non_latin, texts)) / max(1, sum(map(len, texts)))

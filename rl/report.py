@@ -1,151 +1,141 @@
-"""What a run looks like: accuracy beside the paper's tables (`curve.md`, `curve.png`), and `training.png`."""
+"""One HTML file about one or more runs, to open without a network or a server: `python -m rl.report runs/a runs/b`.
 
-from itertools import cycle
+Curves of all runs over each other, some of their rollouts token by token, and the curated traces. The page is
+`rl/report.html`; what is shown of the runs is written into it as JSON.
+"""
+
+import json
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import tyro
+
+from model import ModelError, Tokenizer
+from rl.checkpoint import checkpoints
+from rl.console import user_errors
+from rl.plots import paper_by_step, paper_points, stage_spans
+from rl.recipe import RecipeError
 from rl.runfolder import RunFolder
 
-# Accuracy in %, from the paper's Tables 1 and 2 (Qwen3-1.7B on Countdown-Tasks-3to4), by GRPO step.
-PAPER_256 = [
-    (0, 0.0), (10, 0.1), (20, 0.2), (30, 0.2), (40, 3.3), (50, 9.2), (60, 13.5), (70, 21.5), (80, 37.3),
-    (80, 31.6), (90, 44.0), (100, 44.5), (110, 44.5), (120, 45.5), (130, 44.0), (140, 44.6), (150, 45.8),
-    (160, 45.3), (170, 47.1), (180, 48.8),
-]  # fmt: skip
-PAPER_512 = [
-    (0, 11.4), (10, 21.1), (20, 28.1), (30, 30.5), (40, 30.2), (50, 31.6), (60, 36.1), (70, 36.4), (80, 39.2)
-]  # fmt: skip
-
-# The panels of training.png: a title, and the metrics in it with their names; those that are shares are shown in %.
-PANELS = (
-    ("reward", {"reward_mean": ""}),
-    ("correct (%)", {"train_accuracy": "pass@1", "pass_at_8": "pass@8"}),
-    ("well-formed (%)", {"format_rate": ""}),
-    ("completion length (tokens)", {"completion_length": ""}),
-    ("cut off at the limit (%)", {"truncated_fraction": ""}),
-    ("letters outside Latin script (%)", {"non_latin_fraction": ""}),
-    ("entropy (nats a token)", {"policy_entropy": ""}),
-    ("tokens clipped (%)", {"clip_fraction": ""}),
-)
-STYLES = (("C0", "-", "o"), ("C1", "--", "s"), ("C2", ":", "^"), ("C3", "-.", "D"))  # color, line, marker
+PAGE = Path(__file__).parent / "report.html"
+PLACE = "{{data}}"  # where the page wants the JSON
+SERIES = (
+    "reward_mean", "train_accuracy", "pass_at_8", "completion_length", "policy_entropy", "clip_fraction", "grad_norm", "loss",
+    "format_rate", "truncated_fraction", "non_latin_fraction", "lr",
+)  # fmt: skip
+TIMES = ("rollout_seconds", "update_seconds")
+TRACES = 200  # traces shown of a run
 
 
-def write_curve(run: RunFolder, max_new_tokens: int) -> None:
-    """Write the evaluations of a run so far into `curve.md` and `curve.png`, its GRPO steps into `training.png`."""
-    rows = [row for row in run.metrics() if "eval_accuracy" in row]
-    paper = {256: PAPER_256, 512: PAPER_512}.get(max_new_tokens, [])
-    (run.path / "curve.md").write_text(curve_table(rows, paper))
-    if rows:
-        plot_curve(rows, paper, run.path / "curve.png")
-    steps = [row for row in run.metrics() if row["kind"] == "grpo" and row["step"]]
-    if steps:
-        series = {name: [row[name] for row in steps] for _, names in PANELS for name in names if name in steps[0]}
-        plot_metrics({run.path.name: [series]}, run.path / "training.png")
+@dataclass(frozen=True)
+class Arguments:
+    """Write a page about one or more runs."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders."""
+    out: Path | None = None
+    """The page; default: report.html in the first run's folder."""
+    steps: int = 16
+    """Steps of each run whose rollouts are in it, evenly spread."""
+    groups: int = 4
+    """Groups of each of these steps."""
+    samples: int = 8
+    """Completions of each of these groups."""
 
 
-def curve_table(rows: list[dict], paper: list[tuple[int, float]]) -> str:
-    """A Markdown table: one row an evaluation, and the paper's figure at the same GRPO step where it has one.
+def write_report(arguments: Arguments) -> Path:
+    """Write the page and return where it is.
 
-    The paper gives two figures at step 80, before and after SFT; they go to the GRPO and the SFT evaluation there.
+    Raises:
+        RecipeError: a folder holds no run.
     """
-    lines = [
-        "# Held-out accuracy",
-        "",
-        "The paper's column is Qwen3-1.7B on Countdown-Tasks-3to4: another model and other problems unless this run used",
-        "those. Intervals are 95 % (Wilson).",
-        "",
-        "| stage | step | GRPO steps | accuracy (%) | 95 % interval | paper (%) |",
-        "|---|---|---|---|---|---|",
-    ]
-    for index, row in enumerate(rows):
-        figures = [value for step, value in paper if step == row["grpo_steps"]]
-        last_of_stage = index + 1 == len(rows) or rows[index + 1]["stage"] != row["stage"]
-        shown = ""
-        if figures and row["kind"] == "sft":
-            shown = f"{figures[-1]}" if last_of_stage and len(figures) > 1 else ""
-        elif figures:
-            shown = f"{figures[0]}"
-        accuracy, low, high = (100 * row[name] for name in ("eval_accuracy", "eval_low", "eval_high"))
-        stage = "start" if row["step"] == 0 else f"{row['stage'] + 1} {row['kind']}"
-        lines.append(
-            f"| {stage} | {row['step']} | {row['grpo_steps']} | {accuracy:.1f} | {low:.1f} to {high:.1f} | {shown} |"
-        )
-    return "\n".join(lines) + "\n"
+    if not arguments.runs:
+        raise RecipeError("name a run folder: python -m rl.report runs/256-tiny")
+    runs = [describe(RunFolder(path), arguments) for path in arguments.runs]
+    made = {"written": time.strftime("%Y-%m-%d %H:%M"), "runs": runs}
+    text = json.dumps(made, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")  # no text ends the script
+    out = arguments.out or arguments.runs[0] / "report.html"
+    out.write_text(PAGE.read_text(encoding="utf-8").replace(PLACE, text), encoding="utf-8")
+    return out
 
 
-def plot_curve(rows: list[dict], paper: list[tuple[int, float]], path: Path) -> None:
-    """Accuracy with its interval over this run's steps, stages shaded; the paper's points in the GRPO stages."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    steps = [row["step"] for row in rows]
-    low, high = ([100 * row[name] for row in rows] for name in ("eval_low", "eval_high"))
-    axes.fill_between(steps, low, high, alpha=0.2, color="C0", linewidth=0, label="95 % interval")
-    axes.plot(steps, [100 * row["eval_accuracy"] for row in rows], marker="o", markersize=4, color="C0", label="this run")
-    reference = paper_by_step(rows, paper)
-    if reference:
-        axes.plot(*zip(*reference, strict=True), linestyle="none", marker="x", color="0.4", label="paper (Qwen3-1.7B)")
-    for start, end, kind in stage_spans(rows):
-        if kind == "sft":
-            axes.axvspan(start, end, color="0.92", zorder=0)
-        axes.text((start + end) / 2, 1.01, kind.upper(), ha="center", va="bottom", transform=axes.get_xaxis_transform())
-    axes.set(xlabel="step", ylabel="held-out accuracy (%)", ylim=(0, None), xlim=(0, max(1, steps[-1])))
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def describe(run: RunFolder, arguments: Arguments) -> dict:
+    """What the page shows of one run."""
+    rows = run.metrics()
+    if not run.holds_run or not rows:
+        raise RecipeError(f"{run.path}: no run with metrics here; name a folder such as runs/256-tiny")
+    config = json.loads((run.path / "config.json").read_text())
+    evaluations = [row for row in rows if "eval_accuracy" in row]
+    paper = paper_points(config["recipe"]["sampling"]["max_new_tokens"])
+    return {
+        "name": str(run.path),
+        "config": config,
+        "stages": stage_spans(evaluations),
+        "evaluations": [[row["step"]] + [row[f"eval_{name}"] for name in ("accuracy", "low", "high")] for row in evaluations],
+        "paper": paper_by_step(evaluations, paper),
+        "final": {name: value for name, value in rows[-1].items() if name.startswith("final")},
+        "series": {name: [[row["step"], row[name]] for row in rows if name in row] for name in SERIES}
+        | {"seconds": [[row["step"], sum(row.get(name, 0) for name in TIMES)] for row in rows if TIMES[1] in row]},
+        "rollouts": rollouts(run, arguments),
+        "traces": traces(run),
+    }
 
 
-def stage_spans(rows: list[dict]) -> list[tuple[int, int, str]]:
-    """(first step, last step, kind) of each stage that has been evaluated."""
-    spans, start = [], 0
-    for index, row in enumerate(rows):
-        if row["step"] and (index + 1 == len(rows) or rows[index + 1]["stage"] != row["stage"]):
-            spans.append((start, row["step"], row["kind"]))
-            start = row["step"]
-    return spans
+def rollouts(run: RunFolder, arguments: Arguments) -> list[dict]:
+    """Some completions of evenly spread steps; cut into tokens where the run's tokenizer is at hand."""
+    files, tokenizer = run.rollout_files(), tokenizer_of(run)
+    count = min(len(files), arguments.steps)
+    chosen = [files[round(i * (len(files) - 1) / max(1, count - 1))] for i in range(count)]
+    shown = []
+    for path in chosen:
+        taken: dict[int, int] = {}
+        for row in read_rows(path):
+            taken[row["group"]] = taken.get(row["group"], 0) + 1
+            if row["group"] < arguments.groups and taken[row["group"]] <= arguments.samples:
+                kept = ("group", "numbers", "target", "outcome", "reward", "finished", "tokens", "completion")
+                found = {"step": int(path.stem.removeprefix("step_"))} | {name: row[name] for name in kept}
+                if "logprobs" in row:
+                    found["advantage"] = row["advantage"]
+                    if tokenizer:
+                        found["pieces"] = pieces(tokenizer, row["token_ids"], row["logprobs"])
+                shown.append(found)
+    return shown
 
 
-def paper_by_step(rows: list[dict], paper: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The paper's points moved from GRPO steps to this run's steps; those not reached yet are left out."""
-    points, seen = [], set()
-    at_step = {(row["grpo_steps"], row["kind"]): row["step"] for row in rows}
-    for grpo_steps, value in paper:
-        kind = "sft" if grpo_steps in seen else "grpo"
-        seen.add(grpo_steps)
-        if (grpo_steps, kind) in at_step:
-            points.append((at_step[grpo_steps, kind], value))
-    return points
+def pieces(tokenizer: Tokenizer, token_ids: list[int], logprobs: list[float]) -> list[tuple[str, float]]:
+    """(text, log-probability) of each token; those that make a character only together are one piece."""
+    found, pending, total = [], [], 0.0
+    for token_id, logprob in zip(token_ids, logprobs, strict=True):
+        pending.append(token_id)
+        total += logprob
+        text = tokenizer.decode(pending)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            found.append((text, round(total, 3)))
+            pending, total = [], 0.0
+    return found + ([(tokenizer.decode(pending), round(total, 3))] if pending else [])
 
 
-def plot_metrics(arms: dict[str, list[dict[str, list[float]]]], path: Path) -> None:
-    """What GRPO's rollouts and updates were like over its steps, a panel each.
+def tokenizer_of(run: RunFolder) -> Tokenizer | None:
+    folders = checkpoints(run.path)
+    try:
+        return Tokenizer(folders[-1]) if folders else None
+    except ModelError:
+        return None
 
-    Args:
-        arms: for each name in the legend, its runs; for each run, a list for each metric. Runs are averaged.
-    """
-    import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def traces(run: RunFolder) -> dict:
+    """How many traces SFT had, and the first of them."""
+    path = run.path / "traces.jsonl"
+    rows = read_rows(path) if path.exists() else []
+    return {"count": len(rows), "shown": rows[:TRACES]}
 
-    figure, grid = plt.subplots(2, 4, figsize=(14, 6), layout="constrained")
-    for axes, (title, names) in zip(grid.flat, PANELS, strict=True):
-        for (arm, runs), (color, line, _) in zip(arms.items(), cycle(STYLES)):
-            for name, label in names.items():
-                series = [run[name] for run in runs if name in run]
-                if series:
-                    scale = 100 if "%" in title else 1
-                    average = [scale * sum(values) / len(values) for values in zip(*series)]
-                    weight = 0.8 if label == "pass@8" else 1.5
-                    text = " ".join(filter(None, (arm if len(arms) > 1 else "", label)))
-                    axes.plot(range(1, len(average) + 1), average, color=color, linestyle=line, linewidth=weight, label=text)
-        highest = max((max(line.get_ydata()) for line in axes.lines), default=0)
-        axes.set(title=title, xlabel="GRPO step", ylim=(0, None if highest else 1))
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+
+def read_rows(path: Path) -> list[dict]:
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+if __name__ == "__main__":
+    with user_errors():
+        print(f"wrote {write_report(tyro.cli(Arguments, description=__doc__))}")

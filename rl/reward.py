@@ -60,6 +60,12 @@ def score(completion_text: str, problem: Problem, thinking: bool = True) -> Scor
     return WRONG
 
 
+def claim(text: str, thinking: bool = True) -> Expression | None:
+    """The arithmetic that a completion gives as its answer, as `score` reads it; None where there is none to read."""
+    parts = _split_answer(text, thinking)
+    return parts and _answer_expression(*parts)
+
+
 def pay(score: Score, text: str, settings: RewardSettings) -> Score:
     """The same outcome with the reward that a recipe pays for it."""
     if settings.latin_only and not latin_only(text):

@@ -12,6 +12,7 @@ from data.traces import Trace
 from rl.recipe import Recipe, RecipeError
 from rl.recipe_file import from_dict, to_dict
 from rl.rollout import Rollout
+from rl.trackers import TensorBoard, WandB
 
 # What may differ when a run is resumed: where it lies, and what changes memory and speed only.
 FREE_ON_RESUME = {"out", "sampling.max_cache_tokens", "optimizer.micro_batch_tokens", "optimizer.activation_checkpointing"}
@@ -26,7 +27,7 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.metrics_path = self.path / "metrics.jsonl"
-        self._tensorboard = None
+        self.trackers: list[TensorBoard | WandB] = [TensorBoard(self.path)]
 
     @property
     def holds_run(self) -> bool:
@@ -77,17 +78,11 @@ class RunFolder:
                 path.unlink()
 
     def log(self, row: dict) -> None:
-        """Append one line to metrics.jsonl, and its numbers to TensorBoard."""
+        """Append one line to metrics.jsonl, then show it to the trackers."""
         with open(self.metrics_path, "a") as file:
             file.write(json.dumps(row) + "\n")
-        if self._tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            self._tensorboard = SummaryWriter(str(self.path), purge_step=row["step"])
-        for name, value in row.items():
-            if isinstance(value, (int, float)) and name != "step":
-                self._tensorboard.add_scalar(name, value, row["step"])
-        self._tensorboard.flush()
+        for tracker in self.trackers:
+            tracker.log(row)
 
     def metrics(self) -> list[dict]:
         """All lines of metrics.jsonl; a last line cut short by a crash is left out."""
@@ -99,11 +94,13 @@ class RunFolder:
                 break
         return rows
 
-    def save_rollouts(self, step: int, stage: int, groups: list[list[Rollout]]) -> None:
+    def save_rollouts(
+        self, step: int, stage: int, groups: list[list[Rollout]], advantages: list[list[float]]
+    ) -> None:
         """Write rollouts/step_NNNN.jsonl: every completion of the step with its verdict, to read and to curate from."""
         with open(self.path / "rollouts" / f"step_{step:04d}.jsonl", "w", encoding="utf-8") as file:
-            for number, group in enumerate(groups):
-                for rollout in group:
+            for number, (group, row_of_advantages) in enumerate(zip(groups, advantages, strict=True)):
+                for rollout, advantage in zip(group, row_of_advantages, strict=True):
                     row = {
                         "stage": stage,
                         "group": number,
@@ -111,9 +108,12 @@ class RunFolder:
                         "target": rollout.problem.target,
                         "outcome": rollout.score.outcome,
                         "reward": rollout.score.reward,
+                        "advantage": round(advantage, 4),
                         "finished": rollout.completion.finished,
                         "tokens": len(rollout.completion.token_ids),
                         "completion": rollout.text,
+                        "token_ids": rollout.completion.token_ids,
+                        "logprobs": [round(logprob, 3) for logprob in rollout.completion.logprobs],
                     }
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
 

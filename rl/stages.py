@@ -1,9 +1,8 @@
 """A run: the recipe's stages one after the other, with evaluations, metrics and checkpoints on the way."""
 
-import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,25 +12,28 @@ from data.sources import DataError
 from data.traces import curate, load_traces, save_traces
 from model import Qwen3, Tokenizer, add_adapters, load_model, prompt_ids
 from model.memory import free_memory, held_memory, return_freed_blocks
+from rl.advantage import group_advantages
 from rl.batch import Sample
 from rl.checkpoint import (
     Progress, checkpoints, load_adapters, load_optimizer, load_progress, prune_checkpoints, save_checkpoint,
 )  # fmt: skip
-from rl.console import describe_run, final_line, sampling_progress, step_line
-from rl.evaluate import evaluate
+from rl.console import describe_run, final_line
+from rl.device import peak_memory, pick_device, pick_dtype
+from rl.evaluate import EVALUATION_SEED, Evaluation, evaluate
 from rl.grpo import grpo_update
 from rl.learner import Learner
 from rl.memory_plan import check_plan, gb, plan_memory, work_of
 from rl.optimizer import Optimizer
+from rl.plots import write_curve
 from rl.problems import endless_problems, problems_of
-from rl.recipe import GRPOStage, Recipe, RecipeError, SFTStage
-from rl.report import write_curve
+from rl.recipe import GRPOStage, Recipe, RecipeError, SamplingSettings, SFTStage
+from rl.recipe_file import to_dict
 from rl.reward import score
-from rl.rollout import collect_rollouts, paid, rollout_metrics
+from rl.rollout import collect_rollouts, paid, reward_tensor, rollout_metrics
 from rl.runfolder import RunFolder
 from rl.sft import sft_schedule, sft_step
-
-EVALUATION_SEED = 1_000_003  # every evaluation of a run samples from the same random streams
+from rl.trackers import WandB
+from rl.view import Lines, Quiet, pick_view
 
 Step = Callable[[Progress], dict]
 
@@ -47,15 +49,15 @@ class Lab:
     held_out: list[Problem]
     run: RunFolder
     micro_batch_tokens: int
-    quiet: bool = False
-
-    def say(self, text: str) -> None:
-        if not self.quiet:
-            print(text, flush=True)
+    view: Lines = field(default_factory=Quiet)
 
 
-def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> None:
+def train(
+    recipe: Recipe, resume: bool = False, quiet: bool = False, plain: bool = False, wandb: bool = False
+) -> None:
     """Run `recipe` into its run folder, from the start or from the last checkpoint there.
+
+    `quiet` shows nothing but errors, `plain` a line a step on a terminal too; `wandb` logs to Weights & Biases.
 
     Raises:
         ModelError, DataError, RecipeError: something the user named cannot be used.
@@ -81,27 +83,37 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> None:
         run.rewind(progress.step if checkpoint else -1)
     else:
         run.prepare()
-    lab = Lab(recipe, model, tokenizer, train_problems, held_out, run, plan.micro_batch_tokens, quiet)
-    lab.say(describe_run(recipe, model, train_problems, held_out, progress.step if resume else None))
-    lab.say(f"memory    {gb(plan.peak - process)} of {gb(free)} free: {plan}")
-    if not resume or not run.metrics():
-        row = {"stage": 0, "kind": recipe.stages[0].kind if recipe.stages else "baseline", "step": 0, "grpo_steps": 0}
-        row |= evaluation_metrics(lab)
-        if not recipe.stages:
-            row |= final_metrics(lab)
-        if not resume:
-            run.create(recipe)  # only now: a run refused before its first metrics is not in the corrected one's way
-        run.log(row)
-        lab.say(step_line(run.metrics()[-1], 0, 0, 0))
+    if wandb:
+        run.trackers.append(WandB(run.path, to_dict(recipe)))
+    with pick_view(recipe, quiet, plain) as view:
+        view.say(describe_run(recipe, model, train_problems, held_out, progress.step if resume else None))
+        view.say(f"memory    {gb(plan.peak - process)} of {gb(free)} free: {plan}")
+        lab = Lab(recipe, model, tokenizer, train_problems, held_out, run, plan.micro_batch_tokens, view)
+        view.history(run.metrics())
+        if not resume or not run.metrics():
+            first_evaluation(lab, resume)
+        while progress.stage < len(recipe.stages):
+            run_stage(lab, progress, checkpoint)
+            checkpoint = None
         write_curve(run, recipe.sampling.max_new_tokens)
-    while progress.stage < len(recipe.stages):
-        run_stage(lab, progress, checkpoint)
-        checkpoint = None
-    write_curve(run, recipe.sampling.max_new_tokens)
-    last = run.metrics()[-1]
-    if "final_accuracy" in last:
-        lab.say(final_line(last, recipe.evaluation.final_problems))
-    lab.say(f"done: {run.path}/curve.md and curve.png")
+        last = run.metrics()[-1]
+        if "final_accuracy" in last:
+            view.say(final_line(last, recipe.evaluation.final_problems))
+        view.say(f"done: {run.path}/curve.md and curve.png")
+
+
+def first_evaluation(lab: Lab, resume: bool) -> None:
+    """Accuracy before any step, the run's first line of metrics."""
+    recipe = lab.recipe
+    row = {"stage": 0, "kind": recipe.stages[0].kind if recipe.stages else "baseline", "step": 0, "grpo_steps": 0}
+    row |= evaluation_metrics(lab)
+    if not recipe.stages:
+        row |= final_metrics(lab)
+    if not resume:
+        lab.run.create(recipe)  # only now: a run refused before its first metrics is not in the corrected one's way
+    lab.run.log(row)
+    lab.view.step(row, 0, 0, 0)
+    write_curve(lab.run, recipe.sampling.max_new_tokens)
 
 
 def load_policy(recipe: Recipe, device: torch.device, checkpoint: Path | None) -> tuple[Qwen3, Tokenizer]:
@@ -141,7 +153,7 @@ def run_stage(lab: Lab, progress: Progress, checkpoint=None) -> None:
         if last and progress.stage == len(recipe.stages) - 1:
             row |= final_metrics(lab)
         lab.run.log(row)
-        lab.say(step_line(row, len(recipe.stages), progress.stage_step, steps))
+        lab.view.step(row, len(recipe.stages), progress.stage_step, steps)
         if "eval_accuracy" in row:
             write_curve(lab.run, recipe.sampling.max_new_tokens)
         if not last and progress.stage_step % recipe.checkpoint_every == 0:
@@ -163,13 +175,15 @@ def grpo_stage(lab: Lab, stage: GRPOStage, learner: Learner, progress: Progress)
         progress.problems_seen += stage.prompts_per_step
         seed = 1000 * recipe.seed + progress.step
         size = stage.samples_per_prompt
-        with sampling_progress("rollout", len(problems) * size, lab.quiet) as shown:
+        with lab.view.sampling("rollout", len(problems) * size) as shown:
             groups = collect_rollouts(lab.model, lab.tokenizer, problems, size, recipe.sampling, seed, shown)
         groups = paid(groups, recipe.reward)
+        lab.view.rollouts(groups)
         sampled = time.perf_counter()
         rate = learning_rate(stage, progress.stage_step)
         metrics = rollout_metrics(groups) | grpo_update(learner, groups, stage, rate)
-        lab.run.save_rollouts(progress.step + 1, progress.stage, groups)
+        advantages = group_advantages(reward_tensor(groups), scale_by_std=stage.scale_by_std)
+        lab.run.save_rollouts(progress.step + 1, progress.stage, groups, advantages.tolist())
         rollout_seconds, update_seconds = sampled - start, time.perf_counter() - sampled
         return metrics | {
             "rollout_seconds": rollout_seconds,
@@ -199,7 +213,7 @@ def sft_stage(lab: Lab, stage: SFTStage, learner: Learner, progress: Progress) -
         traces = curate(lab.run.correct_traces(progress.stage - 1), stage.traces_per_problem, stage.max_traces)
         save_traces(source, traces)
         if not traces:
-            lab.say("no correct rollouts to imitate: the sft stage is skipped")
+            lab.view.say("no correct rollouts to imitate: the sft stage is skipped")
             return lambda progress: {}, 0
     held_out = {problem.key for problem in lab.held_out}
     traces = [trace for trace in load_traces(source, is_correct) if trace.problem.key not in held_out]
@@ -213,7 +227,7 @@ def sft_stage(lab: Lab, stage: SFTStage, learner: Learner, progress: Progress) -
         for trace in traces
     ]
     schedule = sft_schedule(samples, stage.batch_size, stage.epochs, lab.recipe.seed)
-    lab.say(f"sft on {len(traces)} curated traces of {len({t.problem.key for t in traces})} problems ({source})")
+    lab.view.say(f"sft on {len(traces)} curated traces of {len({t.problem.key for t in traces})} problems ({source})")
 
     def take_step(progress: Progress) -> dict:
         start = time.perf_counter()
@@ -243,7 +257,7 @@ def checkpoint_now(lab: Lab, optimizer: Optimizer | None, progress: Progress) ->
 
 def evaluation_metrics(lab: Lab) -> dict[str, float]:
     start, problems = time.perf_counter(), lab.held_out[: lab.recipe.evaluation.problems]
-    result = evaluate(lab.model, lab.tokenizer, problems, lab.recipe.sampling, EVALUATION_SEED, quiet=lab.quiet)
+    result = evaluated(lab, problems, lab.recipe.sampling)
     return {
         "eval_accuracy": result.accuracy,
         "eval_low": result.low,
@@ -259,28 +273,11 @@ def final_metrics(lab: Lab) -> dict[str, float]:
     problems = lab.held_out[: recipe.evaluation.final_problems]
     for name, temperature in ("final", recipe.sampling.temperature), ("final_greedy", 0.0):
         if problems:
-            sampling = replace(recipe.sampling, temperature=temperature)
-            result = evaluate(lab.model, lab.tokenizer, problems, sampling, EVALUATION_SEED, quiet=lab.quiet)
+            result = evaluated(lab, problems, replace(recipe.sampling, temperature=temperature))
             metrics |= {f"{name}_accuracy": result.accuracy, f"{name}_low": result.low, f"{name}_high": result.high}
     return metrics
 
 
-def pick_device(recipe: Recipe) -> str:
-    if recipe.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=recipe.device)
-    except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"device {recipe.device!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return recipe.device
-
-
-def pick_dtype(recipe: Recipe) -> torch.dtype | None:
-    return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[recipe.dtype]
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most the device's tensors have held so far; on a CPU, the most the process has held."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def evaluated(lab: Lab, problems: list[Problem], sampling: SamplingSettings) -> Evaluation:
+    with lab.view.sampling("evaluation", len(problems)) as progress:
+        return evaluate(lab.model, lab.tokenizer, problems, sampling, EVALUATION_SEED, progress=progress)

@@ -8,7 +8,7 @@ from itertools import cycle
 from pathlib import Path
 from statistics import mean, stdev
 
-from rl.report import STYLES, plot_metrics
+from rl.plots import STYLES, plot_metrics
 
 BASELINE = "grpo"  # the arm that the others are compared with
 T_95 = (  # Student's t, two-sided, for 1 to 20 degrees of freedom

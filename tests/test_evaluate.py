@@ -1,21 +1,22 @@
 """Accuracy, its interval, and the counts and shares that an evaluation and a metrics line report."""
 
+import hashlib
 import itertools
-import math
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers import PROBLEM, random_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import rl.stages
-from data import Problem
+from data import DataError, Problem
 from model import Completion, Tokenizer
 from model.weights import TINY
 from rl import score
-from rl.evaluate import Evaluation, accuracy_by_difficulty, distinct_answers, evaluate, wilson_interval
+from rl.evaluate import (
+    Evaluation, by_difficulty, distinct_answers, evaluate, load_completions, majority_accuracy, problems_hash, solved_shares,
+)  # fmt: skip
 from rl.problems import problems_of
 from rl.recipe import EvaluationSettings, SamplingSettings
 from rl.recipe_file import load_recipe
@@ -25,44 +26,6 @@ from rl.runfolder import RunFolder
 from rl.stages import train
 
 PROBLEMS = [Problem((1, 2, number), 10) for number in range(1, 6)]
-
-
-@pytest.mark.parametrize(
-    "successes, trials, low, high",
-    [
-        (8, 10, 0.490162, 0.943318),  # the textbook example
-        (0, 10, 0.0, 0.277533),
-        (10, 10, 0.722467, 1.0),
-        (1, 2, 0.094531, 0.905469),
-        (50, 100, 0.403832, 0.596168),
-    ],
-)
-def test_wilson_interval_of_known_cases(successes, trials, low, high):
-    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=1e-6)
-
-
-@settings(deadline=None, derandomize=True)
-@given(st.integers(1, 5000).flatmap(lambda trials: st.tuples(st.integers(0, trials), st.just(trials))))
-def test_wilson_interval_lies_in_0_to_1_around_the_share_and_solves_its_equation(case):
-    """Its ends are the proportions p from which the share lies 1.96 standard errors, sqrt(p (1 - p) / n), away."""
-    successes, trials = case
-    low, high = wilson_interval(successes, trials)
-    share = successes / trials
-    assert 0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1
-    for end in (low, high):
-        if 1e-9 < end < 1 - 1e-9:
-            assert abs(share - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / trials), rel=1e-6)
-    mirrored = wilson_interval(trials - successes, trials)
-    assert (low, high) == pytest.approx((1 - mirrored[1], 1 - mirrored[0]), abs=1e-12)
-
-
-@settings(deadline=None, derandomize=True)
-@given(st.integers(1, 500))
-def test_no_and_only_successes_stay_inside_and_say_something(trials):
-    low, high = wilson_interval(0, trials)
-    assert low == pytest.approx(0, abs=1e-12) and 0 < high < 1
-    low, high = wilson_interval(trials, trials)
-    assert 0 < low < 1 and high == pytest.approx(1, abs=1e-12)
 
 
 def rollout(reward: float, outcome: str, tokens: int = 4, finished: bool = True) -> Rollout:
@@ -106,7 +69,8 @@ GROUPS = [
 
 
 def test_accuracy_is_told_apart_where_a_multiplication_is_needed_trap_whole_hides_it():
-    assert accuracy_by_difficulty(GROUPS) == {
+    found = {kind: (sum(solved_shares(some)) / len(some), len(some)) for kind, some in by_difficulty(GROUPS).items()}
+    assert found == {
         "3 numbers, + and - suffice": (0.875, 2),
         "3 numbers, needs * or /": (0.25, 1),
         "4 numbers, needs * or /": (0.0, 1),
@@ -125,6 +89,69 @@ def test_pass_at_k_equals_the_mean_over_every_choice_of_k_completions():
 def test_distinct_answers_count_what_pass_at_1_cannot_see():
     assert distinct_answers(GROUPS) == (3 + 2 + 3 + 0) / 4
     assert distinct_answers([GROUPS[3]]) == 0
+
+
+def test_a_vote_counts_values_and_numbers_not_spellings_and_the_earlier_wins_a_tie():
+    problem = Problem((1, 2, 7), 10)
+    cases = {
+        ("7-1+2", "1+2+7", "7+2+1", "2-1+7"): 0.0,  # two votes for 8, two for 10: the first
+        ("7-1-2", "1+2+7", "(7+2)+1"): 1.0,  # the same answer written in two ways
+        ("1+2+7", "7-1-2", "7-2-1"): 0.0,
+        ("7-1-2", "1+2+7"): 0.0,  # a tie: the first
+        ("1+2+7", "7-1-2"): 1.0,
+        ("10", "10", "1+2+7"): 1.0,  # a bare number without its equation says nothing
+        ("10+0", "3+7", "10+0", "3+7", "1+2+7"): 0.0,  # the right value from other numbers is another answer
+        ("", ""): 0.0,
+    }
+    for answers, expected in cases.items():
+        assert majority_accuracy([answered(problem, *answers)], thinking=True) == expected, answers
+    assert majority_accuracy([answered(problem, "1+2+7"), answered(problem, "")], thinking=True) == 0.5
+
+
+def test_an_evaluation_weighs_problems_not_completions():
+    """Files may hold more completions of one problem than of another."""
+    result = Evaluation.of([answered(PROBLEM, "79-60+17"), answered(PROBLEM, "79-60-17", "79+60+17", "60-17+79")])
+    assert result.accuracy == 0.5 and sum(result.counts.values()) == 4
+    assert (result.low, result.high) == pytest.approx((0.094531, 0.905469), abs=1e-6)  # of one in two
+
+
+def test_completions_from_a_file_are_scored_in_groups_by_problem(tmp_path):
+    path = tmp_path / "made_elsewhere.jsonl"
+    rows = [
+        {"numbers": [79, 60, 17], "target": 36, "completion": "</think><answer>79-60+17</answer>"},
+        {"numbers": [1, 2, 7], "target": 10, "completion": "</think><answer>1+2+8</answer>", "token_ids": [4, 5, 6]},
+        {"numbers": [17, 79, 60], "target": 36, "completion": "<answer>79-60+17</answer>", "finished": False},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    first, second = load_completions(path, thinking=True)
+    assert [r.score.outcome for r in first] == ["correct", "malformed"] and [r.score.outcome for r in second] == ["wrong"]
+    assert not first[1].completion.finished and second[0].completion.token_ids == [4, 5, 6]
+    assert [r.score.outcome for r in load_completions(path, thinking=False)[0]] == ["malformed", "correct"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[]", "{}", '{"numbers": [1, 2], "target": 3}', '{"numbers": [1, 2], "target": 3, "completion": 5}',
+     '{"numbers": [1], "target": 3, "completion": ""}', '{"numbers": [1, 2], "target": 3, "completion": "", "finished": 1}'],
+)  # fmt: skip
+def test_a_line_that_is_no_completion_is_named(tmp_path, line):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"numbers": [1, 2], "target": 3, "completion": "1+2"}\n' + line)
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: not a completion"):
+        load_completions(path, thinking=True)
+
+
+def test_files_without_completions_say_so(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="no completions"):
+        load_completions(tmp_path / "empty.jsonl", True)
+    with pytest.raises(DataError, match="cannot be read"):
+        load_completions(tmp_path / "missing.jsonl", True)
+
+
+def test_the_hash_of_problems_follows_content_and_order():
+    assert problems_hash([PROBLEM]) == hashlib.sha256(b"[[[79, 60, 17], 36]]").hexdigest()[:12]
+    assert problems_hash(PROBLEMS) != problems_hash(PROBLEMS[::-1]) != problems_hash(PROBLEMS[:-1])
 
 
 def test_rollout_metrics_by_hand():
@@ -198,7 +225,7 @@ def test_a_run_ends_with_all_of_its_held_out_problems_as_sampled_and_greedy(monk
     )  # fmt: skip
     asked = []
 
-    def evaluated(model, tokenizer, problems, sampling, seed, quiet):
+    def evaluated(model, tokenizer, problems, sampling, seed, progress):
         asked.append((problems, sampling.temperature))
         return Evaluation(len(asked) / 10, 0.0, 1.0, {}, 5.0, 0.0, [])
 

@@ -22,14 +22,12 @@ import model.wave
 import rl.console
 import rl.evaluate
 import rl.stages
-from model import generate, load_model
+import rl.view
+from model import generate
 from model.sampler import waves
 from rl.checkpoint import checkpoints
 from rl.console import sampling_progress
-from rl.evaluate import evaluate
-from rl.recipe_file import load_recipe
 from rl.runfolder import RunFolder
-from rl.problems import problems_of
 from rl.stages import train
 from train import parse
 
@@ -150,30 +148,10 @@ def test_a_line_that_an_error_ends_is_gone_too(terminal):
     assert screen(terminal.getvalue() + "next") == ["next"]
 
 
-def test_quiet_shows_nothing_on_a_terminal(terminal):
-    with sampling_progress("rollout", 77, quiet=True) as show:
-        show(77, 900)
-    assert terminal.getvalue() == ""
-
-
 def test_nothing_is_shown_where_there_is_no_terminal(no_terminal, capfd):
     with sampling_progress("rollout", 77) as show:
         show(3, 900)
         show(77, 1900)
-    assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("quiet", [False, True])
-def test_an_evaluation_shows_its_completions_unless_it_is_to_be_quiet(quiet, terminal, capfd):
-    recipe = load_recipe("smoke", "tiny")[1]
-    policy, tokenizer = load_model("tiny")
-    evaluate(policy, tokenizer, problems_of(recipe)[1][:3], recipe.sampling, seed=1, num_samples=2, quiet=quiet)
-    shown = plain(terminal.getvalue())
-    if quiet:
-        assert shown == ""
-    else:
-        assert "evaluation" in shown and "6/6 completions" in shown and re.search(r"[1-9][\d,]* tokens/s", shown)
-    assert screen(terminal.getvalue() + "next") == ["next"]
     assert capfd.readouterr() == ("", "")
 
 
@@ -226,7 +204,7 @@ class OnTerminal:
         os.close(self.master)
 
 
-TRAIN = ["smoke", "--model", "tiny", "--stages.0.steps", "500", "--stages.0.prompts-per-step", "3",
+TRAIN = ["smoke", "--plain", "--model", "tiny", "--stages.0.steps", "500", "--stages.0.prompts-per-step", "3",
          "--stages.0.samples-per-prompt", "4", "--sampling.max-new-tokens", "24", "--evaluation.problems", "5",
          "--evaluation.every", "100"]  # fmt: skip
 
@@ -255,7 +233,7 @@ def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on_where_it_stopped(tmp_p
             raise KeyboardInterrupt
         return "step"
 
-    monkeypatch.setattr(rl.stages, "step_line", interrupted_after_two_steps)
+    monkeypatch.setattr(rl.view, "step_line", interrupted_after_two_steps)
     monkeypatch.setattr(sys, "argv", ["train.py", *TRAIN, "--out", str(out), "--resume"])
     with pytest.raises(SystemExit) as exit_:
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")

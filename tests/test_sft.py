@@ -137,7 +137,7 @@ class TraceStage:
 
         monkeypatch.setattr("rl.stages.sft_step", recording_step)
         self.model = random_model(vocab_size=512)
-        lab = Lab(recipe, self.model, self.tokenizer, [], list(held_out), RunFolder(tmp_path), 8192, quiet=True)
+        lab = Lab(recipe, self.model, self.tokenizer, [], list(held_out), RunFolder(tmp_path), 8192)
         pupil = Learner(self.model, Optimizer(self.model), recipe, lab.micro_batch_tokens)
         take_step, steps = sft_stage(lab, stage, pupil, Progress())
         self.rows = [take_step(Progress(stage_step=step)) for step in range(steps)]
@@ -190,8 +190,8 @@ def test_only_finished_correct_rollouts_of_the_stage_become_traces_whatever_char
         return Rollout(PROBLEMS[0], [1], Completion([2], [-1.0], finished), text, Score(reward, outcome))
 
     odd = "so\n\r\x85\u2028\u2029\x1e</think>"
-    run.save_rollouts(3, 0, [[rollout(odd), rollout("near", "near")], [rollout("cut", finished=False), rollout("b")]])
-    run.save_rollouts(4, 2, [[rollout("of another stage")]])
-    run.save_rollouts(10, 0, [[rollout("c")]])
+    run.save_rollouts(3, 0, [[rollout(odd), rollout("near", "near")], [rollout("cut", finished=False), rollout("b")]], [[0.0] * 2] * 2)
+    run.save_rollouts(4, 2, [[rollout("of another stage")]], [[0.0]])
+    run.save_rollouts(10, 0, [[rollout("c")]], [[0.0]])
     expected = [(odd, 3), ("b", 3), ("c", 10)]
     assert run.correct_traces(0) == [Trace(PROBLEMS[0], text, step) for text, step in expected]

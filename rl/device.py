@@ -1,0 +1,28 @@
+"""Which device and dtype a recipe asks for, and the most memory that was held there."""
+
+import resource
+
+import torch
+
+from rl.recipe import Recipe, RecipeError
+
+
+def pick_device(recipe: Recipe) -> str:
+    if recipe.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=recipe.device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"device {recipe.device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return recipe.device
+
+
+def pick_dtype(recipe: Recipe) -> torch.dtype | None:
+    return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[recipe.dtype]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most the device's tensors have held so far; on a CPU, the most the process has held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,156 @@
+"""What a run looks like: accuracy beside the paper's tables (`curve.md`, `curve.png`), and `training.png`."""
+
+from itertools import cycle
+from pathlib import Path
+
+from rl.runfolder import RunFolder
+
+# Accuracy in %, from the paper's Tables 1 and 2 (Qwen3-1.7B on Countdown-Tasks-3to4), by GRPO step.
+PAPER_256 = [
+    (0, 0.0), (10, 0.1), (20, 0.2), (30, 0.2), (40, 3.3), (50, 9.2), (60, 13.5), (70, 21.5), (80, 37.3),
+    (80, 31.6), (90, 44.0), (100, 44.5), (110, 44.5), (120, 45.5), (130, 44.0), (140, 44.6), (150, 45.8),
+    (160, 45.3), (170, 47.1), (180, 48.8),
+]  # fmt: skip
+PAPER_512 = [
+    (0, 11.4), (10, 21.1), (20, 28.1), (30, 30.5), (40, 30.2), (50, 31.6), (60, 36.1), (70, 36.4), (80, 39.2)
+]  # fmt: skip
+
+# The panels of training.png: a title, and the metrics in it with their names; those that are shares are shown in %.
+PANELS = (
+    ("reward", {"reward_mean": ""}),
+    ("correct (%)", {"train_accuracy": "pass@1", "pass_at_8": "pass@8"}),
+    ("well-formed (%)", {"format_rate": ""}),
+    ("completion length (tokens)", {"completion_length": ""}),
+    ("cut off at the limit (%)", {"truncated_fraction": ""}),
+    ("letters outside Latin script (%)", {"non_latin_fraction": ""}),
+    ("entropy (nats a token)", {"policy_entropy": ""}),
+    ("tokens clipped (%)", {"clip_fraction": ""}),
+)
+STYLES = (("C0", "-", "o"), ("C1", "--", "s"), ("C2", ":", "^"), ("C3", "-.", "D"))  # color, line, marker
+
+
+def write_curve(run: RunFolder, max_new_tokens: int) -> None:
+    """Write the evaluations of a run so far into `curve.md` and `curve.png`, its GRPO steps into `training.png`."""
+    rows = [row for row in run.metrics() if "eval_accuracy" in row]
+    paper = paper_points(max_new_tokens)
+    (run.path / "curve.md").write_text(curve_table(rows, paper))
+    if rows:
+        plot_curve(rows, paper, run.path / "curve.png")
+    steps = [row for row in run.metrics() if row["kind"] == "grpo" and row["step"]]
+    if steps:
+        series = {name: [row[name] for row in steps] for _, names in PANELS for name in names if name in steps[0]}
+        plot_metrics({run.path.name: [series]}, run.path / "training.png")
+
+
+def paper_points(max_new_tokens: int) -> list[tuple[int, float]]:
+    """(GRPO step, accuracy in %) of the paper's experiment with so many new tokens, if it has one."""
+    return {256: PAPER_256, 512: PAPER_512}.get(max_new_tokens, [])
+
+
+def curve_table(rows: list[dict], paper: list[tuple[int, float]]) -> str:
+    """A Markdown table: one row an evaluation, and the paper's figure at the same GRPO step where it has one.
+
+    The paper gives two figures at step 80, before and after SFT; they go to the GRPO and the SFT evaluation there.
+    """
+    lines = [
+        "# Held-out accuracy",
+        "",
+        "The paper's column is Qwen3-1.7B on Countdown-Tasks-3to4: another model and other problems unless this run used",
+        "those. Intervals are 95 % (Wilson).",
+        "",
+        "| stage | step | GRPO steps | accuracy (%) | 95 % interval | paper (%) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for index, row in enumerate(rows):
+        figures = [value for step, value in paper if step == row["grpo_steps"]]
+        last_of_stage = index + 1 == len(rows) or rows[index + 1]["stage"] != row["stage"]
+        shown = ""
+        if figures and row["kind"] == "sft":
+            shown = f"{figures[-1]}" if last_of_stage and len(figures) > 1 else ""
+        elif figures:
+            shown = f"{figures[0]}"
+        accuracy, low, high = (100 * row[name] for name in ("eval_accuracy", "eval_low", "eval_high"))
+        stage = "start" if row["step"] == 0 else f"{row['stage'] + 1} {row['kind']}"
+        lines.append(
+            f"| {stage} | {row['step']} | {row['grpo_steps']} | {accuracy:.1f} | {low:.1f} to {high:.1f} | {shown} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot_curve(rows: list[dict], paper: list[tuple[int, float]], path: Path) -> None:
+    """Accuracy with its interval over this run's steps, stages shaded; the paper's points in the GRPO stages."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    steps = [row["step"] for row in rows]
+    low, high = ([100 * row[name] for row in rows] for name in ("eval_low", "eval_high"))
+    axes.fill_between(steps, low, high, alpha=0.2, color="C0", linewidth=0, label="95 % interval")
+    axes.plot(steps, [100 * row["eval_accuracy"] for row in rows], marker="o", markersize=4, color="C0", label="this run")
+    reference = paper_by_step(rows, paper)
+    if reference:
+        axes.plot(*zip(*reference, strict=True), linestyle="none", marker="x", color="0.4", label="paper (Qwen3-1.7B)")
+    for start, end, kind in stage_spans(rows):
+        if kind == "sft":
+            axes.axvspan(start, end, color="0.92", zorder=0)
+        axes.text((start + end) / 2, 1.01, kind.upper(), ha="center", va="bottom", transform=axes.get_xaxis_transform())
+    axes.set(xlabel="step", ylabel="held-out accuracy (%)", ylim=(0, None), xlim=(0, max(1, steps[-1])))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def stage_spans(rows: list[dict]) -> list[tuple[int, int, str]]:
+    """(first step, last step, kind) of each stage that has been evaluated."""
+    spans, start = [], 0
+    for index, row in enumerate(rows):
+        if row["step"] and (index + 1 == len(rows) or rows[index + 1]["stage"] != row["stage"]):
+            spans.append((start, row["step"], row["kind"]))
+            start = row["step"]
+    return spans
+
+
+def paper_by_step(rows: list[dict], paper: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The paper's points moved from GRPO steps to this run's steps; those not reached yet are left out."""
+    points, seen = [], set()
+    at_step = {(row["grpo_steps"], row["kind"]): row["step"] for row in rows}
+    for grpo_steps, value in paper:
+        kind = "sft" if grpo_steps in seen else "grpo"
+        seen.add(grpo_steps)
+        if (grpo_steps, kind) in at_step:
+            points.append((at_step[grpo_steps, kind], value))
+    return points
+
+
+def plot_metrics(arms: dict[str, list[dict[str, list[float]]]], path: Path) -> None:
+    """What GRPO's rollouts and updates were like over its steps, a panel each.
+
+    Args:
+        arms: for each name in the legend, its runs; for each run, a list for each metric. Runs are averaged.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, grid = plt.subplots(2, 4, figsize=(14, 6), layout="constrained")
+    for axes, (title, names) in zip(grid.flat, PANELS, strict=True):
+        for (arm, runs), (color, line, _) in zip(arms.items(), cycle(STYLES)):
+            for name, label in names.items():
+                series = [run[name] for run in runs if name in run]
+                if series:
+                    scale = 100 if "%" in title else 1
+                    average = [scale * sum(values) / len(values) for values in zip(*series)]
+                    weight = 0.8 if label == "pass@8" else 1.5
+                    text = " ".join(filter(None, (arm if len(arms) > 1 else "", label)))
+                    axes.plot(range(1, len(average) + 1), average, color=color, linestyle=line, linewidth=weight, label=text)
+        highest = max((max(line.get_ydata()) for line in axes.lines), default=0)
+        axes.set(title=title, xlabel="GRPO step", ylim=(0, None if highest else 1))
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

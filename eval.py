@@ -87,7 +87,7 @@ def model_of(source: str, arguments: Arguments) -> Model:
     changes = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     return Model(
         source,
-        replace(recipe, device=arguments.device, sampling=replace(recipe.sampling, **changes)),
+        replace(recipe, stages=(), device=arguments.device, sampling=replace(recipe.sampling, **changes)),
         trained=trained_by is not None,
     )
 

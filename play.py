@@ -97,7 +97,7 @@ def main(arguments: Arguments) -> None:
     source = arguments.model or newest_checkpoint()
     recipe = saved_recipe(source) or load_recipe("256", "tiny" if source == "tiny" else "")[1]
     changes = {name: value for name in ("max_new_tokens", "temperature") if (value := getattr(arguments, name)) is not None}
-    recipe = replace(recipe, device=arguments.device, sampling=replace(recipe.sampling, **changes))
+    recipe = replace(recipe, stages=(), device=arguments.device, sampling=replace(recipe.sampling, **changes))
     model, tokenizer = load_model(source, pick_device(recipe), pick_dtype(recipe), recipe.revision)
     rng = random.Random(arguments.seed)
     print(f"{source}. Numbers and target (7 9 11 22), an empty line for a random problem, q to end.")

@@ -77,7 +77,7 @@ def difference(first: Candidate, other: Candidate) -> dict:
 def comparison_table(title: str, candidates: list[dict], differences: list[dict]) -> Table:
     """One column for each of `measures`, one row for each of its numbers; `differences` are those from the first."""
     table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for found in candidates:
         table.add_column(found["name"], justify="right", overflow="fold")
 

@@ -125,7 +125,7 @@ class Picture(Lines):
 
     def draw(self) -> Panel:
         width = min(self.console.width, 120)
-        parts = [self._place(width - 4), *self._accuracy(width - 4), Text(self._numbers())]
+        parts = [self._place(width - 4), *self._accuracy(width - 4), Text(self._numbers(width - 4))]
         if self.samples and self.console.height >= CHART_HEIGHT + ROLLOUT_LINES + 11:
             half = width - 4 if width < 80 else (width - 5) // 2
             shown = [self._sample(kind, half) for kind in ("correct", "wrong") if kind in self.samples]
@@ -160,19 +160,29 @@ class Picture(Lines):
         lines = [Text(f"held-out accuracy {self.evaluation}", style="cyan")]
         return lines + [Text(line, style="cyan") for line in chart(self.points, min(60, width - 8), CHART_HEIGHT)]
 
-    def _numbers(self) -> str:
+    def _numbers(self, width: int) -> str:
         row = self.row
         if not row or not row["step"]:
             return ""
         if row["kind"] == "sft":
-            return f"loss {row['loss']:.4f}   grad {row['grad_norm']:.2f}"
-        return (
-            f"reward {row['reward_mean']:.3f}   correct {100 * row['train_accuracy']:.0f} %   "
-            f"format {100 * row['format_rate']:.0f} %   length {row['completion_length']:.0f}   "
-            f"entropy {row['policy_entropy']:.2f}   clipped {100 * row['clip_fraction']:.1f} %   "
-            f"grad {row['grad_norm']:.2f}   {row['tokens_per_second']:,.0f} tokens/s   "
-            f"{row['rollout_seconds'] + row['update_seconds']:.1f} s a step"
-        )
+            parts = [f"loss {row['loss']:.4f}", f"grad {row['grad_norm']:.2f}"]
+        else:
+            parts = [
+                f"reward {row['reward_mean']:.3f}",
+                f"correct {100 * row['train_accuracy']:.0f} %",
+                f"format {100 * row['format_rate']:.0f} %",
+                f"length {row['completion_length']:.0f}",
+                f"entropy {row['policy_entropy']:.2f}",
+                f"clipped {100 * row['clip_fraction']:.1f} %",
+                f"grad {row['grad_norm']:.2f}",
+                f"{row['tokens_per_second']:,.0f} tokens/s",
+                f"{row['rollout_seconds'] + row['update_seconds']:.1f} s a step",
+            ]
+        lines = [parts[0]]
+        for part in parts[1:]:
+            fits = len(lines[-1]) + 3 + len(part) <= width
+            lines = [*lines[:-1], f"{lines[-1]}   {part}"] if fits else [*lines, part]
+        return "\n".join(lines)
 
     def _sample(self, kind: str, width: int) -> Panel:
         rollout = self.samples[kind]
@@ -195,11 +205,11 @@ def pick_view(recipe: Recipe, quiet: bool = False, plain: bool = False) -> Lines
 
 def chart(points: list[tuple[int, float]], width: int, height: int) -> list[str]:
     """Lines of text: `points` (x, y from 0 up) as columns of blocks, each as high as the last point up to there."""
-    last, top = max(1, points[-1][0]), max(1e-9, *(y for _, y in points), 0)
+    last, top = max(1, points[-1][0]), max(1e-9, *(y for _, y in points))
     columns = []
     for column in range(width):
         x = last * column / max(1, width - 1)
-        y = [value for step, value in points if step <= x + 1e-9][-1]
+        y = next((value for step, value in reversed(points) if step <= x + 1e-9), 0.0)
         columns.append(round(8 * height * y / top))
     lines = []
     for level in reversed(range(height)):

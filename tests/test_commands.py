@@ -16,6 +16,7 @@ import train as train_command
 from model import generate, load_model
 from rl.checkpoint import checkpoints
 from rl.console import user_errors
+from rl.problems import problems_of
 from rl.recipe import RecipeError
 from rl.runfolder import RunFolder
 from rl.stages import train
@@ -136,21 +137,63 @@ def test_old_checkpoints_are_pruned_but_stage_ends_are_kept(tmp_path):
     assert names[0] == "step_0003" and len(names) == 3
 
 
-def test_eval_prints_its_table_for_a_checkpoint(smoke_run):
-    finished = run_command("eval.py", checkpoints(smoke_run)[-1], "--count", 8, "--examples", 1)
+def test_eval_puts_models_side_by_side_on_the_same_problems(smoke_run, tmp_path):
+    first, last = checkpoints(smoke_run)[0], checkpoints(smoke_run)[-1]
+    finished = run_command("eval.py", first, last, "--count", 8, "--samples", 2, "--json", tmp_path / "found.json")
     assert finished.returncode == 0, finished.stderr
-    for word in ("accuracy", "95 % interval", "correct", "near", "wrong", "malformed", "mean length"):
+    for word in ("accuracy, sampled", "accuracy, greedy", "pass@2", "majority of 2", "correct", "near", "wrong", "malformed",
+                 "length, tokens", "numbers, ", "against the first", "greedy: gained"):  # fmt: skip
         assert word in finished.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [model["name"] for model in found["models"]] == [str(first), str(last)]
+    assert found["problems"]["count"] == 8 and found["problems"]["sha256"] in finished.stdout
+    assert found["differences"][0]["to"] == str(last)
+    again = run_command("eval.py", first, last, "--count", 8, "--samples", 2, "--json", "-")
+    assert json.loads(again.stdout) == found
 
 
-def test_eval_repeats_itself_and_the_training_runs_own_evaluation(smoke_run, capsys):
-    folder = str(checkpoints(smoke_run)[-1])
-    for _ in range(2):
-        eval_command.main(eval_command.Arguments(folder, examples=0))
-    first, second = capsys.readouterr().out.split("accuracy")[1:]
-    assert first.split("mean")[0] == second.split("mean")[0]
-    logged = RunFolder(smoke_run).metrics()[-1]["final_accuracy"]
-    assert f"{100 * logged:.1f} %" in first
+def test_eval_repeats_the_training_runs_own_evaluation(smoke_run, capsys):
+    eval_command.main(eval_command.Arguments((str(checkpoints(smoke_run)[-1]),), samples=1, json="-"))
+    (found,) = json.loads(capsys.readouterr().out)["models"]
+    row = RunFolder(smoke_run).metrics()[-1]
+    assert (found["accuracy"]["mean"], found["accuracy"]["low"]) == (row["final_accuracy"], row["final_low"])
+    assert found["greedy"]["mean"] == row["final_greedy_accuracy"]
+
+
+def test_eval_scores_completions_made_elsewhere_beside_a_model(smoke_run, tmp_path, capsys):
+    rollouts = RunFolder(smoke_run).rollout_files()[0]
+    eval_command.main(eval_command.Arguments((str(rollouts), "tiny"), samples=2, json="-"))
+    found = json.loads(capsys.readouterr().out)
+    rows = [json.loads(line) for line in rollouts.read_text().splitlines()]
+    scored, sampled = found["models"]
+    assert scored["outcomes"]["malformed"] == sum(row["outcome"] == "malformed" for row in rows) / len(rows)
+    assert scored["completion_length"] == pytest.approx(sum(row["tokens"] for row in rows) / len(rows))
+    assert "greedy" not in scored and "greedy" in sampled and sampled["samples"] == 2
+    assert found["problems"]["count"] == len({(row["target"], *sorted(row["numbers"])) for row in rows})
+    one = tmp_path / "one.jsonl"
+    one.write_text('{"numbers": [5, 6], "target": 11, "completion": "x</think><answer>5+6</answer>"}')
+    message = fails(capsys, lambda: eval_command.main(eval_command.Arguments((str(rollouts), str(one)))))
+    assert "one.jsonl has no completion of" in message
+    eval_command.main(eval_command.Arguments((str(one),), json="-"))
+    (model,) = json.loads(capsys.readouterr().out)["models"]
+    assert model["accuracy"]["mean"] == 1.0 and "completion_length" not in model
+
+
+def test_eval_leaves_out_what_another_of_the_models_was_trained_on(smoke_run, tmp_path, capsys):
+    """Another seed holds out other problems, many of which the first run trained on."""
+    train(smoke("--out", tmp_path / "run", "--seed", 1, "--stages.0.steps", 1, "--stages.2.steps", 1).recipe, quiet=True)
+    others = [str(checkpoints(run)[-1]) for run in (smoke_run, tmp_path / "run")]
+    recipes = [eval_command.model_of(source, eval_command.Arguments(())).recipe for source in others]
+    (train_0, held_0), (train_1, held_1) = map(problems_of, recipes)
+    models = [eval_command.model_of(source, eval_command.Arguments(())) for source in others]
+    try:
+        chosen = eval_command.problems_for(models, eval_command.Arguments(()))
+    except RecipeError as error:
+        chosen = []
+        assert "trained on by one of the models" in str(error)
+    seen = {problem.key for problem in train_1}
+    assert chosen == [problem for problem in held_0 if problem.key not in seen]
+    assert len(chosen) == len(held_0) or f"{len(held_0) - len(chosen)} of {len(held_0)}" in capsys.readouterr().err
 
 
 def test_help_lists_every_field_with_its_default():
@@ -179,8 +222,8 @@ def test_a_second_run_in_the_same_folder_is_refused(smoke_run, capsys):
 
 def test_an_evaluation_never_takes_problems_that_its_checkpoint_was_trained_on(smoke_run, capsys):
     checkpoint = str(checkpoints(smoke_run)[-1])
-    message = fails(capsys, lambda: eval_command.main(eval_command.Arguments(checkpoint, count=33)))
-    assert "--count must be at most 32" in message
+    message = fails(capsys, lambda: eval_command.main(eval_command.Arguments((checkpoint,), count=33)))
+    assert "--count must be from 1 to 32" in message
 
 
 def test_resuming_with_another_recipe_is_refused(smoke_run, capsys):

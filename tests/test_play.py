@@ -1,0 +1,61 @@
+"""make play: what is typed becomes a problem, and the completion shown token by token is the sampler's own."""
+
+import random
+
+import pytest
+import torch
+from helpers import random_model
+
+import play
+from data import Problem
+from model import generate, load_model
+from model.sampler import plain_completion
+from model.distribution import random_streams
+from rl.recipe_file import load_recipe
+
+RECIPE = load_recipe("256", "tiny")[1]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_streamed_tokens_are_those_that_the_sampler_gives(temperature):
+    model, prompt, stops = random_model(std=0.2), [5, 17, 3, 44], (7, 30)
+    ids = list(play.stream(model, prompt, 20, temperature, stops, seed=4))
+    (whole,), = generate(
+        model, [prompt], max_new_tokens=20, temperature=temperature, stop_token_ids=stops, seed=4
+    )  # fmt: skip
+    plain = plain_completion(model, prompt, random_streams([prompt], 1, 20, 4)[0, 0], stops, (temperature, None, None))
+    assert ids == whole.token_ids == plain.token_ids
+
+
+def test_a_typed_line_is_a_problem():
+    rng = random.Random(0)
+    for line in ("7 9 11 22", "7, 9, 11 -> 22", " 7,9,11 22 "):
+        assert play.read_problem(line, RECIPE, rng) == Problem((7, 9, 11), 22)
+    drawn = play.read_problem("", RECIPE, rng)
+    assert max(drawn.numbers) <= 20 and 10 <= drawn.target <= 50
+
+
+@pytest.mark.parametrize("line", ["seven", "3 x", "-3 4 5", "5", "5 5", "1 2 3 4 5 6 7 8", "99999999999 2 3", "² 3 4", "0 3 4"])
+def test_what_is_no_problem_is_said(line):
+    with pytest.raises(ValueError):
+        play.read_problem(line, RECIPE, random.Random(0))
+
+
+def test_a_session_shows_thoughts_verdict_and_solution_and_ends(monkeypatch, capsys):
+    lines = iter(["7 9 11 22", "nonsense", "1 1 50", "q"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    torch.manual_seed(0)
+    play.main(play.Arguments("tiny", max_new_tokens=40, temperature=0.0))
+    shown = capsys.readouterr().out
+    assert "7, 9, 11 -> 22" in shown and "A solution: " in shown and "(9 - 7)" in shown
+    assert "type whole numbers" in shown and "there is none" in shown
+    model, tokenizer = load_model("tiny")
+    assert shown.count("reward") == 2
+
+
+def test_the_end_of_input_ends_a_session(monkeypatch):
+    def ended(prompt):
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", ended)
+    play.main(play.Arguments("tiny"))

@@ -1,0 +1,118 @@
+"""The page about runs: what it says, that it needs nothing else, and that a browser shows it."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from test_commands import smoke, smoke_run  # noqa: F401  (a fixture)
+
+from model import Tokenizer
+from model.weights import TINY
+from rl.console import user_errors
+from rl.report import Arguments, pieces, write_report
+from rl.runfolder import RunFolder
+
+
+def data_of(page: str) -> dict:
+    return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)[1])
+
+
+@pytest.fixture(scope="module")
+def page(smoke_run, tmp_path_factory) -> str:  # noqa: F811
+    """The page of the smoke run beside itself."""
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    assert write_report(Arguments((smoke_run, smoke_run), out, steps=2, groups=1, samples=3)) == out
+    return out.read_text(encoding="utf-8")
+
+
+def test_the_page_says_what_metrics_say(smoke_run, page):  # noqa: F811
+    first, second = data_of(page)["runs"]
+    assert first == second and first["name"] == str(smoke_run)
+    rows = RunFolder(smoke_run).metrics()
+    assert first["evaluations"] == [
+        [row["step"], row["eval_accuracy"], row["eval_low"], row["eval_high"]] for row in rows if "eval_accuracy" in row
+    ]
+    steps = [row for row in rows if row["kind"] == "grpo" and row["step"]]
+    for name in ("reward_mean", "completion_length", "policy_entropy", "clip_fraction", "format_rate", "non_latin_fraction"):
+        assert first["series"][name] == [[row["step"], row[name]] for row in steps]
+    assert [step for step, _ in first["series"]["grad_norm"]] == [row["step"] for row in rows if row["step"]]
+    assert first["series"]["seconds"][0][1] == pytest.approx(rows[1]["rollout_seconds"] + rows[1]["update_seconds"])
+    assert [kind for _, _, kind in first["stages"]] == ["grpo", "sft", "grpo"]
+    assert first["final"]["final_accuracy"] == rows[-1]["final_accuracy"]
+
+
+def test_rollouts_come_from_evenly_spread_steps_with_tokens_logprobs_and_advantages(smoke_run, page):  # noqa: F811
+    shown = data_of(page)["runs"][0]["rollouts"]
+    files = RunFolder(smoke_run).rollout_files()
+    assert sorted({row["step"] for row in shown}) == [int(files[0].stem[5:]), int(files[-1].stem[5:])]
+    for path in (files[0], files[-1]):
+        logged = [json.loads(line) for line in path.read_text().splitlines()][:3]
+        of_step = [row for row in shown if row["step"] == int(path.stem[5:])]
+        assert [row["completion"] for row in of_step] == [row["completion"] for row in logged]
+        for row, source in zip(of_step, logged):
+            assert row["advantage"] == source["advantage"] and len(row["pieces"]) <= len(source["token_ids"])
+            text = "".join(piece for piece, _ in row["pieces"])
+            assert text.startswith(source["completion"])  # and then the stop token's
+            assert sum(logprob for _, logprob in row["pieces"]) == pytest.approx(sum(source["logprobs"]), abs=0.1)
+
+
+def test_logged_advantages_are_the_groups_own(smoke_run):  # noqa: F811
+    rows = [json.loads(line) for line in RunFolder(smoke_run).rollout_files()[0].read_text().splitlines()]
+    for group in {row["group"] for row in rows}:
+        rewards = [row["reward"] for row in rows if row["group"] == group]
+        mean = sum(rewards) / len(rewards)
+        std = (sum((reward - mean) ** 2 for reward in rewards) / len(rewards)) ** 0.5
+        for row in (row for row in rows if row["group"] == group):
+            assert row["advantage"] == pytest.approx((row["reward"] - mean) / std if std else 0, rel=0.01)
+
+
+def test_a_character_of_several_tokens_is_one_piece():
+    tokenizer = Tokenizer(TINY)
+    ids = tokenizer.encode("7+漢é")
+    logprobs = [-0.5] * len(ids)
+    found = pieces(tokenizer, ids, logprobs)
+    assert "".join(text for text, _ in found) == "7+漢é" and "漢" in [text for text, _ in found]
+    assert sum(logprob for _, logprob in found) == pytest.approx(-0.5 * len(ids))
+    half = pieces(tokenizer, ids[:-1], logprobs[:-1])  # cut off within a character
+    assert sum(logprob for _, logprob in half) == pytest.approx(-0.5 * (len(ids) - 1))
+
+
+def test_no_completion_can_end_the_script_or_load_anything(smoke_run, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    shutil.copytree(smoke_run, run)
+    path = RunFolder(run).rollout_files()[0]
+    row = json.loads(path.read_text().splitlines()[0]) | {"completion": "</script><script>alert(1)</script><!--"}
+    path.write_text(json.dumps(row) + "\n")
+    page = write_report(Arguments((run,))).read_text(encoding="utf-8")
+    assert page.count("</script>") == 2
+    assert data_of(page)["runs"][0]["rollouts"][0]["completion"] == row["completion"]
+    assert not re.search(r'(src|href)\s*=|@import|url\(|fetch\(|XMLHttp', page.replace(SVG, ""))
+
+
+SVG = "http://www.w3.org/2000/svg"  # a name, nothing to load
+
+
+def test_a_folder_without_a_run_is_one_line(tmp_path, capsys):
+    for folders in ((tmp_path,), ()):
+        with pytest.raises(SystemExit) as exit_, user_errors():
+            write_report(Arguments(folders))
+        assert exit_.value.code == 2 and "runs/256-tiny" in capsys.readouterr().err
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium to open the page in")
+def test_a_browser_draws_charts_and_rollouts(page, tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text(page.replace("<script>\n", "<script>\nonerror = message => { document.title = message; };\n", 1))
+    command = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
+        "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri(),
+    ]  # fmt: skip
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert "<title>Runs</title>" in shown  # where an error would stand
+    assert shown.count("<figure") == 12 and shown.count('<article class="card"') == 3
+    assert shown.count("<polygon") == 2 and "NaN" not in shown.partition('<script id="data"')[0]

@@ -1,0 +1,123 @@
+"""What a run shows while it goes: a picture on a terminal, lines elsewhere, nothing when it is to be quiet."""
+
+import io
+import re
+from dataclasses import replace
+
+import pytest
+from helpers import PROBLEM
+from rich.console import Console
+
+import rl.view
+from model import Completion
+from rl.console import printable
+from rl.recipe_file import load_recipe
+from rl.reward import Score
+from rl.rollout import Rollout
+from rl.view import Lines, Picture, Quiet, chart, pick_view
+
+RECIPE = replace(load_recipe("256", "tiny")[1], out="runs/shown")
+GRPO = {
+    "stage": 0, "kind": "grpo", "step": 10, "grpo_steps": 10, "reward_mean": 0.4321, "train_accuracy": 0.25, "format_rate": 0.9,
+    "completion_length": 123.4, "policy_entropy": 0.31, "clip_fraction": 0.0123, "grad_norm": 0.07, "tokens_per_second": 12345.6,
+    "rollout_seconds": 1.0, "update_seconds": 1.5,
+}  # fmt: skip
+EVALUATED = {"eval_accuracy": 0.203, "eval_low": 0.171, "eval_high": 0.24}
+
+
+def rollout(outcome: str, text: str) -> Rollout:
+    return Rollout(PROBLEM, [1], Completion([5], [-0.5], True), text, Score(0.5, outcome))
+
+
+def picture(width=110, height=40) -> Picture:
+    return Picture(RECIPE, Console(file=io.StringIO(), force_terminal=True, width=width, height=height, color_system=None))
+
+
+def drawn(shown: Picture) -> str:
+    with shown.console.capture() as capture:
+        shown.console.print(shown.draw())
+    return capture.get()
+
+
+def test_a_picture_shows_stage_numbers_accuracy_progress_and_the_last_rollouts(monkeypatch):
+    times = iter([0.0, 0.0, 3.0, 6.0, 6.0, 8.0, 8.0])
+    monkeypatch.setattr(rl.view.time, "perf_counter", lambda: next(times))
+    shown = picture()
+    assert "start" in drawn(shown)
+    shown.step({"stage": 0, "kind": "grpo", "step": 0, "grpo_steps": 0, **EVALUATED}, 3, 0, 0)
+    shown.step(GRPO | {"step": 9, "grpo_steps": 9}, 3, 9, 80)
+    shown.step(GRPO | EVALUATED, 3, 10, 80)
+    shown.rollouts([[rollout("correct", "old"), rollout("correct", "a good one"), rollout("near", "a \x1b[31mbad one")]])
+    with shown.sampling("rollout", 40) as report:
+        report(20, 3000)
+        text = drawn(shown)
+    assert "GRPO 1/3  step 10/80" in text and "runs/shown" in text
+    assert "held-out accuracy 20.3 % (17.1 to 24.0)" in text and "20 % |" in text
+    for part in ("reward 0.432", "correct 25 %", "format 90 %", "length 123", "entropy 0.31", "clipped 1.2 %", "12,346 tokens/s"):
+        assert part in text
+    assert "a good one" in text and "bad one" in text and "old" not in text and "\x1b[31m" not in text
+    assert "last correct: 79, 60, 17 -> 36" in text
+    assert "1,500 tokens/s" in text and "rollout" in text
+    assert "8:30 of GRPO left" in text  # 170 of 180 steps at 3 s
+
+
+def test_only_evaluations_stay_as_lines_above_a_picture():
+    shown = picture()
+    shown.step(GRPO, 3, 10, 80)
+    assert shown.console.file.getvalue() == ""
+    shown.step(GRPO | EVALUATED, 3, 10, 80)
+    assert "grpo 1/3   10/80" in shown.console.file.getvalue() and "held-out 20.3 %" in shown.console.file.getvalue()
+
+
+def test_a_resumed_run_shows_its_earlier_accuracy():
+    shown = picture()
+    shown.history([GRPO, GRPO | EVALUATED, GRPO | {"step": 20, "eval_accuracy": 0.4, "eval_low": 0.3, "eval_high": 0.5}])
+    assert shown.points == [(10, pytest.approx(20.3)), (20, 40.0)] and "40 % |" in drawn(shown)
+
+
+@pytest.mark.parametrize("width, height", [(60, 24), (79, 40), (80, 24), (200, 50)])
+def test_a_picture_fits_its_terminal(width, height):
+    shown = picture(width, height)
+    shown.step(GRPO | EVALUATED, 3, 10, 80)
+    shown.rollouts([[rollout("correct", "x" * 500), rollout("wrong", "line\n" * 50)]])
+    lines = drawn(shown).rstrip("\n").split("\n")
+    assert len(lines) < height and max(map(len, lines)) <= width
+
+
+def test_an_sft_step_shows_its_loss():
+    shown = picture()
+    shown.step({"stage": 1, "kind": "sft", "step": 81, "grpo_steps": 80, "loss": 0.1234, "grad_norm": 0.5}, 3, 1, 46)
+    assert "SFT 2/3  step 1/46" in drawn(shown) and "loss 0.1234" in drawn(shown)
+
+
+def test_a_chart_is_as_high_as_its_points_and_holds_each_until_the_next():
+    assert chart([(0, 10.0), (2, 40.0)], 3, 2) == [" 40 % |  █", "  0 % |▄▄█"]
+    assert chart([(0, 0.0)], 2, 2)[1] == "  0 % |  "
+    assert [line[7:] for line in chart([(0, 5.0), (1, 20.0), (2, 10.0), (3, 15.0)], 4, 1)] == ["▂█▄▆"]
+
+
+def test_the_view_follows_the_terminal_and_what_is_asked_for(monkeypatch):
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    assert type(pick_view(RECIPE)) is Lines
+    assert type(pick_view(RECIPE, quiet=True)) is Quiet
+    console = Console(file=io.StringIO(), force_terminal=True)
+    monkeypatch.setattr(rl.view, "Console", lambda: console)
+    monkeypatch.setenv("TERM", "xterm")
+    assert type(pick_view(RECIPE)) is Picture
+    assert type(pick_view(RECIPE, plain=True)) is Lines and type(pick_view(RECIPE, quiet=True)) is Quiet
+
+
+def test_lines_say_each_step_and_quiet_says_nothing(capsys):
+    Lines().step(GRPO, 3, 10, 80)
+    assert re.match(r"grpo 1/3   10/80  reward 0\.432  correct 25\.0 %", capsys.readouterr().out)
+    with Quiet() as quiet:
+        quiet.step(GRPO, 3, 10, 80)
+        quiet.say("anything")
+        with quiet.sampling("rollout", 3) as report:
+            assert report is None
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_is_printed_of_a_completion_cannot_steer_the_terminal():
+    assert printable("a\x1b[2Jb\r\n\x07é漢\u202e") == "a·[2Jb·\n·é漢·"

@@ -98,6 +98,8 @@ def comparison_table(title: str, candidates: list[dict], differences: list[dict]
     for outcome in candidates[0]["outcomes"]:
         row(outcome, (percent(found["outcomes"][outcome]) for found in candidates))
     row("length, tokens", (f"{found['completion_length']:.1f}" if "completion_length" in found else "" for found in candidates))
+    limits = [str(found.get("max_new_tokens", "")) for found in candidates]
+    row("limit, tokens", limits if len(set(limits)) > 1 else [])
     row("cut off at the limit", (percent(found.get("truncated_fraction")) for found in candidates))
     row("letters outside Latin script", (percent(found["non_latin_fraction"], 2) for found in candidates))
     table.add_section()

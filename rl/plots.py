@@ -15,10 +15,10 @@ PAPER_512 = [
     (0, 11.4), (10, 21.1), (20, 28.1), (30, 30.5), (40, 30.2), (50, 31.6), (60, 36.1), (70, 36.4), (80, 39.2)
 ]  # fmt: skip
 
-# The panels of training.png: a title, and the metrics in it with their names; those that are shares are shown in %.
+# The panels of training.png: a title, and the metrics in it, those with a name as thin lines; shares are shown in %.
 PANELS = (
     ("reward", {"reward_mean": ""}),
-    ("correct (%)", {"train_accuracy": "pass@1", "pass_at_8": "pass@8"}),
+    ("correct (%); thin: pass@8", {"train_accuracy": "", "pass_at_8": "pass@8"}),
     ("well-formed (%)", {"format_rate": ""}),
     ("completion length (tokens)", {"completion_length": ""}),
     ("cut off at the limit (%)", {"truncated_fraction": ""}),
@@ -144,13 +144,12 @@ def plot_metrics(arms: dict[str, list[dict[str, list[float]]]], path: Path) -> N
                 if series:
                     scale = 100 if "%" in title else 1
                     average = [scale * sum(values) / len(values) for values in zip(*series)]
-                    weight = 0.8 if label == "pass@8" else 1.5
-                    text = " ".join(filter(None, (arm if len(arms) > 1 else "", label)))
-                    axes.plot(range(1, len(average) + 1), average, color=color, linestyle=line, linewidth=weight, label=text)
+                    width = 0.8 if label else 1.5
+                    axes.plot(range(1, len(average) + 1), average, color=color, linestyle=line, linewidth=width, label=arm)
         highest = max((max(line.get_ydata()) for line in axes.lines), default=0)
         axes.set(title=title, xlabel="GRPO step", ylim=(0, None if highest else 1))
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize="small")
+    if len(arms) > 1:
+        grid.flat[0].legend(fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)

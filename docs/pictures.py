@@ -1,0 +1,82 @@
+"""The README's pictures of a run: `python docs/pictures.py runs/256-tiny` after `make train-256`; needs chromium.
+
+curve-256-tiny.png is the run's own; report.png is the page of `make report`, live.png what a terminal showed at a step.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent))
+
+import json
+
+import tyro
+from rich.console import Console
+from rich.terminal_theme import MONOKAI
+
+from rl import report
+from rl.console import user_errors
+from rl.evaluate import load_completions
+from rl.recipe import Recipe, RecipeError
+from rl.recipe_file import from_dict
+from rl.runfolder import RunFolder
+from rl.view import Picture
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Make the README's pictures."""
+
+    run: tyro.conf.Positional[Path] = Path("runs/256-tiny")
+    """The run to show."""
+    step: int = 186
+    """The step of the terminal's picture."""
+
+
+def live_page(arguments: Arguments) -> str:
+    """The terminal's picture at a step, as HTML; its times are not those of the run."""
+    run = RunFolder(arguments.run)
+    recipe = from_dict(Recipe, json.loads((run.path / "config.json").read_text())["recipe"])
+    console = Console(width=108, height=40, record=True, force_terminal=True, file=open("/dev/null", "w"))
+    picture = Picture(recipe, console)
+    rows = [row for row in run.metrics() if row["step"] <= arguments.step]
+    picture.history(rows)
+    picture.row, stage = rows[-1], rows[-1]["stage"]
+    picture.place = (sum(row["stage"] == stage and row["step"] > 0 for row in rows), recipe.stages[stage].steps)
+    picture.rollouts(load_completions(run.path / "rollouts" / f"step_{arguments.step:04d}.jsonl", recipe.sampling.thinking))
+    picture.progress = ("update", 0, 1, 0.0)
+    console.print(picture.draw())
+    return console.export_html(theme=MONOKAI, inline_styles=True).replace("<body>", '<body style="margin:12px">')
+
+
+def screenshot(page: Path, size: str, out: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        raise RecipeError("pictures of pages need chromium: install it")
+    with tempfile.TemporaryDirectory() as profile:
+        subprocess.run(
+            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
+             "--no-first-run", "--hide-scrollbars", f"--user-data-dir={profile}", f"--window-size={size}",
+             f"--screenshot={out}", page.as_uri()],
+            check=True, capture_output=True, timeout=120,
+        )  # fmt: skip
+
+
+def main(arguments: Arguments) -> None:
+    shutil.copy(arguments.run / "curve.png", DOCS / "curve-256-tiny.png")
+    with tempfile.TemporaryDirectory() as folder:
+        page = report.write_report(report.Arguments((arguments.run,), Path(folder) / "report.html"))
+        screenshot(page, "1100,1500", DOCS / "report.png")
+        live = Path(folder) / "live.html"
+        live.write_text(live_page(arguments), encoding="utf-8")
+        screenshot(live, "1060,410", DOCS / "live.png")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(tyro.cli(Arguments, description=__doc__))

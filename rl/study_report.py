@@ -3,6 +3,7 @@
 import json
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -32,6 +33,19 @@ class Estimate:
             return cls(values[0], math.nan, count)
         quantile = T_95[min(count, len(T_95) + 1) - 2]
         return cls(mean(values), quantile * stdev(values) / math.sqrt(count), count)
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half_width
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half_width
+
+    @property
+    def signed(self) -> str:
+        """For a difference: +2.2 (-0.1 to +4.5)."""
+        return f"{self.mean:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
 
     def __str__(self) -> str:
         return f"{self.mean:.1f}" + ("" if math.isnan(self.half_width) else f" ± {self.half_width:.1f}")
@@ -111,10 +125,15 @@ def end_accuracy(run: Run) -> float:
     return 100 * run.final.get("final_accuracy", run.evaluations[-1]["eval_accuracy"])
 
 
-def paired_difference(runs: list[Run], others: list[Run]) -> Estimate:
-    """End accuracy of `runs` less that of `others`, over the seeds that both have."""
-    by_seed = {run.seed: end_accuracy(run) for run in others}
-    return Estimate.of([end_accuracy(run) - by_seed[run.seed] for run in runs if run.seed in by_seed] or [math.nan])
+def greedy_accuracy(run: Run) -> float:
+    """At the end, in %; NaN where the recipe asked for none."""
+    return 100 * run.final.get("final_greedy_accuracy", math.nan)
+
+
+def paired_difference(runs: list[Run], others: list[Run], accuracy: Callable[[Run], float] = end_accuracy) -> Estimate:
+    """Accuracy of `runs` less that of `others`, over the seeds that both have."""
+    by_seed = {run.seed: accuracy(run) for run in others}
+    return Estimate.of([accuracy(run) - by_seed[run.seed] for run in runs if run.seed in by_seed] or [math.nan])
 
 
 def verdicts(main: Runs) -> list[str]:
@@ -126,11 +145,12 @@ def verdicts(main: Runs) -> list[str]:
         difference = paired_difference(runs, main[BASELINE])
         if difference.count < 2:
             continue
-        low, high = difference.mean - difference.half_width, difference.mean + difference.half_width
-        said = "is better than" if low > 0 else "is worse than" if high < 0 else "cannot be told apart from"
+        said = "is better than" if difference.low > 0 else "is worse than" if difference.high < 0 else "cannot be told apart from"
+        greedy = paired_difference(runs, main[BASELINE], greedy_accuracy)
         sentences.append(
-            f"**{arm}** {said} **{BASELINE}**: {difference.mean:+.1f} points at the end "
-            f"({low:+.1f} to {high:+.1f}; 95 % interval of the paired difference, {difference.count} seeds)."
+            f"**{arm}** {said} **{BASELINE}**: {difference.signed} points at the end"
+            + ("" if math.isnan(greedy.mean) else f", greedy {greedy.signed}")
+            + f" (95 % intervals of the difference seed by seed, {difference.count} seeds)."
         )
     return sentences
 
@@ -146,7 +166,7 @@ def end_table(main: Runs) -> str:
     ]
     for arm, runs in main.items():
         ends = [end_accuracy(run) for run in runs]
-        greedy = [100 * run.final["final_greedy_accuracy"] for run in runs if run.final]
+        greedy = [greedy_accuracy(run) for run in runs if run.final]
         samples = runs[0].generated_tokens > 0
         cells = [
             arm,
@@ -183,12 +203,13 @@ def ablation_table(baseline: list[Run], ablations: Runs) -> str:
         "policy_entropy": "entropy", "clip_fraction": "clipped",
     }  # fmt: skip
     lines = [
-        "| change | seeds | final, % | against grpo, same seeds | " + " | ".join(columns.values()) + " |",
-        "|" + "---|" * (4 + len(columns)),
+        "| change | seeds | final, % | against grpo, same seeds | greedy, % | " + " | ".join(columns.values()) + " |",
+        "|" + "---|" * (5 + len(columns)),
     ]
     for name, runs in {BASELINE: baseline, **ablations}.items():
         difference = "" if runs is baseline else paired_difference(runs, baseline)
         cells = [name, len(runs), Estimate.of([end_accuracy(run) for run in runs]), difference]
+        cells.append(Estimate.of([greedy_accuracy(run) for run in runs]))
         cells += [f"{mean(mean(run.steps[column][-10:]) for run in runs):.3g}" for column in columns]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
@@ -210,14 +231,14 @@ def plot_accuracy(main: Runs, path: Path) -> None:
         x = [steps for steps, _ in points]
         if max(x) == 0:  # no GRPO: where it ended, across the plot
             x, values = [0, last], [values[-1]] * 2
-        low, high = ([v.mean + sign * v.half_width for v in values] for sign in (-1, 1))
+        low, high = [v.low for v in values], [v.high for v in values]
         by_steps.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
         by_steps.plot(x, [v.mean for v in values], **look)
         most = min(run.generated_tokens for run in runs)
         if most:
             grid = [most * i / 40 for i in range(41)]
             values = [Estimate.of([run.accuracy_at(tokens) for run in runs]) for tokens in grid]
-            low, high = ([v.mean + sign * v.half_width for v in values] for sign in (-1, 1))
+            low, high = [v.low for v in values], [v.high for v in values]
             x = [tokens / 1e6 for tokens in grid]
             by_tokens.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
             by_tokens.plot(x, [v.mean for v in values], color=color, linestyle=line)

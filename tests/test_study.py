@@ -211,7 +211,14 @@ def test_a_verdict_says_no_more_than_its_interval(better, said):
     grpo = [made_up("grpo", seed, {10: 40.0 + seed}) for seed in range(3)]
     staged = [made_up("staged", seed, {10: 40.0 + seed + better[seed]}) for seed in range(3)]
     (sentence,) = verdicts({"grpo": grpo, "staged": staged})
-    assert f"**staged** {said} **grpo**: {sum(better) / 3:+.1f} points" in sentence
+    assert f"**staged** {said} **grpo**: {sum(better) / 3:+.1f} (" in sentence and "greedy" not in sentence
+
+
+def test_a_verdict_gives_the_greedy_difference_too():
+    grpo = [made_up("grpo", seed, {10: 1.0}, final=10.0) for seed in (0, 1)]
+    staged = [made_up("staged", seed, {10: 1.0}, final=11.0 + seed) for seed in (0, 1)]  # greedy twice as much
+    (sentence,) = verdicts({"grpo": grpo, "staged": staged})
+    assert "+1.5 (-4.9 to +7.9) points at the end, greedy +3.0 (-9.7 to +15.7) (95 %" in sentence
 
 
 def test_tables_by_hand():

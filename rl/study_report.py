@@ -126,8 +126,8 @@ def end_accuracy(run: Run) -> float:
 
 
 def greedy_accuracy(run: Run) -> float:
-    """At the end, in %; NaN where the recipe asked for none."""
-    return 100 * run.final.get("final_greedy_accuracy", math.nan)
+    """At the end, in %; the recipe must have asked for it."""
+    return 100 * run.final["final_greedy_accuracy"]
 
 
 def paired_difference(runs: list[Run], others: list[Run], accuracy: Callable[[Run], float] = end_accuracy) -> Estimate:
@@ -146,11 +146,12 @@ def verdicts(main: Runs) -> list[str]:
         if difference.count < 2:
             continue
         said = "is better than" if difference.low > 0 else "is worse than" if difference.high < 0 else "cannot be told apart from"
-        greedy = paired_difference(runs, main[BASELINE], greedy_accuracy)
+        greedy = ""
+        if all(run.final for run in runs + main[BASELINE]):
+            greedy = f", greedy {paired_difference(runs, main[BASELINE], greedy_accuracy).signed}"
         sentences.append(
-            f"**{arm}** {said} **{BASELINE}**: {difference.signed} points at the end"
-            + ("" if math.isnan(greedy.mean) else f", greedy {greedy.signed}")
-            + f" (95 % intervals of the difference seed by seed, {difference.count} seeds)."
+            f"**{arm}** {said} **{BASELINE}**: {difference.signed} points at the end{greedy} "
+            f"(95 % intervals of the difference seed by seed, {difference.count} seeds)."
         )
     return sentences
 
@@ -209,7 +210,7 @@ def ablation_table(baseline: list[Run], ablations: Runs) -> str:
     for name, runs in {BASELINE: baseline, **ablations}.items():
         difference = "" if runs is baseline else paired_difference(runs, baseline)
         cells = [name, len(runs), Estimate.of([end_accuracy(run) for run in runs]), difference]
-        cells.append(Estimate.of([greedy_accuracy(run) for run in runs]))
+        cells.append(Estimate.of([greedy_accuracy(run) for run in runs]) if all(run.final for run in runs) else "")
         cells += [f"{mean(mean(run.steps[column][-10:]) for run in runs):.3g}" for column in columns]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

@@ -26,7 +26,9 @@ PANELS = (
     ("entropy (nats a token)", {"policy_entropy": ""}),
     ("tokens clipped (%)", {"clip_fraction": ""}),
 )
-STYLES = (("C0", "-", "o"), ("C1", "--", "s"), ("C2", ":", "^"), ("C3", "-.", "D"))  # color, line, marker
+STYLES = (  # color, line, marker
+    ("C0", "-", "o"), ("C1", "--", "s"), ("C2", ":", "^"), ("C4", (0, (5, 1, 1, 1)), "v"), ("C3", "-.", "D"),
+)  # fmt: skip
 
 
 def write_curve(run: RunFolder, max_new_tokens: int) -> None:

@@ -51,12 +51,13 @@ def small_study(folder, text: str = SMALL) -> Arguments:
 def test_the_main_arms_take_the_same_grpo_steps_and_differ_in_nothing_else():
     arms = {arm.name: recipe_of(arm) for arm in load_arms(Arguments().recipe) if arm.is_main}
     grpo = arms["grpo"]
-    for name in "staged", "grpo-512":
+    for name in "staged", "restart", "grpo-512":
         stages = [stage for stage in arms[name].stages if stage.kind == "grpo"]
         assert sum(stage.steps for stage in stages) == grpo.stages[0].steps
         assert all(replace(stage, steps=grpo.stages[0].steps) == grpo.stages[0] for stage in stages)
         assert replace(arms[name], stages=(), sampling=grpo.sampling) == replace(grpo, stages=())
     assert [stage.kind for stage in arms["staged"].stages] == ["grpo", "sft", "grpo"]
+    assert arms["restart"].stages == arms["staged"].stages[::2]
     assert arms["grpo-512"].sampling == replace(grpo.sampling, max_new_tokens=512)
     (sft,) = arms["sft"].stages
     assert sft == replace(arms["staged"].stages[1], traces="staged")

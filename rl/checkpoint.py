@@ -4,9 +4,11 @@ There is no random state to save. Every random choice is made from the recipe's 
 `rl.stages.Progress`), so the counters are the random state and the position in the data.
 """
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +21,8 @@ from rl.recipe import Recipe, RecipeError
 from rl.recipe_file import from_dict, to_dict
 
 STATE, OPTIMIZER, RECIPE = "trainer_state.json", "optimizer.safetensors", "recipe.json"
-ADAPTERS = "adapters.safetensors"
+ADAPTERS, DIGESTS = "adapters.safetensors", "sha256.json"
+PARTIAL, REMOVED = ".partial", ".removed"  # what a folder's name ends in while it is written, or deleted
 
 
 @dataclass
@@ -43,23 +46,83 @@ class Progress:
 def save_checkpoint(
     folder: Path, model: Qwen3, tokenizer: Tokenizer, optimizer: Optimizer | None, progress: Progress, recipe: Recipe
 ) -> None:
-    """Write `folder` whole or not at all: into a temporary neighbour first, then renamed.
+    """Write `folder` whole or not at all: into a temporary neighbour, to the disk itself, and only then renamed.
 
     `optimizer` is None at the end of a stage, since the next stage starts with an optimizer of its own.
+
+    Raises:
+        RecipeError: it cannot be written, a full disk for one; what was there before still is.
     """
-    temporary = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    save_model(temporary, model, tokenizer)
-    if adapters := {name: matrix.cpu() for name, matrix in adapter_state(model).items()}:
-        safetensors.torch.save_file(adapters, temporary / ADAPTERS)  # the model itself is saved with these merged
-    if optimizer is not None:
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in optimizer.state_tensors()}
-        safetensors.torch.save_file(tensors, temporary / OPTIMIZER)
-    (temporary / STATE).write_text(json.dumps(asdict(progress), indent=2) + "\n")
-    (temporary / RECIPE).write_text(json.dumps(to_dict(recipe), indent=2) + "\n")
-    if folder.exists():
-        remove_checkpoint(folder)
-    os.replace(temporary, folder)
+    temporary = folder.with_name(folder.name + PARTIAL)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        save_model(temporary, model, tokenizer)
+        if adapters := {name: matrix.cpu() for name, matrix in adapter_state(model).items()}:
+            safetensors.torch.save_file(adapters, temporary / ADAPTERS)  # the model itself is saved with these merged
+        if optimizer is not None:
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in optimizer.state_tensors()}
+            safetensors.torch.save_file(tensors, temporary / OPTIMIZER)
+        (temporary / STATE).write_text(json.dumps(asdict(progress), indent=2) + "\n")
+        (temporary / RECIPE).write_text(json.dumps(to_dict(recipe), indent=2) + "\n")
+        digests = {path.name: digest(path) for path in sorted(temporary.iterdir())}
+        (temporary / DIGESTS).write_text(json.dumps(digests, indent=2) + "\n")
+        for path in [*temporary.iterdir(), temporary]:
+            sync(path)
+        if folder.exists():
+            remove_checkpoint(folder)
+        os.replace(temporary, folder)
+        sync(folder.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(
+            f"{folder} cannot be written ({reason}); the checkpoints before it are whole: put that right, then --resume"
+        ) from None
+
+
+def digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's or folder's content is on the disk, where a power cut leaves it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, by the SHA-256 written beside them; None if nothing is."""
+    try:
+        digests = json.loads((folder / DIGESTS).read_text())
+        for name, expected in digests.items():
+            if digest(folder / name) != expected:
+                return f"{name} is not what was written"
+        load_progress(folder)
+    except (OSError, ValueError, AttributeError) as error:
+        return str(getattr(error, "filename", None) or error) + " cannot be read"
+    return None
+
+
+def newest_checkpoint(run: Path, say: Callable[[str], None] = print) -> Path | None:
+    """The newest checkpoint of a run that is undamaged; damaged ones are named and put aside.
+
+    What a killed process left half written or half deleted is removed on the way.
+    """
+    for leftover in [*(run / "checkpoints").glob(f"*{PARTIAL}"), *(run / "checkpoints").glob(f"*{REMOVED}")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    for folder in reversed(checkpoints(run)):
+        found = damage(folder)
+        if found is None:
+            return folder
+        aside = folder.with_name(folder.name + ".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+        say(f"{folder} is damaged ({found}): kept as {aside.name}, going on from the checkpoint before")
+    return None
 
 
 def load_progress(folder: Path) -> Progress:
@@ -94,19 +157,29 @@ def load_adapters(folder: Path, model: Qwen3) -> None:
 def checkpoints(run: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
     found = [path for path in (run / "checkpoints").glob("step_*") if path.name.removeprefix("step_").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
 
 
-def prune_checkpoints(run: Path, keep: int) -> None:
-    """Delete all but the latest `keep` checkpoints and those at a stage's end."""
-    for folder in checkpoints(run)[:-keep]:
-        if load_progress(folder).stage_step != 0:
+def prune_checkpoints(run: Path, keep: int, accuracies: dict[int, float]) -> None:
+    """Delete all but the latest `keep` checkpoints, those at a stage's end, and the one with the best accuracy.
+
+    Args:
+        accuracies: held-out accuracy by step, where it is known.
+    """
+    folders = checkpoints(run)
+    best = max(folders, key=lambda folder: accuracies.get(step_of(folder), -1.0), default=None)
+    for folder in folders[:-keep]:
+        if folder != best and load_progress(folder).stage_step != 0:
             remove_checkpoint(folder)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 def remove_checkpoint(folder: Path) -> None:
     """Delete `folder`; stopped on the way, this leaves nothing that looks like a checkpoint."""
-    doomed = folder.with_name(folder.name + ".removed")
+    doomed = folder.with_name(folder.name + REMOVED)
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
     shutil.rmtree(doomed)

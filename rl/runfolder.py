@@ -1,8 +1,13 @@
 """The folder that a run leaves behind, and the lines it prints on the way."""
 
+import contextlib
+import fcntl
 import json
+import os
 import platform
+import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -33,6 +38,36 @@ class RunFolder:
     def holds_run(self) -> bool:
         """Whether a run was created here; what `prepare` makes is not one yet."""
         return (self.path / "config.json").exists()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the folder within the block; the system ends the lock of a process that died.
+
+        Raises:
+            RecipeError: another process is at work here, or the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(self.path / "lock", "a+")
+        except OSError as error:
+            raise RecipeError(f"{self.path}: the run folder cannot be written: {error.strerror}") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                raise RecipeError(
+                    f"{self.path} is in use by {file.read().strip() or 'another process'}: wait for it, or name another "
+                    "folder by --out"
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                if [path.name for path in self.path.iterdir()] == ["lock"]:  # nothing came of the run
+                    shutil.rmtree(self.path)
 
     def prepare(self) -> None:
         """Make the folders of a new run, for which this stays free until `create`.

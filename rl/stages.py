@@ -15,7 +15,8 @@ from model.memory import free_memory, held_memory, return_freed_blocks
 from rl.advantage import group_advantages
 from rl.batch import Sample
 from rl.checkpoint import (
-    Progress, checkpoints, load_adapters, load_optimizer, load_progress, prune_checkpoints, save_checkpoint,
+    Progress, checkpoints, load_adapters, load_optimizer, load_progress, newest_checkpoint, prune_checkpoints,
+    save_checkpoint,
 )  # fmt: skip
 from rl.console import describe_run, final_line
 from rl.device import peak_memory, pick_device, pick_dtype
@@ -65,10 +66,29 @@ def train(
     for number, stage in enumerate(recipe.stages):
         if stage.kind == "sft" and stage.traces is None and (number == 0 or recipe.stages[number - 1].kind != "grpo"):
             raise RecipeError(f"stages.{number}: an sft stage needs a grpo stage right before it, or a file in traces")
-    run, progress, checkpoint = RunFolder(recipe.out), Progress(), None
+    run = RunFolder(recipe.out)
+    with run.locked(), pick_view(recipe, quiet, plain) as view:
+        lab, progress, checkpoint = set_up(recipe, run, resume, view)
+        if wandb:
+            run.trackers.append(WandB(run.path, to_dict(recipe)))
+        if not resume or not run.metrics():
+            first_evaluation(lab, resume)
+        while progress.stage < len(recipe.stages):
+            run_stage(lab, progress, checkpoint)
+            checkpoint = None
+        write_curve(run, recipe.sampling.max_new_tokens)
+        last = run.metrics()[-1]
+        if "final_accuracy" in last:
+            view.say(final_line(last, recipe.evaluation.final_problems))
+        view.say(f"done: {run.path}/curve.md and curve.png")
+
+
+def set_up(recipe: Recipe, run: RunFolder, resume: bool, view: Lines) -> tuple[Lab, Progress, Path | None]:
+    """Everything a run needs before its first step, where it stands, and the checkpoint it goes on from, if any."""
+    progress, checkpoint = Progress(), None
     if resume:
         run.check_recipe(recipe)
-        checkpoint = checkpoints(run.path)[-1] if checkpoints(run.path) else None
+        checkpoint = newest_checkpoint(run.path, view.say)
         progress = load_progress(checkpoint) if checkpoint else progress
     return_freed_blocks()
     device = torch.device(pick_device(recipe))
@@ -83,23 +103,10 @@ def train(
         run.rewind(progress.step if checkpoint else -1)
     else:
         run.prepare()
-    if wandb:
-        run.trackers.append(WandB(run.path, to_dict(recipe)))
-    with pick_view(recipe, quiet, plain) as view:
-        view.say(describe_run(recipe, model, train_problems, held_out, progress.step if resume else None))
-        view.say(f"memory    {gb(plan.peak - process)} of {gb(free)} free: {plan}")
-        lab = Lab(recipe, model, tokenizer, train_problems, held_out, run, plan.micro_batch_tokens, view)
-        view.history(run.metrics())
-        if not resume or not run.metrics():
-            first_evaluation(lab, resume)
-        while progress.stage < len(recipe.stages):
-            run_stage(lab, progress, checkpoint)
-            checkpoint = None
-        write_curve(run, recipe.sampling.max_new_tokens)
-        last = run.metrics()[-1]
-        if "final_accuracy" in last:
-            view.say(final_line(last, recipe.evaluation.final_problems))
-        view.say(f"done: {run.path}/curve.md and curve.png")
+    view.say(describe_run(recipe, model, train_problems, held_out, progress.step if resume else None))
+    view.say(f"memory    {gb(plan.peak - process)} of {gb(free)} free: {plan}")
+    view.history(run.metrics())
+    return Lab(recipe, model, tokenizer, train_problems, held_out, run, plan.micro_batch_tokens, view), progress, checkpoint
 
 
 def first_evaluation(lab: Lab, resume: bool) -> None:
@@ -252,7 +259,8 @@ def stage_start_model(lab: Lab, progress: Progress) -> Qwen3:
 def checkpoint_now(lab: Lab, optimizer: Optimizer | None, progress: Progress) -> None:
     folder = lab.run.path / "checkpoints" / f"step_{progress.step:04d}"
     save_checkpoint(folder, lab.model, lab.tokenizer, optimizer, progress, lab.recipe)
-    prune_checkpoints(lab.run.path, lab.recipe.keep_checkpoints)
+    accuracies = {row["step"]: row["eval_accuracy"] for row in lab.run.metrics() if "eval_accuracy" in row}
+    prune_checkpoints(lab.run.path, lab.recipe.keep_checkpoints, accuracies)
 
 
 def evaluation_metrics(lab: Lab) -> dict[str, float]:

@@ -1,0 +1,150 @@
+"""Checkpoints are whole or not there: writes that stop anywhere, damage afterwards, full disks, and what is kept."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import random_model
+
+import rl.checkpoint
+from model import Tokenizer, load_model
+from model.weights import TINY
+from rl.checkpoint import (
+    Progress, checkpoints, damage, load_progress, newest_checkpoint, prune_checkpoints, save_checkpoint,
+)  # fmt: skip
+from rl.optimizer import Optimizer
+from rl.recipe import Recipe, RecipeError
+
+
+@pytest.fixture(scope="module")
+def parts():
+    tokenizer = Tokenizer(TINY)
+    model = random_model(vocab_size=len(tokenizer))
+    optimizer = Optimizer(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(1e-3)
+    return model, tokenizer, optimizer
+
+
+def save(run: Path, step: int, parts, stage_step: int = 5) -> Path:
+    folder = run / "checkpoints" / f"step_{step:04d}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    model, tokenizer, optimizer = parts
+    save_checkpoint(folder, model, tokenizer, optimizer, Progress(step=step, stage_step=stage_step), Recipe())
+    return folder
+
+
+class Killed(BaseException):
+    """No handler catches it, as none would run in a killed process."""
+
+
+@pytest.fixture
+def killed_at(monkeypatch):
+    """Stops the n-th operation on the disk, with half of a written file's content there."""
+
+    def arm(n: int):
+        left = [n]
+
+        def count(real):
+            def call(*arguments, **options):
+                left[0] -= 1
+                if left[0] == 0:
+                    if real is Path.write_text:
+                        real(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                    raise Killed
+                return real(*arguments, **options)
+
+            return call
+
+        monkeypatch.setattr(os, "replace", count(os.replace))
+        monkeypatch.setattr(os, "fsync", count(os.fsync))
+        monkeypatch.setattr(shutil, "rmtree", count(shutil.rmtree))
+        monkeypatch.setattr(Path, "write_text", count(Path.write_text))
+        monkeypatch.setattr(rl.checkpoint, "digest", count(rl.checkpoint.digest))
+        return left
+
+    return arm
+
+
+def test_wherever_a_write_is_cut_off_a_whole_checkpoint_is_found(tmp_path, parts, killed_at, monkeypatch):
+    """Over an older checkpoint, and over one of the same step, as after a resume."""
+    operation, stopped = 0, True
+    while stopped:
+        operation += 1
+        run = tmp_path / str(operation)
+        old, same = save(run, 10, parts), save(run, 20, parts)
+        left = killed_at(operation)
+        try:
+            save(run, 20, parts)
+            stopped = False
+        except Killed:
+            pass
+        monkeypatch.undo()
+        found = newest_checkpoint(run)
+        assert found in (old, same) and damage(found) is None, operation
+        assert load_model(found)[0].num_tokens == parts[0].config.vocab_size
+        assert {path.name for path in (run / "checkpoints").iterdir()} <= {"step_0010", "step_0020"}
+    assert operation > 20 and left[0] > 0
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "trainer_state.json", "tokenizer.json", "sha256.json"])
+@pytest.mark.parametrize("fault", ["flipped bit", "cut short", "gone"])
+def test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_is_taken(tmp_path, parts, file, fault):
+    before, newest = save(tmp_path, 10, parts), save(tmp_path, 20, parts)
+    content = bytearray((newest / file).read_bytes())
+    if fault == "flipped bit":
+        content[len(content) // 2] ^= 1 if file != "sha256.json" else 64
+    (newest / file).write_bytes(content if fault == "flipped bit" else content[:-3])
+    if fault == "gone":
+        (newest / file).unlink()
+    said = []
+    assert newest_checkpoint(tmp_path, said.append) == before
+    assert len(said) == 1 and "step_0020 is damaged" in said[0] and "step_0020.damaged" in said[0]
+    assert file == "sha256.json" or file in said[0]
+    assert (tmp_path / "checkpoints" / "step_0020.damaged").is_dir() and checkpoints(tmp_path) == [before]
+
+
+def test_without_a_whole_checkpoint_there_is_none(tmp_path, parts):
+    assert newest_checkpoint(tmp_path) is None
+    (save(tmp_path, 10, parts) / "config.json").write_text("{}")
+    assert newest_checkpoint(tmp_path, lambda text: None) is None
+
+
+def test_a_full_disk_leaves_what_was_there_and_says_so(tmp_path, parts, monkeypatch):
+    kept = save(tmp_path, 10, parts)
+
+    def full(path, *arguments, **options):
+        raise OSError(28, "No space left on device", str(path))
+
+    for module, name in ((rl.checkpoint.safetensors.torch, "save_file"), (Path, "write_text"), (os, "fsync")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            with pytest.raises(RecipeError, match=r"step_0020 cannot be written \(No space left on device\).*--resume"):
+                save(tmp_path, 20, parts)
+        assert newest_checkpoint(tmp_path) == kept
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_0010"]
+
+
+def test_the_latest_the_best_and_stage_ends_are_kept(tmp_path, parts):
+    for step in range(10, 80, 10):
+        save(tmp_path, step, parts, stage_step=0 if step == 30 else step)
+    accuracies = {10: 0.1, 20: 0.5, 40: 0.4, 50: 0.45, 60: 0.3}
+    prune_checkpoints(tmp_path, 2, accuracies)
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step_0020", "step_0030", "step_0060", "step_0070"]
+    prune_checkpoints(tmp_path, 1, accuracies | {70: 0.6})
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step_0030", "step_0070"]
+
+
+def test_the_digests_are_sha256_of_every_file(tmp_path, parts):
+    import hashlib
+
+    folder = save(tmp_path, 10, parts)
+    digests = json.loads((folder / "sha256.json").read_text())
+    assert set(digests) == {path.name for path in folder.iterdir()} - {"sha256.json"}
+    assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == value for name, value in digests.items())
+    assert load_progress(folder) == replace(Progress(), step=10, stage_step=5)

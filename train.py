@@ -14,6 +14,7 @@ with ctrl_c_exits():
     import tyro
 
     from rl.console import user_errors
+    from rl.interruption import Stopped
     from rl.recipe import Recipe, RecipeError
     from rl.recipe_file import load_recipe
     from rl.runfolder import RunFolder
@@ -78,8 +79,10 @@ def main(arguments: Arguments) -> None:
     a = arguments
     try:
         train(a.recipe, a.resume, a.quiet, a.plain, a.wandb)
-    except KeyboardInterrupt:
-        if RunFolder(arguments.recipe.out).holds_run:
+    except Stopped:
+        raise
+    except KeyboardInterrupt:  # before there was anything to save, or from elsewhere
+        if RunFolder(a.recipe.out).holds_run:
             raise KeyboardInterrupt("Go on with the same command and --resume.") from None
         raise
 

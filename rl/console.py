@@ -33,7 +33,7 @@ def user_errors(out_of_memory: str = "take a smaller model"):
         fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except KeyboardInterrupt as stop:
         print("\nstopped.", *stop.args, file=sys.stderr)
-        sys.exit(130)
+        sys.exit(getattr(stop, "exit_code", 130))
 
 
 def fail(message: str) -> None:

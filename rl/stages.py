@@ -2,31 +2,30 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 
-import torch
 
 from data import Problem, prompt_text
 from data.sources import DataError
 from data.traces import curate, load_traces, save_traces
-from model import Qwen3, Tokenizer, add_adapters, load_model, prompt_ids
-from model.memory import free_memory, held_memory, return_freed_blocks
+from model import Qwen3, load_model, prompt_ids
 from rl.advantage import group_advantages
 from rl.batch import Sample
 from rl.checkpoint import (
-    Progress, checkpoints, load_adapters, load_optimizer, load_progress, newest_checkpoint, prune_checkpoints,
+    Progress, checkpoints, load_optimizer, load_progress, prune_checkpoints,
     save_checkpoint,
 )  # fmt: skip
-from rl.console import describe_run, final_line
-from rl.device import peak_memory, pick_device, pick_dtype
+from rl.console import final_line
+from rl.device import peak_memory
 from rl.evaluate import EVALUATION_SEED, Evaluation, evaluate
 from rl.grpo import grpo_update
+from rl.interruption import RolloutsDropped, Stop, Stopped, stoppable
+from rl.lab import Lab, set_up
 from rl.learner import Learner
-from rl.memory_plan import check_plan, gb, plan_memory, work_of
 from rl.optimizer import Optimizer
 from rl.plots import write_curve
-from rl.problems import endless_problems, problems_of
+from rl.problems import endless_problems
 from rl.recipe import GRPOStage, Recipe, RecipeError, SamplingSettings, SFTStage
 from rl.recipe_file import to_dict
 from rl.reward import score
@@ -34,23 +33,9 @@ from rl.rollout import collect_rollouts, paid, reward_tensor, rollout_metrics
 from rl.runfolder import RunFolder
 from rl.sft import sft_schedule, sft_step
 from rl.trackers import WandB
-from rl.view import Lines, Quiet, pick_view
+from rl.view import Report, pick_view
 
 Step = Callable[[Progress], dict]
-
-
-@dataclass
-class Lab:
-    """Everything a stage works with."""
-
-    recipe: Recipe
-    model: Qwen3
-    tokenizer: Tokenizer
-    train: list[Problem]
-    held_out: list[Problem]
-    run: RunFolder
-    micro_batch_tokens: int
-    view: Lines = field(default_factory=Quiet)
 
 
 def train(
@@ -73,40 +58,15 @@ def train(
             run.trackers.append(WandB(run.path, to_dict(recipe)))
         if not resume or not run.metrics():
             first_evaluation(lab, resume)
-        while progress.stage < len(recipe.stages):
-            run_stage(lab, progress, checkpoint)
-            checkpoint = None
+        with stoppable() as lab.stop:
+            while progress.stage < len(recipe.stages):
+                run_stage(lab, progress, checkpoint)
+                checkpoint = None
         write_curve(run, recipe.sampling.max_new_tokens)
         last = run.metrics()[-1]
         if "final_accuracy" in last:
             view.say(final_line(last, recipe.evaluation.final_problems))
         view.say(f"done: {run.path}/curve.md and curve.png")
-
-
-def set_up(recipe: Recipe, run: RunFolder, resume: bool, view: Lines) -> tuple[Lab, Progress, Path | None]:
-    """Everything a run needs before its first step, where it stands, and the checkpoint it goes on from, if any."""
-    progress, checkpoint = Progress(), None
-    if resume:
-        run.check_recipe(recipe)
-        checkpoint = newest_checkpoint(run.path, view.say)
-        progress = load_progress(checkpoint) if checkpoint else progress
-    return_freed_blocks()
-    device = torch.device(pick_device(recipe))
-    free, process = free_memory(device), held_memory(device)
-    model, tokenizer = load_policy(recipe, device, checkpoint)
-    train_problems, held_out = problems_of(recipe)
-    longest = max(len(prompt_ids(tokenizer, prompt_text(p), recipe.sampling.thinking)) for p in held_out)
-    work = work_of(recipe, longest)
-    plan = plan_memory(model, recipe.optimizer, work, free, process)
-    check_plan(plan, model, recipe.optimizer, work, free)
-    if resume:
-        run.rewind(progress.step if checkpoint else -1)
-    else:
-        run.prepare()
-    view.say(describe_run(recipe, model, train_problems, held_out, progress.step if resume else None))
-    view.say(f"memory    {gb(plan.peak - process)} of {gb(free)} free: {plan}")
-    view.history(run.metrics())
-    return Lab(recipe, model, tokenizer, train_problems, held_out, run, plan.micro_batch_tokens, view), progress, checkpoint
 
 
 def first_evaluation(lab: Lab, resume: bool) -> None:
@@ -123,20 +83,6 @@ def first_evaluation(lab: Lab, resume: bool) -> None:
     write_curve(lab.run, recipe.sampling.max_new_tokens)
 
 
-def load_policy(recipe: Recipe, device: torch.device, checkpoint: Path | None) -> tuple[Qwen3, Tokenizer]:
-    """The model that a run trains, from its recipe or from a checkpoint of the run."""
-    # A checkpoint holds adapters merged and rounded; to go on bit for bit they are put on the base again.
-    adapted = recipe.adapters.rank > 0
-    source = recipe.model if adapted or checkpoint is None else checkpoint
-    model, tokenizer = load_model(source, device, pick_dtype(recipe), recipe.revision)
-    if adapted:
-        add_adapters(model, recipe.adapters.rank, recipe.adapters.alpha, recipe.adapters.int8, recipe.seed)
-        if checkpoint is not None:
-            load_adapters(checkpoint, model)
-    model.model.checkpoint_activations = recipe.optimizer.activation_checkpointing
-    return model, tokenizer
-
-
 def run_stage(lab: Lab, progress: Progress, checkpoint=None) -> None:
     """Take the steps of one stage that are still to be taken; `checkpoint` is where the run is resumed from."""
     recipe, stage = lab.recipe, lab.recipe.stages[progress.stage]
@@ -148,8 +94,12 @@ def run_stage(lab: Lab, progress: Progress, checkpoint=None) -> None:
     make = {"grpo": grpo_stage, "sft": sft_stage}[stage.kind]
     take_step, steps = make(lab, stage, learner, progress)
     while progress.stage_step < steps:
+        end_if_asked(lab, optimizer, progress)
         row = {"stage": progress.stage, "kind": stage.kind, "step": progress.step + 1}
-        row |= take_step(progress)
+        try:
+            row |= take_step(progress)
+        except RolloutsDropped:
+            continue
         progress.step += 1
         progress.stage_step += 1
         progress.grpo_steps += stage.kind == "grpo"
@@ -171,6 +121,17 @@ def run_stage(lab: Lab, progress: Progress, checkpoint=None) -> None:
     checkpoint_now(lab, None, progress)
 
 
+def end_if_asked(lab: Lab, optimizer: Optimizer, progress: Progress) -> None:
+    """Save and end the run between two steps, if Ctrl-C or SIGTERM came.
+
+    Raises:
+        Stopped: it did.
+    """
+    if lab.stop.requested:
+        checkpoint_now(lab, optimizer if progress.stage_step else None, progress)
+        raise Stopped(f"Saved after step {progress.step}; go on with the same command and --resume.", lab.stop.number)
+
+
 def grpo_stage(lab: Lab, stage: GRPOStage, learner: Learner, progress: Progress) -> tuple[Step, int]:
     """The step function of a GRPO stage, and how many steps it takes."""
     recipe = lab.recipe
@@ -179,11 +140,12 @@ def grpo_stage(lab: Lab, stage: GRPOStage, learner: Learner, progress: Progress)
     def take_step(progress: Progress) -> dict:
         start = time.perf_counter()
         problems = endless_problems(lab.train, recipe.seed, progress.problems_seen, stage.prompts_per_step)
-        progress.problems_seen += stage.prompts_per_step
         seed = 1000 * recipe.seed + progress.step
         size = stage.samples_per_prompt
         with lab.view.sampling("rollout", len(problems) * size) as shown:
-            groups = collect_rollouts(lab.model, lab.tokenizer, problems, size, recipe.sampling, seed, shown)
+            watched = partial(report_or_drop, lab.stop, shown)
+            groups = collect_rollouts(lab.model, lab.tokenizer, problems, size, recipe.sampling, seed, watched)
+        progress.problems_seen += stage.prompts_per_step
         groups = paid(groups, recipe.reward)
         lab.view.rollouts(groups)
         sampled = time.perf_counter()
@@ -199,6 +161,14 @@ def grpo_stage(lab: Lab, stage: GRPOStage, learner: Learner, progress: Progress)
         }
 
     return take_step, stage.steps
+
+
+def report_or_drop(stop: Stop, report: Report | None, done: int, tokens: int) -> None:
+    """What `generate` calls now and then: pass it on, or break off a step of which nothing but rollouts exists yet."""
+    if stop.requested:
+        raise RolloutsDropped
+    if report:
+        report(done, tokens)
 
 
 def learning_rate(stage: GRPOStage, step: int) -> float:

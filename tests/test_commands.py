@@ -261,7 +261,7 @@ def test_a_run_in_low_precision_resumes_bit_for_bit_and_leaves_plain_checkpoints
 
 
 def test_a_run_that_cannot_fit_is_refused_with_advice_and_leaves_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("rl.stages.free_memory", lambda device: 10_000_000)
+    monkeypatch.setattr("rl.lab.free_memory", lambda device: 10_000_000)
     message = fails(capsys, lambda: train(smoke("--out", tmp_path / "run", "--optimizer.micro-batch-tokens", 3000).recipe))
     assert "10 MB are free" in message and "--optimizer.activation-checkpointing saves" in message
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,74 @@
+"""What every stage of a run works with, and how it comes to be: model, problems, memory, and where the run stands."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from data import Problem, prompt_text
+from model import Qwen3, Tokenizer, add_adapters, load_model, prompt_ids
+from model.memory import free_memory, held_memory, return_freed_blocks
+from rl.checkpoint import Progress, load_adapters, load_progress, newest_checkpoint
+from rl.console import describe_run
+from rl.device import pick_device, pick_dtype
+from rl.interruption import Stop
+from rl.memory_plan import check_plan, gb, plan_memory, work_of
+from rl.problems import problems_of
+from rl.recipe import Recipe
+from rl.runfolder import RunFolder
+from rl.view import Lines, Quiet
+
+
+@dataclass
+class Lab:
+    """Everything a stage works with."""
+
+    recipe: Recipe
+    model: Qwen3
+    tokenizer: Tokenizer
+    train: list[Problem]
+    held_out: list[Problem]
+    run: RunFolder
+    micro_batch_tokens: int
+    view: Lines = field(default_factory=Quiet)
+    stop: Stop = field(default_factory=Stop)
+
+
+def set_up(recipe: Recipe, run: RunFolder, resume: bool, view: Lines) -> tuple[Lab, Progress, Path | None]:
+    """Everything a run needs before its first step, where it stands, and the checkpoint it goes on from, if any."""
+    progress, checkpoint = Progress(), None
+    if resume:
+        run.check_recipe(recipe)
+        checkpoint = newest_checkpoint(run.path, view.say)
+        progress = load_progress(checkpoint) if checkpoint else progress
+    return_freed_blocks()
+    device = torch.device(pick_device(recipe))
+    free, process = free_memory(device), held_memory(device)
+    model, tokenizer = load_policy(recipe, device, checkpoint)
+    train_problems, held_out = problems_of(recipe)
+    longest = max(len(prompt_ids(tokenizer, prompt_text(p), recipe.sampling.thinking)) for p in held_out)
+    work = work_of(recipe, longest)
+    plan = plan_memory(model, recipe.optimizer, work, free, process)
+    check_plan(plan, model, recipe.optimizer, work, free)
+    if resume:
+        run.rewind(progress.step if checkpoint else -1)
+    else:
+        run.prepare()
+    view.say(describe_run(recipe, model, train_problems, held_out, progress.step if resume else None))
+    view.say(f"memory    {gb(plan.peak - process)} of {gb(free)} free: {plan}")
+    view.history(run.metrics())
+    return Lab(recipe, model, tokenizer, train_problems, held_out, run, plan.micro_batch_tokens, view), progress, checkpoint
+
+
+def load_policy(recipe: Recipe, device: torch.device, checkpoint: Path | None) -> tuple[Qwen3, Tokenizer]:
+    """The model that a run trains, from its recipe or from a checkpoint of the run."""
+    # A checkpoint holds adapters merged and rounded; to go on bit for bit they are put on the base again.
+    adapted = recipe.adapters.rank > 0
+    source = recipe.model if adapted or checkpoint is None else checkpoint
+    model, tokenizer = load_model(source, device, pick_dtype(recipe), recipe.revision)
+    if adapted:
+        add_adapters(model, recipe.adapters.rank, recipe.adapters.alpha, recipe.adapters.int8, recipe.seed)
+        if checkpoint is not None:
+            load_adapters(checkpoint, model)
+    model.model.checkpoint_activations = recipe.optimizer.activation_checkpointing
+    return model, tokenizer

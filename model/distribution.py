@@ -48,6 +48,7 @@ def sample(
             cumulative = truncate(logprobs, top_k, top_p).exp().cumsum(-1)
             # u is at most 1 - 2^-24, which keeps u * total below total in float32: the search always ends on a token.
             sampled = torch.searchsorted(cumulative, thresholds[:, None] * cumulative[:, -1:], right=True)
+            sampled.clamp_(max=logprobs.shape[-1] - 1)  # of a row of NaN it gives the length; the NaN shows in the logprob
         parts.append((sampled[:, 0], logprobs.gather(-1, sampled)[:, 0]))
     token_ids, logprobs = zip(*parts, strict=True)
     return torch.cat(token_ids), torch.cat(logprobs)

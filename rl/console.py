@@ -96,6 +96,8 @@ def step_line(row: dict, stages: int, done: int, steps: int) -> str:
         parts.append(f"loss {row['loss']:.4f}")
         seconds = row["update_seconds"]
     parts += [f"grad {row['grad_norm']:.2f}", f"{seconds:.1f} s"]
+    if row.get("skipped_updates"):
+        parts.append(f"{row['skipped_updates']} updates not finite, left out")
     if "eval_accuracy" in row:
         parts.append(f"held-out {evaluation_text(row)}")
     return "  ".join(parts)

@@ -35,10 +35,12 @@ def grpo_update(
 ) -> dict[str, float]:
     """Learn from one rollout batch in `stage.updates_per_step` optimizer steps, each on its own share of the groups.
 
+    An update whose loss or gradient is not finite is left out, see `Learner.step`.
+
     The first share is on-policy, its ratios all one. By the second the weights have moved, and ratios and clip matter.
 
     Returns:
-        Means over the updates: `loss`, `grad_norm`; shares of tokens: `clip_fraction`, `clip_fraction_low`,
+        Means over the updates taken: `loss`, `grad_norm`; how many were not, `skipped_updates`; shares of tokens: `clip_fraction`, `clip_fraction_low`,
         `clip_fraction_high`; of the tokens learned from, in nats: `policy_entropy`, exact, and, before the first
         update, `log_ratio_mean` and `log_ratio_std` between trainer and sampler, zero if the two agree; `lr`;
         `micro_batch_tokens`; and, for weights below float32, `weights_moved`, the share that changed.
@@ -47,19 +49,23 @@ def grpo_update(
     if stage.importance_cap is not None:
         samples = recompute_logprobs(learner, samples)
     totals: Counter[str] = Counter()
+    first: Counter[str] = Counter()
     for number in range(stage.updates_per_step):
         share = [sample for group in samples[number :: stage.updates_per_step] for sample in group]
         sums = accumulate_gradient(learner, share, stage)
-        first = first if number else sums
-        totals.update(sums | {"grad_norm": learner.step(learning_rate)})
-    tokens = sum(len(sample.completion_ids) for group in samples for sample in group)
+        norm = learner.step(learning_rate)
+        if norm is not None:
+            first = first if totals else sums
+            totals.update(sums | {"grad_norm": norm, "updates": 1})
+    tokens, updates = sum(len(sample.completion_ids) for group in samples for sample in group), max(1, totals["updates"])
     low, high = totals["clipped_low"] / tokens, totals["clipped_high"] / tokens
     count = max(1, first["tokens"])
     mean = first["log_ratio"] / count
     moved = {} if learner.optimizer.moved_share is None else {"weights_moved": learner.optimizer.moved_share}
     return moved | {
-        "loss": totals["loss"] / stage.updates_per_step,
-        "grad_norm": totals["grad_norm"] / stage.updates_per_step,
+        "loss": totals["loss"] / updates,
+        "grad_norm": totals["grad_norm"] / updates,
+        "skipped_updates": stage.updates_per_step - totals["updates"],
         "policy_entropy": totals["entropy"] / max(1, totals["tokens"]),
         "clip_fraction": low + high,
         "clip_fraction_low": low,

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterator
 
 import torch
@@ -63,9 +64,15 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, learning_rate: float, max_grad_norm: float | None = 1.0) -> float:
-        """Clip the gradients' joint norm, update every parameter, clear the gradients; return the norm before clipping."""
+        """Clip the gradients' joint norm, update every parameter, clear the gradients; return the norm before clipping.
+
+        If the norm is not finite nothing is updated.
+        """
         norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in self.parameters.values() if p.grad is not None]
         norm = float(torch.stack(norms).norm()) if norms else 0.0
+        if not math.isfinite(norm):
+            self.clear_gradients()
+            return norm
         scale = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
         moved: list[Tensor] = []
         for name, parameter in self.parameters.items():
@@ -86,6 +93,10 @@ class Optimizer:
         if self.moved_share is not None:
             self.moved_share = int(sum(moved)) / sum(p.numel() for p in self.parameters.values())
         return norm
+
+    def clear_gradients(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def write_back(self, weights: Tensor, master: nn.Parameter, key: str) -> Tensor:
         """Round `master` into `weights`; how many changed."""

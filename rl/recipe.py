@@ -122,6 +122,8 @@ class OptimizerSettings:
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this joint norm."""
+    max_skipped_updates: int = 5
+    """Updates in a row whose loss or gradient is not finite, and which are left out, before the run ends with advice."""
     micro_batch_tokens: int | Literal["auto"] = "auto"
     """Tokens in one forward and backward; changes memory and speed, not the gradient. auto: what memory allows."""
     activation_checkpointing: bool = False
@@ -179,6 +181,8 @@ class Recipe:
         final = self.evaluation.final_problems
         check(final >= 0, "evaluation.final_problems", final, "at least 0")
         check(self.optimizer.max_grad_norm > 0, "optimizer.max_grad_norm", self.optimizer.max_grad_norm, "above 0")
+        skipped = self.optimizer.max_skipped_updates
+        check(skipped >= 1, "optimizer.max_skipped_updates", skipped, "at least 1")
         budget = self.optimizer.micro_batch_tokens
         check(budget == "auto" or budget >= 1, "optimizer.micro_batch_tokens", budget, "auto or at least 1")
         check(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "at least 1")

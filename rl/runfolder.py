@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 import platform
 import shutil
@@ -14,6 +15,8 @@ import torch
 
 from data import Problem
 from data.traces import Trace
+from model import Tokenizer
+from rl.batch import Sample
 from rl.recipe import Recipe, RecipeError
 from rl.recipe_file import from_dict, to_dict
 from rl.rollout import Rollout
@@ -104,9 +107,9 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Forget what lies after `step`, so that a resumed run writes it anew."""
-        rows = [row for row in self.metrics() if row["step"] <= step]
+        lines = [line for line, row in self._lines() if row["step"] <= step]
         temporary = self.metrics_path.with_suffix(".partial")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        temporary.write_text("".join(line + "\n" for line in lines))
         temporary.replace(self.metrics_path)
         for path in self.rollout_files():
             if int(path.stem.removeprefix("step_")) > step:
@@ -115,19 +118,22 @@ class RunFolder:
     def log(self, row: dict) -> None:
         """Append one line to metrics.jsonl, then show it to the trackers."""
         with open(self.metrics_path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({name: None if is_nan(value) else value for name, value in row.items()}) + "\n")
         for tracker in self.trackers:
             tracker.log(row)
 
     def metrics(self) -> list[dict]:
-        """All lines of metrics.jsonl; a last line cut short by a crash is left out."""
-        rows = []
+        """All lines of metrics.jsonl, null as NaN; a last line cut short by a crash is left out."""
+        return [{name: math.nan if value is None else value for name, value in row.items()} for _, row in self._lines()]
+
+    def _lines(self) -> list[tuple[str, dict]]:
+        found = []
         for line in self.metrics_path.read_text().splitlines() if self.metrics_path.exists() else []:
             try:
-                rows.append(json.loads(line))
+                found.append((line, json.loads(line)))
             except ValueError:
                 break
-        return rows
+        return found
 
     def save_rollouts(
         self, step: int, stage: int, groups: list[list[Rollout]], advantages: list[list[float]]
@@ -152,6 +158,22 @@ class RunFolder:
                     }
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
+    def save_faults(self, step: int, samples: list[Sample], tokenizer: Tokenizer) -> Path:
+        """Write faults/step_NNNN.jsonl: the samples of updates that were left out, see `Learner.step`."""
+        path = self.path / "faults" / f"step_{step:04d}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            for sample in samples:
+                row = {
+                    "prompt": tokenizer.decode(sample.prompt_ids),
+                    "completion": tokenizer.decode(sample.completion_ids),
+                    "advantage": sample.advantage,
+                    "token_ids": sample.completion_ids,
+                    "logprobs": sample.old_logprobs,
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        return path
+
     def rollout_files(self) -> list[Path]:
         return sorted((self.path / "rollouts").glob("step_*.jsonl"), key=lambda path: int(path.stem[5:]))
 
@@ -166,6 +188,10 @@ class RunFolder:
                     problem = Problem(row["numbers"], row["target"])
                     traces.append(Trace(problem, row["completion"], int(path.stem[5:])))
         return traces
+
+
+def is_nan(value) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def versions() -> dict[str, str]:

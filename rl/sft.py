@@ -20,7 +20,8 @@ def sft_step(learner: Learner, samples: list[Sample], learning_rate: float) -> d
     """One optimizer step on `samples`: loss on the completions only, averaged over their tokens.
 
     Returns:
-        `loss` in nats a token, `grad_norm` before clipping, and `tokens` learned from.
+        `loss` in nats a token, `grad_norm` before clipping, and `tokens` learned from; `skipped_updates` is 1 and loss and
+        norm 0 if they were not finite, see `Learner.step`.
     """
     tokens = sum(len(sample.completion_ids) for sample in samples)
 
@@ -30,4 +31,7 @@ def sft_step(learner: Learner, samples: list[Sample], learning_rate: float) -> d
         return {"loss": loss.item()}
 
     loss = learner.accumulate(samples, backward)["loss"]
-    return {"loss": loss, "grad_norm": learner.step(learning_rate), "tokens": tokens}
+    norm = learner.step(learning_rate)
+    if norm is None:
+        return {"loss": 0.0, "grad_norm": 0.0, "skipped_updates": 1, "tokens": tokens}
+    return {"loss": loss, "grad_norm": norm, "skipped_updates": 0, "tokens": tokens}

@@ -111,6 +111,7 @@ def run_stage(lab: Lab, progress: Progress, checkpoint=None) -> None:
             row |= final_metrics(lab)
         lab.run.log(row)
         lab.view.step(row, len(recipe.stages), progress.stage_step, steps)
+        look_at_faults(lab, learner, progress.step)
         if "eval_accuracy" in row:
             write_curve(lab.run, recipe.sampling.max_new_tokens)
         if not last and progress.stage_step % recipe.checkpoint_every == 0:
@@ -130,6 +131,19 @@ def end_if_asked(lab: Lab, optimizer: Optimizer, progress: Progress) -> None:
     if lab.stop.requested:
         checkpoint_now(lab, optimizer if progress.stage_step else None, progress)
         raise Stopped(f"Saved after step {progress.step}; go on with the same command and --resume.", lab.stop.number)
+
+
+def look_at_faults(lab: Lab, learner: Learner, step: int) -> None:
+    """Keep the samples of updates that were left out; raise RecipeError with advice if there were too many in a row."""
+    if not learner.faulty:
+        return
+    path = lab.run.save_faults(step, learner.faulty, lab.tokenizer)
+    learner.faulty = []
+    if learner.skipped_in_a_row >= lab.recipe.optimizer.max_skipped_updates:
+        raise RecipeError(
+            f"{learner.skipped_in_a_row} updates in a row had no finite loss and gradient (their samples: {path}): lower the "
+            "learning rate, or try --dtype float32, in a new run; the weights are as they were before"
+        )
 
 
 def grpo_stage(lab: Lab, stage: GRPOStage, learner: Learner, progress: Progress) -> tuple[Step, int]:

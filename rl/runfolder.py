@@ -92,7 +92,9 @@ class RunFolder:
         """Start a new run here; raises what `prepare` raises."""
         self.prepare()
         config = {"recipe": to_dict(recipe), "versions": versions(), "git_revision": git_revision()}
-        (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        temporary = self.path / "config.partial"
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
+        temporary.replace(self.path / "config.json")
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Refuse to resume under another recipe than the run was started with, but for `FREE_ON_RESUME`."""

@@ -27,6 +27,7 @@ from model import generate
 from model.sampler import waves
 from rl.checkpoint import checkpoints
 from rl.console import sampling_progress
+from rl.interruption import Stopped
 from rl.runfolder import RunFolder
 from rl.stages import train
 from train import parse
@@ -218,33 +219,68 @@ def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on_where_it_stopped(tmp_p
     shown = plain(command.text)
     assert "rollout" in shown and "12/12 completions" in shown and "evaluation" in shown and "5/5 completions" in shown
     # Nothing of these stays: first the run's own lines, a line for each step, then what Ctrl-C says.
-    *lines, empty, stopped = left
+    *lines, stopped = [line for line in left if line]
+    lines.remove("stopping where the run can go on; once more stops it at once")
     assert [line.split()[0] for line in lines[:6]] == ["model", "problems", "stages", "run", "memory", "before"]
     assert [line.split()[:3] for line in lines[6:]] == [["grpo", "1/3", f"{n}/500"] for n in range(1, len(lines) - 5)]
-    assert (empty, stopped) == ("", "stopped. Go on with the same command and --resume.")
-
     last, old = int(checkpoints(out)[-1].name[5:]), RunFolder(out).metrics()
-    assert len(old) - 2 <= last < len(old)  # no more than a step is lost
+    assert stopped == f"stopped. Saved after step {last}; go on with the same command and --resume."
+    assert [row["step"] for row in old] == list(range(last + 1)) and last >= 3  # nothing is lost
+
     said = []
 
-    def interrupted_after_two_steps(*arguments):
-        said.append(arguments[0]["step"])
+    def asked_after_two_steps(row, *arguments):
+        said.append(row["step"])
         if len(said) == 2:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGTERM)
         return "step"
 
-    monkeypatch.setattr(rl.view, "step_line", interrupted_after_two_steps)
+    monkeypatch.setattr(rl.view, "step_line", asked_after_two_steps)
     monkeypatch.setattr(sys, "argv", ["train.py", *TRAIN, "--out", str(out), "--resume"])
     with pytest.raises(SystemExit) as exit_:
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-    assert exit_.value.code == 130
+    assert exit_.value.code == 143  # SIGTERM's
     printed = capsys.readouterr()
     assert f"resumed after step {last}" in printed.out
-    assert printed.err == "\nstopped. Go on with the same command and --resume.\n"
+    assert printed.err.endswith(f"\nstopped. Saved after step {last + 2}; go on with the same command and --resume.\n")
     assert said == [last + 1, last + 2]
     rows = RunFolder(out).metrics()
-    assert [row["step"] for row in rows] == list(range(last + 3))
-    assert rows[: last + 1] == old[: last + 1]
+    assert [row["step"] for row in rows] == list(range(last + 3)) and rows[: last + 1] == old
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_stop_during_rollouts_does_not_wait_for_them_and_the_step_is_taken_again(tmp_path, monkeypatch):
+    options = [*TRAIN, "--stages.0.steps", "3", "--out"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(parse([*options, str(whole)]).recipe, quiet=True)
+    real, calls = rl.stages.collect_rollouts, []
+
+    def asked_at_the_second_step(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(rl.stages, "collect_rollouts", asked_at_the_second_step)
+    with pytest.raises(Stopped, match="Saved after step 1;"):
+        train(parse([*options, str(stopped)]).recipe, quiet=True)
+    assert [row["step"] for row in RunFolder(stopped).metrics()] == [0, 1]
+    train(parse([*options, str(stopped)]).recipe, resume=True, quiet=True)
+    weights = [(checkpoints(run)[-1] / "model.safetensors").read_bytes() for run in (whole, stopped)]
+    assert weights[0] == weights[1]
+
+
+def test_a_second_signal_ends_the_process_at_once(tmp_path):
+    slow = [*TRAIN, "--stages.0.prompts-per-step", "64", "--stages.0.samples-per-prompt", "64", "--sampling.max-new-tokens", "250",
+            "--optimizer.micro-batch-tokens", "1000000"]  # fmt: skip
+    with OnTerminal("train.py", *slow, "--out", tmp_path / "run") as command:
+        command.read_until("before any step")
+        for _ in range(2):
+            time.sleep(0.05)
+            command.process.send_signal(signal.SIGTERM)
+        command.read_until(None, seconds=60)
+        assert command.process.wait(timeout=10) == 143
+    assert screen(command.text)[-1] == "stopped at once."
 
 
 @pytest.mark.parametrize("command", ["train.py", "eval.py"])

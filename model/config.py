@@ -4,6 +4,10 @@ from dataclasses import MISSING, dataclass
 from dataclasses import fields as dataclass_fields
 
 
+LARGEST_SIZE = 2**24
+LARGEST = {"num_hidden_layers": 1000, "num_attention_heads": 4096, "num_key_value_heads": 4096, "head_dim": 4096}
+
+
 class ModelError(ValueError):
     """A model, tokenizer or weight file that cannot be used; the message says which, and what to do."""
 
@@ -34,8 +38,10 @@ class Qwen3Config:
             "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
         ):  # fmt: skip
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ModelError(f"config: {name} must be a positive integer, not {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST.get(name, LARGEST_SIZE):
+                raise ModelError(
+                    f"config: {name} must be a whole number from 1 to {LARGEST.get(name, LARGEST_SIZE)}, not {short(value)}"
+                )
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
@@ -115,3 +121,9 @@ class Qwen3Config:
         layer = attention + 3 * self.hidden_size * self.intermediate_size + norms
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return embeddings + self.num_hidden_layers * layer + self.hidden_size
+
+
+def short(value) -> str:
+    """A value as an error names it, however long it is."""
+    text = f"{value:.3g}" if isinstance(value, int) and abs(value) >= 10**15 else repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."

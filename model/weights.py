@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelError, Qwen3Config
+from model.hub import download
 from model.quantize import plain_state
 from model.qwen3 import Qwen3
 from model.tokenizer import Tokenizer
@@ -83,18 +84,7 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
     parts = str(source).split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
         raise ModelError(f'no such model folder: {source} (a hub id looks like "Qwen/Qwen3-1.7B", the embedded is "tiny")')
-    import huggingface_hub
-
-    patterns = ["*.safetensors", "*.json"]
-    try:
-        return Path(huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=patterns))
-    except Exception as error:  # a dozen kinds: no network, no such repository, gated, no such revision, disk full
-        reason = str(error).strip().split("\n")[0]
-        at = f" at revision {revision}" if revision else ""
-        raise ModelError(
-            f"{source}{at} is not a folder here and could not be downloaded from the hub: {reason} "
-            '(without a network, use a local folder or --model tiny)'
-        ) from error
+    return download(str(source), revision)
 
 
 def read_state(folder: Path, model: Qwen3, device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -113,13 +103,14 @@ def read_state(folder: Path, model: Qwen3, device, dtype: torch.dtype) -> dict[s
                 for name in file.keys():
                     if name not in expected:
                         raise ModelError(f"{path}: unexpected weight {name}")
-                    tensor = file.get_tensor(name)
+                    shape = file.get_slice(name).get_shape()  # before any memory is taken
+                    if tuple(shape) != expected[name]:
+                        raise ModelError(f"{path}: {name} is {list(shape)}, config.json says {list(expected[name])}")
+                    tensor = file.get_tensor(name).to(dtype)
                     if tied and name == HEAD:
-                        head_copy = tensor.to(dtype)
-                        continue
-                    if tuple(tensor.shape) != expected[name]:
-                        raise ModelError(f"{path}: {name} is {list(tensor.shape)}, config.json says {list(expected[name])}")
-                    state[name] = tensor.to(dtype)
+                        head_copy = tensor
+                    else:
+                        state[name] = tensor
         except (safetensors.SafetensorError, OSError) as error:
             raise ModelError(f"{path}: cannot be read ({error}); is the file complete?") from error
     missing = [name for name in expected if name not in state and not (tied and name == HEAD)]

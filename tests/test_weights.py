@@ -1,9 +1,11 @@
 """Checkpoints: what we save transformers loads, what transformers saves we load, and a broken folder is named."""
 
+import hashlib
 import json
 import os
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -266,6 +268,24 @@ def test_an_index_without_a_usable_map_is_named(index, folder):
     assert str(folder) in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [("num_hidden_layers", 10**12), ("hidden_size", 2**40), ("vocab_size", 10**30), ("head_dim", 10**6), ("num_attention_heads", 10**9)],
+)
+def test_absurd_sizes_are_refused_before_anything_is_built(field, value, folder):
+    edit_json(folder / "config.json", **{field: value})
+    assert f"{field} must be a whole number from 1 to" in refusal(folder)
+
+
+def test_a_header_that_claims_too_much_is_refused_before_memory_is_taken(folder):
+    """A file of a few bytes whose header speaks of terabytes."""
+    header = json.dumps({NORM: {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 64)
+    assert str(folder / "model.safetensors") in refusal(folder)
+    (folder / "model.safetensors").write_bytes((2**60).to_bytes(8, "little") + b"{}")
+    assert str(folder / "model.safetensors") in refusal(folder)
+
+
 def test_a_missing_shard_is_named(folder):
     make_reference(tied=False).save_pretrained(folder, max_shard_size="40KB")
     shard = sorted(folder.glob("model-*.safetensors"))[1]
@@ -308,6 +328,7 @@ def test_a_hub_id_is_fetched_at_its_revision_without_pickles(folder, monkeypatch
         calls.append((repo_id, options))
         return str(folder)
 
+    Hub(folder, offline=True).put_in_place(monkeypatch)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     model, _ = load_model("Qwen/Qwen3-0.6B", revision="abc123")
     with torch.no_grad():
@@ -318,6 +339,58 @@ def test_a_hub_id_is_fetched_at_its_revision_without_pickles(folder, monkeypatch
         ("Qwen/Qwen3-0.6B", None),
     ]
     assert all(set(options["allow_patterns"]) <= {"*.safetensors", "*.json"} for _, options in calls)
+
+
+class Hub:
+    """A hub that holds one folder; `lie` changes what it says of a file."""
+
+    def __init__(self, folder, lie=None, offline=False):
+        self.folder, self.lie, self.offline, self.asked = folder, lie or {}, offline, []
+
+    def snapshot_download(self, repo_id, **options):
+        return str(self.folder)
+
+    def model_info(self, repo_id, revision, files_metadata, timeout):
+        self.asked.append((repo_id, revision, files_metadata))
+        if self.offline:
+            raise OSError("no network")
+        siblings = []
+        for path in self.folder.iterdir():
+            content = path.read_bytes()
+            large = path.suffix == ".safetensors"
+            entry = {
+                "rfilename": path.name, "size": len(content),
+                "lfs": SimpleNamespace(sha256=hashlib.sha256(content).hexdigest()) if large else None,
+                "blob_id": None if large else hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest(),
+            }  # fmt: skip
+            siblings.append(SimpleNamespace(**entry | self.lie.get(path.name, {})))
+        siblings.append(SimpleNamespace(rfilename="README.md", size=3, lfs=None, blob_id="not downloaded"))
+        return SimpleNamespace(siblings=siblings)
+
+    def put_in_place(self, monkeypatch):
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self)
+
+
+def test_a_download_is_checked_against_what_the_hub_says(folder, monkeypatch):
+    hub = Hub(folder)
+    hub.put_in_place(monkeypatch)
+    load_model("Qwen/Qwen3-0.6B", revision="main")
+    assert hub.asked == [("Qwen/Qwen3-0.6B", folder.name, True)]  # the commit that was downloaded, not the branch
+    Hub(folder, offline=True).put_in_place(monkeypatch)
+    load_model("Qwen/Qwen3-0.6B")
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [{"model.safetensors": {"lfs": SimpleNamespace(sha256="0" * 64)}}, {"model.safetensors": {"size": 5}},
+     {"config.json": {"blob_id": "0" * 40}}, {"tokenizer.json": {"size": 5}}],
+    ids=str,
+)  # fmt: skip
+def test_a_download_that_is_not_the_hubs_is_refused(lie, folder, monkeypatch):
+    Hub(folder, lie).put_in_place(monkeypatch)
+    (name,) = lie
+    assert f"{folder / name} is not what the hub has" in refusal("Qwen/Qwen3-0.6B")
 
 
 @pytest.mark.parametrize("error", [OSError("no network\nhint\nhint"), RuntimeError(), ValueError("gated")], ids=repr)

@@ -3,10 +3,12 @@
 import time
 
 import pytest
+from fuzz_reward import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data import Problem
+from rl.evaluate import OUTCOMES
 from rl.reward import Score, score
 
 PROBLEM = Problem((79, 60, 17), 36)
@@ -286,3 +288,9 @@ def test_a_hundred_kilobytes_of_spite_take_no_time_and_earn_no_reward(text):
     start = time.perf_counter()
     assert score(text, PROBLEM).reward <= 0.1
     assert time.perf_counter() - start < 1.0
+
+
+def test_a_short_fuzz_finds_no_exception_no_slow_text_and_no_undeserved_reward():
+    """tests/fuzz_reward.py does the same with as many texts as one likes."""
+    found = fuzz(20_000, seed=1)
+    assert sum(found.values()) == 20_000 and min(found[outcome] for outcome in OUTCOMES) > 50

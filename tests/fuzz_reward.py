@@ -1,0 +1,139 @@
+"""A long fuzz of the reward: `python tests/fuzz_reward.py --cases 1000000`; the tests run a short one.
+
+Texts are grown from pieces that mean something to the reward, cut, doubled and spoilt. For each: no exception, no more than
+ten milliseconds (texts of up to 100 kB among them), and a reward of 1.0 only where a second reading, by regular expressions
+and Python's own grammar, finds a solution too; where a text is a solution by construction, a reward of 1.0.
+"""
+
+import random
+import re
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import tyro
+from test_expression import python_value
+
+from data import Problem, generate_problems, solve
+from rl.reward import score
+
+LIMIT = 0.010  # seconds a text of 100 kB may take
+PIECES = [
+    "<think>", "</think>", "<answer>", "</answer>", "\n", " ", "=", "(", ")", "+", "-", "*", "/", "**", "//", "0", "7", "36", "1.5",
+    "so ", "Answer: ", "x", "²", "٣", "−", "１", "\u2028", "\x00", "é", "漢", "<|im_end|>", "<ANSWER>", "< answer>", "</answer >",
+    "999999999", "1e3", "0x10", "_", ",", "\t", "\r",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Fuzz the reward."""
+
+    cases: int = 1_000_000
+    """Texts to judge."""
+    seed: int = 0
+    """Of the texts."""
+
+
+def solves(text: str, problem: Problem, thinking: bool) -> bool:
+    """Whether a text holds a solution, read in another way than `rl.reward` does."""
+    if not thinking and re.match(r"[ \t\r\n]*<think>", text):
+        text, thinking = text.split("<think>", 1)[1], True
+    if thinking:
+        found = re.fullmatch(r"((?:(?!</?think>).)*)</think>(.*)", text, re.DOTALL)
+        if not found or re.search(r"<answer>.*</answer>", found[1], re.DOTALL):
+            return False
+        text = found[2]
+    found = re.fullmatch(r"((?:(?!</?think>|</?answer>).)*)<answer>((?:(?!</?answer>).)*)</answer>(.*)", text, re.DOTALL)
+    if not found or re.search(r"</?answer>", found[3]):
+        return False
+    before, content = found[1], found[2]
+    claims = [content] if "=" in content else [content, before.rstrip(" \t\r\n").rsplit("\n", 1)[-1]]
+    return any(is_solution(part, problem) for claim in claims for part in endings(claim))
+
+
+def endings(claim: str) -> list[str]:
+    """A line, and its ends after each blank: an equation may follow words."""
+    return [claim] + [claim[place.end() :] for place in re.finditer(r"\s", claim)][:200]
+
+
+def is_solution(text: str, problem: Problem) -> bool:
+    left, equals, right = text.partition("=")
+    value = python_value(left)
+    if value is None or sorted(value[1]) != sorted(problem.numbers) or value[0] != problem.target:
+        return False
+    claimed = python_value(right) if equals else None
+    return not equals or (claimed is not None and claimed[0] == value[0] and len(claimed[1]) == 1)
+
+
+def draw(rng: random.Random, problems: list[tuple[Problem, str]]) -> tuple[str, Problem, bool, bool]:
+    """(text, problem, thinking, whether it is a solution by construction)."""
+    problem, solution = rng.choice(problems)
+    thinking = rng.random() < 0.7
+    content = rng.choice([solution, f"{solution} = {problem.target}", f" ({solution})\n"])
+    thoughts = "".join(rng.choices([piece for piece in PIECES if "<" not in piece], k=rng.randrange(6)))
+    text = (thoughts + "</think>" if thinking else "") + f"\n<answer>{content}</answer>"
+    kind = rng.random()
+    if kind < 0.1:
+        return text, problem, thinking, True
+    if kind < 0.2:  # a solution of a problem close by
+        problem = Problem(problem.numbers, problem.target + rng.randrange(1, 15))
+    if kind < 0.6:  # spoil it in a few places
+        letters = list(text)
+        for _ in range(rng.randrange(1, 4)):
+            place = rng.randrange(len(letters) + 1)
+            change = rng.random()
+            if change < 0.5:
+                letters.insert(place, rng.choice(PIECES))
+            elif change < 0.8 and letters:
+                del letters[min(place, len(letters) - 1)]
+            else:
+                start = rng.randrange(len(letters) + 1)
+                letters[place:place] = letters[start : start + rng.randrange(30)]
+        return "".join(letters), problem, thinking, False
+    if kind < 0.9995:
+        numbers = [str(number) for number in problem.numbers] + [str(problem.target), solution]
+        return "".join(rng.choices(PIECES + numbers * 3, k=rng.randrange(25))), problem, thinking, False
+    piece = rng.choice(PIECES + [text, solution, "(", "1+", "-", "<answer>1</answer>"])
+    return (piece * (100_000 // len(piece) + 1))[:100_000], problem, thinking, False
+
+
+def fuzz(cases: int, seed: int) -> Counter:
+    """Outcomes of all texts; raises AssertionError for the first that breaks a promise."""
+    rng = random.Random(seed)
+    problems = [(problem, solve(problem)) for problem in generate_problems(200, seed)]
+    found: Counter = Counter()
+    for number in range(cases):
+        text, problem, thinking, is_one = draw(rng, problems)
+        took = time.perf_counter()
+        judged = score(text, problem, thinking)
+        took = time.perf_counter() - took
+        if took > LIMIT:  # the machine may have been busy: what counts is whether it can be fast
+            took = min(timed(text, problem, thinking) for _ in range(5))
+        shown = f"case {number}, seed {seed}: {text[:300]!r}, {problem}, thinking {thinking}"
+        assert took <= LIMIT, f"{took:.3f} s for {len(text)} characters, {shown}"
+        if is_one or judged.reward == 1.0:
+            assert judged.reward == 1.0, f"a solution got {judged}, {shown}"
+            assert solves(text, problem, thinking), f"1.0 for what the second reading does not call a solution, {shown}"
+        found[judged.outcome] += 1
+    return found
+
+
+def timed(text: str, problem: Problem, thinking: bool) -> float:
+    start = time.perf_counter()
+    score(text, problem, thinking)
+    return time.perf_counter() - start
+
+
+def main(arguments: Arguments) -> None:
+    start = time.perf_counter()
+    found = fuzz(arguments.cases, arguments.seed)
+    print(f"{arguments.cases:,} texts, seed {arguments.seed}, {time.perf_counter() - start:.0f} s: {dict(found)}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, description=__doc__))

@@ -41,6 +41,11 @@ def writing(run: Path) -> bool:
     return any((run / "checkpoints").glob("*.partial"))
 
 
+def modified(run: Path) -> float:
+    metrics = RunFolder(run).metrics_path
+    return metrics.stat().st_mtime if metrics.exists() else 0.0
+
+
 @pytest.fixture
 def processes():
     """Processes that begin with everything imported, so that one costs what a run costs."""
@@ -63,8 +68,11 @@ def test_a_run_killed_twenty_times_ends_bit_for_bit_as_if_it_had_not_been(tmp_pa
         process.start()
         number += 1
         if kills < KILLS:
-            until = time.monotonic() + rng.uniform(0.3, 2.0)
-            while process.is_alive() and time.monotonic() < until and not (number % 3 == 0 and writing(run)):
+            before = modified(run)
+            while process.is_alive() and modified(run) == before:  # until it is past its imports and at work
+                time.sleep(0.001)
+            in_write, until = number % 3 == 0, time.monotonic() + rng.uniform(0.0, 1.0)
+            while process.is_alive() and not (writing(run) if in_write else time.monotonic() > until):
                 time.sleep(0.001)
             process.kill()
         process.join()

@@ -172,8 +172,9 @@ def result_of(task: Task, rows: list[dict]) -> dict:
 
 def run_study(arguments: Arguments) -> None:
     tasks = list(plan(arguments))
-    waiting = [] if arguments.report_only else [task for task in tasks if not up_to_date(task)]
+    waiting = [task for task in tasks if not up_to_date(task)]
     print(f"{len(tasks)} runs, {len(tasks) - len(waiting)} of them with a result in {arguments.results}", flush=True)
+    waiting = [] if arguments.report_only else waiting
     (arguments.results / "runs").mkdir(parents=True, exist_ok=True)
     running: dict[Future, Task] = {}
     with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:

@@ -70,7 +70,7 @@ def screenshot(page: Path, size: str, out: Path) -> None:
 def main(arguments: Arguments) -> None:
     shutil.copy(arguments.run / "curve.png", DOCS / "curve-256-tiny.png")
     with tempfile.TemporaryDirectory() as folder:
-        page = report.write_report(report.Arguments((arguments.run,), Path(folder) / "report.html"))
+        page = report.write_report([arguments.run], Path(folder) / "report.html")
         screenshot(page, "1100,1500", DOCS / "report.png")
         live = Path(folder) / "live.html"
         live.write_text(live_page(arguments), encoding="utf-8")

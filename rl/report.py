@@ -6,8 +6,10 @@ Curves of all runs over each other, some of their rollouts token by token, and t
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -29,13 +31,9 @@ TRACES = 200  # traces shown of a run
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """Write a page about one or more runs."""
+class Shown:
+    """How many rollouts of each run are in a page."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders."""
-    out: Path | None = None
-    """The page; default: report.html in the first run's folder."""
     steps: int = 16
     """Steps of each run whose rollouts are in it, evenly spread."""
     groups: int = 4
@@ -44,23 +42,33 @@ class Arguments:
     """Completions of each of these groups."""
 
 
-def write_report(arguments: Arguments) -> Path:
-    """Write the page and return where it is.
+@dataclass(frozen=True)
+class Arguments:
+    """Write a page about one or more runs."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders."""
+    shown: Annotated[Shown, tyro.conf.arg(name="")]
+    out: Path | None = None
+    """The page; default: report.html in the first run's folder."""
+
+
+def write_report(runs: Sequence[Path], out: Path | None = None, shown: Shown = Shown()) -> Path:
+    """Write the page and return where it is: `out`, or report.html in the first run's folder.
 
     Raises:
-        RecipeError: a folder holds no run.
+        RecipeError: a folder holds no run, or none is named.
     """
-    if not arguments.runs:
+    if not runs:
         raise RecipeError("name a run folder: python -m rl.report runs/256-tiny")
-    runs = [describe(RunFolder(path), arguments) for path in arguments.runs]
-    made = {"written": time.strftime("%Y-%m-%d %H:%M"), "runs": runs}
+    made = {"written": time.strftime("%Y-%m-%d %H:%M"), "runs": [describe(RunFolder(path), shown) for path in runs]}
     text = json.dumps(made, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")  # no text ends the script
-    out = arguments.out or arguments.runs[0] / "report.html"
+    out = out or runs[0] / "report.html"
     out.write_text(PAGE.read_text(encoding="utf-8").replace(PLACE, text), encoding="utf-8")
     return out
 
 
-def describe(run: RunFolder, arguments: Arguments) -> dict:
+def describe(run: RunFolder, shown: Shown) -> dict:
     """What the page shows of one run."""
     rows = run.metrics()
     if not run.holds_run or not rows:
@@ -77,30 +85,30 @@ def describe(run: RunFolder, arguments: Arguments) -> dict:
         "final": {name: value for name, value in rows[-1].items() if name.startswith("final")},
         "series": {name: [[row["step"], row[name]] for row in rows if name in row] for name in SERIES}
         | {"seconds": [[row["step"], sum(row.get(name, 0) for name in TIMES)] for row in rows if TIMES[1] in row]},
-        "rollouts": rollouts(run, arguments),
+        "rollouts": rollouts(run, shown),
         "traces": traces(run),
     }
 
 
-def rollouts(run: RunFolder, arguments: Arguments) -> list[dict]:
+def rollouts(run: RunFolder, shown: Shown) -> list[dict]:
     """Some completions of evenly spread steps; cut into tokens where the run's tokenizer is at hand."""
     files, tokenizer = run.rollout_files(), tokenizer_of(run)
-    count = min(len(files), arguments.steps)
+    count = min(len(files), shown.steps)
     chosen = [files[round(i * (len(files) - 1) / max(1, count - 1))] for i in range(count)]
-    shown = []
+    rows = []
     for path in chosen:
         taken: dict[int, int] = {}
         for row in read_rows(path):
             taken[row["group"]] = taken.get(row["group"], 0) + 1
-            if row["group"] < arguments.groups and taken[row["group"]] <= arguments.samples:
+            if row["group"] < shown.groups and taken[row["group"]] <= shown.samples:
                 kept = ("group", "numbers", "target", "outcome", "reward", "finished", "tokens", "completion")
                 found = {"step": int(path.stem.removeprefix("step_"))} | {name: row[name] for name in kept}
                 if "logprobs" in row:
                     found["advantage"] = row["advantage"]
                     if tokenizer:
                         found["pieces"] = pieces(tokenizer, row["token_ids"], row["logprobs"])
-                shown.append(found)
-    return shown
+                rows.append(found)
+    return rows
 
 
 def pieces(tokenizer: Tokenizer, token_ids: list[int], logprobs: list[float]) -> list[tuple[str, float]]:
@@ -138,4 +146,5 @@ def read_rows(path: Path) -> list[dict]:
 
 if __name__ == "__main__":
     with user_errors():
-        print(f"wrote {write_report(tyro.cli(Arguments, description=__doc__))}")
+        a = tyro.cli(Arguments, description=__doc__)
+        print(f"wrote {write_report(a.runs, a.out, a.shown)}")

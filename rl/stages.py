@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-
 from data import Problem, prompt_text
 from data.sources import DataError
 from data.traces import curate, load_traces, save_traces
@@ -28,6 +27,7 @@ from rl.plots import write_curve
 from rl.problems import endless_problems
 from rl.recipe import GRPOStage, Recipe, RecipeError, SamplingSettings, SFTStage
 from rl.recipe_file import to_dict
+from rl.report import write_report
 from rl.reward import score
 from rl.rollout import collect_rollouts, paid, reward_tensor, rollout_metrics
 from rl.runfolder import RunFolder
@@ -66,7 +66,7 @@ def train(
         last = run.metrics()[-1]
         if "final_accuracy" in last:
             view.say(final_line(last, recipe.evaluation.final_problems))
-        view.say(f"done: {run.path}/curve.md and curve.png")
+        view.say(f"done: {run.path}/curve.md and curve.png; to look into it, open {write_report([run.path])}")
 
 
 def first_evaluation(lab: Lab, resume: bool) -> None:

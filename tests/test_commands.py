@@ -55,7 +55,7 @@ def smoke_run(tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_what_the_readme_says(smoke_run):
-    for name in ("config.json", "metrics.jsonl", "curve.md", "curve.png", "traces.jsonl", "rollouts/step_0001.jsonl"):
+    for name in ("config.json", "metrics.jsonl", "curve.md", "curve.png", "report.html", "traces.jsonl", "rollouts/step_0001.jsonl"):
         assert (smoke_run / name).stat().st_size > 0, name
     assert list(smoke_run.glob("events.out.tfevents*"))
     rows = RunFolder(smoke_run).metrics()

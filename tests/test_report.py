@@ -11,7 +11,7 @@ from test_commands import smoke, smoke_run  # noqa: F401  (a fixture)
 from model import Tokenizer
 from model.weights import TINY
 from rl.console import user_errors
-from rl.report import Arguments, pieces, write_report
+from rl.report import Shown, pieces, write_report
 from rl.runfolder import RunFolder
 
 
@@ -23,7 +23,7 @@ def data_of(page: str) -> dict:
 def page(smoke_run, tmp_path_factory) -> str:  # noqa: F811
     """The page of the smoke run beside itself."""
     out = tmp_path_factory.mktemp("page") / "report.html"
-    assert write_report(Arguments((smoke_run, smoke_run), out, steps=2, groups=1, samples=3)) == out
+    assert write_report((smoke_run, smoke_run), out, Shown(steps=2, groups=1, samples=3)) == out
     return out.read_text(encoding="utf-8")
 
 
@@ -85,7 +85,7 @@ def test_no_completion_can_end_the_script_or_load_anything(smoke_run, tmp_path):
     path = RunFolder(run).rollout_files()[0]
     row = json.loads(path.read_text().splitlines()[0]) | {"completion": "</script><script>alert(1)</script><!--"}
     path.write_text(json.dumps(row) + "\n")
-    page = write_report(Arguments((run,))).read_text(encoding="utf-8")
+    page = write_report([run]).read_text(encoding="utf-8")
     assert page.count("</script>") == 2
     assert data_of(page)["runs"][0]["rollouts"][0]["completion"] == row["completion"]
     assert not re.search(r'(src|href)\s*=|@import|url\(|fetch\(|XMLHttp', page.replace(SVG, ""))
@@ -97,7 +97,7 @@ SVG = "http://www.w3.org/2000/svg"  # a name, nothing to load
 def test_a_folder_without_a_run_is_one_line(tmp_path, capsys):
     for folders in ((tmp_path,), ()):
         with pytest.raises(SystemExit) as exit_, user_errors():
-            write_report(Arguments(folders))
+            write_report(folders)
         assert exit_.value.code == 2 and "runs/256-tiny" in capsys.readouterr().err
 
 

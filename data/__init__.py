@@ -2,8 +2,9 @@
 
 from data.countdown import Problem, ProblemSettings, generate_problems, prompt_text
 from data.expression import Expression, ExpressionError, evaluate_expression, parse_equation, parse_expression
+from data.jsonl import DataError
 from data.solver import solve
-from data.sources import DataError, load_problems, split_problems
+from data.sources import load_problems, split_problems
 
 __all__ = [
     "DataError",

@@ -1,18 +1,15 @@
 """Where problems come from, and how some of them are kept out of training."""
 
-import json
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data.countdown import Problem
+from data.jsonl import DataError, read_jsonl
+from hub import HubError, download
 
 HUB_REPOSITORY = "Jiayi-Pan/Countdown-Tasks-3to4"
 HUB_FILE = "data/train-00000-of-00001.parquet"
-
-
-class DataError(ValueError):
-    """Problems that cannot be read or divided; the message names the file and row, and the way out."""
 
 
 def load_problems(source: str | Path, revision: str | None = None) -> list[Problem]:
@@ -24,10 +21,14 @@ def load_problems(source: str | Path, revision: str | None = None) -> list[Probl
         revision: branch, tag or commit of the hub dataset.
 
     Raises:
-        DataError: no such source, no network, missing columns, a row that is no problem, or no rows at all.
+        DataError: no such source, no network, a file that is not the hub's, missing columns, a row that is no problem, or no rows at all.
     """
     if str(source) == "hub":
-        return _checked(HUB_REPOSITORY, _parquet_rows(_download(revision)))
+        try:
+            folder = download(HUB_REPOSITORY, [HUB_FILE], "give a .parquet or .jsonl file, or generate problems", "dataset", revision)
+        except HubError as error:
+            raise DataError(str(error)) from error
+        return _checked(HUB_REPOSITORY, _parquet_rows(folder / HUB_FILE))
     path = Path(source)
     readers = {".parquet": _parquet_rows, ".jsonl": _jsonl_rows}
     if path.suffix not in readers:
@@ -70,20 +71,6 @@ def split_problems(
     return shuffled[held_out:], shuffled[:held_out]
 
 
-def _download(revision: str | None) -> Path:
-    """The hub dataset's file, from the local cache where it is already there."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(HUB_REPOSITORY, HUB_FILE, repo_type="dataset", revision=revision))
-    except (OSError, ValueError) as error:  # no network, no such revision: the hub's errors derive from these
-        at_revision = f" at revision '{revision}'" if revision else ""
-        raise DataError(
-            f"cannot download {HUB_REPOSITORY}{at_revision} ({type(error).__name__}); check the network and the "
-            "revision, give a local .parquet or .jsonl file, or generate problems"
-        ) from error
-
-
 Row = tuple[str, object, object]  # "row 3" or "line 3", numbers, target
 
 
@@ -116,17 +103,8 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text; check the file and its permissions") from error
-    for index, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {index}: not JSON; correct or remove it") from error
-        if not isinstance(row, dict) or not {"numbers", "target"} <= row.keys():
-            raise DataError(f'{path}, line {index}: expected {{"numbers": [79, 60, 17], "target": 36}}; correct it')
-        yield f"line {index}", row["numbers"], row["target"]
+    expected = '{"numbers": [79, 60, 17], "target": 36}'
+    for number, row in read_jsonl(path, expected):
+        if not {"numbers", "target"} <= row.keys():
+            raise DataError(f"{path}, line {number}: expected {expected}; correct it")
+        yield f"line {number}", row["numbers"], row["target"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.countdown import Problem
-from data.sources import DataError
+from data.jsonl import DataError, read_jsonl
 
 
 @dataclass(frozen=True)
@@ -65,28 +65,19 @@ def load_traces(path: str | Path, is_correct: Callable[[str, Problem], bool]) ->
     Raises:
         DataError: no such file, no rows, or a row that is malformed, not Latin or not correct; it names the line.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines would also cut at U+2028 in a text
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-    traces = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    traces, expected = [], '{"numbers": [...], "target": n, "completion": "..."}'
+    for number, row in read_jsonl(path, expected):
+        where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
-            problem = Problem(row["numbers"], row["target"])
-            trace = Trace(problem, row["completion"], row.get("step", 0))
+            trace = Trace(Problem(row["numbers"], row["target"]), row["completion"], row.get("step", 0))
             if not isinstance(trace.completion, str) or not isinstance(trace.step, int):
                 raise TypeError("completion must be text and step a whole number")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(
-                f'{path}:{number}: not a trace ({error}); expected {{"numbers": [...], "target": n, "completion": "..."}}'
-            ) from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{where}: not a trace ({error}); expected {expected}") from None
         if not latin_only(trace.completion):
-            raise DataError(f"{path}:{number}: letters outside the Latin script; remove the trace")
-        if not is_correct(trace.completion, problem):
-            raise DataError(f"{path}:{number}: does not solve {problem.numbers} -> {problem.target}; remove the trace")
+            raise DataError(f"{where}: letters outside the Latin script; remove the trace")
+        if not is_correct(trace.completion, trace.problem):
+            raise DataError(f"{where}: does not solve {trace.problem.numbers} -> {trace.problem.target}; remove the trace")
         traces.append(trace)
     if not traces:
         raise DataError(f"{path}: no traces in it")

@@ -71,7 +71,7 @@ def main(arguments: Arguments) -> None:
     shutil.copy(arguments.run / "curve.png", DOCS / "curve-256-tiny.png")
     with tempfile.TemporaryDirectory() as folder:
         page = report.write_report([arguments.run], Path(folder) / "report.html")
-        screenshot(page, "1100,1500", DOCS / "report.png")
+        screenshot(page, "1100,2110", DOCS / "report.png")
         live = Path(folder) / "live.html"
         live.write_text(live_page(arguments), encoding="utf-8")
         screenshot(live, "1060,410", DOCS / "live.png")

@@ -34,6 +34,8 @@ class Tokenizer:
             self._add_missing_tokens(config.get("added_tokens_decoder", {}), folder)
             stops = generation.get("eos_token_id")
             stops = set(stops if isinstance(stops, list) else [] if stops is None else [stops])
+            if not all(type(token_id) is int and 0 <= token_id < len(self) for token_id in stops):
+                raise ModelError(f"{folder}: eos_token_id in generation_config.json must be ids of the tokenizer, not {stops}")
         except ModelError:
             raise
         except Exception as error:  # the backend raises bare Exception for a malformed file

@@ -8,13 +8,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from hub import HubError, download
 from model.config import ModelError, Qwen3Config
-from model.hub import download
 from model.quantize import plain_state
 from model.qwen3 import Qwen3
 from model.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "tiny"
+FILES = ["*.safetensors", "*.json"]  # what is downloaded: never a pickle
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -84,7 +85,10 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
     parts = str(source).split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
         raise ModelError(f'no such model folder: {source} (a hub id looks like "Qwen/Qwen3-1.7B", the embedded is "tiny")')
-    return download(str(source), revision)
+    try:
+        return download(str(source), FILES, "name a folder that is there, or --model tiny", revision=revision)
+    except HubError as error:
+        raise ModelError(str(error)) from error
 
 
 def read_state(folder: Path, model: Qwen3, device, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import safetensors
 import safetensors.torch
 
 from model import ModelError, Qwen3, Tokenizer, adapter_state, load_adapter_state, save_model
+from model.weights import read_json
 from rl.optimizer import Optimizer
 from rl.recipe import Recipe, RecipeError
 from rl.recipe_file import from_dict, to_dict
@@ -97,7 +98,7 @@ def sync(path: Path) -> None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, by the SHA-256 written beside them; None if nothing is."""
     try:
-        digests = json.loads((folder / DIGESTS).read_text())
+        digests = read_json(folder / DIGESTS)
         for name, expected in digests.items():
             if digest(folder / name) != expected:
                 return f"{name} is not what was written"
@@ -132,9 +133,12 @@ def load_progress(folder: Path) -> Progress:
         RecipeError: the folder is no checkpoint of a run, or its state is damaged.
     """
     try:
-        return Progress(**json.loads((folder / STATE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        progress = Progress(**read_json(folder / STATE))
+        if not all(type(value) is int and 0 <= value <= 10**12 for value in asdict(progress).values()):
+            raise TypeError("its counters must be whole numbers")
+    except (ModelError, TypeError) as error:
         raise RecipeError(f"{folder / STATE}: not the state of a run: {error}") from None
+    return progress
 
 
 def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
@@ -195,6 +199,6 @@ def saved_recipe(folder: str | Path) -> Recipe | None:
     if not path.is_file():
         return None
     try:
-        return from_dict(Recipe, json.loads(path.read_text()))
+        return from_dict(Recipe, read_json(path))
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from None

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 from data import Problem, solve
-from data.sources import DataError
+from data.jsonl import DataError, read_jsonl
 from data.traces import non_latin
 from model import Completion, Qwen3, Tokenizer
 from rl.intervals import wilson_interval
@@ -83,24 +83,15 @@ def load_completions(path: str | Path, thinking: bool) -> list[Group]:
         DataError: no such file, nothing in it, or a line that is no completion; it names the line.
     """
     groups: dict[tuple, Group] = {}
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines would also cut at U+2028 in a text
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    expected = '{"numbers": [...], "target": n, "completion": "..."}'
+    for number, row in read_jsonl(path, expected):
         try:
-            row = json.loads(line)
             problem, text = Problem(row["numbers"], row["target"]), row["completion"]
             ids, finished = row.get("token_ids", []), row.get("finished", True)
             if not isinstance(text, str) or not isinstance(ids, list) or not isinstance(finished, bool):
                 raise TypeError("completion must be text, token_ids a list and finished true or false")
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise DataError(
-                f'{path}:{number}: not a completion ({error}); expected '
-                '{"numbers": [...], "target": n, "completion": "..."}'
-            ) from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{path}, line {number}: not a completion ({error}); expected {expected}") from None
         scored = Rollout(problem, [], Completion(ids, [], finished), text, score(text, problem, thinking))
         groups.setdefault(problem.key, []).append(scored)
     if not groups:

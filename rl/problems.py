@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from data import Problem, generate_problems, load_problems, split_problems
-from data.sources import DataError
+from data import DataError, Problem, generate_problems, load_problems, split_problems
 from rl.recipe import Recipe
 
 

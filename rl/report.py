@@ -13,6 +13,7 @@ from typing import Annotated
 
 import tyro
 
+from data.jsonl import read_jsonl
 from model import ModelError, Tokenizer
 from rl.checkpoint import checkpoints
 from rl.console import user_errors
@@ -140,8 +141,7 @@ def traces(run: RunFolder) -> dict:
 
 
 def read_rows(path: Path) -> list[dict]:
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return [row for _, row in read_jsonl(path, "a line of a run")]
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 
 from data import Problem
+from data.jsonl import read_jsonl
 from data.traces import Trace
 from model import Tokenizer
+from model.weights import read_json
 from rl.batch import Sample
 from rl.recipe import Recipe, RecipeError
 from rl.recipe_file import from_dict, to_dict
@@ -99,8 +101,8 @@ class RunFolder:
     def check_recipe(self, recipe: Recipe) -> None:
         """Refuse to resume under another recipe than the run was started with, but for `FREE_ON_RESUME`."""
         try:
-            stored = from_dict(Recipe, json.loads((self.path / "config.json").read_text())["recipe"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            stored = from_dict(Recipe, read_json(self.path / "config.json")["recipe"])
+        except (ValueError, KeyError) as error:
             raise RecipeError(f"{self.path}: no run to resume here: {error}") from None
         started, given = flatten(to_dict(stored)), flatten(to_dict(recipe))
         for name in started | given:
@@ -183,9 +185,7 @@ class RunFolder:
         """The finished, correct rollouts of one stage."""
         traces = []
         for path in self.rollout_files():
-            with open(path, encoding="utf-8") as file:
-                rows = [json.loads(line) for line in file]  # str.splitlines would also cut at U+2028 in a text
-            for row in rows:
+            for _, row in read_jsonl(path, "a rollout"):
                 if row["stage"] == stage and row["outcome"] == "correct" and row["finished"]:
                     problem = Problem(row["numbers"], row["target"])
                     traces.append(Trace(problem, row["completion"], int(path.stem[5:])))

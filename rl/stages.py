@@ -5,8 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from data import Problem, prompt_text
-from data.sources import DataError
+from data import DataError, Problem, prompt_text
 from data.traces import curate, load_traces, save_traces
 from model import Qwen3, load_model, prompt_ids
 from rl.advantage import group_advantages

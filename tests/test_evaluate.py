@@ -137,7 +137,7 @@ def test_completions_from_a_file_are_scored_in_groups_by_problem(tmp_path):
 def test_a_line_that_is_no_completion_is_named(tmp_path, line):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"numbers": [1, 2], "target": 3, "completion": "1+2"}\n' + line)
-    with pytest.raises(DataError, match=r"bad\.jsonl:2: not a completion"):
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 2: (not a completion|not JSON|expected)"):
         load_completions(path, thinking=True)
 
 

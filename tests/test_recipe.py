@@ -1,7 +1,8 @@
 """Recipes: what ships loads, what is written wrong is refused by the name of its field, and nothing is lost on the way."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -193,10 +194,35 @@ def stage(kind: str, text: str) -> str:
         (stage("grpo", 'aggregation = "mean"'), "stages.0.aggregation"),
         (stage("grpo", "prompts_per_step = 2\nupdates_per_step = 3"), "stages.0.updates_per_step"),
         ("[sampling]\ntemperature = 0.0\n" + stage("grpo", ""), "sampling.temperature"),
+        (stage("grpo", "prompts_per_step = 10_000\nsamples_per_prompt = 101"), "prompts_per_step x samples_per_prompt"),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_refused_by_its_fields_name(tmp_path, text, field):
     assert field in refused(tmp_path, text)
+
+
+def number_fields(settings, where: str = "") -> list[str]:
+    """The names of all fields that hold a number, those of nested settings too."""
+    found = []
+    for f, hint in zip(fields(settings), get_type_hints(type(settings)).values(), strict=True):
+        value = getattr(settings, f.name)
+        if is_dataclass(value):
+            found += number_fields(value, f"{where}{f.name}.")
+        elif {int, float} & {hint, *get_args(hint)}:
+            found.append(f"{where}{f.name}")
+    return found
+
+
+@pytest.mark.parametrize("name", number_fields(Recipe(stages=())) + [f"grpo.{n}" for n in number_fields(GRPOStage())]
+                         + [f"sft.{n}" for n in number_fields(SFTStage())])  # fmt: skip
+def test_no_number_of_a_recipe_is_without_bounds_trap_generated_problems_ten_to_the_twelve(name):
+    *tables, field = name.split(".")
+    for value in (-1, 10**30):
+        values = {field: value}
+        for table in reversed(tables):
+            values = {"stages": [{"kind": table} | values]} if table in ("grpo", "sft") else {table: values}
+        with pytest.raises(RecipeError, match=f"{field} must be "):
+            from_dict(Recipe, values)
 
 
 @pytest.mark.parametrize("sampling", [{"top_k": 20}, {"top_p": 0.95}])
@@ -209,7 +235,7 @@ def test_training_refuses_top_k_and_top_p_trap_scored_under_another_distribution
 
 def test_overrides_are_checked_like_a_recipes_own_values():
     _, recipe = load_recipe("256")
-    with pytest.raises(RecipeError, match="sampling.max_new_tokens must be at least 1, not 0"):
+    with pytest.raises(RecipeError, match="sampling.max_new_tokens must be from 1 to 1,000,000, not 0"):
         replace(recipe, sampling=replace(recipe.sampling, max_new_tokens=0))
 
 

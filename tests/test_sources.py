@@ -2,11 +2,13 @@
 
 import json
 from itertools import permutations
+from types import SimpleNamespace
 
 import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers import Hub
 from hypothesis import given
 from hypothesis import strategies as st
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -29,33 +31,41 @@ def test_parquet_and_jsonl_give_the_rows_in_their_order(tmp_path):
     assert load_problems(jsonl) == expected
 
 
-def test_hub_is_the_published_file_at_the_revision_asked_for(tmp_path, monkeypatch):
-    asked = {}
-    path = write_parquet(tmp_path / "hub.parquet", [[44, 19, 35]], [98])
+HUB_FILE = "data/train-00000-of-00001.parquet"
 
-    def download(repository, file, **options):
-        asked.update(options, repository=repository, file=file)
-        return str(path)
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+@pytest.fixture
+def dataset(tmp_path):
+    """The hub's dataset, shorter."""
+    (tmp_path / "data").mkdir()
+    write_parquet(tmp_path / HUB_FILE, [[44, 19, 35]], [98])
+    return tmp_path
+
+
+def test_hub_is_the_published_file_at_the_revision_asked_for(dataset, monkeypatch):
+    hub = Hub(dataset)
+    hub.put_in_place(monkeypatch)
     assert load_problems("hub", revision="abc") == [Problem((44, 19, 35), 98)]
-    assert asked == {
-        "repository": "Jiayi-Pan/Countdown-Tasks-3to4",
-        "file": "data/train-00000-of-00001.parquet",
-        "repo_type": "dataset",
-        "revision": "abc",
-    }
+    expected = {"allow_patterns": [HUB_FILE], "repo_type": "dataset", "revision": "abc"}
+    assert hub.downloads == [("Jiayi-Pan/Countdown-Tasks-3to4", expected)]
+    assert hub.asked == [("Jiayi-Pan/Countdown-Tasks-3to4", "dataset", dataset.name, True)]
+
+
+def test_a_file_that_is_not_the_hubs_is_refused(dataset, monkeypatch):
+    Hub(dataset, lie={HUB_FILE: {"lfs": SimpleNamespace(sha256="0" * 64)}}).put_in_place(monkeypatch)
+    with pytest.raises(DataError, match="parquet is not what the hub has"):
+        load_problems("hub")
 
 
 def test_no_network_is_one_line_that_names_the_way_out(monkeypatch):
     def download(*args, **options):
         raise LocalEntryNotFoundError("a long story\nin several lines")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(DataError) as caught:
         load_problems("hub", revision="v9")
     message = str(caught.value)
-    assert "\n" not in message and "'v9'" in message and "network" in message and ".jsonl" in message
+    assert "\n" not in message and "revision v9" in message and "network" in message and ".jsonl" in message
 
 
 JSONL_ERRORS = {
@@ -69,6 +79,7 @@ JSONL_ERRORS = {
     "a text": ('{"numbers": "12", "target": 3}', "line 1: .* not '12'"),
     "no target": ('{"numbers": [1, 2], "target": null}', "line 1: .* not None"),
     "endless nesting": ("[" * 100_000, "line 1: not JSON"),
+    "half a character": ('{"numbers": [1, 2], "target": 3, "note": "\\ud800"}', "line 1: not JSON of Unicode"),
     "endless digits": ('{"numbers": [1, 2], "target": ' + "9" * 5000 + "}", "line 1: not JSON"),
 }
 

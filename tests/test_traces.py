@@ -120,7 +120,7 @@ def test_steps_and_blank_lines_are_optional(tmp_path):
     ],
 )
 def test_a_malformed_line_is_refused_by_its_number(tmp_path, line):
-    with pytest.raises(DataError, match=r"mine\.jsonl:3: not a trace"):
+    with pytest.raises(DataError, match=r"mine\.jsonl, line 3: (not a trace|not JSON|expected)"):
         load(tmp_path, GOOD, "", line, GOOD)
 
 
@@ -132,13 +132,13 @@ def test_a_wrong_trace_is_refused_by_its_number_though_the_file_calls_it_correct
         asked.append((completion, problem))
         return completion == "79-60+17"
 
-    with pytest.raises(DataError, match=r"mine\.jsonl:2: does not solve \(79, 60, 17\) -> 36"):
+    with pytest.raises(DataError, match=r"mine\.jsonl, line 2: does not solve \(79, 60, 17\) -> 36"):
         load(tmp_path, GOOD, wrong, is_correct=is_correct)
     assert asked == [("79-60+17", PROBLEM), ("79-60", PROBLEM)]
 
 
 def test_another_script_is_refused_by_its_number(tmp_path):
-    with pytest.raises(DataError, match=r"mine\.jsonl:2: letters outside the Latin script"):
+    with pytest.raises(DataError, match=r"mine\.jsonl, line 2: letters outside the Latin script"):
         load(tmp_path, GOOD, GOOD.replace("79-60+17", "所以"))
 
 

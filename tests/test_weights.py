@@ -1,6 +1,5 @@
 """Checkpoints: what we save transformers loads, what transformers saves we load, and a broken folder is named."""
 
-import hashlib
 import json
 import os
 import pickle
@@ -12,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from helpers import Hub
 from reference import TINY, TINY_TOKENS, copy_tokenizer, random_ids, reference_model, same_weights
 
 from model import ModelError, Qwen3, Qwen3Config, Tokenizer, load_model, save_model
@@ -322,61 +322,24 @@ def test_no_pickle_is_ever_read(folder, tmp_path):
 
 
 def test_a_hub_id_is_fetched_at_its_revision_without_pickles(folder, monkeypatch):
-    calls = []
-
-    def fetch(repo_id, **options):
-        calls.append((repo_id, options))
-        return str(folder)
-
-    Hub(folder, offline=True).put_in_place(monkeypatch)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    hub = Hub(folder, offline=True)
+    hub.put_in_place(monkeypatch)
     model, _ = load_model("Qwen/Qwen3-0.6B", revision="abc123")
     with torch.no_grad():
         torch.testing.assert_close(model(IDS), logits_of_folder(folder), rtol=0, atol=1e-4)
     load_model("Qwen/Qwen3-0.6B")
-    assert [(repo_id, options["revision"]) for repo_id, options in calls] == [
+    assert [(repo_id, options["revision"]) for repo_id, options in hub.downloads] == [
         ("Qwen/Qwen3-0.6B", "abc123"),
         ("Qwen/Qwen3-0.6B", None),
     ]
-    assert all(set(options["allow_patterns"]) <= {"*.safetensors", "*.json"} for _, options in calls)
-
-
-class Hub:
-    """A hub that holds one folder; `lie` changes what it says of a file."""
-
-    def __init__(self, folder, lie=None, offline=False):
-        self.folder, self.lie, self.offline, self.asked = folder, lie or {}, offline, []
-
-    def snapshot_download(self, repo_id, **options):
-        return str(self.folder)
-
-    def model_info(self, repo_id, revision, files_metadata, timeout):
-        self.asked.append((repo_id, revision, files_metadata))
-        if self.offline:
-            raise OSError("no network")
-        siblings = []
-        for path in self.folder.iterdir():
-            content = path.read_bytes()
-            large = path.suffix == ".safetensors"
-            entry = {
-                "rfilename": path.name, "size": len(content),
-                "lfs": SimpleNamespace(sha256=hashlib.sha256(content).hexdigest()) if large else None,
-                "blob_id": None if large else hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest(),
-            }  # fmt: skip
-            siblings.append(SimpleNamespace(**entry | self.lie.get(path.name, {})))
-        siblings.append(SimpleNamespace(rfilename="README.md", size=3, lfs=None, blob_id="not downloaded"))
-        return SimpleNamespace(siblings=siblings)
-
-    def put_in_place(self, monkeypatch):
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
-        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self)
+    assert all(set(options["allow_patterns"]) <= {"*.safetensors", "*.json"} for _, options in hub.downloads)
 
 
 def test_a_download_is_checked_against_what_the_hub_says(folder, monkeypatch):
     hub = Hub(folder)
     hub.put_in_place(monkeypatch)
     load_model("Qwen/Qwen3-0.6B", revision="main")
-    assert hub.asked == [("Qwen/Qwen3-0.6B", folder.name, True)]  # the commit that was downloaded, not the branch
+    assert hub.asked == [("Qwen/Qwen3-0.6B", "model", folder.name, True)]  # the commit that was downloaded, not the branch
     Hub(folder, offline=True).put_in_place(monkeypatch)
     load_model("Qwen/Qwen3-0.6B")
 

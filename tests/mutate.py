@@ -1,0 +1,186 @@
+"""Mutation checks: `python tests/mutate.py` changes the reward, advantages and losses in one place at a time.
+
+Every change has to fail a test of that module. What survives is listed, and has to be explained in EQUIVALENT.
+"""
+
+import ast
+import copy
+import importlib.abc
+import importlib.util
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+
+import hypothesis  # noqa: F401  (the slow imports, once for all mutants)
+import pytest
+import torch
+import transformers  # noqa: F401
+import tyro
+
+WATCHED = {
+    "rl/reward.py": ["test_reward.py", "test_reward_reading.py"],
+    "rl/advantage.py": ["test_advantage.py"],
+    "rl/loss.py": ["test_loss.py", "test_grpo.py"],
+}
+EQUIVALENT: dict[str, str] = {}  # mutant -> why no test can, or need, see it
+NOTHING = "nothing changed"
+SWAPS = {
+    ast.Lt: (ast.LtE, ast.Gt), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.Lt), ast.GtE: (ast.Gt, ast.Lt),
+    ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.In: (ast.NotIn,), ast.NotIn: (ast.In,),
+    ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,), ast.And: (ast.Or,), ast.Or: (ast.And,),
+    ast.Add: (ast.Sub,), ast.Sub: (ast.Add,), ast.Mult: (ast.Div,), ast.Div: (ast.Mult,), ast.BitAnd: (ast.BitOr,),
+}  # fmt: skip
+NAMES = {
+    "min": "max", "max": "min", "minimum": "maximum", "amax": "amin", "amin": "amax", "mean": "sum", "sum": "mean",
+    "partition": "rpartition", "rpartition": "partition", "lstrip": "strip", "rstrip": "strip",
+    "startswith": "endswith", "endswith": "startswith", "sorted": "set",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Run the tests against mutants."""
+
+    modules: tyro.conf.Positional[tuple[str, ...]] = tuple(WATCHED)
+    """Files to mutate."""
+    processes: int = 2
+    """Mutants at once."""
+    seconds: int = 120
+    """A mutant that takes longer hangs, which counts as noticed."""
+
+
+def mutants(source: str) -> Iterator[tuple[str, str]]:
+    """(what was changed, changed source), for each single change."""
+    tree = ast.parse(source)
+    nodes = [node for node in ast.walk(tree) if not is_text(node)]
+    for number, node in enumerate(nodes):
+        for change in changes(node):
+            changed = copy.deepcopy(tree)
+            copied = [other for other in ast.walk(changed) if not is_text(other)][number]
+            before = ast.unparse(statement_of(changed, copied))
+            change(copied)
+            after = ast.unparse(statement_of(changed, copied))
+            if before != after:
+                yield f"{before.splitlines()[0]}  ->  {after.splitlines()[0]}", ast.unparse(changed)
+
+
+def is_text(node: ast.AST) -> bool:
+    """A docstring, or part of an error's message: words are free."""
+    return isinstance(node, (ast.JoinedStr, ast.FormattedValue, ast.Raise)) or (
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    )
+
+
+def statement_of(tree: ast.AST, node: ast.AST) -> ast.AST:
+    """The innermost statement around a node."""
+    around = [other for other in ast.walk(tree) if isinstance(other, ast.stmt) and any(part is node for part in ast.walk(other))]
+    return min(around, key=lambda other: sum(1 for _ in ast.walk(other)))
+
+
+def changes(node: ast.AST) -> Iterator:
+    """Functions that change a node in place, each in one way."""
+
+    def setter(name, value):
+        return lambda copied: setattr(copied, name, value)
+
+    def swap_first(new):
+        return lambda copied: copied.ops.__setitem__(0, new())
+
+    if isinstance(node, ast.Compare):
+        for new in SWAPS.get(type(node.ops[0]), ()):
+            yield swap_first(new)
+    elif isinstance(node, (ast.BoolOp, ast.BinOp)):
+        for new in SWAPS.get(type(node.op), ()):
+            yield setter("op", new())
+    elif isinstance(node, ast.UnaryOp):
+        yield lambda copied: setattr(copied, "operand", ast.UnaryOp(copied.op, copied.operand))  # twice is not at all
+    elif isinstance(node, ast.Constant) and type(node.value) is bool:
+        yield setter("value", not node.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+        yield setter("value", node.value + 1)
+        yield setter("value", node.value - 1)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value:
+        yield setter("value", node.value + "x")
+        yield setter("value", "")
+    elif isinstance(node, ast.Name) and node.id in NAMES:
+        yield setter("id", NAMES[node.id])
+    elif isinstance(node, ast.Attribute) and node.attr in NAMES:
+        yield setter("attr", NAMES[node.attr])
+    elif isinstance(node, ast.Return) and node.value is not None:
+        yield setter("value", ast.Constant(None))
+    elif isinstance(node, ast.If):
+        yield setter("test", ast.Constant(True))
+        yield setter("test", ast.Constant(False))
+    elif isinstance(node, ast.Call) and node.keywords:
+        for place in range(len(node.keywords)):
+            yield lambda copied, place=place: copied.keywords.pop(place)
+
+
+class Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Serves one module from changed source."""
+
+    def __init__(self, name: str, source: str):
+        self.name, self.source = name, source
+
+    def find_spec(self, name, path, target=None):
+        return importlib.util.spec_from_loader(name, self) if name == self.name else None
+
+    def exec_module(self, module):
+        exec(compile(self.source, f"<changed {self.name}>", "exec"), module.__dict__)
+
+
+def survives(job: tuple[str, str, str, int]) -> bool:
+    """Whether the tests of a module pass with its source replaced; runs in a process of its own."""
+    path, _, source, seconds = job
+    torch.set_num_threads(1)
+    sys.meta_path.insert(0, Loader(path.removesuffix(".py").replace("/", "."), source))
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    signal.alarm(seconds)
+    tests = [str(TESTS / name) for name in WATCHED[path]]
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
+    return code == pytest.ExitCode.OK
+
+
+def judge(job: tuple[str, str, str, int], results) -> None:
+    results.put((job[0], job[1], survives(job)))
+
+
+def main(arguments: Arguments) -> None:
+    os.chdir(ROOT)
+    jobs = []
+    for path in arguments.modules:
+        source = (ROOT / path).read_text()
+        jobs.append((path, NOTHING, source, arguments.seconds))
+        jobs += [(path, what, changed, arguments.seconds) for what, changed in mutants(source)]
+    fork = multiprocessing.get_context("fork")
+    results, running, left, survivors = fork.SimpleQueue(), [], list(jobs), []
+    while left or running:
+        while left and len(running) < arguments.processes:
+            running.append(fork.Process(target=judge, args=(left.pop(0), results)))
+            running[-1].start()
+        running[0].join(0.2)
+        running = [process for process in running if process.is_alive()]
+        while not results.empty():
+            path, what, survived = results.get()
+            if what == NOTHING and not survived:
+                sys.exit(f"{path}: its tests fail as it is")
+            if what != NOTHING and survived:
+                survivors.append(f"{path}: {what}")
+    unexplained = [mutant for mutant in survivors if mutant not in EQUIVALENT]
+    changed = len(jobs) - len(arguments.modules)
+    print(f"{changed} mutants, {changed - len(survivors)} noticed, {len(survivors) - len(unexplained)} explained")
+    if unexplained:
+        sys.exit("not noticed:\n" + "\n".join(unexplained))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, description=__doc__))

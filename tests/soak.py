@@ -1,0 +1,75 @@
+"""A soak: `python tests/soak.py` runs 2,000 small steps and watches the process from outside (Linux).
+
+Over the last half of the steps, memory may grow by 2 % and the number of open files not at all.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import tyro
+
+from rl.runfolder import RunFolder
+
+TENTH = 10
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Train for long, in little, and watch memory and open files."""
+
+    steps: int = 2000
+    """GRPO steps of the smoke recipe's first stage."""
+    growth: float = 0.02
+    """How much more memory the last tenth of the steps may take than the first tenth of the last half."""
+
+
+def watch(steps: int, run: Path) -> list[tuple[int, int, int]]:
+    """(step, resident bytes, open files) about twice a second of a run in a process of its own."""
+    command = [sys.executable, "train.py", "smoke", "--plain", "--out", str(run), "--stages.0.steps", str(steps)]
+    seen = []
+    with open(run.with_suffix(".log"), "w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        while process.poll() is None:
+            time.sleep(0.5)
+            try:
+                pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+                files = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
+                step = (run / "metrics.jsonl").read_bytes().count(b"\n") - 1
+            except (OSError, IndexError):  # not begun, or over
+                continue
+            seen.append((step, 4096 * pages, files))
+    if process.returncode:
+        sys.exit(f"the run failed:\n{run.with_suffix('.log').read_text()[-2000:]}")
+    return seen
+
+
+def main(arguments: Arguments) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run, start = Path(folder) / "run", time.perf_counter()
+        seen = watch(arguments.steps, run)
+        rows = [row for row in RunFolder(run).metrics() if row["stage"] == 0 and row["step"] > 0]
+        seconds = [row["rollout_seconds"] + row["update_seconds"] for row in rows]
+    print(f"{len(rows):,} steps in {time.perf_counter() - start:,.0f} s\n\n| steps | memory, MB | open files | s a step |\n|---|---|---|---|")
+    tenth, parts = arguments.steps / TENTH, []
+    for number in range(TENTH):
+        low, high = number * tenth, (number + 1) * tenth
+        part = [(memory, files) for step, memory, files in seen if low <= step < high]
+        parts.append((median(memory for memory, _ in part), min(files for _, files in part)))
+        took = median(seconds[int(low) : int(high)])
+        print(f"| {low:,.0f} to {high:,.0f} | {parts[-1][0] / 1e6:,.1f} | {parts[-1][1]} | {took:.2f} |")
+    (before, files_before), (after, files_after) = parts[TENTH // 2], parts[-1]
+    print(f"\nmemory {100 * (after / before - 1):+.2f} %, open files {files_after - files_before:+d} over the last half")
+    if after > before * (1 + arguments.growth) or files_after > files_before:
+        sys.exit("they grow")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, description=__doc__))

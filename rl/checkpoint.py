@@ -99,8 +99,8 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, by the SHA-256 written beside them; None if nothing is."""
     try:
         digests = read_json(folder / DIGESTS)
-        for name, expected in digests.items():
-            if digest(folder / name) != expected:
+        for name in {STATE, "model.safetensors", *digests}:
+            if digest(folder / name) != digests.get(name):
                 return f"{name} is not what was written"
         load_progress(folder)
     except (OSError, ValueError, AttributeError) as error:

@@ -59,11 +59,10 @@ class Arguments:
 def mutants(source: str) -> Iterator[tuple[str, str]]:
     """(what was changed, changed source), for each single change."""
     tree = ast.parse(source)
-    nodes = [node for node in ast.walk(tree) if not is_text(node)]
-    for number, node in enumerate(nodes):
+    for number, node in enumerate(walk(tree)):
         for change in changes(node):
             changed = copy.deepcopy(tree)
-            copied = [other for other in ast.walk(changed) if not is_text(other)][number]
+            copied = walk(changed)[number]
             before = ast.unparse(statement_of(changed, copied))
             change(copied)
             after = ast.unparse(statement_of(changed, copied))
@@ -71,11 +70,13 @@ def mutants(source: str) -> Iterator[tuple[str, str]]:
                 yield f"{before.splitlines()[0]}  ->  {after.splitlines()[0]}", ast.unparse(changed)
 
 
-def is_text(node: ast.AST) -> bool:
-    """A docstring, or part of an error's message: words are free."""
-    return isinstance(node, (ast.JoinedStr, ast.FormattedValue, ast.Raise)) or (
-        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    )
+def walk(node: ast.AST) -> list[ast.AST]:
+    """A node and all below it but docstrings, what errors say, and type hints: words are free."""
+    if isinstance(node, (ast.JoinedStr, ast.Raise)) or isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return []
+    below = [child for name, field in ast.iter_fields(node) if name not in ("annotation", "returns")
+             for child in (field if isinstance(field, list) else [field]) if isinstance(child, ast.AST)]  # fmt: skip
+    return [node, *(found for child in below for found in walk(child))]
 
 
 def statement_of(tree: ast.AST, node: ast.AST) -> ast.AST:

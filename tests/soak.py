@@ -18,7 +18,7 @@ import tyro
 
 from rl.runfolder import RunFolder
 
-TENTH = 10
+PARTS = 10
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Arguments:
     steps: int = 2000
     """GRPO steps of the smoke recipe's first stage."""
     growth: float = 0.02
-    """How much more memory the last tenth of the steps may take than the first tenth of the last half."""
+    """How much more memory the last part_size of the steps may take than the first part_size of the last half."""
 
 
 def watch(steps: int, run: Path) -> list[tuple[int, int, int]]:
@@ -58,14 +58,14 @@ def main(arguments: Arguments) -> None:
         rows = [row for row in RunFolder(run).metrics() if row["stage"] == 0 and row["step"] > 0]
         seconds = [row["rollout_seconds"] + row["update_seconds"] for row in rows]
     print(f"{len(rows):,} steps in {time.perf_counter() - start:,.0f} s\n\n| steps | memory, MB | open files | s a step |\n|---|---|---|---|")
-    tenth, parts = arguments.steps / TENTH, []
-    for number in range(TENTH):
-        low, high = number * tenth, (number + 1) * tenth
+    part_size, parts = arguments.steps / PARTS, []
+    for number in range(PARTS):
+        low, high = number * part_size, (number + 1) * part_size
         part = [(memory, files) for step, memory, files in seen if low <= step < high]
         parts.append((median(memory for memory, _ in part), min(files for _, files in part)))
         took = median(seconds[int(low) : int(high)])
         print(f"| {low:,.0f} to {high:,.0f} | {parts[-1][0] / 1e6:,.1f} | {parts[-1][1]} | {took:.2f} |")
-    (before, files_before), (after, files_after) = parts[TENTH // 2], parts[-1]
+    (before, files_before), (after, files_after) = parts[PARTS // 2], parts[-1]
     print(f"\nmemory {100 * (after / before - 1):+.2f} %, open files {files_after - files_before:+d} over the last half")
     if after > before * (1 + arguments.growth) or files_after > files_before:
         sys.exit("they grow")

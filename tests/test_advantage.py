@@ -45,8 +45,10 @@ def test_without_scaling_advantages_are_plain_differences():
 @pytest.mark.parametrize("reward", [0.0, 0.1, 0.3, 0.55, 0.7, 1.0, 1 / 3])
 def test_equal_rewards_give_exactly_zero_trap_rounding_divided_by_delta(reward, samples, dtype, scale_by_std):
     """The mean of eight times 0.1 need not be 0.1, and the difference divided by delta is no longer small."""
-    advantages = group_advantages(torch.full((2, samples), reward, dtype=dtype), scale_by_std=scale_by_std)
-    assert torch.equal(advantages, torch.zeros(2, samples, dtype=dtype))
+    alone = group_advantages(torch.full((2, samples), reward, dtype=dtype), scale_by_std=scale_by_std)
+    assert torch.equal(alone, torch.zeros(2, samples, dtype=dtype))
+    rows = [[-1.0] * samples, [reward] * samples, [2.0] * samples]  # beside others, higher and lower
+    assert not group_advantages(torch.tensor(rows, dtype=dtype), scale_by_std=scale_by_std).any()
 
 
 def test_a_group_of_one_is_zero_and_no_nan():

@@ -19,6 +19,7 @@ import tyro
 from rl.runfolder import RunFolder
 
 PARTS = 10
+OFTEN = ["--evaluation.every", "20", "--checkpoint-every", "5"]  # of 2,000 steps: 100 plots, 400 checkpoints
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Arguments:
 
 def watch(steps: int, run: Path) -> list[tuple[int, int, int]]:
     """(step, resident bytes, open files) about twice a second of a run in a process of its own."""
-    command = [sys.executable, "train.py", "smoke", "--plain", "--out", str(run), "--stages.0.steps", str(steps)]
+    command = [sys.executable, "train.py", "smoke", "--plain", "--out", str(run), "--stages.0.steps", str(steps), *OFTEN]
     seen = []
     with open(run.with_suffix(".log"), "w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)

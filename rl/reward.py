@@ -60,7 +60,7 @@ def score(completion_text: str, problem: Problem, thinking: bool = True) -> Scor
     return WRONG
 
 
-def claim(text: str, thinking: bool = True) -> Expression | None:
+def claim(text: str, thinking: bool) -> Expression | None:
     """The arithmetic that a completion gives as its answer, as `score` reads it; None where there is none to read."""
     parts = _split_answer(text, thinking)
     return parts and _answer_expression(*parts)

@@ -25,11 +25,23 @@ import transformers  # noqa: F401
 import tyro
 
 WATCHED = {
-    "rl/reward.py": ["test_reward.py", "test_reward_reading.py"],
+    "rl/reward.py": ["test_reward.py", "test_reward_reading.py", "test_drift.py", "test_evaluate.py"],
     "rl/advantage.py": ["test_advantage.py"],
     "rl/loss.py": ["test_loss.py", "test_grpo.py"],
 }
-EQUIVALENT: dict[str, str] = {}  # mutant -> why no test can, or need, see it
+NEAR = "return Score(float(max(Fraction(3, 10), Fraction(4, 5) - distance / 20)), 'near')"
+LINE = "line = text.rstrip(BLANKS).rpartition('\\n')[2]"
+EQUIVALENT = {  # mutant -> why no test can, or need, see it
+    "@dataclass(frozen=True)  ->  @dataclass()": "nothing changes a Score; frozen says so",
+    "@dataclass(frozen=True)  ->  @dataclass(frozen=False)": "the same",
+    NEAR + "  ->  " + NEAR.replace("(3, 10)", "(2, 10)"): "the line falls to 0.3 just where near ends, so the floor is never above it",
+    NEAR + "  ->  " + NEAR.replace("(3, 10)", "(3, 11)"): "the same",
+    "if not thinking and text.lstrip(BLANKS).startswith('<think>'):  ->  if not thinking and text.strip(BLANKS).startswith('<think>'):":
+        "only the beginning is looked at",
+    "before, _, rest = text.partition('<answer>')  ->  before, _, rest = text.rpartition('<answer>')": "there is exactly one",
+    "content, closed, _ = rest.partition('</answer>')  ->  content, closed, _ = rest.rpartition('</answer>')": "there is one at most",
+    LINE + "  ->  " + LINE.replace("rstrip", "strip"): "blanks before the first line's arithmetic change nothing",
+}
 NOTHING = "nothing changed"
 SWAPS = {
     ast.Lt: (ast.LtE, ast.Gt), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.Lt), ast.GtE: (ast.Gt, ast.Lt),
@@ -175,8 +187,8 @@ def main(arguments: Arguments) -> None:
             if what == NOTHING and not survived:
                 sys.exit(f"{path}: its tests fail as it is")
             if what != NOTHING and survived:
-                survivors.append(f"{path}: {what}")
-    unexplained = [mutant for mutant in survivors if mutant not in EQUIVALENT]
+                survivors.append((path, what))
+    unexplained = [f"{path}: {what}" for path, what in survivors if what not in EQUIVALENT]
     changed = len(jobs) - len(arguments.modules)
     print(f"{changed} mutants, {changed - len(survivors)} noticed, {len(survivors) - len(unexplained)} explained")
     if unexplained:

@@ -103,6 +103,15 @@ def test_clip_truth_table_trap_maximum_taken_for_negative_advantages(advantage, 
     assert clip_counts(logprobs, old, advantages, mask, 0.25, 0.25) == expected
 
 
+def test_what_is_not_said_is_a_range_of_a_quarter_and_an_average_over_tokens():
+    """Ratios of 2 and 1/2, a row of one token and one of two: by rows the averages would be others."""
+    logprobs, mask = torch.tensor([[math.log(2), 0.0], [math.log(0.5), math.log(2)]]), torch.tensor([[1, 0], [1, 1]]).bool()
+    for advantages, expected in ((torch.tensor([1.0, 1.0]), [1.25, 0.5, 1.25]), (torch.tensor([-1.0, -1.0]), [-2.0, -0.75, -2.0])):
+        loss = grpo_loss(logprobs, torch.zeros(2, 2), advantages, mask)
+        assert loss.item() == pytest.approx(-sum(expected) / 3)
+    assert aggregate(torch.tensor([[3.0, 9.0], [1.0, 2.0]]), mask).item() == 2.0
+
+
 def test_clip_counts_keep_the_sides_apart_and_leave_masked_tokens_out():
     ratio = torch.tensor([[0.7, 0.7, 1.3, 1.3, 1.5]] * 3)
     advantages = torch.tensor([-1.0, 1.0, 0.0])  # the clip has nothing to silence where the advantage is zero
@@ -111,6 +120,7 @@ def test_clip_counts_keep_the_sides_apart_and_leave_masked_tokens_out():
     assert clip_counts(ratio.log(), old, advantages, mask, 0.25, 0.25) == (1, 2)
     assert clip_counts(ratio.log(), old, advantages, mask, 0.35, 0.25) == (0, 2)
     assert clip_counts(ratio.log(), old, advantages, mask, 0.25, 0.35) == (1, 0)
+    assert clip_counts(old, old, advantages, mask, 0.0, 0.0) == (0, 0)  # at the very edge of the range
     per_token = advantages[:, None].expand(3, 5)
     assert clip_counts(ratio.log(), old, per_token, mask, 0.25, 0.25) == (1, 2)
 

@@ -144,7 +144,8 @@ def test_a_trailing_right_value_is_allowed_near_the_target_too():
     assert outcome(answered("(79 - 60) + 17 = 38"), Problem((79, 60, 17), 38)) == "wrong"
 
 
-@pytest.mark.parametrize("before", ["", "So: ", "That gives ", "First 79 - 60 = 19.\n", "Done. ", "Now, "])
+@pytest.mark.parametrize("before", ["", "So: ", "That gives ", "First 79 - 60 = 19.\n", "Done. ", "Now, ", "so ", "x so ", "max ",
+                                    "thus; ", "3 numbers: ", "  "])  # fmt: skip
 @pytest.mark.parametrize("after", [" ", "", "\n\n"])
 def test_a_bare_number_counts_right_after_an_equation_that_earned_it(before, after):
     assert outcome(f"hm</think>{before}{EQUATION}{after}<answer>36</answer>") == "correct"

@@ -75,19 +75,24 @@ def truncate(logprobs: Tensor, top_k: int | None, top_p: float | None) -> Tensor
     return logprobs
 
 
-def random_streams(prompts: list[list[int]], num_samples: int, max_new_tokens: int, seed: int) -> Tensor:
-    """Uniform numbers in [0, 1), [prompts, num_samples, max_new_tokens]; each sample from a generator of its own.
+def random_streams(
+    prompts: list[list[int]], num_samples: int, max_new_tokens: int, seed: int, only: slice = slice(None)
+) -> Tensor:
+    """Uniform numbers in [0, 1), [prompts[only], num_samples, max_new_tokens]; each sample from a generator of its own.
 
-    Its key is (seed, prompt, how often the prompt came before among these, number of the sample).
+    Its key is (seed, prompt, how often the prompt came before among all prompts, number of the sample).
     """
+    chosen = set(range(len(prompts))[only])
     seen: dict[tuple[int, ...], int] = {}
     rows: list[np.ndarray] = []
-    for prompt in prompts:
+    for place, prompt in enumerate(prompts):
         key = tuple(prompt)
         seen[key] = seen.get(key, -1) + 1
+        if place not in chosen:
+            continue
         text = f"{seed} {seen[key]} {' '.join(map(str, prompt))}"
         for number in range(num_samples):
             digest = hashlib.blake2b(f"{number} {text}".encode(), digest_size=16).digest()
             generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
             rows.append(generator.random(max_new_tokens, dtype=np.float32))
-    return torch.from_numpy(np.stack(rows)).view(len(prompts), num_samples, max_new_tokens)
+    return torch.from_numpy(np.stack(rows)).view(len(chosen), num_samples, max_new_tokens)

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import resource
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def free_memory(device: torch.device) -> int:
     """Bytes that new tensors on `device` can take.
 
     On a GPU what the driver and torch's allocator have free; else what the system, or the container it
-    runs in, says is available; 8 GiB where it says nothing.
+    runs in, says is available, shared evenly among torchrun's processes there; 8 GiB where it says nothing.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -31,7 +32,7 @@ def free_memory(device: torch.device) -> int:
     limit, used = read(group / "memory.max").strip(), read(group / "memory.current").strip()
     if limit.isdigit() and used.isdigit():
         limits.append(max(0, int(limit) - int(used)))
-    return min(limits, default=8 * 2**30)
+    return min(limits, default=8 * 2**30) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def return_freed_blocks() -> None:

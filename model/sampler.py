@@ -28,6 +28,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     max_cache_tokens: int | None = None,
+    only: slice = slice(None),
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Completion]]:
     """Sample `num_samples` completions of at most `max_new_tokens` tokens for each prompt of ids.
@@ -42,19 +43,21 @@ def generate(
             evaluation; training refuses them, since its log-probabilities are the full distribution's.
         max_cache_tokens: tokens whose keys and values may be in memory at once, each prompt's counted once for its
             group; None: what free memory allows. Prompts that find no room wait for the next wave.
+        only: sample for `prompts[only]`, as if for all: several processes share one call's prompts out by it.
         progress: called now and then with (completions done, tokens sampled so far).
 
     Returns:
-        `[prompt][sample]` completions.
+        `[prompt][sample]` completions, of the prompts in `only`.
 
     Raises:
         ValueError: an argument out of its range, or an empty prompt.
         ModelError: a prompt for which `max_cache_tokens`, or memory, has no room.
     """
     check_arguments(model, prompts, num_samples, max_new_tokens, temperature, top_k, top_p)
-    if not prompts:
+    if not prompts[only]:
         return []
-    streams = random_streams(prompts, num_samples, max_new_tokens, seed)  # [prompts, num_samples, max_new_tokens]
+    streams = random_streams(prompts, num_samples, max_new_tokens, seed, only)  # [prompts, num_samples, max_new_tokens]
+    prompts = prompts[only]
     stops = torch.tensor(list(stop_token_ids), dtype=torch.int64, device=model.device)
     from_memory = max_cache_tokens is None
     room = cache_tokens_that_fit(model, max_new_tokens) if from_memory else max_cache_tokens

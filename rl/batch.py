@@ -1,7 +1,7 @@
 """Samples to tensors: the one place that shifts tokens against their targets and masks what has no loss."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -91,6 +91,12 @@ def make_batch(samples: list[Sample], device="cpu") -> Batch:
     tensors = (places, target_ids, mask, old_logprobs, recomputed_logprobs, advantages)
     packed = PackedGroups(layout, device)
     return Batch(torch.tensor([stream], device=device), packed, *(tensor.to(device) for tensor in tensors))
+
+
+def empty_batch(device="cpu") -> Batch:
+    """A batch of one token and no target: no loss and a gradient of zero, for a process that has to take part in a forward."""
+    batch = make_batch([Sample([0], [0])], device)
+    return replace(batch, mask=torch.zeros_like(batch.mask))
 
 
 def groups_of(samples: list[Sample]) -> list[list[int]]:

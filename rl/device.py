@@ -1,5 +1,6 @@
 """Which device and dtype a recipe asks for, and the most memory that was held there."""
 
+import os
 import resource
 
 import torch
@@ -9,7 +10,7 @@ from rl.recipe import Recipe, RecipeError
 
 def pick_device(recipe: Recipe) -> str:
     if recipe.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=recipe.device)
     except (RuntimeError, AssertionError) as error:

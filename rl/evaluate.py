@@ -16,6 +16,7 @@ from rl.intervals import wilson_interval
 from rl.recipe import SamplingSettings
 from rl.reward import claim, score
 from rl.rollout import Rollout, collect_rollouts
+from rl.workers import ALONE, Workers
 
 OUTCOMES = ("correct", "near", "wrong", "malformed")
 EVALUATION_SEED = 1_000_003  # every evaluation of a run samples from the same random streams
@@ -68,9 +69,10 @@ def evaluate(
     seed: int,
     num_samples: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    workers: Workers = ALONE,
 ) -> Evaluation:
-    """Sample `num_samples` completions a problem and score them; `progress` as in `generate`."""
-    return Evaluation.of(collect_rollouts(model, tokenizer, problems, num_samples, sampling, seed, progress))
+    """Sample `num_samples` completions a problem and score them; `progress` and `workers` as in `collect_rollouts`."""
+    return Evaluation.of(collect_rollouts(model, tokenizer, problems, num_samples, sampling, seed, progress, workers))
 
 
 def load_completions(path: str | Path, thinking: bool) -> list[Group]:

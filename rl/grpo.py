@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from rl.advantage import group_advantages
-from rl.batch import Batch, Sample, completion_logprobs, make_batch, micro_batches, score_completions
+from rl.batch import Batch, Sample, completion_logprobs, score_completions
 from rl.learner import Learner
 from rl.loss import clip_counts, grpo_loss, loss_denominator, truncated_importance
 from rl.recipe import GRPOStage
@@ -46,13 +46,16 @@ def grpo_update(
         `micro_batch_tokens`; and, for weights below float32, `weights_moved`, the share that changed.
     """
     samples = group_samples(groups, stage.scale_by_std)
+    shares = [samples[number :: stage.updates_per_step] for number in range(stage.updates_per_step)]
+    own = [learner.workers.share(share) for share in shares]
     if stage.importance_cap is not None:
-        samples = recompute_logprobs(learner, samples)
+        own = [recompute_logprobs(learner, share) for share in own]
     totals: Counter[str] = Counter()
     first: Counter[str] = Counter()
-    for number in range(stage.updates_per_step):
-        share = [sample for group in samples[number :: stage.updates_per_step] for sample in group]
-        sums = accumulate_gradient(learner, share, stage)
+    for share, mine in zip(shares, own, strict=True):
+        lengths = [len(sample.completion_ids) for group in share for sample in group]
+        denominator = loss_denominator(lengths, learner.recipe.sampling.max_new_tokens, stage.aggregation)
+        sums = accumulate_gradient(learner, [sample for group in mine for sample in group], stage, denominator)
         norm = learner.step(learning_rate)
         if norm is not None:
             first = first if totals else sums
@@ -80,28 +83,31 @@ def grpo_update(
 def recompute_logprobs(learner: Learner, groups: list[list[Sample]]) -> list[list[Sample]]:
     """The samples with the trainer's log-probabilities of their tokens beside the sampler's, before any update."""
     found: dict[int, list[float]] = {}
-    for micro in micro_batches([sample for group in groups for sample in group], learner.micro_batch_tokens):
-        batch = make_batch(micro, learner.model.device)
+    for micro, batch in learner.batches([sample for group in groups for sample in group]):
         with torch.no_grad():
             logprobs = completion_logprobs(learner.model, batch, learner.recipe.sampling.temperature)
-        for sample, row, mask in zip(micro, logprobs, batch.mask, strict=True):
+        for sample, row, mask in zip(micro, logprobs, batch.mask, strict=False):
             found[id(sample)] = row[mask].tolist()
     return [[replace(sample, recomputed_logprobs=found[id(sample)]) for sample in group] for group in groups]
 
 
-def accumulate_gradient(learner: Learner, samples: list[Sample], stage: GRPOStage) -> Counter[str]:
+def accumulate_gradient(
+    learner: Learner, samples: list[Sample], stage: GRPOStage, denominator: float | None = None
+) -> Counter[str]:
     """Forward and backward over `samples` in micro-batches; the gradient does not depend on how they are divided.
 
     Samples with advantage zero have no gradient and are passed over, unless the KL penalty needs them; they still count
-    in the average.
+    in the average. `denominator` is that of the whole update, of which other processes may have the rest; None: there is
+    no rest.
 
-    Returns:
+    Returns, of all processes' samples:
         `loss`, and sums over the tokens learned from: `tokens`, `clipped_low`, `clipped_high`, `entropy`, and
         `log_ratio` and `log_ratio_squared` against the sampler's log-probabilities.
     """
     sampling = learner.recipe.sampling
-    lengths = [len(sample.completion_ids) for sample in samples]
-    denominator = loss_denominator(lengths, sampling.max_new_tokens, stage.aggregation)
+    if denominator is None:
+        lengths = [len(sample.completion_ids) for sample in samples]
+        denominator = loss_denominator(lengths, sampling.max_new_tokens, stage.aggregation)
 
     def backward(batch: Batch) -> dict[str, float]:
         logprobs, entropy = score_completions(learner.model, batch, sampling.temperature)

@@ -1,6 +1,6 @@
 """What every stage of a run works with, and how it comes to be: model, problems, memory, and where the run stands."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,9 @@ from rl.memory_plan import check_plan, gb, plan_memory, work_of
 from rl.problems import problems_of
 from rl.recipe import Recipe
 from rl.runfolder import RunFolder
+from rl.sharding import shard, sharding_of
 from rl.view import Lines, Quiet
+from rl.workers import ALONE, Workers
 
 
 @dataclass
@@ -32,40 +34,52 @@ class Lab:
     micro_batch_tokens: int
     view: Lines = field(default_factory=Quiet)
     stop: Stop = field(default_factory=Stop)
+    workers: Workers = ALONE
 
 
-def set_up(recipe: Recipe, run: RunFolder, resume: bool, view: Lines) -> tuple[Lab, Progress, Path | None]:
+def set_up(recipe: Recipe, run: RunFolder, resume: bool, view: Lines, workers: Workers = ALONE) -> tuple[Lab, Progress, Path | None]:
     """Everything a run needs before its first step, where it stands, and the checkpoint it goes on from, if any."""
     progress, checkpoint = Progress(), None
     if resume:
         run.check_recipe(recipe)
-        checkpoint = newest_checkpoint(run.path, view.say)
+        checkpoint = workers.lead(newest_checkpoint(run.path, view.say) if workers.leads else None)
         progress = load_progress(checkpoint) if checkpoint else progress
     return_freed_blocks()
     device = torch.device(pick_device(recipe))
     free, process = free_memory(device), held_memory(device)
-    model, tokenizer = load_policy(recipe, device, checkpoint)
+    model, tokenizer = load_policy(recipe, device, checkpoint, workers)
     train_problems, held_out = problems_of(recipe)
     longest = max(len(prompt_ids(tokenizer, prompt_text(p), recipe.sampling.thinking)) for p in held_out)
-    work = work_of(recipe, longest)
+    work = work_of(recipe, longest, workers.size)
     plan = plan_memory(model, recipe.optimizer, work, free, process)
     check_plan(plan, model, recipe.optimizer, work, free)
-    if resume:
+    if sharding := sharding_of(model):
+        whole = {"auto": plan.whole_copy > 0, "whole": True, "layers": False}[recipe.parallel.sampling]
+        model.sharding = replace(sharding, whole_to_sample=not workers.any(not whole))
+    if not workers.leads:
+        pass
+    elif resume:
         run.rewind(progress.step if checkpoint else -1)
     else:
         run.prepare()
     view.say(describe_run(recipe, model, train_problems, held_out, progress.step if resume else None))
     view.say(f"memory    {gb(plan.peak - process)} of {gb(free)} free: {plan}")
     view.history(run.metrics())
-    return Lab(recipe, model, tokenizer, train_problems, held_out, run, plan.micro_batch_tokens, view), progress, checkpoint
+    lab = Lab(recipe, model, tokenizer, train_problems, held_out, run, plan.micro_batch_tokens, view, workers=workers)
+    return lab, progress, checkpoint
 
 
-def load_policy(recipe: Recipe, device: torch.device, checkpoint: Path | None) -> tuple[Qwen3, Tokenizer]:
-    """The model that a run trains, from its recipe or from a checkpoint of the run."""
+def load_policy(
+    recipe: Recipe, device: torch.device, checkpoint: Path | None, workers: Workers = ALONE
+) -> tuple[Qwen3, Tokenizer]:
+    """The model that a run trains, from its recipe or from a checkpoint of the run, divided where the recipe says so."""
     # A checkpoint holds adapters merged and rounded; to go on bit for bit they are put on the base again.
     adapted = recipe.adapters.rank > 0
     source = recipe.model if adapted or checkpoint is None else checkpoint
-    model, tokenizer = load_model(source, device, pick_dtype(recipe), recipe.revision)
+    divide = recipe.parallel.kind == "shard" and workers.size > 1
+    model, tokenizer = load_model(source, "cpu" if divide else device, pick_dtype(recipe), recipe.revision)
+    if divide:
+        shard(model, workers, device)
     if adapted:
         add_adapters(model, recipe.adapters.rank, recipe.adapters.alpha, recipe.adapters.int8, recipe.seed)
         if checkpoint is not None:

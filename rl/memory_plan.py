@@ -10,6 +10,7 @@ from model.memory import CACHE_SHARE, LOGITS_COPIES, token_bytes
 from model.wave import PREFILL_TOKENS
 from rl.optimizer import PIECE
 from rl.recipe import GRPOStage, OptimizerSettings, Recipe
+from rl.sharding import local, sharding_of
 
 LARGEST_AUTO = {"cpu": 2**13, "cuda": 2**15}  # tokens in a micro-batch beyond which nothing gets faster
 TRANSIENT_LAYERS = 3  # what backward makes and drops on its way, in layers' worth of activations; measured
@@ -42,21 +43,27 @@ class Work:
     has_reference: bool
 
 
-def work_of(recipe: Recipe, prompt_length: int) -> Work:
+def work_of(recipe: Recipe, prompt_length: int, processes: int = 1) -> Work:
+    """The work of one of some processes, which share it evenly."""
+
+    def share(count: int) -> int:
+        return -(-count // processes)
+
     new = recipe.sampling.max_new_tokens
-    rows = prompts = recipe.evaluation.held_out
+    rows = prompts = share(recipe.evaluation.held_out)
     cache, update, expanded, largest = prompts * (prompt_length + new), 0, 1.0, 1
     grpo = [stage for stage in recipe.stages if isinstance(stage, GRPOStage)]
     for stage in recipe.stages:
         if stage not in grpo:
-            update = max(update, stage.batch_size * (prompt_length + new))
+            update = max(update, share(stage.batch_size) * (prompt_length + new))
             continue
         count = stage.samples_per_prompt
         group = prompt_length + count * new
-        update = max(update, -(-stage.prompts_per_step // stage.updates_per_step) * group)
+        update = max(update, share(-(-stage.prompts_per_step // stage.updates_per_step)) * group)
         expanded, largest = max(expanded, count * (prompt_length + new) / group), max(largest, group)
-        rows, prompts = max(rows, stage.prompts_per_step * count), max(prompts, stage.prompts_per_step)
-        cache = max(cache, stage.prompts_per_step * group)
+        groups = share(stage.prompts_per_step)
+        rows, prompts = max(rows, groups * count), max(prompts, groups)
+        cache = max(cache, groups * group)
     if recipe.sampling.max_cache_tokens is not None:
         cache = min(cache, recipe.sampling.max_cache_tokens)
     has_reference = any(stage.kl_coef for stage in grpo)
@@ -65,7 +72,10 @@ def work_of(recipe: Recipe, prompt_length: int) -> Work:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes, by what they are for. What an update holds and what sampling holds do not exist at the same time."""
+    """Bytes on one process, by what they are for. What an update and what sampling holds do not exist at the same time.
+
+    `gathered` is what a divided model has of its layers in use, and `whole_copy` what it is sampled from, if that fits.
+    """
 
     process: int
     weights: int
@@ -75,6 +85,8 @@ class MemoryPlan:
     gradients: int = 0
     activations: int = 0
     output_head: int = 0
+    gathered: int = 0
+    whole_copy: int = 0
     updating: int = 0
     sampling: int = 0
     micro_batch_tokens: int = 0
@@ -93,7 +105,7 @@ class MemoryPlan:
 
         text = [listed("process", "weights", "masters", "moments", "reference")]
         if self.micro_batch_tokens:
-            parts = listed("gradients", "activations", "output_head")
+            parts = listed("gradients", "activations", "output_head", "gathered")
             text.append(f"{listed('updating')} at most in micro-batches of {self.micro_batch_tokens:,} tokens ({parts})")
         return "; ".join([*text, f"or {listed('sampling')}" if self.micro_batch_tokens else listed("sampling")])
 
@@ -148,10 +160,19 @@ def updating_bytes(model: Qwen3, plan: "MemoryPlan", several: bool, checkpointin
     """
     head = model.lm_head.weight
     head_bytes = head.numel() * head.dtype.itemsize if head.requires_grad else 0
-    begin = (plan.gradients if several or checkpointing else 0) + plan.activations + plan.output_head
+    begin = (plan.gradients if several or checkpointing else 0) + plan.activations + plan.output_head + plan.gathered
     end = plan.gradients + head_bytes * (several + model.config.tie_word_embeddings)
-    step = plan.gradients + STEP_BYTES * min(PIECE, max(p.numel() for p in model.parameters() if p.requires_grad))
+    step = plan.gradients + STEP_BYTES * min(PIECE, max(local(p).numel() for p in model.parameters() if p.requires_grad))
     return max(begin, end, step)
+
+
+def divided_bytes(model: Qwen3) -> tuple[int, int]:
+    """(of two layers in use, of all layers in a copy to sample from), for a divided model; else (0, 0)."""
+    if sharding_of(model) is None:
+        return 0, 0
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    size = model.dtype.itemsize
+    return 2 * max(layers) * (size + 4 + 4), sum(layers) * size  # weights, and gradients as they are made and added up
 
 
 def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int, process: int = 0) -> MemoryPlan:
@@ -161,11 +182,12 @@ def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int
         free: bytes that could be had before the weights came.
         process: bytes that were held then.
     """
-    weights = sum(p.numel() * p.dtype.itemsize for p in model.parameters())
-    plan = MemoryPlan(process, weights, reference=weights if work.has_reference else 0)
+    weights = sum(p.numel() * p.dtype.itemsize for p in map(local, model.parameters()))
+    gathered, whole_copy = divided_bytes(model)
+    plan = MemoryPlan(process, weights, reference=weights if work.has_reference else 0, gathered=gathered)
     if work.update_tokens:
         head = model.lm_head.weight
-        trained = [p for p in model.parameters() if p.requires_grad]
+        trained = [local(p) for p in model.parameters() if p.requires_grad]
         count = sum(p.numel() for p in trained)
         low = sum(p.numel() for p in trained if p.dtype != torch.float32)
         plan = replace(
@@ -178,7 +200,7 @@ def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int
         per_token = micro_batch_bytes(model, settings, work)
         tokens = settings.micro_batch_tokens
         if tokens == "auto":
-            room = MARGIN * free - (plan.lasting - process) - plan.gradients - plan.output_head
+            room = MARGIN * free - (plan.lasting - process) - plan.gradients - plan.output_head - plan.gathered
             largest = min(LARGEST_AUTO["cuda" if model.device.type == "cuda" else "cpu"], work.update_tokens)
             tokens = max(work.sample_tokens, min(int(room / per_token), largest))
         held = min(max(tokens, work.sample_tokens), work.update_tokens)
@@ -187,8 +209,10 @@ def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int
         several = tokens < work.update_tokens
         plan = replace(plan, updating=updating_bytes(model, plan, several, settings.activation_checkpointing))
     # The sampler takes what it finds, in several waves if it has to.
-    room = CACHE_SHARE * (free - (plan.lasting - process))
-    return replace(plan, sampling=min(sampling_bytes(model, work), max(0, int(room))))
+    left = free - (plan.lasting - process)
+    plan = replace(plan, whole_copy=whole_copy if 2 * whole_copy <= left else 0)
+    room = CACHE_SHARE * (left - plan.whole_copy)
+    return replace(plan, sampling=min(sampling_bytes(model, work), max(0, int(room))) + (plan.whole_copy or gathered))
 
 
 def check_plan(plan: MemoryPlan, model: Qwen3, settings: OptimizerSettings, work: Work, free: int) -> None:

@@ -6,11 +6,14 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from rl.sharding import divided, gathered, is_divided, local
+from rl.workers import PIECE  # weights updated at a time, a multiple of the 256 that share a scale in 8-bit moments
 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 ROUNDINGS = ("masters", "stochastic")
-PIECE = 2**24  # weights updated at a time; a multiple of the 256 that share a scale in 8-bit moments
 
 
 class Optimizer:
@@ -68,8 +71,7 @@ class Optimizer:
 
         If the norm is not finite nothing is updated.
         """
-        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in self.parameters.values() if p.grad is not None]
-        norm = float(torch.stack(norms).norm()) if norms else 0.0
+        norm = joint_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         if not math.isfinite(norm):
             self.clear_gradients()
             return norm
@@ -113,32 +115,50 @@ class Optimizer:
         """Everything that resuming needs, as (name, tensor): the masters of rounded weights and Adam's moments."""
         yield "updates", torch.tensor(self.updates)
         for name, parameter in self.parameters.items():
+            keep_master = is_divided(parameter) or (parameter.dtype != torch.float32 and not self.stochastic)
+            columns: dict[str, dict[int, Tensor]] = {"master": dict(enumerate(map(Tensor.detach, self.masters[name])))} if keep_master else {}
             for number, (master, optimizer) in enumerate(zip(self.masters[name], self.optimizers[name], strict=True)):
-                if parameter.dtype != torch.float32 and not self.stochastic:
-                    yield f"{name}|{number}|master", master.detach()
                 for key, value in optimizer.state[master].items():
-                    yield f"{name}|{number}|{key}", torch.as_tensor(value)
+                    columns.setdefault(key, {})[number] = torch.as_tensor(value)
+            for key, values in columns.items():
+                if is_divided(parameter):
+                    values = dict(enumerate(gathered(list(values.values()), parameter)))
+                for number, value in values.items():
+                    yield f"{name}|{number}|{key}", value
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `state_tensors` gave, for a model with the same parameters."""
+        """Take back what `state_tensors` gave, for a model with the same parameters, however many processes it is divided among."""
         self.updates = int(tensors["updates"])
-        for full_name, tensor in tensors.items():
-            if full_name == "updates":
-                continue
-            name, number, key = full_name.split("|")
-            master = self.masters[name][int(number)]
-            if key == "master":
-                master.copy_(tensor)
-            else:
-                count = key == "step" and not tensor.is_floating_point()  # bitsandbytes counts in a plain integer
-                state = self.optimizers[name][int(number)].state[master]
-                state[key] = int(tensor) if count else tensor.to(master.device)
+        columns: dict[tuple[str, str], dict[int, Tensor]] = {}
+        for name, number, key in (full_name.split("|") for full_name in tensors if full_name != "updates"):
+            columns.setdefault((name, key), {})[int(number)] = tensors[f"{name}|{number}|{key}"]
+        for (name, key), numbered in columns.items():
+            if is_divided(self.parameters[name]):
+                numbered = dict(enumerate(divided([numbered[n] for n in sorted(numbered)], self.parameters[name])))
+            for number, value in numbered.items():
+                master = self.masters[name][number]
+                if key == "master":
+                    master.copy_(value)
+                    continue
+                count = key == "step" and not value.is_floating_point()  # bitsandbytes counts in a plain integer
+                self.optimizers[name][number].state[master][key] = int(value) if count else value.to(master.device)
 
 
 def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
-    """`tensor` as flat views of at most PIECE elements."""
-    return tensor.detach().view(-1).split(PIECE)
+    """This process's part of `tensor` as flat views of at most PIECE elements."""
+    return local(tensor.detach()).view(-1).split(PIECE)
+
+
+def joint_norm(gradients: list[Tensor]) -> float:
+    """The Euclidean norm of all gradients as one vector, those parts included that other processes hold."""
+    whole = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients if not is_divided(g)]
+    parts = [torch.linalg.vector_norm(local(g), dtype=torch.float32) for g in gradients if is_divided(g)]
+    if parts:
+        square = torch.stack(parts).square().sum()
+        dist.all_reduce(square)
+        whole.append(square.sqrt())
+    return float(torch.stack(whole).norm()) if whole else 0.0
 
 
 def round_stochastically(x: Tensor, key: str) -> Tensor:

@@ -167,6 +167,16 @@ class AdapterSettings:
 
 
 @dataclass(frozen=True)
+class ParallelSettings:
+    """How the processes that torchrun starts divide a model; without torchrun nothing here matters."""
+
+    kind: Literal["replicate", "shard"] = "replicate"
+    """replicate: each has all weights. shard: each has a part of every layer's (FSDP2), for models too large for that."""
+    sampling: Literal["auto", "whole", "layers"] = "auto"
+    """Divided weights are gathered once a rollout phase (whole), or layer by layer for every token; auto: if they fit."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One experiment: a model, its problems, and the stages it goes through."""
 
@@ -190,6 +200,7 @@ class Recipe:
     reward: RewardSettings = field(default_factory=RewardSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     adapters: AdapterSettings = field(default_factory=AdapterSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
     checkpoint_every: Count = 10
     """Steps between checkpoints; there is one at each stage's end."""
     keep_checkpoints: Count = 2
@@ -200,6 +211,12 @@ class Recipe:
 
     def __post_init__(self):
         check_ranges(self)
+        plain = self.optimizer.kind == "adamw" and self.optimizer.rounding == "masters" and self.adapters.rank == 0
+        if self.parallel.kind == "shard" and not plain:
+            raise RecipeError(
+                "parallel.kind shard keeps float32 weights and moments, divided: it needs optimizer.kind adamw, "
+                "optimizer.rounding masters and adapters.rank 0"
+            )
         for number, stage in enumerate(self.stages):
             check_ranges(stage, f"stages.{number}.")
             if stage.kind == "grpo":

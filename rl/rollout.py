@@ -11,6 +11,8 @@ from data.traces import non_latin
 from model import Completion, Qwen3, Tokenizer, generate, prompt_ids
 from rl.recipe import RewardSettings, SamplingSettings
 from rl.reward import Score, pay, score
+from rl.sharding import sampling_model
+from rl.workers import ALONE, Workers
 
 
 @dataclass(frozen=True)
@@ -32,29 +34,34 @@ def collect_rollouts(
     sampling: SamplingSettings,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
+    workers: Workers = ALONE,
 ) -> list[list[Rollout]]:
     """`num_samples` scored completions for each problem, as `[problem][sample]`; `progress` as in `generate`.
 
-    A group is a place in this list, not a prompt: the same problem twice makes two groups.
+    A group is a place in this list, not a prompt: the same problem twice makes two groups. Of several processes each
+    samples its share of the groups, and gets all of them.
     """
     prompts = [prompt_ids(tokenizer, prompt_text(problem), sampling.thinking) for problem in problems]
-    completions = generate(
-        model,
-        prompts,
-        num_samples=num_samples,
-        max_new_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        stop_token_ids=tokenizer.stop_token_ids,
-        seed=seed,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        max_cache_tokens=sampling.max_cache_tokens,
-        progress=progress,
-    )
-    return [
+    with sampling_model(model) as sampler:
+        completions = generate(
+            sampler,
+            prompts,
+            num_samples=num_samples,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            stop_token_ids=tokenizer.stop_token_ids,
+            seed=seed,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            max_cache_tokens=sampling.max_cache_tokens,
+            only=slice(workers.rank, None, workers.size),
+            progress=progress,
+        )
+    mine = zip(workers.share(problems), workers.share(prompts), completions, strict=True)
+    return workers.join([
         [judge(problem, prompt, completion, tokenizer, sampling.thinking) for completion in group]
-        for problem, prompt, group in zip(problems, prompts, completions, strict=True)
-    ]
+        for problem, prompt, group in mine
+    ])  # fmt: skip
 
 
 def judge(problem: Problem, prompt: list[int], completion: Completion, tokenizer: Tokenizer, thinking: bool) -> Rollout:

@@ -25,7 +25,10 @@ from rl.rollout import Rollout
 from rl.trackers import TensorBoard, WandB
 
 # What may differ when a run is resumed: where it lies, and what changes memory and speed only.
-FREE_ON_RESUME = {"out", "sampling.max_cache_tokens", "optimizer.micro_batch_tokens", "optimizer.activation_checkpointing"}
+FREE_ON_RESUME = {
+    "out", "sampling.max_cache_tokens", "optimizer.micro_batch_tokens", "optimizer.activation_checkpointing", "parallel.kind",
+    "parallel.sampling",
+}  # fmt: skip
 
 
 class RunFolder:

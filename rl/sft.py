@@ -30,7 +30,7 @@ def sft_step(learner: Learner, samples: list[Sample], learning_rate: float) -> d
         loss.backward()
         return {"loss": loss.item()}
 
-    loss = learner.accumulate(samples, backward)["loss"]
+    loss = learner.accumulate(learner.workers.share(samples), backward)["loss"]
     norm = learner.step(learning_rate)
     if norm is None:
         return {"loss": 0.0, "grad_norm": 0.0, "skipped_updates": 1, "tokens": tokens}

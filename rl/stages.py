@@ -1,12 +1,13 @@
 """A run: the recipe's stages one after the other, with evaluations, metrics and checkpoints on the way."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 from data import DataError, Problem, prompt_text
-from data.traces import curate, load_traces, save_traces
+from data.traces import Trace, curate, load_traces, save_traces
 from model import Qwen3, load_model, prompt_ids
 from rl.advantage import group_advantages
 from rl.batch import Sample
@@ -18,7 +19,7 @@ from rl.console import final_line
 from rl.device import peak_memory
 from rl.evaluate import EVALUATION_SEED, Evaluation, evaluate
 from rl.grpo import grpo_update
-from rl.interruption import RolloutsDropped, Stop, Stopped, stoppable
+from rl.interruption import RolloutsDropped, Stopped, stoppable
 from rl.lab import Lab, set_up
 from rl.learner import Learner
 from rl.optimizer import Optimizer
@@ -31,8 +32,10 @@ from rl.reward import score
 from rl.rollout import collect_rollouts, paid, reward_tensor, rollout_metrics
 from rl.runfolder import RunFolder
 from rl.sft import sft_schedule, sft_step
+from rl.sharding import round_to_saved, shard, sharding_of, whole_model
 from rl.trackers import WandB
 from rl.view import Report, pick_view
+from rl.workers import begun_again, workers_of_torchrun
 
 Step = Callable[[Progress], dict]
 
@@ -51,21 +54,33 @@ def train(
         if stage.kind == "sft" and stage.traces is None and (number == 0 or recipe.stages[number - 1].kind != "grpo"):
             raise RecipeError(f"stages.{number}: an sft stage needs a grpo stage right before it, or a file in traces")
     run = RunFolder(recipe.out)
-    with run.locked(), pick_view(recipe, quiet, plain) as view:
-        lab, progress, checkpoint = set_up(recipe, run, resume, view)
-        if wandb:
-            run.trackers.append(WandB(run.path, to_dict(recipe)))
-        if not resume or not run.metrics():
-            first_evaluation(lab, resume)
-        with stoppable() as lab.stop:
-            while progress.stage < len(recipe.stages):
-                run_stage(lab, progress, checkpoint)
-                checkpoint = None
-        write_curve(run, recipe.sampling.max_new_tokens)
-        last = run.metrics()[-1]
-        if "final_accuracy" in last:
-            view.say(final_line(last, recipe.evaluation.final_problems))
-        view.say(f"done: {run.path}/curve.md and curve.png; to look into it, open {write_report([run.path])}")
+    with workers_of_torchrun() as workers:
+        with contextlib.ExitStack() as around:
+            if workers.leads:
+                around.enter_context(run.locked())
+            resume = workers.lead(resume or (begun_again() and run.holds_run))
+            view = around.enter_context(pick_view(recipe, quiet or not workers.leads, plain))
+            lab, progress, checkpoint = set_up(recipe, run, resume, view, workers)
+            if wandb and workers.leads:
+                run.trackers.append(WandB(run.path, to_dict(recipe)))
+            if not workers.lead(resume and bool(run.metrics())):
+                first_evaluation(lab, resume)
+            with stoppable() as lab.stop:
+                while progress.stage < len(recipe.stages):
+                    run_stage(lab, progress, checkpoint)
+                    checkpoint = None
+            if workers.leads:
+                conclude(lab)
+
+
+def conclude(lab: Lab) -> None:
+    """Write what a finished run is looked at by, and say where it is."""
+    run = lab.run
+    write_curve(run, lab.recipe.sampling.max_new_tokens)
+    last = run.metrics()[-1]
+    if "final_accuracy" in last:
+        lab.view.say(final_line(last, lab.recipe.evaluation.final_problems))
+    lab.view.say(f"done: {run.path}/curve.md and curve.png; to look into it, open {write_report([run.path])}")
 
 
 def first_evaluation(lab: Lab, resume: bool) -> None:
@@ -75,21 +90,29 @@ def first_evaluation(lab: Lab, resume: bool) -> None:
     row |= evaluation_metrics(lab)
     if not recipe.stages:
         row |= final_metrics(lab)
-    if not resume:
+    if not resume and lab.workers.leads:
         lab.run.create(recipe)  # only now: a run refused before its first metrics is not in the corrected one's way
-    lab.run.log(row)
-    lab.view.step(row, 0, 0, 0)
-    write_curve(lab.run, recipe.sampling.max_new_tokens)
+    record(lab, row, 0, 0)
+
+
+def record(lab: Lab, row: dict, done: int, steps: int) -> None:
+    """Log a row of metrics, of step `done` of `steps` in its stage, and show it."""
+    if lab.workers.leads:
+        lab.run.log(row)
+        lab.view.step(row, len(lab.recipe.stages), done, steps)
+        if "eval_accuracy" in row:
+            write_curve(lab.run, lab.recipe.sampling.max_new_tokens)
 
 
 def run_stage(lab: Lab, progress: Progress, checkpoint=None) -> None:
     """Take the steps of one stage that are still to be taken; `checkpoint` is where the run is resumed from."""
     recipe, stage = lab.recipe, lab.recipe.stages[progress.stage]
     settings = recipe.optimizer
+    round_to_saved(lab.model)
     optimizer = Optimizer(lab.model, settings.kind, stage.learning_rate, settings.weight_decay, settings.rounding)
     if checkpoint is not None and progress.stage_step > 0:
         load_optimizer(checkpoint, optimizer)
-    learner = Learner(lab.model, optimizer, recipe, lab.micro_batch_tokens)
+    learner = Learner(lab.model, optimizer, recipe, lab.micro_batch_tokens, lab.workers)
     make = {"grpo": grpo_stage, "sft": sft_stage}[stage.kind]
     take_step, steps = make(lab, stage, learner, progress)
     while progress.stage_step < steps:
@@ -108,11 +131,8 @@ def run_stage(lab: Lab, progress: Progress, checkpoint=None) -> None:
             row |= evaluation_metrics(lab)
         if last and progress.stage == len(recipe.stages) - 1:
             row |= final_metrics(lab)
-        lab.run.log(row)
-        lab.view.step(row, len(recipe.stages), progress.stage_step, steps)
+        record(lab, row, progress.stage_step, steps)
         look_at_faults(lab, learner, progress.step)
-        if "eval_accuracy" in row:
-            write_curve(lab.run, recipe.sampling.max_new_tokens)
         if not last and progress.stage_step % recipe.checkpoint_every == 0:
             checkpoint_now(lab, optimizer, progress)
     lab.micro_batch_tokens = learner.micro_batch_tokens
@@ -127,7 +147,7 @@ def end_if_asked(lab: Lab, optimizer: Optimizer, progress: Progress) -> None:
     Raises:
         Stopped: it did.
     """
-    if lab.stop.requested:
+    if lab.workers.any(lab.stop.requested):
         checkpoint_now(lab, optimizer if progress.stage_step else None, progress)
         raise Stopped(f"Saved after step {progress.step}; go on with the same command and --resume.", lab.stop.number)
 
@@ -136,7 +156,7 @@ def look_at_faults(lab: Lab, learner: Learner, step: int) -> None:
     """Keep the samples of updates that were left out; raise RecipeError with advice if there were too many in a row."""
     if not learner.faulty:
         return
-    path = lab.run.save_faults(step, learner.faulty, lab.tokenizer)
+    path = lab.run.save_faults(step, learner.faulty, lab.tokenizer) if lab.workers.leads else None
     learner.faulty = []
     if learner.skipped_in_a_row >= lab.recipe.optimizer.max_skipped_updates:
         raise RecipeError(
@@ -155,9 +175,9 @@ def grpo_stage(lab: Lab, stage: GRPOStage, learner: Learner, progress: Progress)
         problems = endless_problems(lab.train, recipe.seed, progress.problems_seen, stage.prompts_per_step)
         seed = 1000 * recipe.seed + progress.step
         size = stage.samples_per_prompt
-        with lab.view.sampling("rollout", len(problems) * size) as shown:
-            watched = partial(report_or_drop, lab.stop, shown)
-            groups = collect_rollouts(lab.model, lab.tokenizer, problems, size, recipe.sampling, seed, watched)
+        with lab.view.sampling("rollout", len(lab.workers.share(problems)) * size) as shown:
+            watched = partial(report_or_drop, lab, shown)
+            groups = collect_rollouts(lab.model, lab.tokenizer, problems, size, recipe.sampling, seed, watched, lab.workers)
         progress.problems_seen += stage.prompts_per_step
         groups = paid(groups, recipe.reward)
         lab.view.rollouts(groups)
@@ -165,7 +185,8 @@ def grpo_stage(lab: Lab, stage: GRPOStage, learner: Learner, progress: Progress)
         rate = learning_rate(stage, progress.stage_step)
         metrics = rollout_metrics(groups) | grpo_update(learner, groups, stage, rate)
         advantages = group_advantages(reward_tensor(groups), scale_by_std=stage.scale_by_std)
-        lab.run.save_rollouts(progress.step + 1, progress.stage, groups, advantages.tolist())
+        if lab.workers.leads:
+            lab.run.save_rollouts(progress.step + 1, progress.stage, groups, advantages.tolist())
         rollout_seconds, update_seconds = sampled - start, time.perf_counter() - sampled
         return metrics | {
             "rollout_seconds": rollout_seconds,
@@ -176,9 +197,12 @@ def grpo_stage(lab: Lab, stage: GRPOStage, learner: Learner, progress: Progress)
     return take_step, stage.steps
 
 
-def report_or_drop(stop: Stop, report: Report | None, done: int, tokens: int) -> None:
-    """What `generate` calls now and then: pass it on, or break off a step of which nothing but rollouts exists yet."""
-    if stop.requested:
+def report_or_drop(lab: Lab, report: Report | None, done: int, tokens: int) -> None:
+    """What `generate` calls now and then: pass it on, or break off a step of which nothing but rollouts exists yet.
+
+    Several processes finish the step first: the others count on this one's part of it.
+    """
+    if lab.stop.requested and lab.workers.size == 1:
         raise RolloutsDropped
     if report:
         report(done, tokens)
@@ -198,17 +222,10 @@ def sft_stage(lab: Lab, stage: SFTStage, learner: Learner, progress: Progress) -
     def is_correct(completion: str, problem: Problem) -> bool:
         return score(completion, problem, thinking=sampling.thinking).outcome == "correct"
 
-    source = stage.traces or lab.run.path / "traces.jsonl"
-    if stage.traces is None:
-        traces = curate(lab.run.correct_traces(progress.stage - 1), stage.traces_per_problem, stage.max_traces)
-        save_traces(source, traces)
-        if not traces:
-            lab.view.say("no correct rollouts to imitate: the sft stage is skipped")
-            return lambda progress: {}, 0
-    held_out = {problem.key for problem in lab.held_out}
-    traces = [trace for trace in load_traces(source, is_correct) if trace.problem.key not in held_out]
+    traces = lab.workers.lead(traces_of(lab, stage, progress, is_correct) if lab.workers.leads else None)
     if not traces:
-        raise DataError(f"{source}: all traces are of held-out problems; use others")
+        lab.view.say("no correct rollouts to imitate: the sft stage is skipped")
+        return lambda progress: {}, 0
     samples = [
         Sample(
             prompt_ids(tokenizer, prompt_text(trace.problem), sampling.thinking),
@@ -217,6 +234,7 @@ def sft_stage(lab: Lab, stage: SFTStage, learner: Learner, progress: Progress) -
         for trace in traces
     ]
     schedule = sft_schedule(samples, stage.batch_size, stage.epochs, lab.recipe.seed)
+    source = stage.traces or lab.run.path / "traces.jsonl"
     lab.view.say(f"sft on {len(traces)} curated traces of {len({t.problem.key for t in traces})} problems ({source})")
 
     def take_step(progress: Progress) -> dict:
@@ -228,6 +246,21 @@ def sft_stage(lab: Lab, stage: SFTStage, learner: Learner, progress: Progress) -
     return take_step, len(schedule)
 
 
+def traces_of(lab: Lab, stage: SFTStage, progress: Progress, is_correct: Callable[[str, Problem], bool]) -> list[Trace]:
+    """What an SFT stage imitates: a file of the user's, or what is curated, and kept, of the stage before."""
+    source = stage.traces or lab.run.path / "traces.jsonl"
+    if stage.traces is None:
+        curated = curate(lab.run.correct_traces(progress.stage - 1), stage.traces_per_problem, stage.max_traces)
+        save_traces(source, curated)
+        if not curated:
+            return []
+    held_out = {problem.key for problem in lab.held_out}
+    traces = [trace for trace in load_traces(source, is_correct) if trace.problem.key not in held_out]
+    if not traces:
+        raise DataError(f"{source}: all traces are of held-out problems; use others")
+    return traces
+
+
 def stage_start_model(lab: Lab, progress: Progress) -> Qwen3:
     """A frozen copy of the policy as it was when the stage began: the reference of the KL penalty."""
     source = lab.recipe.model
@@ -235,15 +268,24 @@ def stage_start_model(lab: Lab, progress: Progress) -> Qwen3:
         saved = load_progress(folder)
         if (saved.stage, saved.stage_step) == (progress.stage, 0):
             source = folder
-    reference, _ = load_model(source, lab.model.device, lab.model.dtype, lab.recipe.revision)
-    return reference.requires_grad_(False)
+    device = "cpu" if sharding_of(lab.model) else lab.model.device
+    reference, _ = load_model(source, device, lab.model.dtype, lab.recipe.revision)
+    reference.requires_grad_(False)
+    return shard(reference, lab.workers, lab.model.device) if sharding_of(lab.model) else reference
 
 
 def checkpoint_now(lab: Lab, optimizer: Optimizer | None, progress: Progress) -> None:
-    folder = lab.run.path / "checkpoints" / f"step_{progress.step:04d}"
-    save_checkpoint(folder, lab.model, lab.tokenizer, optimizer, progress, lab.recipe)
-    accuracies = {row["step"]: row["eval_accuracy"] for row in lab.run.metrics() if "eval_accuracy" in row}
-    prune_checkpoints(lab.run.path, lab.recipe.keep_checkpoints, accuracies)
+    """Save where the run stands; the leading process writes, the others wait, and give their part of a divided model."""
+    model = whole_model(lab.model, keep=lab.workers.leads)
+    if lab.workers.leads:
+        folder = lab.run.path / "checkpoints" / f"step_{progress.step:04d}"
+        save_checkpoint(folder, model, lab.tokenizer, optimizer, progress, lab.recipe)
+        accuracies = {row["step"]: row["eval_accuracy"] for row in lab.run.metrics() if "eval_accuracy" in row}
+        prune_checkpoints(lab.run.path, lab.recipe.keep_checkpoints, accuracies)
+    elif sharding_of(lab.model) and optimizer:
+        for _ in optimizer.state_tensors():  # as the leading process does in saving them
+            pass
+    lab.workers.gather(None)
 
 
 def evaluation_metrics(lab: Lab) -> dict[str, float]:
@@ -270,5 +312,5 @@ def final_metrics(lab: Lab) -> dict[str, float]:
 
 
 def evaluated(lab: Lab, problems: list[Problem], sampling: SamplingSettings) -> Evaluation:
-    with lab.view.sampling("evaluation", len(problems)) as progress:
-        return evaluate(lab.model, lab.tokenizer, problems, sampling, EVALUATION_SEED, progress=progress)
+    with lab.view.sampling("evaluation", len(lab.workers.share(problems))) as progress:
+        return evaluate(lab.model, lab.tokenizer, problems, sampling, EVALUATION_SEED, progress=progress, workers=lab.workers)

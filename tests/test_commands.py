@@ -295,7 +295,7 @@ def test_bad_names_end_in_one_line(tmp_path, capsys, monkeypatch):
     assert "no-such/folder" in fails(capsys, lambda: train(recipe("--model", "./no-such/folder")))
     assert "empty.jsonl" in fails(capsys, lambda: train(recipe("--problems", empty)))
     assert "cuda:7" in fails(capsys, lambda: train(recipe("--device", "cuda:7")))
-    assert "at least 1" in fails(capsys, lambda: recipe("--stages.0.steps", 0))
+    assert "from 1 to 1,000,000" in fails(capsys, lambda: recipe("--stages.0.steps", 0))
     assert not (tmp_path / "run").exists()
 
 

@@ -40,7 +40,7 @@ def test_an_evaluation_counts_outcomes_lengths_and_truncations(monkeypatch):
     ]
     asked = []
 
-    def collect(model, tokenizer, problems, num_samples, sampling, seed, progress):
+    def collect(model, tokenizer, problems, num_samples, sampling, seed, progress, workers):
         asked.append((problems, num_samples, sampling, seed))
         return made
 

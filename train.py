@@ -3,6 +3,7 @@
 Any field of the recipe can be overridden: `python train.py 256 --stages.0.steps 10 --model Qwen/Qwen3-0.6B`.
 """
 
+import os
 import sys
 from dataclasses import dataclass, replace
 from typing import Annotated
@@ -13,12 +14,13 @@ with ctrl_c_exits():
     import torch
     import tyro
 
-    from rl.console import user_errors
+    from rl.console import fail, user_errors
     from rl.interruption import Stopped
     from rl.recipe import Recipe, RecipeError
     from rl.recipe_file import load_recipe
     from rl.runfolder import RunFolder
     from rl.stages import train
+    from rl.workers import lost_another
 
 REAL_MODEL = "Qwen/Qwen3-1.7B"
 
@@ -70,7 +72,7 @@ def parse(arguments: list[str]) -> Arguments:
     )
     if parsed.recipe_name != name:
         raise RecipeError(f"name the recipe before the options: python train.py {parsed.recipe_name} ...")
-    if asked == "auto" and model == "tiny" and not parsed.quiet:
+    if asked == "auto" and model == "tiny" and not parsed.quiet and os.environ.get("RANK", "0") == "0":
         print(f"no CUDA device: taking the embedded tiny model, by its own recipe (--model {REAL_MODEL} overrides)")
     return replace(parsed, recipe=replace(parsed.recipe, model=resolve_model(parsed.recipe.model)))
 
@@ -81,6 +83,10 @@ def main(arguments: Arguments) -> None:
         train(a.recipe, a.resume, a.quiet, a.plain, a.wandb)
     except Stopped:
         raise
+    except RuntimeError as error:
+        if not lost_another(error):
+            raise
+        fail("another process of this run has ended, see what it said; --resume goes on from the last checkpoint")
     except KeyboardInterrupt:  # before there was anything to save, or from elsewhere
         if RunFolder(a.recipe.out).holds_run:
             raise KeyboardInterrupt("Go on with the same command and --resume.") from None

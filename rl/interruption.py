@@ -23,9 +23,11 @@ class RolloutsDropped(Exception):
 
 
 class Stop:
-    """Whether the run has been asked to end; `number` is the signal's."""
+    """Whether the run has been asked to end; `number` is the signal's. Says so, unless another process `speaks`."""
 
-    number: int | None = None
+    def __init__(self, speaks: bool = True):
+        self.number: int | None = None
+        self.speaks = speaks
 
     @property
     def requested(self) -> bool:
@@ -36,13 +38,14 @@ class Stop:
             os.write(2, SHOW_CURSOR * os.isatty(2) + b"\nstopped at once.\n")
             os._exit(128 + number)
         self.number = number
-        os.write(2, b"\nstopping where the run can go on; once more stops it at once\n")
+        if self.speaks:
+            os.write(2, b"\nstopping where the run can go on; once more stops it at once\n")
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[Stop]:
+def stoppable(speaks: bool = True) -> Iterator[Stop]:
     """Within the block the two signals go to the `Stop` it gives; in a thread, which gets no signals, nothing changes."""
-    stop = Stop()
+    stop = Stop(speaks)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rl.sharding import divided, gathered, is_divided, local
+from rl.sharding import divided, gathered, is_divided, local, sharding_of
 from rl.workers import PIECE  # weights updated at a time, a multiple of the 256 that share a scale in 8-bit moments
 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
@@ -48,7 +48,7 @@ class Optimizer:
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         # Smallest first: by the time the largest tensor needs room for its update, the other gradients are gone.
         self.parameters = dict(sorted(trained, key=lambda item: item[1].numel()))
-        self.stochastic = rounding == "stochastic"
+        self.stochastic, self.sharding = rounding == "stochastic", sharding_of(model)
         self.updates = 0
         self.moved_share = None if all(p.dtype == torch.float32 for p in self.parameters.values()) else 0.0
         self.masters: dict[str, list[nn.Parameter]] = {}
@@ -64,6 +64,10 @@ class Optimizer:
         if self.stochastic and piece.dtype != torch.float32:
             return piece.new_empty(0, dtype=torch.float32)
         return piece.float()
+
+    def saved_dtype(self, parameter: Tensor) -> torch.dtype:
+        """What a checkpoint of the model has of a parameter; a divided one is float32 here whatever that is."""
+        return self.sharding.dtype if is_divided(parameter) else parameter.dtype
 
     @torch.no_grad()
     def step(self, learning_rate: float, max_grad_norm: float | None = 1.0) -> float:
@@ -115,7 +119,7 @@ class Optimizer:
         """Everything that resuming needs, as (name, tensor): the masters of rounded weights and Adam's moments."""
         yield "updates", torch.tensor(self.updates)
         for name, parameter in self.parameters.items():
-            keep_master = is_divided(parameter) or (parameter.dtype != torch.float32 and not self.stochastic)
+            keep_master = self.saved_dtype(parameter) != torch.float32 and not self.stochastic
             columns: dict[str, dict[int, Tensor]] = {"master": dict(enumerate(map(Tensor.detach, self.masters[name])))} if keep_master else {}
             for number, (master, optimizer) in enumerate(zip(self.masters[name], self.optimizers[name], strict=True)):
                 for key, value in optimizer.state[master].items():

@@ -1,5 +1,6 @@
 """What a run looks like: accuracy beside the paper's tables (`curve.md`, `curve.png`), and `training.png`."""
 
+import math
 from itertools import cycle
 from pathlib import Path
 
@@ -40,7 +41,8 @@ def write_curve(run: RunFolder, max_new_tokens: int) -> None:
         plot_curve(rows, paper, run.path / "curve.png")
     steps = [row for row in run.metrics() if row["kind"] == "grpo" and row["step"]]
     if steps:
-        series = {name: [row[name] for row in steps] for _, names in PANELS for name in names if name in steps[0]}
+        known = set().union(*steps)  # a stage of small groups has no pass_at_8
+        series = {name: [row.get(name, math.nan) for row in steps] for _, names in PANELS for name in names if name in known}
         plot_metrics({run.path.name: [series]}, run.path / "training.png")
 
 
@@ -148,7 +150,7 @@ def plot_metrics(arms: dict[str, list[dict[str, list[float]]]], path: Path) -> N
                     average = [scale * sum(values) / len(values) for values in zip(*series)]
                     width = 0.8 if label else 1.5
                     axes.plot(range(1, len(average) + 1), average, color=color, linestyle=line, linewidth=width, label=arm)
-        highest = max((max(line.get_ydata()) for line in axes.lines), default=0)
+        highest = max((value for line in axes.lines for value in line.get_ydata() if value == value), default=0)
         axes.set(title=title, xlabel="GRPO step", ylim=(0, None if highest else 1))
         axes.grid(alpha=0.3)
     if len(arms) > 1:

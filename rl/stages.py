@@ -65,7 +65,7 @@ def train(
                 run.trackers.append(WandB(run.path, to_dict(recipe)))
             if not workers.lead(resume and bool(run.metrics())):
                 first_evaluation(lab, resume)
-            with stoppable() as lab.stop:
+            with stoppable(workers.leads) as lab.stop:
                 while progress.stage < len(recipe.stages):
                     run_stage(lab, progress, checkpoint)
                     checkpoint = None
@@ -149,7 +149,8 @@ def end_if_asked(lab: Lab, optimizer: Optimizer, progress: Progress) -> None:
     """
     if lab.workers.any(lab.stop.requested):
         checkpoint_now(lab, optimizer if progress.stage_step else None, progress)
-        raise Stopped(f"Saved after step {progress.step}; go on with the same command and --resume.", lab.stop.number)
+        number = next(filter(None, lab.workers.gather(lab.stop.number)))
+        raise Stopped(f"Saved after step {progress.step}; go on with the same command and --resume.", number)
 
 
 def look_at_faults(lab: Lab, learner: Learner, step: int) -> None:

@@ -54,23 +54,22 @@ def train(
         if stage.kind == "sft" and stage.traces is None and (number == 0 or recipe.stages[number - 1].kind != "grpo"):
             raise RecipeError(f"stages.{number}: an sft stage needs a grpo stage right before it, or a file in traces")
     run = RunFolder(recipe.out)
-    with workers_of_torchrun() as workers:
-        with contextlib.ExitStack() as around:
-            if workers.leads:
-                around.enter_context(run.locked())
-            resume = workers.lead(resume or (begun_again() and run.holds_run))
-            view = around.enter_context(pick_view(recipe, quiet or not workers.leads, plain))
-            lab, progress, checkpoint = set_up(recipe, run, resume, view, workers)
-            if wandb and workers.leads:
-                run.trackers.append(WandB(run.path, to_dict(recipe)))
-            if not workers.lead(resume and bool(run.metrics())):
-                first_evaluation(lab, resume)
-            with stoppable(workers.leads) as lab.stop:
-                while progress.stage < len(recipe.stages):
-                    run_stage(lab, progress, checkpoint)
-                    checkpoint = None
-            if workers.leads:
-                conclude(lab)
+    with workers_of_torchrun() as workers, contextlib.ExitStack() as around:
+        if workers.leads:
+            around.enter_context(run.locked())
+        resume = workers.lead(resume or (begun_again() and run.holds_run))
+        view = around.enter_context(pick_view(recipe, quiet or not workers.leads, plain))
+        lab, progress, checkpoint = set_up(recipe, run, resume, view, workers)
+        if wandb and workers.leads:
+            run.trackers.append(WandB(run.path, to_dict(recipe)))
+        if not workers.lead(resume and bool(run.metrics())):
+            first_evaluation(lab, resume)
+        with stoppable(workers.leads) as lab.stop:
+            while progress.stage < len(recipe.stages):
+                run_stage(lab, progress, checkpoint)
+                checkpoint = None
+        if workers.leads:
+            conclude(lab)
 
 
 def conclude(lab: Lab) -> None:

@@ -13,7 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 PIECE = 2**24  # weights worked on at a time, so that temporary copies stay small
 PATIENCE = timedelta(minutes=30)  # as long as one process may need for what the others wait for, a checkpoint for one

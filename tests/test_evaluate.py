@@ -225,7 +225,7 @@ def test_a_run_ends_with_all_of_its_held_out_problems_as_sampled_and_greedy(monk
     )  # fmt: skip
     asked = []
 
-    def evaluated(model, tokenizer, problems, sampling, seed, progress):
+    def evaluated(model, tokenizer, problems, sampling, seed, progress, workers):
         asked.append((problems, sampling.temperature))
         return Evaluation(len(asked) / 10, 0.0, 1.0, {}, 5.0, 0.0, [])
 

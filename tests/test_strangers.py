@@ -9,7 +9,7 @@ import pytest
 from helpers import random_model
 from reference import TINY, TINY_TOKENS
 
-from model import ModelError, Tokenizer, load_model, save_model
+from model import ModelError, Tokenizer, load_model
 from rl.checkpoint import Progress, damage, load_progress, save_checkpoint, saved_recipe
 from rl.recipe import Recipe, RecipeError
 

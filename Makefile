@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help setup setup-test train-256 train-512 baseline eval report play study study-quick test tiny-base clean
+.PHONY: help setup setup-test train-256 train-512 baseline eval report play study study-quick test tiny-base lint clean
 
 help:
 	@echo "make train-256          GRPO -> SFT -> GRPO with 256 new tokens (ARGS='--out runs/x' adds options)"
@@ -16,6 +16,7 @@ help:
 	@echo "make study              all runs of the study in docs/study that have no result yet, for hours; goes on when stopped"
 	@echo "make study-quick        two of its runs again, in ten minutes, beside their results in docs/study"
 	@echo "make test               run the tests"
+	@echo "make lint               check style and format (ruff)"
 	@echo "make tiny-base          train the embedded model again from random weights (twenty minutes)"
 	@echo "make setup              only install what the above needs"
 	@echo "make clean              remove the environment and the caches; runs/ stays"
@@ -62,6 +63,10 @@ study-quick: setup
 
 test: setup-test
 	$(BIN)/python -m pytest -q tests $(ARGS)
+
+lint: setup-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 tiny-base: setup
 	$(BIN)/python -m rl.tiny_base $(ARGS)

@@ -133,9 +133,7 @@ def candidate_of(model: Model, problems: list[Problem], arguments: Arguments) ->
         found = Evaluation.of([groups[problem.key] for problem in problems])
         has_tokens = all(r.completion.token_ids for group in found.groups for r in group)
         return Candidate(model.source, found, None, sampling.thinking, sampling.max_new_tokens if has_tokens else None)
-    policy, tokenizer = load_model(
-        model.source, pick_device(model.recipe), pick_dtype(model.recipe), model.recipe.revision
-    )
+    policy, tokenizer = load_model(model.source, pick_device(model.recipe), pick_dtype(model.recipe), model.recipe.revision)
 
     def evaluated(temperature: float, samples: int) -> Evaluation:
         settings = replace(sampling, temperature=temperature)

@@ -67,9 +67,7 @@ def parse(arguments: list[str]) -> Arguments:
     run_name, recipe = load_recipe(name, variant="tiny" if model == "tiny" else "")
     recipe = replace(recipe, model=model, out=recipe.out or f"runs/{run_name}")
     default = Arguments(recipe_name=name, recipe=recipe)
-    parsed = tyro.cli(
-        Arguments, args=arguments, default=default, description=__doc__, config=(tyro.conf.AvoidSubcommands,)
-    )
+    parsed = tyro.cli(Arguments, args=arguments, default=default, description=__doc__, config=(tyro.conf.AvoidSubcommands,))
     if parsed.recipe_name != name:
         raise RecipeError(f"name the recipe before the options: python train.py {parsed.recipe_name} ...")
     if asked == "auto" and model == "tiny" and not parsed.quiet and os.environ.get("RANK", "0") == "0":
@@ -94,5 +92,7 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    with user_errors("try --optimizer.activation-checkpointing or a lower --sampling.max-cache-tokens, or take a smaller --model"):
+    with user_errors(
+        "try --optimizer.activation-checkpointing or a lower --sampling.max-cache-tokens, or take a smaller --model"
+    ):
         main(parse(sys.argv[1:]))

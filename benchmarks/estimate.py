@@ -85,7 +85,9 @@ def main(arguments: Arguments) -> None:
         work_of(replace(recipe, model=name), PROMPT_TOKENS), free_memory(device), held_memory(device),
     )  # fmt: skip
     hours = per_sampled * total.sampled / 3600, per_learned * total.learned / 3600
-    table = Table(title=f"{arguments.recipe}: {name} on {torch.cuda.get_device_name() if device.type == 'cuda' else 'this CPU'}")
+    table = Table(
+        title=f"{arguments.recipe}: {name} on {torch.cuda.get_device_name() if device.type == 'cuda' else 'this CPU'}"
+    )
     for column in ("", "a token, ms", "tokens, M", "hours"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("sampling", f"{1000 * per_sampled:.3g}", f"{total.sampled / 1e6:.2f}", f"{hours[0]:.3g}")

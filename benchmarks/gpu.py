@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import tyro
-
 from memory import Case, measure, random_model
+
 from model import KVCache, Qwen3Config, generate, load_model
 from model.cuda_graph import GraphedStep
 from model.wave import Wave
@@ -167,7 +167,7 @@ def decoding(settings: Settings) -> dict:
 
 def launching(settings: Settings) -> dict:
     """Milliseconds a decoding step launched kernel by kernel, as a CUDA graph, and with the layers compiled as well."""
-    name, config = list((SMALL if settings.small else QWEN3).items())[0]
+    name, config = next(iter((SMALL if settings.small else QWEN3).items()))
     model = random_model(config, torch.bfloat16, device())
     prompts, new_tokens = random_prompts(config, 4, 140), 40 if settings.small else 200
     stops = torch.tensor([], dtype=torch.int64, device=device())

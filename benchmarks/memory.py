@@ -23,6 +23,7 @@ from rich.table import Table
 from data import Problem
 from model import Qwen3, Qwen3Config, add_adapters, generate
 from model.memory import free_memory, held_memory, return_freed_blocks
+from rl.device import peak_memory
 from rl.grpo import grpo_update
 from rl.learner import Learner
 from rl.memory_plan import gb, plan_memory, work_of
@@ -30,7 +31,6 @@ from rl.optimizer import Optimizer
 from rl.recipe import EvaluationSettings, GRPOStage, OptimizerSettings, Recipe, SamplingSettings
 from rl.reward import Score
 from rl.rollout import Rollout
-from rl.device import peak_memory
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,7 @@ CASES = {
     "deep, checkpointing": Case(
         DEEP, torch.float32, OptimizerSettings(micro_batch_tokens=2048, activation_checkpointing=True), 4, 8, 140, 128
     ),
-    "Qwen3-0.6B, bfloat16, masters": Case(
-        QWEN3_06B, torch.bfloat16, OptimizerSettings(micro_batch_tokens=1024), 2, 8, 140, 32
-    ),
+    "Qwen3-0.6B, bfloat16, masters": Case(QWEN3_06B, torch.bfloat16, OptimizerSettings(micro_batch_tokens=1024), 2, 8, 140, 32),
     "Qwen3-0.6B, 8-bit, stochastic, checkpointing": Case(QWEN3_06B, torch.bfloat16, LEAN, 4, 8, 140, 32),
     "Qwen3-0.6B, int8 and adapters": Case(
         QWEN3_06B, torch.bfloat16, OptimizerSettings(micro_batch_tokens=1024), 2, 8, 140, 32, adapter_rank=16

@@ -95,9 +95,7 @@ def run_ours(settings: Settings) -> dict:
     model.model.checkpoint_activations = optimizer.activation_checkpointing
     stage = GRPOStage(prompts_per_step=CASE.prompts, samples_per_prompt=CASE.samples, updates_per_step=1)
     sampling = SamplingSettings(max_new_tokens=CASE.new_tokens)
-    recipe = Recipe(
-        sampling=sampling, optimizer=optimizer, evaluation=EvaluationSettings(problems=1), stages=(stage,)
-    )
+    recipe = Recipe(sampling=sampling, optimizer=optimizer, evaluation=EvaluationSettings(problems=1), stages=(stage,))
     plan = plan_memory(model, recipe.optimizer, work_of(recipe, CASE.prompt_length), free_memory(model.device))
     learner = Learner(model, Optimizer(model), recipe, plan.micro_batch_tokens)
     times = []
@@ -158,14 +156,12 @@ def run_trl(settings: Settings) -> dict:
             generation_kwargs={"min_new_tokens": CASE.new_tokens}, **json.loads(settings.options),
         )  # fmt: skip
         data = Dataset.from_list([{"prompt": " ".join(f"t{number}" for number in prompt)} for prompt in prompts()])
-        trainer = Trainer(
-            model, reward, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()]
-        )
+        trainer = Trainer(model, reward, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()])
         start = model.lm_head.weight.detach().clone()
         trainer.train()
     assert not torch.equal(start, model.lm_head.weight), "TRL made no update"
     assert len(times) == len(rollout_seconds) == 1 + settings.steps
-    return {"times": [(r, t - r) for t, r in zip(times, rollout_seconds)][1:], "before": before}
+    return {"times": [(r, t - r) for t, r in zip(times, rollout_seconds, strict=True)][1:], "before": before}
 
 
 def measure(name: str, settings: Settings) -> dict:

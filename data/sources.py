@@ -21,11 +21,14 @@ def load_problems(source: str | Path, revision: str | None = None) -> list[Probl
         revision: branch, tag or commit of the hub dataset.
 
     Raises:
-        DataError: no such source, no network, a file that is not the hub's, missing columns, a row that is no problem, or no rows at all.
+        DataError: no such source, no network, a file that is not the hub's, missing columns, a row that is no
+            problem, or no rows at all.
     """
     if str(source) == "hub":
         try:
-            folder = download(HUB_REPOSITORY, [HUB_FILE], "give a .parquet or .jsonl file, or generate problems", "dataset", revision)
+            folder = download(
+                HUB_REPOSITORY, [HUB_FILE], "give a .parquet or .jsonl file, or generate problems", "dataset", revision
+            )
         except HubError as error:
             raise DataError(str(error)) from error
         return _checked(HUB_REPOSITORY, _parquet_rows(folder / HUB_FILE))
@@ -36,13 +39,11 @@ def load_problems(source: str | Path, revision: str | None = None) -> list[Probl
     if revision is not None:
         raise DataError(f"revision '{revision}' belongs to the hub dataset; leave it out for the file {path}")
     if not path.is_file():
-        raise DataError(f"{path} is no file; give \"hub\" or the path of a .parquet or .jsonl file")
+        raise DataError(f'{path} is no file; give "hub" or the path of a .parquet or .jsonl file')
     return _checked(str(path), readers[path.suffix](path))
 
 
-def split_problems(
-    problems: Iterable[Problem], held_out: int, seed: int = 0
-) -> tuple[list[Problem], list[Problem]]:
+def split_problems(problems: Iterable[Problem], held_out: int, seed: int = 0) -> tuple[list[Problem], list[Problem]]:
     """Divide into (train, held_out) lists that share no problem, not even with its numbers in another order.
 
     One row in twelve of the hub dataset repeats an earlier one so permuted; a split by row would evaluate on what it
@@ -63,9 +64,7 @@ def split_problems(
         if problem.numbers < kept.numbers:  # which of the twins stays must not depend on their order
             unique[problem.key] = problem
     if len(unique) <= held_out:
-        raise DataError(
-            f"cannot hold out {held_out} of {len(unique)} different problems and train on the rest; hold out fewer"
-        )
+        raise DataError(f"cannot hold out {held_out} of {len(unique)} different problems and train on the rest; hold out fewer")
     shuffled = [unique[key] for key in sorted(unique)]
     random.Random(seed).shuffle(shuffled)
     return shuffled[held_out:], shuffled[:held_out]
@@ -97,7 +96,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         table = pyarrow.parquet.read_table(path, columns=["nums", "target"])
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} cannot be read as parquet; write or download it again") from error
-    rows = zip(table["nums"].to_pylist(), table["target"].to_pylist())
+    rows = zip(table["nums"].to_pylist(), table["target"].to_pylist(), strict=True)
     for index, (numbers, target) in enumerate(rows, start=1):
         yield f"row {index}", numbers, target
 

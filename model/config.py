@@ -3,7 +3,6 @@
 from dataclasses import MISSING, dataclass
 from dataclasses import fields as dataclass_fields
 
-
 LARGEST_SIZE = 2**24
 LARGEST = {"num_hidden_layers": 1000, "num_attention_heads": 4096, "num_key_value_heads": 4096, "head_dim": 4096}
 

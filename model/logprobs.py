@@ -21,9 +21,7 @@ class TokenLogprobs(NamedTuple):
     entropy: Tensor
 
 
-def target_logprobs(
-    hidden: Tensor, weight: Tensor, target_ids: Tensor, temperature: float, num_tokens: int
-) -> TokenLogprobs:
+def target_logprobs(hidden: Tensor, weight: Tensor, target_ids: Tensor, temperature: float, num_tokens: int) -> TokenLogprobs:
     """`token_logprobs(hidden @ weight.T)` at the targets, with its entropy; both differentiable.
 
     Args:

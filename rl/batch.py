@@ -75,7 +75,7 @@ def make_batch(samples: list[Sample], device="cpu") -> Batch:
         stream += samples[members[0]].prompt_ids[: group.prefix]
         rows = iter(members)
         for count, longest in group.blocks():
-            for _, row in zip(range(count), rows):
+            for _, row in zip(range(count), rows, strict=False):
                 sample = samples[row]
                 branch = (sample.prompt_ids + sample.completion_ids[:-1])[group.prefix :]
                 end = len(stream) + len(branch)

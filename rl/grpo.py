@@ -30,9 +30,7 @@ def group_samples(groups: list[list[Rollout]], scale_by_std: bool = True) -> lis
     ]
 
 
-def grpo_update(
-    learner: Learner, groups: list[list[Rollout]], stage: GRPOStage, learning_rate: float
-) -> dict[str, float]:
+def grpo_update(learner: Learner, groups: list[list[Rollout]], stage: GRPOStage, learning_rate: float) -> dict[str, float]:
     """Learn from one rollout batch in `stage.updates_per_step` optimizer steps, each on its own share of the groups.
 
     An update whose loss or gradient is not finite is left out, see `Learner.step`.
@@ -40,10 +38,10 @@ def grpo_update(
     The first share is on-policy, its ratios all one. By the second the weights have moved, and ratios and clip matter.
 
     Returns:
-        Means over the updates taken: `loss`, `grad_norm`; how many were not, `skipped_updates`; shares of tokens: `clip_fraction`, `clip_fraction_low`,
-        `clip_fraction_high`; of the tokens learned from, in nats: `policy_entropy`, exact, and, before the first
-        update, `log_ratio_mean` and `log_ratio_std` between trainer and sampler, zero if the two agree; `lr`;
-        `micro_batch_tokens`; and, for weights below float32, `weights_moved`, the share that changed.
+        Means over the updates taken: `loss`, `grad_norm`; how many were not, `skipped_updates`; shares of tokens:
+        `clip_fraction`, `clip_fraction_low`, `clip_fraction_high`; of the tokens learned from, in nats: `policy_entropy`,
+        exact, and, before the first update, `log_ratio_mean` and `log_ratio_std` between trainer and sampler, zero if the
+        two agree; `lr`; `micro_batch_tokens`; and, for weights below float32, `weights_moved`, the share that changed.
     """
     samples = group_samples(groups, stage.scale_by_std)
     shares = [samples[number :: stage.updates_per_step] for number in range(stage.updates_per_step)]

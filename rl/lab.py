@@ -37,7 +37,9 @@ class Lab:
     workers: Workers = ALONE
 
 
-def set_up(recipe: Recipe, run: RunFolder, resume: bool, view: Lines, workers: Workers = ALONE) -> tuple[Lab, Progress, Path | None]:
+def set_up(
+    recipe: Recipe, run: RunFolder, resume: bool, view: Lines, workers: Workers = ALONE
+) -> tuple[Lab, Progress, Path | None]:
     """Everything a run needs before its first step, where it stands, and the checkpoint it goes on from, if any."""
     progress, checkpoint = Progress(), None
     if resume:

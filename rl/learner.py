@@ -24,7 +24,7 @@ class Learner:
         workers: the processes that learn together, each from its own samples.
         reference: the frozen policy of the KL penalty, if there is one.
         skipped_in_a_row: updates left out since the last one taken, as a loss, log-probability or gradient was not finite.
-        faulty: the samples of updates left out; of those, where the gradient was not the first to be so, its micro-batch's only.
+        faulty: the samples of updates left out; of those, where the gradient was not the first to be so, its micro-batch's.
     """
 
     model: Qwen3
@@ -36,7 +36,7 @@ class Learner:
     skipped_in_a_row: int = 0
     faulty: list[Sample] = field(default_factory=list)
     _samples: list[Sample] = field(default_factory=list)  # of the gradient so far
-    _not_finite: list[Sample] = field(default_factory=list)  # those of them in a micro-batch with such a loss or log-probability
+    _not_finite: list[Sample] = field(default_factory=list)  # those of them in a micro-batch that was not finite
 
     def batches(self, samples: list[Sample]) -> Iterator[tuple[list[Sample], Batch]]:
         """Micro-batches of `samples`, as (samples, batch).

@@ -237,6 +237,9 @@ def check_plan(plan: MemoryPlan, model: Qwen3, settings: OptimizerSettings, work
             savings.append(f"{option} saves {gb(saved)}")
             all_changes = replace(all_changes, **change)
     least = plan_memory(model, all_changes, work, free, plan.process)
-    enough = "" if least.peak - least.process <= free else "; even together that is not enough: try --adapters.rank 16 or a smaller --model"
+    beyond = "; even together that is not enough: try --adapters.rank 16 or a smaller --model"
+    enough = "" if least.peak - least.process <= free else beyond
     advice = ", ".join(savings) or "try --adapters.rank 16 or a smaller --model"
-    raise ModelError(f"this run needs {gb(need)} of memory and {gb(free)} are free ({plan}): {advice}{enough if savings else ''}")
+    raise ModelError(
+        f"this run needs {gb(need)} of memory and {gb(free)} are free ({plan}): {advice}{enough if savings else ''}"
+    )

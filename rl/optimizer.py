@@ -120,7 +120,9 @@ class Optimizer:
         yield "updates", torch.tensor(self.updates)
         for name, parameter in self.parameters.items():
             keep_master = self.saved_dtype(parameter) != torch.float32 and not self.stochastic
-            columns: dict[str, dict[int, Tensor]] = {"master": dict(enumerate(map(Tensor.detach, self.masters[name])))} if keep_master else {}
+            columns: dict[str, dict[int, Tensor]] = {}
+            if keep_master:
+                columns["master"] = dict(enumerate(map(Tensor.detach, self.masters[name])))
             for number, (master, optimizer) in enumerate(zip(self.masters[name], self.optimizers[name], strict=True)):
                 for key, value in optimizer.state[master].items():
                     columns.setdefault(key, {})[number] = torch.as_tensor(value)
@@ -132,7 +134,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `state_tensors` gave, for a model with the same parameters, however many processes it is divided among."""
+        """Take back what `state_tensors` gave, for a model with the same parameters, among however many processes."""
         self.updates = int(tensors["updates"])
         columns: dict[tuple[str, str], dict[int, Tensor]] = {}
         for name, number, key in (full_name.split("|") for full_name in tensors if full_name != "updates"):

@@ -75,9 +75,7 @@ def curve_table(rows: list[dict], paper: list[tuple[int, float]]) -> str:
             shown = f"{figures[0]}"
         accuracy, low, high = (100 * row[name] for name in ("eval_accuracy", "eval_low", "eval_high"))
         stage = "start" if row["step"] == 0 else f"{row['stage'] + 1} {row['kind']}"
-        lines.append(
-            f"| {stage} | {row['step']} | {row['grpo_steps']} | {accuracy:.1f} | {low:.1f} to {high:.1f} | {shown} |"
-        )
+        lines.append(f"| {stage} | {row['step']} | {row['grpo_steps']} | {accuracy:.1f} | {low:.1f} to {high:.1f} | {shown} |")
     return "\n".join(lines) + "\n"
 
 
@@ -147,7 +145,7 @@ def plot_metrics(arms: dict[str, list[dict[str, list[float]]]], path: Path) -> N
                 series = [run[name] for run in runs if name in run]
                 if series:
                     scale = 100 if "%" in title else 1
-                    average = [scale * sum(values) / len(values) for values in zip(*series)]
+                    average = [scale * sum(values) / len(values) for values in zip(*series, strict=True)]
                     width = 0.8 if label else 1.5
                     axes.plot(range(1, len(average) + 1), average, color=color, linestyle=line, linewidth=width, label=arm)
         highest = max((value for line in axes.lines for value in line.get_ydata() if value == value), default=0)

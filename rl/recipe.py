@@ -34,6 +34,7 @@ Share = Annotated[float, Range(0, 1)]
 NonNegative = Annotated[float, Range(0, 1e9)]
 Positive = Annotated[float, Range(0, 1e9, above=True)]
 
+
 @dataclass(frozen=True)
 class GRPOStage:
     """Reinforcement on sampled groups."""
@@ -242,7 +243,9 @@ def check_grpo(number: int, stage: GRPOStage, sampling: SamplingSettings) -> Non
         raise RecipeError(f"stages.{number}.updates_per_step must be at most prompts_per_step, not {stage.updates_per_step}")
     completions = stage.prompts_per_step * stage.samples_per_prompt
     if completions not in Range(1, 1_000_000):
-        raise RecipeError(f"stages.{number}: prompts_per_step x samples_per_prompt must be at most 1,000,000, not {completions:,}")
+        raise RecipeError(
+            f"stages.{number}: prompts_per_step x samples_per_prompt must be at most 1,000,000, not {completions:,}"
+        )
     if sampling.temperature == 0:
         raise RecipeError("sampling.temperature must be above 0 for GRPO, not 0")
     if sampling.top_k is not None or sampling.top_p is not None:

@@ -84,9 +84,7 @@ class RunFolder:
             RecipeError: there is a run here already, or the folder cannot be written.
         """
         if self.holds_run:
-            raise RecipeError(
-                f"{self.path} already holds a run; go on with it by --resume, or name another folder by --out"
-            )
+            raise RecipeError(f"{self.path} already holds a run; go on with it by --resume, or name another folder by --out")
         try:
             (self.path / "rollouts").mkdir(parents=True, exist_ok=True)
             (self.path / "checkpoints").mkdir(exist_ok=True)
@@ -142,9 +140,7 @@ class RunFolder:
                 break
         return found
 
-    def save_rollouts(
-        self, step: int, stage: int, groups: list[list[Rollout]], advantages: list[list[float]]
-    ) -> None:
+    def save_rollouts(self, step: int, stage: int, groups: list[list[Rollout]], advantages: list[list[float]]) -> None:
         """Write rollouts/step_NNNN.jsonl: every completion of the step with its verdict, to read and to curate from."""
         with open(self.path / "rollouts" / f"step_{step:04d}.jsonl", "w", encoding="utf-8") as file:
             for number, (group, row_of_advantages) in enumerate(zip(groups, advantages, strict=True)):

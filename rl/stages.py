@@ -12,7 +12,11 @@ from model import Qwen3, load_model, prompt_ids
 from rl.advantage import group_advantages
 from rl.batch import Sample
 from rl.checkpoint import (
-    Progress, checkpoints, load_optimizer, load_progress, prune_checkpoints,
+    Progress,
+    checkpoints,
+    load_optimizer,
+    load_progress,
+    prune_checkpoints,
     save_checkpoint,
 )  # fmt: skip
 from rl.console import final_line
@@ -40,9 +44,7 @@ from rl.workers import begun_again, workers_of_torchrun
 Step = Callable[[Progress], dict]
 
 
-def train(
-    recipe: Recipe, resume: bool = False, quiet: bool = False, plain: bool = False, wandb: bool = False
-) -> None:
+def train(recipe: Recipe, resume: bool = False, quiet: bool = False, plain: bool = False, wandb: bool = False) -> None:
     """Run `recipe` into its run folder, from the start or from the last checkpoint there.
 
     `quiet` shows nothing but errors, `plain` a line a step on a terminal too; `wandb` logs to Weights & Biases.

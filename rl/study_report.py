@@ -5,7 +5,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -85,7 +85,7 @@ class Run:
     def accuracy_at(self, tokens: float) -> float:
         """Held-out accuracy in % after so many generated tokens, on the line between two evaluations."""
         rows = self.evaluations
-        for before, after in zip(rows, rows[1:]):
+        for before, after in pairwise(rows):
             if before["generated_tokens"] <= tokens <= after["generated_tokens"] > before["generated_tokens"]:
                 share = (tokens - before["generated_tokens"]) / (after["generated_tokens"] - before["generated_tokens"])
                 return 100 * (before["eval_accuracy"] + share * (after["eval_accuracy"] - before["eval_accuracy"]))
@@ -145,12 +145,14 @@ def verdicts(main: Runs) -> list[str]:
         difference = paired_difference(runs, main[BASELINE])
         if difference.count < 2:
             continue
-        said = "is better than" if difference.low > 0 else "is worse than" if difference.high < 0 else "cannot be told apart from"
+        told = "cannot be told apart from"
+        if difference.low > 0 or difference.high < 0:
+            told = "is better than" if difference.low > 0 else "is worse than"
         greedy = ""
         if all(run.final for run in runs + main[BASELINE]):
             greedy = f", greedy {paired_difference(runs, main[BASELINE], greedy_accuracy).signed}"
         sentences.append(
-            f"**{arm}** {said} **{BASELINE}**: {difference.signed} points at the end{greedy} "
+            f"**{arm}** {told} **{BASELINE}**: {difference.signed} points at the end{greedy} "
             f"(95 % intervals of the difference seed by seed, {difference.count} seeds)."
         )
     return sentences

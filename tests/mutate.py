@@ -34,10 +34,11 @@ LINE = "line = text.rstrip(BLANKS).rpartition('\\n')[2]"
 EQUIVALENT = {  # mutant -> why no test can, or need, see it
     "@dataclass(frozen=True)  ->  @dataclass()": "nothing changes a Score; frozen says so",
     "@dataclass(frozen=True)  ->  @dataclass(frozen=False)": "the same",
-    NEAR + "  ->  " + NEAR.replace("(3, 10)", "(2, 10)"): "the line falls to 0.3 just where near ends, so the floor is never above it",
+    NEAR
+    + "  ->  "
+    + NEAR.replace("(3, 10)", "(2, 10)"): "the line falls to 0.3 just where near ends, so the floor is never above it",
     NEAR + "  ->  " + NEAR.replace("(3, 10)", "(3, 11)"): "the same",
-    "if not thinking and text.lstrip(BLANKS).startswith('<think>'):  ->  if not thinking and text.strip(BLANKS).startswith('<think>'):":
-        "only the beginning is looked at",
+    "if not thinking and text.lstrip(BLANKS).startswith('<think>'):  ->  if not thinking and text.strip(BLANKS).startswith('<think>'):": "only the beginning is looked at",
     "before, _, rest = text.partition('<answer>')  ->  before, _, rest = text.rpartition('<answer>')": "there is exactly one",
     "content, closed, _ = rest.partition('</answer>')  ->  content, closed, _ = rest.rpartition('</answer>')": "there is one at most",
     LINE + "  ->  " + LINE.replace("rstrip", "strip"): "blanks before the first line's arithmetic change nothing",
@@ -84,7 +85,7 @@ def mutants(source: str) -> Iterator[tuple[str, str]]:
 
 def walk(node: ast.AST) -> list[ast.AST]:
     """A node and all below it but docstrings, what errors say, and type hints: words are free."""
-    if isinstance(node, (ast.JoinedStr, ast.Raise)) or isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+    if isinstance(node, (ast.JoinedStr, ast.Raise)) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
         return []
     below = [child for name, field in ast.iter_fields(node) if name not in ("annotation", "returns")
              for child in (field if isinstance(field, list) else [field]) if isinstance(child, ast.AST)]  # fmt: skip
@@ -93,7 +94,9 @@ def walk(node: ast.AST) -> list[ast.AST]:
 
 def statement_of(tree: ast.AST, node: ast.AST) -> ast.AST:
     """The innermost statement around a node."""
-    around = [other for other in ast.walk(tree) if isinstance(other, ast.stmt) and any(part is node for part in ast.walk(other))]
+    around = [
+        other for other in ast.walk(tree) if isinstance(other, ast.stmt) and any(part is node for part in ast.walk(other))
+    ]
     return min(around, key=lambda other: sum(1 for _ in ast.walk(other)))
 
 

@@ -58,7 +58,9 @@ def main(arguments: Arguments) -> None:
         seen = watch(arguments.steps, run)
         rows = [row for row in RunFolder(run).metrics() if row["stage"] == 0 and row["step"] > 0]
         seconds = [row["rollout_seconds"] + row["update_seconds"] for row in rows]
-    print(f"{len(rows):,} steps in {time.perf_counter() - start:,.0f} s\n\n| steps | memory, MB | open files | s a step |\n|---|---|---|---|")
+    print(
+        f"{len(rows):,} steps in {time.perf_counter() - start:,.0f} s\n\n| steps | memory, MB | open files | s a step |\n|---|---|---|---|"
+    )
     part_size, parts = arguments.steps / PARTS, []
     for number in range(PARTS):
         low, high = number * part_size, (number + 1) * part_size

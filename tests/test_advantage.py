@@ -1,5 +1,6 @@
 """Advantages by hand, and what must hold for any rewards."""
 
+import itertools
 import math
 
 import pytest
@@ -90,7 +91,7 @@ def test_permuting_samples_or_groups_permutes_advantages(rewards, random):
 def test_a_higher_reward_never_has_a_lower_advantage(rewards):
     for row, advantages in zip(rewards, group_advantages(torch.tensor(rewards, dtype=torch.float64)), strict=True):
         order = sorted(range(len(row)), key=row.__getitem__)
-        assert all(advantages[a] <= advantages[b] for a, b in zip(order, order[1:]))
+        assert all(advantages[a] <= advantages[b] for a, b in itertools.pairwise(order))
 
 
 def test_the_same_prompt_twice_makes_two_groups_trap_grouped_by_text():

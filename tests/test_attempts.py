@@ -10,7 +10,12 @@ import pytest
 
 from data import ProblemSettings
 from data.attempts import (
-    STOP_SHARE, attempts_document, comparison_document, comparison_prompt, hopeless_problem, random_attempt,
+    STOP_SHARE,
+    attempts_document,
+    comparison_document,
+    comparison_prompt,
+    hopeless_problem,
+    random_attempt,
     reachable_values,
 )  # fmt: skip
 from rl import score

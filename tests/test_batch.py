@@ -12,7 +12,13 @@ import model.logprobs as model_logprobs
 from model import PackedGroup, generate
 from rl import sft_loss
 from rl.batch import (
-    Sample, completion_logprobs, groups_of, make_batch, micro_batches, packed_group, stream_tokens,
+    Sample,
+    completion_logprobs,
+    groups_of,
+    make_batch,
+    micro_batches,
+    packed_group,
+    stream_tokens,
 )  # fmt: skip
 from rl.grpo import group_samples
 

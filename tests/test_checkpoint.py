@@ -14,7 +14,13 @@ import rl.checkpoint
 from model import Tokenizer, load_model
 from model.weights import TINY
 from rl.checkpoint import (
-    Progress, checkpoints, damage, load_progress, newest_checkpoint, prune_checkpoints, save_checkpoint,
+    Progress,
+    checkpoints,
+    damage,
+    load_progress,
+    newest_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
 )  # fmt: skip
 from rl.optimizer import Optimizer
 from rl.recipe import Recipe, RecipeError
@@ -92,7 +98,9 @@ def test_wherever_a_write_is_cut_off_a_whole_checkpoint_is_found(tmp_path, parts
     assert operation > 20 and left[0] > 0
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "trainer_state.json", "tokenizer.json", "sha256.json"])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.safetensors", "trainer_state.json", "tokenizer.json", "sha256.json"]
+)
 @pytest.mark.parametrize("fault", ["flipped bit", "cut short", "gone"])
 def test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_is_taken(tmp_path, parts, file, fault):
     before, newest = save(tmp_path, 10, parts), save(tmp_path, 20, parts)

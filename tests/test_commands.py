@@ -55,12 +55,20 @@ def smoke_run(tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_what_the_readme_says(smoke_run):
-    for name in ("config.json", "metrics.jsonl", "curve.md", "curve.png", "report.html", "traces.jsonl", "rollouts/step_0001.jsonl"):
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        "curve.md",
+        "curve.png",
+        "report.html",
+        "traces.jsonl",
+        "rollouts/step_0001.jsonl",
+    ):
         assert (smoke_run / name).stat().st_size > 0, name
     assert list(smoke_run.glob("events.out.tfevents*"))
     rows = RunFolder(smoke_run).metrics()
     assert [row["step"] for row in rows] == list(range(len(rows)))
-    assert [kind for kind in dict.fromkeys(row["kind"] for row in rows)] == ["grpo", "sft"]
+    assert list(dict.fromkeys(row["kind"] for row in rows)) == ["grpo", "sft"]
     assert all(row.keys() >= METRICS for row in rows[1:] if row["kind"] == "grpo")
     assert all("eval_accuracy" in row for row in (rows[0], rows[2], rows[-1]))
     assert not [path for path in smoke_run.rglob("*") if path.suffix in (".pt", ".pth", ".bin", ".pkl")]
@@ -184,7 +192,7 @@ def test_eval_leaves_out_what_another_of_the_models_was_trained_on(smoke_run, tm
     train(smoke("--out", tmp_path / "run", "--seed", 1, "--stages.0.steps", 1, "--stages.2.steps", 1).recipe, quiet=True)
     others = [str(checkpoints(run)[-1]) for run in (smoke_run, tmp_path / "run")]
     recipes = [eval_command.model_of(source, eval_command.Arguments(())).recipe for source in others]
-    (train_0, held_0), (train_1, held_1) = map(problems_of, recipes)
+    (_train_0, held_0), (train_1, _held_1) = map(problems_of, recipes)
     models = [eval_command.model_of(source, eval_command.Arguments(())) for source in others]
     try:
         chosen = eval_command.problems_for(models, eval_command.Arguments(()))

@@ -30,7 +30,7 @@ def every_value(numbers, operators="+-*/", whole_steps=False) -> set[Fraction]:
     found = set()
     for a, b, *rest in permutations(numbers):
         for operator in operators:
-            if operator == "/" and (b == 0 or whole_steps and Fraction(a, b).denominator > 1):
+            if operator == "/" and (b == 0 or (whole_steps and Fraction(a, b).denominator > 1)):
                 continue
             step = {"+": a + b, "-": a - b, "*": a * b, "/": Fraction(a, b) if b else None}[operator]
             found |= every_value((step, *rest), operators, whole_steps)

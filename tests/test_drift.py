@@ -4,13 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
+from helpers import PROBLEM
 
 from data.traces import latin_only, non_latin
 from model import Completion
 from rl.recipe import RewardSettings
 from rl.reward import Score, pay, score
 from rl.rollout import Rollout, paid, rollout_metrics
-from helpers import PROBLEM
 
 RIGHT = "fine\n</think>\n<answer>79-60+17</answer>"
 DRIFTED = "七十九 減 六十\n</think>\n<answer>79-60+17</answer>"
@@ -18,7 +18,16 @@ DRIFTED = "七十九 減 六十\n</think>\n<answer>79-60+17</answer>"
 
 @pytest.mark.parametrize(
     "text, count",
-    [("", 0), ("79-60=19 ok", 0), ("naïve é ß", 0), ("π r", 1), ("да, yes", 2), ("七十九 減 六十", 6), ("½ ± ∞ 🙂", 0), ("ａ", 1)],
+    [
+        ("", 0),
+        ("79-60=19 ok", 0),
+        ("naïve é ß", 0),
+        ("π r", 1),
+        ("да, yes", 2),
+        ("七十九 減 六十", 6),
+        ("½ ± ∞ 🙂", 0),
+        ("ａ", 1),
+    ],
 )
 def test_letters_outside_the_latin_script_are_counted_one_by_one(text, count):
     assert non_latin(text) == count

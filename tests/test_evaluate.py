@@ -15,7 +15,14 @@ from model import Completion, Tokenizer
 from model.weights import TINY
 from rl import score
 from rl.evaluate import (
-    Evaluation, by_difficulty, distinct_answers, evaluate, load_completions, majority_accuracy, problems_hash, solved_shares,
+    Evaluation,
+    by_difficulty,
+    distinct_answers,
+    evaluate,
+    load_completions,
+    majority_accuracy,
+    problems_hash,
+    solved_shares,
 )  # fmt: skip
 from rl.problems import problems_of
 from rl.recipe import EvaluationSettings, SamplingSettings

@@ -54,9 +54,7 @@ def test_every_step_gives_the_logits_of_an_uncached_forward(shape, static_block,
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(
-    st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(1, 4), st.booleans(), st.integers(1, 4), st.data()
-)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(1, 4), st.booleans(), st.integers(1, 4), st.data())
 @torch.no_grad()
 def test_rows_that_stay_go_on_as_if_nobody_had_left(decoder, lengths, num_samples, static, block, data):
     prompts = [random_ids(length, seed=number).tolist() for number, length in enumerate(lengths)]

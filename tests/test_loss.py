@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import gradients, largest, random_model, ragged_samples
+from helpers import gradients, largest, ragged_samples, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,7 +106,10 @@ def test_clip_truth_table_trap_maximum_taken_for_negative_advantages(advantage, 
 def test_what_is_not_said_is_a_range_of_a_quarter_and_an_average_over_tokens():
     """Ratios of 2 and 1/2, a row of one token and one of two: by rows the averages would be others."""
     logprobs, mask = torch.tensor([[math.log(2), 0.0], [math.log(0.5), math.log(2)]]), torch.tensor([[1, 0], [1, 1]]).bool()
-    for advantages, expected in ((torch.tensor([1.0, 1.0]), [1.25, 0.5, 1.25]), (torch.tensor([-1.0, -1.0]), [-2.0, -0.75, -2.0])):
+    for advantages, expected in (
+        (torch.tensor([1.0, 1.0]), [1.25, 0.5, 1.25]),
+        (torch.tensor([-1.0, -1.0]), [-2.0, -0.75, -2.0]),
+    ):
         loss = grpo_loss(logprobs, torch.zeros(2, 2), advantages, mask)
         assert loss.item() == pytest.approx(-sum(expected) / 3)
     assert aggregate(torch.tensor([[3.0, 9.0], [1.0, 2.0]]), mask).item() == 2.0
@@ -168,9 +171,7 @@ def test_advantages_of_zero_give_exactly_zero_gradient_through_the_whole_model(a
     """Groups of equal reward, even where the policy has moved and ratios are far from one."""
     model = random_model()
     batch = make_batch(ragged_samples(4))
-    loss = grpo_loss(
-        completion_logprobs(model, batch), batch.old_logprobs, torch.zeros(4), batch.mask, aggregation=aggregation
-    )
+    loss = grpo_loss(completion_logprobs(model, batch), batch.old_logprobs, torch.zeros(4), batch.mask, aggregation=aggregation)
     loss.backward()
     assert loss.item() == 0 and largest(gradients(model)) == 0
     loss = grpo_loss(completion_logprobs(model, batch), batch.old_logprobs, batch.advantages, batch.mask)

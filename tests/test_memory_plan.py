@@ -11,7 +11,7 @@ import model.logprobs
 from model import ModelError, Qwen3, Qwen3Config, add_adapters
 from rl.batch import make_batch
 from rl.memory_plan import activation_bytes, check_plan, plan_memory, work_of
-from rl.recipe import GRPOStage, OptimizerSettings, Recipe, SamplingSettings, SFTStage, EvaluationSettings
+from rl.recipe import EvaluationSettings, GRPOStage, OptimizerSettings, Recipe, SamplingSettings, SFTStage
 
 RECIPE = Recipe(
     sampling=SamplingSettings(max_new_tokens=60),
@@ -61,7 +61,13 @@ def test_lasting_bytes_by_hand():
     model = random_model(dtype=torch.bfloat16)
     count = sum(p.numel() for p in model.parameters())
     plan = plan_memory(model, SETTINGS, WORK, free=10**9, process=7)
-    assert (plan.process, plan.weights, plan.masters, plan.moments, plan.gradients) == (7, 2 * count, 4 * count, 8 * count, 2 * count)
+    assert (plan.process, plan.weights, plan.masters, plan.moments, plan.gradients) == (
+        7,
+        2 * count,
+        4 * count,
+        8 * count,
+        2 * count,
+    )
     plan = plan_memory(model, replace(SETTINGS, kind="adamw8bit", rounding="stochastic"), WORK, free=10**9)
     assert (plan.masters, plan.moments, plan.reference) == (0, 2 * count, 0)
     assert plan_memory(random_model(), SETTINGS, replace(WORK, has_reference=True), 10**9).masters == 0
@@ -85,7 +91,9 @@ def test_a_large_head_is_the_highest_point_where_the_embeddings_backward_ends(mo
         work = replace(work_of(small, 2), update_tokens=10)
         plan = plan_memory(policy, settings, work, free=10**12)
         head, gradients = 4 * 4000 * 512, plan.gradients
-        assert plan.updating == max(gradients + times * head, (gradients if budget == 5 else 0) + plan.activations + plan.output_head)
+        assert plan.updating == max(
+            gradients + times * head, (gradients if budget == 5 else 0) + plan.activations + plan.output_head
+        )
         assert tied is False or plan.updating == gradients + times * head
 
 
@@ -130,7 +138,10 @@ def test_auto_takes_what_is_left_and_no_less_than_the_longest_sample():
     assert len({plan.micro_batch_tokens for plan in fits.values()}) > 5
     lean = replace(auto, activation_checkpointing=True)
     deep = random_model(num_hidden_layers=8)
-    assert plan_memory(deep, lean, WORK, 6_000_000).micro_batch_tokens > 1.5 * plan_memory(deep, auto, WORK, 6_000_000).micro_batch_tokens
+    assert (
+        plan_memory(deep, lean, WORK, 6_000_000).micro_batch_tokens
+        > 1.5 * plan_memory(deep, auto, WORK, 6_000_000).micro_batch_tokens
+    )
 
 
 def test_a_run_that_cannot_fit_is_refused_with_what_would_help():

@@ -1,7 +1,9 @@
 """Several processes on one run: the completions, losses, gradients and weights of one, whatever becomes of one of them."""
 
+import functools
 import json
 import multiprocessing
+import operator
 import os
 import shutil
 import socket
@@ -213,7 +215,9 @@ def divided_plan(out: Path) -> None:
             assert not any(map(is_divided, whole.parameters())) and whole.dtype == torch.bfloat16
             copy = sum(p.numel() * 2 for name, p in whole.named_parameters() if ".layers." in name)
         if workers.leads:
-            out.write_text(json.dumps([plan.weights, plan.masters, plan.moments, plan.gradients, plan.whole_copy, copy, work.rows]))
+            out.write_text(
+                json.dumps([plan.weights, plan.masters, plan.moments, plan.gradients, plan.whole_copy, copy, work.rows])
+            )
 
 
 def test_the_memory_plan_knows_what_one_process_holds(tmp_path):
@@ -222,7 +226,14 @@ def test_the_memory_plan_knows_what_one_process_holds(tmp_path):
     for name, parameter in random_model().named_parameters():
         counts[".layers." in name] += parameter.numel()
     layers, others = counts[True], counts[False]
-    expected = [2 * layers + 2 * others, 4 * others, 8 * (layers // 2 + others), 2 * layers + 2 * others, 2 * layers, 2 * layers]
+    expected = [
+        2 * layers + 2 * others,
+        4 * others,
+        8 * (layers // 2 + others),
+        2 * layers + 2 * others,
+        2 * layers,
+        2 * layers,
+    ]
     found = json.loads((tmp_path / "plan").read_text())
     assert found == [*expected, 512 // 2 if 512 // 2 > 3 * 8 else 24]
 
@@ -253,7 +264,9 @@ def test_a_process_that_dies_ends_the_run_or_torchrun_begins_it_again(restarts, 
     script, run, start = tmp_path / "dying.py", tmp_path / "run", time.perf_counter()
     script.write_text(DYING.format(root=str(ROOT), tests=str(ROOT / "tests")))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
-    ended = subprocess.run([*command, script, run], capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    ended = subprocess.run(
+        [*command, script, run], capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     if restarts:
         assert ended.returncode == 0, ended.stderr[-3000:]
         same_runs(alone, run)
@@ -265,7 +278,7 @@ def test_a_process_that_dies_ends_the_run_or_torchrun_begins_it_again(restarts, 
 def test_shares_join_to_the_whole():
     items = list(range(7))
     parts = [Workers(rank, 3).share(items) for rank in range(3)]
-    assert sorted(sum(parts, [])) == items and max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert sorted(functools.reduce(operator.iadd, parts, [])) == items and max(map(len, parts)) - min(map(len, parts)) <= 1
 
     class Gathered(Workers):
         def gather(self, value):

@@ -8,8 +8,8 @@ from helpers import random_model
 import play
 from data import Problem
 from model import generate
-from model.sampler import plain_completion
 from model.distribution import random_streams
+from model.sampler import plain_completion
 from rl.recipe_file import load_recipe
 
 RECIPE = load_recipe("256", "tiny")[1]

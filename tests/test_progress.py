@@ -271,7 +271,15 @@ def test_a_stop_during_rollouts_does_not_wait_for_them_and_the_step_is_taken_aga
 
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
-    slow = [*TRAIN, "--stages.0.prompts-per-step", "64", "--stages.0.samples-per-prompt", "64", "--sampling.max-new-tokens", "250"]
+    slow = [
+        *TRAIN,
+        "--stages.0.prompts-per-step",
+        "64",
+        "--stages.0.samples-per-prompt",
+        "64",
+        "--sampling.max-new-tokens",
+        "250",
+    ]
     with OnTerminal("train.py", *slow, "--out", tmp_path / "run") as command:
         command.read_until("/4096 completions")
         for _ in range(2):

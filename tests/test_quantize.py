@@ -14,7 +14,15 @@ from reference import ROOT, TINY, TINY_TOKENS, random_ids, reference_model, same
 from torch import nn
 
 from model import (
-    ModelError, Qwen3, Tokenizer, adapter_state, add_adapters, generate, load_adapter_state, load_model, plain_state,
+    ModelError,
+    Qwen3,
+    Tokenizer,
+    adapter_state,
+    add_adapters,
+    generate,
+    load_adapter_state,
+    load_model,
+    plain_state,
     save_model,
 )  # fmt: skip
 from model.quantize import LoRALinear, adapters, quantized

@@ -272,7 +272,6 @@ def test_a_damaged_saved_recipe_is_refused_and_no_traceback(values):
         from_dict(Recipe, values)
 
 
-
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
 def test_the_thinking_mode_is_stated_and_not_left_to_a_default_trap_truncation_at_the_start(path):
     """Qwen3-1.7B in thinking mode rarely finishes in 256 tokens at first, so the mode decides what step 0 shows."""

@@ -88,7 +88,7 @@ def test_no_completion_can_end_the_script_or_load_anything(smoke_run, tmp_path):
     page = write_report([run]).read_text(encoding="utf-8")
     assert page.count("</script>") == 2
     assert data_of(page)["runs"][0]["rollouts"][0]["completion"] == row["completion"]
-    assert not re.search(r'(src|href)\s*=|@import|url\(|fetch\(|XMLHttp', page.replace(SVG, ""))
+    assert not re.search(r"(src|href)\s*=|@import|url\(|fetch\(|XMLHttp", page.replace(SVG, ""))
 
 
 SVG = "http://www.w3.org/2000/svg"  # a name, nothing to load

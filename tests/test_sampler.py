@@ -118,9 +118,7 @@ def test_captured_logprobs_are_those_that_training_computes(temperature, decoder
 def test_sampled_pairs_of_tokens_come_as_often_as_the_softmax_says(temperature):
     reference = soft_reference(vocab_size=9)
     prompt, draws = [3, 8, 1], 12_000
-    groups = generate(
-        same_weights(reference), [prompt], num_samples=draws, max_new_tokens=2, temperature=temperature, seed=5
-    )
+    groups = generate(same_weights(reference), [prompt], num_samples=draws, max_new_tokens=2, temperature=temperature, seed=5)
     first = (reference(torch.tensor([prompt])).logits[0, -1].double() / temperature).softmax(-1)
     following = reference(torch.tensor([prompt + [token] for token in range(9)])).logits[:, -1].double()
     joint = first[:, None] * (following / temperature).softmax(-1)  # [first token, second token]
@@ -167,9 +165,7 @@ def test_one_uniform_number_picks_the_token_that_the_inverse_cdf_says(temperatur
 @pytest.mark.parametrize(("top_k", "top_p"), [(3, None), (None, 0.5), (5, 0.8)])
 @torch.no_grad()
 def test_generate_keeps_to_the_allowed_set_at_every_step(top_k, top_p, reference, decoder):
-    groups = generate(
-        decoder, PROMPTS[:3], num_samples=40, max_new_tokens=5, temperature=0.9, top_k=top_k, top_p=top_p
-    )
+    groups = generate(decoder, PROMPTS[:3], num_samples=40, max_new_tokens=5, temperature=0.9, top_k=top_k, top_p=top_p)
     seen = set()
     for prompt, group in zip(PROMPTS, groups):
         logits = reference(torch.tensor([prompt + completion.token_ids for completion in group])).logits
@@ -190,7 +186,7 @@ def test_the_largest_and_the_smallest_uniform_pick_a_possible_token(vocab, dtype
     for uniform in (ALMOST_ONE, 0.0):
         uniforms = torch.full((24,), uniform, dtype=torch.float32)
         sampled, logprobs = sample(logits.to(dtype), uniforms, vocab, 1.0, top_k, None)
-        assert (0 <= sampled).all() and (sampled < vocab).all()
+        assert (sampled >= 0).all() and (sampled < vocab).all()
         assert (logprobs > -50).all()
         allowed = warped(logits.to(dtype), 1.0, top_k, None) > 0
         possible = [np.flatnonzero(row) for row in allowed]
@@ -243,9 +239,7 @@ def tailed():
     return reference, decoder
 
 
-@pytest.mark.parametrize(
-    "options", [{"temperature": 0}, {"temperature": 1.3}, {"temperature": 1.0, "top_p": 0.9}], ids=str
-)
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.3}, {"temperature": 1.0, "top_p": 0.9}], ids=str)
 def test_an_id_without_a_text_is_never_sampled_however_large_its_logit(options, tailed):
     reference, decoder = tailed
     groups = generate(decoder, PROMPTS, num_samples=6, max_new_tokens=10, **options)

@@ -190,7 +190,9 @@ def test_only_finished_correct_rollouts_of_the_stage_become_traces_whatever_char
         return Rollout(PROBLEMS[0], [1], Completion([2], [-1.0], finished), text, Score(reward, outcome))
 
     odd = "so\n\r\x85\u2028\u2029\x1e</think>"
-    run.save_rollouts(3, 0, [[rollout(odd), rollout("near", "near")], [rollout("cut", finished=False), rollout("b")]], [[0.0] * 2] * 2)
+    run.save_rollouts(
+        3, 0, [[rollout(odd), rollout("near", "near")], [rollout("cut", finished=False), rollout("b")]], [[0.0] * 2] * 2
+    )
     run.save_rollouts(4, 2, [[rollout("of another stage")]], [[0.0]])
     run.save_rollouts(10, 0, [[rollout("c")]], [[0.0]])
     expected = [(odd, 3), ("b", 3), ("c", 10)]

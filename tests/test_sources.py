@@ -9,9 +9,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from helpers import Hub
+from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import given
 from hypothesis import strategies as st
-from huggingface_hub.errors import LocalEntryNotFoundError
 
 from data import DataError, Problem, generate_problems, load_problems, split_problems
 

@@ -20,7 +20,29 @@ CONTENTS = {
     "empty": b"{}", "nested": b"[" * 200_000, "nested tables": b'{"a":' * 200_000, "a long number": b'{"a": ' + b"9" * 10_000 + b"}",
     "half a character": b'{"a": "\\ud800"}', "a byte order mark": b"\xef\xbb\xbf{}", "zeros": bytes(1000),
 }  # fmt: skip
-VALUES = (None, True, -1, 0, 1, 2**31, 10**12, 10**30, -1.5, 1e300, float("nan"), float("inf"), "", "x", "../x", "\ud800", [], [[]], {}, [None], {"a": 1})
+VALUES = (
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2**31,
+    10**12,
+    10**30,
+    -1.5,
+    1e300,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "../x",
+    "\ud800",
+    [],
+    [[]],
+    {},
+    [None],
+    {"a": 1},
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +77,10 @@ def refused(folder, name: str) -> bool:
 @pytest.mark.parametrize("name", MODEL_FILES + RUN_FILES)
 def test_a_file_of_something_else_is_refused(name, content, folder):
     (folder / name).write_bytes(content)
-    fine = {"generation_config.json": ("empty", "a long number", "half a character"), "tokenizer_config.json": ("empty", "half a character")}
+    fine = {
+        "generation_config.json": ("empty", "a long number", "half a character"),
+        "tokenizer_config.json": ("empty", "half a character"),
+    }
     assert refused(folder, name) or any(content == CONTENTS[kind] for kind in fine.get(name, ()))
 
 

@@ -109,7 +109,9 @@ def test_a_study_makes_each_run_once_and_again_only_if_its_recipe_changed(tmp_pa
     assert set(files) == {f"{name}.{seed}.json" for name in ("grpo", "staged") for seed in (0, 1)} | {"no-std.0.json"}
     for name, text in files.items():
         result = json.loads(text)
-        rows = [json.loads(line) for line in (arguments.out / result["arm"] / f"seed_{result['seed']}" / "metrics.jsonl").open()]
+        rows = [
+            json.loads(line) for line in (arguments.out / result["arm"] / f"seed_{result['seed']}" / "metrics.jsonl").open()
+        ]
         sampled = [row["tokens"] for row in rows if row["kind"] == "grpo" and row["step"]]
         assert result["steps"]["tokens"] == sampled and len(sampled) == 3, name
         assert result["evaluations"][-1]["generated_tokens"] == sum(sampled)
@@ -237,7 +239,13 @@ def test_tables_by_hand():
 
 
 def test_an_sft_stage_is_one_point_beside_the_last_of_grpo():
-    rows = [("grpo", 0, 0, 0, 0.1), ("grpo", 0, 5, 5, 0.2), ("sft", 1, 8, 5, 0.3), ("sft", 1, 9, 5, 0.4), ("grpo", 2, 14, 10, 0.5)]
+    rows = [
+        ("grpo", 0, 0, 0, 0.1),
+        ("grpo", 0, 5, 5, 0.2),
+        ("sft", 1, 8, 5, 0.3),
+        ("sft", 1, 9, 5, 0.4),
+        ("grpo", 2, 14, 10, 0.5),
+    ]
     names = ("kind", "stage", "step", "grpo_steps", "eval_accuracy")
     run = Run("staged", 0, [dict(zip(names, row)) | {"generated_tokens": 0} for row in rows], {}, {}, 0)
     assert run.points == pytest.approx({(0, False): 10, (5, False): 20, (5, True): 40, (10, False): 50})

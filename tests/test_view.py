@@ -53,7 +53,15 @@ def test_a_picture_shows_stage_numbers_accuracy_progress_and_the_last_rollouts(m
         text = drawn(shown)
     assert "GRPO 1/3  step 10/80" in text and "runs/shown" in text
     assert "held-out accuracy 20.3 % (17.1 to 24.0)" in text and "20 % |" in text
-    for part in ("reward 0.432", "correct 25 %", "format 90 %", "length 123", "entropy 0.31", "clipped 1.2 %", "12,346 tokens/s"):
+    for part in (
+        "reward 0.432",
+        "correct 25 %",
+        "format 90 %",
+        "length 123",
+        "entropy 0.31",
+        "clipped 1.2 %",
+        "12,346 tokens/s",
+    ):
         assert part in text
     assert "a good one" in text and "bad one" in text and "old" not in text and "\x1b[31m" not in text
     assert "last correct: 79, 60, 17 -> 36" in text

@@ -270,7 +270,13 @@ def test_an_index_without_a_usable_map_is_named(index, folder):
 
 @pytest.mark.parametrize(
     "field, value",
-    [("num_hidden_layers", 10**12), ("hidden_size", 2**40), ("vocab_size", 10**30), ("head_dim", 10**6), ("num_attention_heads", 10**9)],
+    [
+        ("num_hidden_layers", 10**12),
+        ("hidden_size", 2**40),
+        ("vocab_size", 10**30),
+        ("head_dim", 10**6),
+        ("num_attention_heads", 10**9),
+    ],
 )
 def test_absurd_sizes_are_refused_before_anything_is_built(field, value, folder):
     edit_json(folder / "config.json", **{field: value})

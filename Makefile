@@ -17,7 +17,7 @@ help:
 	@echo "make study-quick        two of its runs again, in ten minutes, beside their results in docs/study"
 	@echo "make test               run the tests"
 	@echo "make lint               check style and format (ruff)"
-	@echo "make tiny-base          train the embedded model again from random weights (twenty minutes)"
+	@echo "make tiny-base          train the embedded model again from random weights (twenty minutes; TASK=calculus: the other one)"
 	@echo "make setup              only install what the above needs"
 	@echo "make clean              remove the environment and the caches; runs/ stays"
 
@@ -68,8 +68,9 @@ lint: setup-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+tiny-base: TASK ?= countdown
 tiny-base: setup
-	$(BIN)/python -m rl.tiny_base $(ARGS)
+	$(BIN)/python -m rl.tiny_base --task $(TASK) $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .hypothesis

@@ -1,7 +1,8 @@
-"""How the embedded model of `model/tiny/` was made: `make tiny-base` runs this file.
+"""How the embedded models were made: `make tiny-base` and `make tiny-base TASK=calculus` run this file.
 
-A Qwen3 of 0.8 M parameters and a tokenizer of its own, trained from random weights on the attempts of
-`data.attempts`: arithmetic that is right, aimed at nothing.
+Each is a small Qwen3 and a tokenizer of its own, trained from random weights on the documents of its task's `Corpus`.
+`model/tiny/` learns the attempts of `data.attempts`: arithmetic that is right, aimed at nothing. `model/tiny-calculus/`
+learns the derivations of `data.derivations`: every rule that one might take, right and wrong.
 """
 
 import json
@@ -9,14 +10,17 @@ import math
 import random
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tokenizers
 import tyro
 
 from data.attempts import VERDICTS, attempts_document, comparison_document, comparison_prompt, hopeless_problem
 from data.countdown import Problem, ProblemSettings, prompt_text
+from data.derivations import derivation_document
 from model import Qwen3, Qwen3Config, Tokenizer, prompt_ids, save_model
 from model.weights import TINY
 from rl.batch import Sample
@@ -24,8 +28,10 @@ from rl.learner import Learner
 from rl.optimizer import Optimizer
 from rl.recipe import Recipe
 from rl.sft import sft_step
+from tasks.calculus import Calculus, Derivative
 
 TINY_PROBLEMS = ProblemSettings(min_number=1, max_number=20, min_target=10, max_target=50, four_number_share=1 / 3)
+TINY_CALCULUS = Calculus(min_terms=2, max_terms=4, max_exponent=5, max_coefficient=9, max_order=2)
 CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 EXERCISE_SHARE = 0.2
 MAX_TOKENS = 256  # of a document; longer ones are cut off
@@ -33,23 +39,82 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 @dataclass(frozen=True)
-class TinyBase:
-    """Train the embedded model from random weights."""
+class Corpus:
+    """What a base is trained on, and what its tokenizer makes one token.
 
-    out: Path = TINY
-    """Folder to write the checkpoint to."""
+    Attributes:
+        document: a random prompt, and the text that follows it to the end of the turn.
+        phrases: texts that are one token each, beside bytes, tags and the chat format.
+        largest_number: numbers up to this one are one token each too.
+        layers: of the model.
+    """
+
+    document: Callable[[random.Random], tuple[str, str]]
+    phrases: list[str]
+    largest_number: int
+    layers: int
+
+
+def countdown_document(rng: random.Random) -> tuple[str, str]:
+    if rng.random() < EXERCISE_SHARE:
+        number, text = comparison_document(rng, TINY_PROBLEMS)
+        return comparison_prompt(number), text
+    problem = hopeless_problem(rng, TINY_PROBLEMS)
+    return prompt_text(problem), attempts_document(problem, rng)
+
+
+def calculus_document(rng: random.Random) -> tuple[str, str]:
+    problem = TINY_CALCULUS.draw(rng)
+    return TINY_CALCULUS.prompt(problem), derivation_document(problem.polynomial, problem.order, rng)
+
+
+def fixed_phrases(prompts: list[str], variable: str) -> list[str]:
+    """What stays the same in prompts: the pieces between matches of `variable`, where longer than a character."""
+    return [piece for prompt in prompts for piece in re.split(variable, prompt) if len(piece) > 1]
+
+
+COUNTDOWN_PROMPTS = [prompt_text(Problem((1, 2, 3), 10)), comparison_prompt(10)]
+CALCULUS_PROMPTS = [TINY_CALCULUS.prompt(Derivative((0, 1), order)) for order in (1, 2)]
+CORPORA = {
+    "countdown": Corpus(
+        countdown_document,
+        [*fixed_phrases(COUNTDOWN_PROMPTS, r"\d+(?:, \d+)*"), "user\n", "assistant\n", *VERDICTS],
+        largest_number=199,
+        layers=4,
+    ),
+    "calculus": Corpus(
+        calculus_document,
+        [
+            *fixed_phrases(CALCULUS_PROMPTS, r"x(?= with)"),
+            *("user\n", "assistant\n", " -> ", " + ", " - "),
+            *(f"x^{exponent}" for exponent in range(2, TINY_CALCULUS.max_exponent + 3)),
+        ],
+        largest_number=299,
+        layers=2,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TinyBase:
+    """Train an embedded model from random weights."""
+
+    task: Literal["countdown", "calculus"] = "countdown"
+    """Whose corpus to learn."""
+    out: Path | None = None
+    """Folder to write the checkpoint to; by itself where the embedded model of the task is."""
     steps: int = 6000
     """Optimizer steps."""
     documents_per_step: int = 32
-    """Documents a step; each is about 95 tokens."""
+    """Documents a step; each is about 95 tokens, in calculus 60."""
     learning_rate: float = 3e-3
     """Peak of the cosine schedule."""
     seed: int = 0
     """Of the weights and the documents."""
 
 
-def train_tokenizer(folder: Path) -> Tokenizer:
-    """A byte-level tokenizer in which each of the prompt's fixed phrases, and each number below 200, is one token.
+def train_tokenizer(folder: Path, corpus: Corpus) -> Tokenizer:
+    """A byte-level tokenizer in which each of the prompt's fixed phrases, and each small number, is one token.
 
     Everything else is bytes, so any text can be encoded. Qwen3 has one token a digit; whole numbers make completions a
     third shorter, and whether a value is the target a question of one token.
@@ -58,12 +123,10 @@ def train_tokenizer(folder: Path) -> Tokenizer:
     backend.normalizer = tokenizers.normalizers.NFC()
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
-    prompts = prompt_text(Problem((1, 2, 3), 10)), comparison_prompt(10)
-    pieces = [piece for prompt in prompts for piece in re.split(r"\d+(?:, \d+)*", prompt)]
-    phrases = [piece for piece in pieces if len(piece) > 1] + ["user\n", "assistant\n", *VERDICTS]
-    numbers = map(str, range(10, 200))  # those of one digit are bytes already
+    numbers = map(str, range(10, corpus.largest_number + 1))  # those of one digit are bytes already
     special = [tokenizers.AddedToken(token, special=True, normalized=False) for token in CHAT_TOKENS]
-    plain = [tokenizers.AddedToken(token, special=False, normalized=False) for token in (*TAGS, *phrases, *numbers)]
+    texts = dict.fromkeys((*TAGS, *corpus.phrases, *numbers))
+    plain = [tokenizers.AddedToken(text, special=False, normalized=False) for text in texts]
     backend.add_special_tokens(special)
     backend.add_tokens(plain)
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,12 +147,12 @@ def byte_alphabet() -> dict[str, int]:
     return {character: number for number, character in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
 
 
-def tiny_config(num_tokens: int) -> Qwen3Config:
+def tiny_config(num_tokens: int, layers: int) -> Qwen3Config:
     return Qwen3Config(
         vocab_size=math.ceil(num_tokens / 32) * 32,  # a few rows more than tokens, as in the published models
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
@@ -97,13 +160,8 @@ def tiny_config(num_tokens: int) -> Qwen3Config:
     )
 
 
-def document_sample(tokenizer: Tokenizer, rng: random.Random) -> Sample:
-    if rng.random() < EXERCISE_SHARE:
-        number, text = comparison_document(rng, TINY_PROBLEMS)
-        prompt = comparison_prompt(number)
-    else:
-        problem = hopeless_problem(rng, TINY_PROBLEMS)
-        prompt, text = prompt_text(problem), attempts_document(problem, rng)
+def document_sample(tokenizer: Tokenizer, corpus: Corpus, rng: random.Random) -> Sample:
+    prompt, text = corpus.document(rng)
     return Sample(prompt_ids(tokenizer, prompt, thinking=True), tokenizer.encode(text)[:MAX_TOKENS])
 
 
@@ -115,23 +173,25 @@ def cosine(step: int, steps: int, warmup: int = 100) -> float:
 
 
 def main(settings: TinyBase) -> None:
-    tokenizer = train_tokenizer(settings.out)
-    model = Qwen3(tiny_config(len(tokenizer))).init_weights(settings.seed)
+    corpus = CORPORA[settings.task]
+    out = settings.out or (TINY if settings.task == "countdown" else TINY.with_name(f"tiny-{settings.task}"))
+    tokenizer = train_tokenizer(out, corpus)
+    model = Qwen3(tiny_config(len(tokenizer), corpus.layers)).init_weights(settings.seed)
     model.num_tokens = len(tokenizer)
     print(f"{model.config.num_parameters():,} parameters, {len(tokenizer)} tokens")
     learner = Learner(model, Optimizer(model, weight_decay=0.1), Recipe(), micro_batch_tokens=4096)
     rng = random.Random(settings.seed)
     start, tokens = time.perf_counter(), 0
     for step in range(settings.steps):
-        samples = [document_sample(tokenizer, rng) for _ in range(settings.documents_per_step)]
+        samples = [document_sample(tokenizer, corpus, rng) for _ in range(settings.documents_per_step)]
         rate = settings.learning_rate * cosine(step, settings.steps)
         result = sft_step(learner, samples, rate)
         tokens += result["tokens"]
         if step % 50 == 0 or step + 1 == settings.steps:
             speed = tokens / (time.perf_counter() - start)
             print(f"step {step:5d}  loss {result['loss']:.4f}  {tokens / 1e6:5.1f} M tokens  {speed:,.0f} tokens/s", flush=True)
-    save_model(settings.out, model, tokenizer)
-    print(f"wrote {settings.out}")
+    save_model(out, model, tokenizer)
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,7 @@ class Calculus:
     """How often to differentiate at most, from 1 to 5."""
 
     example: ClassVar[str] = '{"polynomial": [7, 5, 0, -2, 3], "order": 1}'
+    published: ClassVar[dict] = {}
     typed: ClassVar[str] = "a polynomial such as 3x^4 - 2x + 5, or 3x^4 - 2x + 5; 2 for its second derivative"
 
     def __post_init__(self):

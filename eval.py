@@ -1,4 +1,4 @@
-"""Accuracy of models on held-out Countdown problems: `python eval.py runs/256-tiny/checkpoints/step_0080 tiny`.
+"""Accuracy of models on held-out problems: `python eval.py runs/256-tiny/checkpoints/step_0080 tiny`.
 
 A model is a checkpoint folder, `tiny`, a hub id, or a .jsonl of completions made elsewhere, which are only scored. The
 problems are those that the first checkpoint of a run was not trained on, or recipe 256's; several models stand side by side.
@@ -15,8 +15,6 @@ with ctrl_c_exits():
     import tyro
     from rich.console import Console
 
-    from data import Problem
-    from data.sources import load_problems
     from model import load_model
     from rl.checkpoint import saved_recipe
     from rl.comparison import Candidate, comparison_table, difference, measures
@@ -25,7 +23,9 @@ with ctrl_c_exits():
     from rl.evaluate import EVALUATION_SEED, Evaluation, evaluate, load_completions, problems_hash
     from rl.problems import problems_of
     from rl.recipe import EvaluationSettings, Recipe, RecipeError
-    from rl.recipe_file import load_recipe
+    from rl.recipe_file import load_recipe, recipe_for
+    from rl.rollout import Actor
+    from tasks import Problem
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Arguments:
 
     models: tyro.conf.Positional[tuple[str, ...]]
     """Checkpoint folders, tiny, hub ids, or .jsonl files with a numbers, target and completion a line."""
+    recipe: str | None = None
+    """The recipe whose task and sampling models from elsewhere are evaluated by; default: 256, or an embedded model's own."""
     problems: str | None = None
     """hub, generated, a .parquet or a .jsonl; default: held-out problems of the first model's recipe."""
     count: int | None = None
@@ -79,7 +81,7 @@ def model_of(source: str, arguments: Arguments) -> Model:
     """By the recipe a checkpoint was trained by, or 256 for models from elsewhere, with what the command line changes."""
     recipe = trained_by = saved_recipe(source)
     if recipe is None:
-        recipe = load_recipe("256", "tiny" if source == "tiny" else "")[1]
+        recipe = load_recipe(arguments.recipe)[1] if arguments.recipe else recipe_for(source)
         recipe = replace(recipe, model="tiny" if source.endswith(".jsonl") else source)
         if arguments.count is not None:
             recipe = replace(recipe, evaluation=EvaluationSettings(problems=arguments.count))
@@ -96,9 +98,9 @@ def problems_for(models: list[Model], arguments: Arguments) -> list[Problem]:
     """The problems that all models get: a file's as they are, else held-out ones that none of the models was trained on."""
     files = [model for model in models if model.is_file]
     if arguments.problems and arguments.problems not in ("hub", "generated"):
-        problems = load_problems(arguments.problems)
+        problems = models[0].recipe.task.load(arguments.problems)
     elif files and not arguments.problems:
-        problems = [group[0].problem for group in load_completions(files[0].source, True)]
+        problems = [group[0].problem for group in load_completions(files[0].source, files[0].recipe.task, True)]
     else:
         trained = [model for model in models if model.trained]
         splits = [problems_of(with_problems(model.recipe, arguments)) for model in trained or models[:1]]
@@ -121,28 +123,28 @@ def with_problems(recipe: Recipe, arguments: Arguments) -> Recipe:
 
 def candidate_of(model: Model, problems: list[Problem], arguments: Arguments) -> Candidate:
     """A model's completions of the problems: sampled, and greedy too; of a file, those in it."""
-    sampling = model.recipe.sampling
+    sampling, task = model.recipe.sampling, model.recipe.task
     if model.is_file:
-        groups = {group[0].problem.key: group for group in load_completions(model.source, sampling.thinking)}
+        groups = {group[0].problem.key: group for group in load_completions(model.source, model.recipe.task, sampling.thinking)}
         missing = [problem for problem in problems if problem.key not in groups]
         if missing:
             raise RecipeError(
                 f"{model.source} has no completion of {len(missing)} of the {len(problems)} problems, such as "
-                f"{list(missing[0].numbers)} -> {missing[0].target}; give the problems it is about by --problems"
+                f"{missing[0]}; give the problems it is about by --problems"
             )
         found = Evaluation.of([groups[problem.key] for problem in problems])
         has_tokens = all(r.completion.token_ids for group in found.groups for r in group)
-        return Candidate(model.source, found, None, sampling.thinking, sampling.max_new_tokens if has_tokens else None)
+        return Candidate(model.source, task, found, None, sampling.thinking, sampling.max_new_tokens if has_tokens else None)
     policy, tokenizer = load_model(model.source, pick_device(model.recipe), pick_dtype(model.recipe), model.recipe.revision)
 
     def evaluated(temperature: float, samples: int) -> Evaluation:
-        settings = replace(sampling, temperature=temperature)
+        actor = Actor(policy, tokenizer, task, replace(sampling, temperature=temperature))
         with sampling_progress(model.source, len(problems) * samples) as progress:
-            return evaluate(policy, tokenizer, problems, settings, arguments.seed, samples, progress)
+            return evaluate(actor, problems, arguments.seed, samples, progress)
 
     greedy = evaluated(0.0, 1)
     sampled = evaluated(sampling.temperature, arguments.samples) if sampling.temperature else greedy
-    return Candidate(model.source, sampled, greedy, sampling.thinking, sampling.max_new_tokens)
+    return Candidate(model.source, task, sampled, greedy, sampling.thinking, sampling.max_new_tokens)
 
 
 def print_examples(candidate: Candidate, examples: int, console: Console) -> None:
@@ -150,8 +152,7 @@ def print_examples(candidate: Candidate, examples: int, console: Console) -> Non
     for outcome in candidate.sampled.counts:
         chosen = [rollout for rollout in rollouts if rollout.score.outcome == outcome][:examples]
         for rollout in chosen:
-            numbers = ", ".join(map(str, rollout.problem.numbers))
-            console.rule(f"{candidate.name}, {outcome} ({rollout.score.reward:.2f}): {numbers} -> {rollout.problem.target}")
+            console.rule(f"{candidate.name}, {outcome} ({rollout.score.reward:.2f}): {printable(str(rollout.problem))}")
             console.print(printable(rollout.text), markup=False, highlight=False)
 
 

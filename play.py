@@ -1,6 +1,6 @@
-"""Give a model numbers and a target, and watch it think: `make play`, or `python play.py runs/256-tiny/checkpoints/step_0226`.
+"""Give a model a problem, and watch it think: `make play`, or `python play.py runs/256-tiny/checkpoints/step_0226`.
 
-Type the numbers and then the target, as in `7 9 11 22`; an empty line takes a random problem, `q` ends.
+For Countdown type the numbers and then the target, as in `7 9 11 22`; an empty line takes a random problem, `q` ends.
 """
 
 import random
@@ -14,15 +14,14 @@ with ctrl_c_exits():
     import torch
     import tyro
 
-    from data import Problem, generate_problems, prompt_text, solve
-    from model import KVCache, Qwen3, Tokenizer, load_model, prompt_ids
+    from model import KVCache, Qwen3, load_model
     from model.distribution import random_streams, sample
-    from rl import score
     from rl.checkpoint import saved_recipe
     from rl.console import printable, user_errors
     from rl.device import pick_device, pick_dtype
-    from rl.recipe import Recipe
-    from rl.recipe_file import load_recipe
+    from rl.recipe_file import recipe_for
+    from rl.rollout import Actor
+    from tasks import Problem
 
 
 @dataclass(frozen=True)
@@ -57,35 +56,21 @@ def stream(
             return
 
 
-def read_problem(line: str, recipe: Recipe, rng: random.Random) -> Problem:
-    """A problem from a typed line, or a random one of the recipe's kind for an empty line.
-
-    Raises:
-        ValueError: what was typed is no problem.
-    """
-    words = line.replace(",", " ").replace("->", " ").split()
-    if not words:
-        return generate_problems(1, rng.randrange(2**31), recipe.generator)[0]
-    if not all(word.isascii() and word.isdigit() and len(word) < 10 for word in words):
-        raise ValueError("type whole numbers and then the target, as in 7 9 11 22")
-    *numbers, target = map(int, words)
-    return Problem(numbers, target)
-
-
-def show_completion(model: Qwen3, tokenizer: Tokenizer, problem: Problem, recipe: Recipe, seed: int) -> None:
-    """One completion as it is sampled, the verdict on it, and what a search of all possibilities finds."""
-    sampling = recipe.sampling
-    prompt = prompt_ids(tokenizer, prompt_text(problem), sampling.thinking)
-    print(f"\n{', '.join(map(str, problem.numbers))} -> {problem.target}")
+def show_completion(actor: Actor, problem: Problem, seed: int) -> None:
+    """One completion as it is sampled, the verdict on it, and a solution."""
+    task, sampling, tokenizer = actor.task, actor.sampling, actor.tokenizer
+    prompt, stops = actor.prompt_ids(problem), actor.tokenizer.stop_token_ids
+    print(f"\n{printable(str(problem))}")
     ids, shown = [], ""
-    for token in stream(model, prompt, sampling.max_new_tokens, sampling.temperature, tokenizer.stop_token_ids, seed):
-        ids += [] if token in tokenizer.stop_token_ids else [token]
+    for token in stream(actor.model, prompt, sampling.max_new_tokens, sampling.temperature, stops, seed):
+        ids += [] if token in stops else [token]
         text = tokenizer.decode(ids)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else half a character
             print(printable(text[len(shown) :]), end="", flush=True)
             shown = text
-    verdict = score(tokenizer.decode(ids), problem, thinking=sampling.thinking)
-    print(f"\n{verdict.outcome}, reward {verdict.reward:.2f}. A solution: {solve(problem) or 'there is none'}\n")
+    verdict = task.score(tokenizer.decode(ids), problem, sampling.thinking)
+    solution = task.solution(problem) or "there is none"
+    print(f"\n{verdict.outcome}, reward {verdict.reward:.2f}. A solution: {printable(solution)}\n")
 
 
 def newest_checkpoint() -> str:
@@ -95,12 +80,13 @@ def newest_checkpoint() -> str:
 
 def main(arguments: Arguments) -> None:
     source = arguments.model or newest_checkpoint()
-    recipe = saved_recipe(source) or load_recipe("256", "tiny" if source == "tiny" else "")[1]
+    recipe = saved_recipe(source) or recipe_for(source)
     changes = {name: value for name in ("max_new_tokens", "temperature") if (value := getattr(arguments, name)) is not None}
     recipe = replace(recipe, stages=(), device=arguments.device, sampling=replace(recipe.sampling, **changes))
     model, tokenizer = load_model(source, pick_device(recipe), pick_dtype(recipe), recipe.revision)
     rng = random.Random(arguments.seed)
-    print(f"{source}. Numbers and target (7 9 11 22), an empty line for a random problem, q to end.")
+    actor = Actor(model, tokenizer, recipe.task, recipe.sampling)
+    print(f"{source}. Type {recipe.task.typed}; an empty line for a random problem, q to end.")
     while True:
         try:
             line = input("> ").strip()
@@ -109,11 +95,12 @@ def main(arguments: Arguments) -> None:
         if line in ("q", "quit", "exit"):
             return
         try:
-            problem = read_problem(line, recipe, rng)
+            task = recipe.task
+            problem = task.typed_problem(line) if line else task.generate(1, rng.randrange(2**31))[0]
         except ValueError as error:
             print(error)
             continue
-        show_completion(model, tokenizer, problem, recipe, rng.randrange(2**31))
+        show_completion(actor, problem, rng.randrange(2**31))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ with ctrl_c_exits():
     import torch
     import tyro
 
+    from model.weights import is_embedded
     from rl.console import fail, user_errors
     from rl.interruption import Stopped
     from rl.recipe import Recipe, RecipeError
@@ -64,14 +65,16 @@ def parse(arguments: list[str]) -> Arguments:
     name = arguments[0] if arguments and not arguments[0].startswith("-") else "256"
     asked = requested(arguments, "--model") or load_recipe(name)[1].model
     model = resolve_model(asked)
-    run_name, recipe = load_recipe(name, variant="tiny" if model == "tiny" else "")
+    run_name, recipe = load_recipe(name, variant="tiny" if is_embedded(model) else "")
+    if asked == "auto" and is_embedded(recipe.model):
+        model = recipe.model  # the one that this task has
     recipe = replace(recipe, model=model, out=recipe.out or f"runs/{run_name}")
     default = Arguments(recipe_name=name, recipe=recipe)
     parsed = tyro.cli(Arguments, args=arguments, default=default, description=__doc__, config=(tyro.conf.AvoidSubcommands,))
     if parsed.recipe_name != name:
         raise RecipeError(f"name the recipe before the options: python train.py {parsed.recipe_name} ...")
-    if asked == "auto" and model == "tiny" and not parsed.quiet and os.environ.get("RANK", "0") == "0":
-        print(f"no CUDA device: taking the embedded tiny model, by its own recipe (--model {REAL_MODEL} overrides)")
+    if asked == "auto" and is_embedded(model) and not parsed.quiet and os.environ.get("RANK", "0") == "0":
+        print(f"no CUDA device: taking the embedded {model} model, by its own recipe (--model {REAL_MODEL} overrides)")
     return replace(parsed, recipe=replace(parsed.recipe, model=resolve_model(parsed.recipe.model)))
 
 

@@ -39,6 +39,13 @@ class Problem:
         """Equal for problems that differ only in the order of their numbers, which are the same problem."""
         return self.target, tuple(sorted(self.numbers))
 
+    def row(self) -> dict:
+        """The problem as JSON."""
+        return {"numbers": self.numbers, "target": self.target}
+
+    def __str__(self) -> str:
+        return f"{', '.join(map(str, self.numbers))} -> {self.target}"
+
 
 def prompt_text(problem: Problem) -> str:
     """The one line a model is asked."""

@@ -1,19 +1,45 @@
 """Where problems come from, and how some of them are kept out of training."""
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from data.countdown import Problem
 from data.jsonl import DataError, read_jsonl
 from hub import HubError, download
 
-HUB_REPOSITORY = "Jiayi-Pan/Countdown-Tasks-3to4"
-HUB_FILE = "data/train-00000-of-00001.parquet"
+P = TypeVar("P")  # a task's kind of problem
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a task's problems are stored.
+
+    Attributes:
+        example: a line of a .jsonl file.
+        columns: of a parquet file, each with the field of a row that it is.
+        repository: the dataset on the hub, if there is one.
+        files: its parquet files, each under the name that it is asked for by, "hub" among them.
+    """
+
+    example: str
+    columns: dict[str, str]
+    repository: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+
+
+COUNTDOWN = Format(
+    '{"numbers": [79, 60, 17], "target": 36}',
+    {"nums": "numbers", "target": "target"},
+    "Jiayi-Pan/Countdown-Tasks-3to4",
+    {"hub": "data/train-00000-of-00001.parquet"},
+)
 
 
 def load_problems(source: str | Path, revision: str | None = None) -> list[Problem]:
-    """Read problems, in the source's order and with its duplicates.
+    """Read Countdown problems, in the source's order and with its duplicates.
 
     Args:
         source: "hub" for Jiayi-Pan/Countdown-Tasks-3to4 (490,364 problems, downloaded once), a `.parquet` file with
@@ -24,14 +50,20 @@ def load_problems(source: str | Path, revision: str | None = None) -> list[Probl
         DataError: no such source, no network, a file that is not the hub's, missing columns, a row that is no
             problem, or no rows at all.
     """
-    if str(source) == "hub":
+    return read_problems(source, COUNTDOWN, lambda row: Problem(row["numbers"], row["target"]), revision)
+
+
+def read_problems(source: str | Path, stored: Format, problem_of: Callable[[dict], P], revision: str | None = None) -> list[P]:
+    """Read the problems of any task, see `load_problems`; `problem_of` makes a row one, or raises ValueError."""
+    if str(source) == "hub" and not stored.repository:
+        raise DataError("there is no dataset of this task on the hub; generate problems, or give a .jsonl file")
+    if file := stored.files.get(str(source)):
         try:
-            folder = download(
-                HUB_REPOSITORY, [HUB_FILE], "give a .parquet or .jsonl file, or generate problems", "dataset", revision
-            )
+            advice = "give a .parquet or .jsonl file, or generate problems"
+            folder = download(stored.repository, [file], advice, "dataset", revision)
         except HubError as error:
             raise DataError(str(error)) from error
-        return _checked(HUB_REPOSITORY, _parquet_rows(folder / HUB_FILE))
+        return _checked(stored.repository, _parquet_rows(folder / file, stored), problem_of)
     path = Path(source)
     readers = {".parquet": _parquet_rows, ".jsonl": _jsonl_rows}
     if path.suffix not in readers:
@@ -40,15 +72,15 @@ def load_problems(source: str | Path, revision: str | None = None) -> list[Probl
         raise DataError(f"revision '{revision}' belongs to the hub dataset; leave it out for the file {path}")
     if not path.is_file():
         raise DataError(f'{path} is no file; give "hub" or the path of a .parquet or .jsonl file')
-    return _checked(str(path), readers[path.suffix](path))
+    return _checked(str(path), readers[path.suffix](path, stored), problem_of)
 
 
-def split_problems(problems: Iterable[Problem], held_out: int, seed: int = 0) -> tuple[list[Problem], list[Problem]]:
-    """Divide into (train, held_out) lists that share no problem, not even with its numbers in another order.
+def split_problems(problems: Iterable[P], held_out: int, seed: int = 0) -> tuple[list[P], list[P]]:
+    """Divide into (train, held_out) lists that share no problem, not even in other words.
 
-    One row in twelve of the hub dataset repeats an earlier one so permuted; a split by row would evaluate on what it
-    trained on. Problems with equal `key` are therefore merged first. The result depends on the set of problems and the
-    seed, not on their order.
+    One row in twelve of the Countdown dataset repeats an earlier one with its numbers in another order; a split by row
+    would evaluate on what it trained on. Problems with equal `key` are therefore merged first. The result depends on
+    the set of problems and the seed, not on their order.
 
     Args:
         held_out: how many different problems to keep out.
@@ -58,10 +90,10 @@ def split_problems(problems: Iterable[Problem], held_out: int, seed: int = 0) ->
     """
     if held_out < 0:
         raise DataError(f"held_out must be 0 or more, not {held_out}")
-    unique: dict[tuple, Problem] = {}
+    unique: dict = {}
     for problem in problems:
         kept = unique.setdefault(problem.key, problem)
-        if problem.numbers < kept.numbers:  # which of the twins stays must not depend on their order
+        if list(problem.row().values()) < list(kept.row().values()):  # which twin stays must not depend on their order
             unique[problem.key] = problem
     if len(unique) <= held_out:
         raise DataError(f"cannot hold out {held_out} of {len(unique)} different problems and train on the rest; hold out fewer")
@@ -70,14 +102,14 @@ def split_problems(problems: Iterable[Problem], held_out: int, seed: int = 0) ->
     return shuffled[held_out:], shuffled[:held_out]
 
 
-Row = tuple[str, object, object]  # "row 3" or "line 3", numbers, target
+Row = tuple[str, dict]  # "row 3" or "line 3", and what stands there
 
 
-def _checked(source: str, rows: Iterable[Row]) -> list[Problem]:
+def _checked(source: str, rows: Iterable[Row], problem_of: Callable[[dict], P]) -> list[P]:
     problems = []
-    for place, numbers, target in rows:
+    for place, row in rows:
         try:
-            problems.append(Problem(numbers, target))
+            problems.append(problem_of(row))
         except ValueError as error:
             raise DataError(f"{source}, {place}: {error}; correct or remove it") from error
     if not problems:
@@ -85,25 +117,25 @@ def _checked(source: str, rows: Iterable[Row]) -> list[Problem]:
     return problems
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path, stored: Format) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        columns = set(pyarrow.parquet.read_schema(path).names)
-        if not {"target", "nums"} <= columns:
-            raise DataError(f"{path} needs the columns 'target' and 'nums', but has {sorted(columns)}; rename them")
-        table = pyarrow.parquet.read_table(path, columns=["nums", "target"])
+        found = set(pyarrow.parquet.read_schema(path).names)
+        if not found.issuperset(stored.columns):
+            needed = " and ".join(f"'{name}'" for name in sorted(stored.columns, reverse=True))
+            raise DataError(f"{path} needs the columns {needed}, but has {sorted(found)}; rename them")
+        table = pyarrow.parquet.read_table(path, columns=list(stored.columns))
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} cannot be read as parquet; write or download it again") from error
-    rows = zip(table["nums"].to_pylist(), table["target"].to_pylist(), strict=True)
-    for index, (numbers, target) in enumerate(rows, start=1):
-        yield f"row {index}", numbers, target
+    columns = {field: table[name].to_pylist() for name, field in stored.columns.items()}
+    for index, values in enumerate(zip(*columns.values(), strict=True), start=1):
+        yield f"row {index}", dict(zip(columns, values, strict=True))
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    expected = '{"numbers": [79, 60, 17], "target": 36}'
-    for number, row in read_jsonl(path, expected):
-        if not {"numbers", "target"} <= row.keys():
-            raise DataError(f"{path}, line {number}: expected {expected}; correct it")
-        yield f"line {number}", row["numbers"], row["target"]
+def _jsonl_rows(path: Path, stored: Format) -> Iterator[Row]:
+    for number, row in read_jsonl(path, stored.example):
+        if not row.keys() >= set(stored.columns.values()):
+            raise DataError(f"{path}, line {number}: expected {stored.example}; correct it")
+        yield f"line {number}", row

@@ -5,8 +5,8 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from data.countdown import Problem
 from data.jsonl import DataError, read_jsonl
 
 
@@ -17,7 +17,7 @@ class Trace:
     `step` is the training step that sampled it; 0 for traces of other origin.
     """
 
-    problem: Problem
+    problem: Any  # of a task's own kind
     completion: str
     step: int = 0
 
@@ -49,27 +49,28 @@ def curate(candidates: Iterable[Trace], per_problem: int, limit: int) -> list[Tr
 
 
 def save_traces(path: str | Path, traces: Iterable[Trace]) -> None:
-    """Write one JSON object a line: numbers, target, step, completion."""
+    """Write one JSON object a line: the problem's fields, step, completion."""
     with open(path, "w", encoding="utf-8") as file:
         for trace in traces:
-            row = {"numbers": trace.problem.numbers, "target": trace.problem.target, "step": trace.step}
-            file.write(json.dumps({**row, "completion": trace.completion}, ensure_ascii=False) + "\n")
+            row = trace.problem.row() | {"step": trace.step, "completion": trace.completion}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def load_traces(path: str | Path, is_correct: Callable[[str, Problem], bool]) -> list[Trace]:
+def load_traces(path: str | Path, problem_of: Callable[[dict], Any], is_correct: Callable[[str, Any], bool]) -> list[Trace]:
     """Read traces and verify each again, so that nothing wrong is imitated whoever wrote the file.
 
     Args:
+        problem_of: makes a row's fields a problem, or raises ValueError, TypeError or KeyError.
         is_correct: says whether a completion solves a problem.
 
     Raises:
         DataError: no such file, no rows, or a row that is malformed, not Latin or not correct; it names the line.
     """
-    traces, expected = [], '{"numbers": [...], "target": n, "completion": "..."}'
+    traces, expected = [], 'a problem and its "completion", as a run writes traces.jsonl'
     for number, row in read_jsonl(path, expected):
         where = f"{path}, line {number}"
         try:
-            trace = Trace(Problem(row["numbers"], row["target"]), row["completion"], row.get("step", 0))
+            trace = Trace(problem_of(row), row["completion"], row.get("step", 0))
             if not isinstance(trace.completion, str) or not isinstance(trace.step, int):
                 raise TypeError("completion must be text and step a whole number")
         except (ValueError, TypeError, KeyError) as error:
@@ -77,7 +78,7 @@ def load_traces(path: str | Path, is_correct: Callable[[str, Problem], bool]) ->
         if not latin_only(trace.completion):
             raise DataError(f"{where}: letters outside the Latin script; remove the trace")
         if not is_correct(trace.completion, trace.problem):
-            raise DataError(f"{where}: does not solve {trace.problem.numbers} -> {trace.problem.target}; remove the trace")
+            raise DataError(f"{where}: does not solve {trace.problem}; remove the trace")
         traces.append(trace)
     if not traces:
         raise DataError(f"{path}: no traces in it")

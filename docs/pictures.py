@@ -48,7 +48,8 @@ def live_page(arguments: Arguments) -> str:
     picture.history(rows)
     picture.row, stage = rows[-1], rows[-1]["stage"]
     picture.place = (sum(row["stage"] == stage and row["step"] > 0 for row in rows), recipe.stages[stage].steps)
-    picture.rollouts(load_completions(run.path / "rollouts" / f"step_{arguments.step:04d}.jsonl", recipe.sampling.thinking))
+    rollouts = run.path / "rollouts" / f"step_{arguments.step:04d}.jsonl"
+    picture.rollouts(load_completions(rollouts, recipe.task, recipe.sampling.thinking))
     picture.progress = ("update", 0, 1, 0.0)
     console.print(picture.draw())
     return console.export_html(theme=MONOKAI, inline_styles=True).replace("<body>", '<body style="margin:12px">')

@@ -15,6 +15,7 @@ from model.qwen3 import Qwen3
 from model.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "tiny"
+EMBEDDED = {"tiny": TINY, "tiny-calculus": Path(__file__).parent / "tiny-calculus"}
 FILES = ["*.safetensors", "*.json"]  # what is downloaded: never a pickle
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -25,7 +26,8 @@ def load_model(
     """Load a model and its tokenizer.
 
     Args:
-        source: "tiny" (the embedded model), a folder in Hugging Face's layout, or a hub id such as "Qwen/Qwen3-1.7B".
+        source: "tiny" or "tiny-calculus" (the embedded models), a folder in Hugging Face's layout, or a hub id such as
+            "Qwen/Qwen3-1.7B".
         dtype: of the weights; None keeps the dtype that `config.json` names.
         revision: branch, tag or commit of a hub id.
 
@@ -73,10 +75,15 @@ def save_model(folder: str | Path, model: Qwen3, tokenizer: Tokenizer) -> None:
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
+def is_embedded(source: str | Path) -> bool:
+    """Whether `source` names a model that is part of this repository."""
+    return str(source) in EMBEDDED
+
+
 def resolve_source(source: str | Path, revision: str | None = None) -> Path:
-    """The local folder of `source`, downloaded from the hub if it is neither "tiny" nor a folder here."""
-    if str(source) == "tiny":
-        return TINY
+    """The local folder of `source`, downloaded from the hub if it is neither embedded nor a folder here."""
+    if is_embedded(source):
+        return EMBEDDED[str(source)]
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder

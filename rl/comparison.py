@@ -8,6 +8,7 @@ from rich.table import Table
 from rl.evaluate import Evaluation, by_difficulty, distinct_answers, majority_accuracy, non_latin_fraction, solved_shares
 from rl.intervals import bootstrap_interval, mcnemar_p
 from rl.rollout import pass_at_k
+from tasks import Task
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Candidate:
     """What is compared: a model's completions as sampled and, unless they were made elsewhere, the likeliest ones."""
 
     name: str
+    task: Task
     sampled: Evaluation
     greedy: Evaluation | None
     thinking: bool
@@ -36,11 +38,12 @@ def measures(candidate: Candidate) -> dict:
     found |= {
         "samples": candidate.samples,
         "pass_at": {k: pass_at_k(groups, k) for k in range(1, candidate.samples + 1)},
-        "majority": majority_accuracy(groups, candidate.thinking),
+        "majority": majority_accuracy(groups, candidate.task, candidate.thinking),
         "distinct_answers": distinct_answers(groups),
         "outcomes": {outcome: count / total for outcome, count in sampled.counts.items()},
         "by_difficulty": {
-            kind: estimate(Evaluation.of(some)) | {"problems": len(some)} for kind, some in by_difficulty(groups).items()
+            kind: estimate(Evaluation.of(some)) | {"problems": len(some)}
+            for kind, some in by_difficulty(groups, candidate.task).items()
         },
         "non_latin_fraction": non_latin_fraction(groups),
     }

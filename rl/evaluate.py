@@ -3,20 +3,18 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from data import Problem, solve
 from data.jsonl import DataError, read_jsonl
 from data.traces import non_latin
-from model import Completion, Qwen3, Tokenizer
+from model import Completion
 from rl.intervals import wilson_interval
-from rl.recipe import SamplingSettings
-from rl.reward import claim, score
-from rl.rollout import Rollout, collect_rollouts
+from rl.rollout import Actor, Rollout, collect_rollouts
 from rl.workers import ALONE, Workers
+from tasks import Problem, Task
 
 OUTCOMES = ("correct", "near", "wrong", "malformed")
 EVALUATION_SEED = 1_000_003  # every evaluation of a run samples from the same random streams
@@ -62,21 +60,19 @@ class Evaluation:
 
 
 def evaluate(
-    model: Qwen3,
-    tokenizer: Tokenizer,
+    actor: Actor,
     problems: list[Problem],
-    sampling: SamplingSettings,
     seed: int,
     num_samples: int = 1,
     progress: Callable[[int, int], None] | None = None,
     workers: Workers = ALONE,
 ) -> Evaluation:
     """Sample `num_samples` completions a problem and score them; `progress` and `workers` as in `collect_rollouts`."""
-    return Evaluation.of(collect_rollouts(model, tokenizer, problems, num_samples, sampling, seed, progress, workers))
+    return Evaluation.of(collect_rollouts(actor, problems, num_samples, seed, progress, workers))
 
 
-def load_completions(path: str | Path, thinking: bool) -> list[Group]:
-    """Completions made elsewhere, scored: a `{"numbers": [...], "target": n, "completion": "..."}` a line.
+def load_completions(path: str | Path, task: Task, thinking: bool) -> list[Group]:
+    """Completions made elsewhere, scored: for Countdown a `{"numbers": [...], "target": n, "completion": "..."}` a line.
 
     Lines of one problem are its group, whatever the order of lines and numbers. Where a line has `token_ids` and
     `finished`, as in a run's rollouts/, lengths and truncation are known too.
@@ -85,16 +81,16 @@ def load_completions(path: str | Path, thinking: bool) -> list[Group]:
         DataError: no such file, nothing in it, or a line that is no completion; it names the line.
     """
     groups: dict[tuple, Group] = {}
-    expected = '{"numbers": [...], "target": n, "completion": "..."}'
+    expected = task.example[:-1] + ', "completion": "..."}'
     for number, row in read_jsonl(path, expected):
         try:
-            problem, text = Problem(row["numbers"], row["target"]), row["completion"]
+            problem, text = task.problem(row), row["completion"]
             ids, finished = row.get("token_ids", []), row.get("finished", True)
             if not isinstance(text, str) or not isinstance(ids, list) or not isinstance(finished, bool):
                 raise TypeError("completion must be text, token_ids a list and finished true or false")
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path}, line {number}: not a completion ({error}); expected {expected}") from None
-        scored = Rollout(problem, [], Completion(ids, [], finished), text, score(text, problem, thinking))
+        scored = Rollout(problem, [], Completion(ids, [], finished), text, task.score(text, problem, thinking))
         groups.setdefault(problem.key, []).append(scored)
     if not groups:
         raise DataError(f"{path}: no completions in it")
@@ -103,7 +99,7 @@ def load_completions(path: str | Path, thinking: bool) -> list[Group]:
 
 def problems_hash(problems: list[Problem]) -> str:
     """The first 12 digits of the SHA-256 of the problems in their order: equal for evaluations that may be compared."""
-    text = json.dumps([[problem.numbers, problem.target] for problem in problems])
+    text = json.dumps([list(problem.row().values()) for problem in problems])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -112,16 +108,10 @@ def solved_shares(groups: list[Group]) -> list[float]:
     return [fmean(rollout.score.outcome == "correct" for rollout in group) for group in groups]
 
 
-def difficulty(problem: Problem) -> str:
-    """ "3 numbers, needs * or /" and the like. A model may do well on the whole and never multiply; the whole hides it."""
-    need = "+ and - suffice" if solve(problem, operators="+-") else "needs * or /"
-    return f"{len(problem.numbers)} numbers, {need}"
-
-
-def by_difficulty(groups: list[Group]) -> dict[str, list[Group]]:
+def by_difficulty(groups: list[Group], task: Task) -> dict[str, list[Group]]:
     kinds: dict[str, list[Group]] = {}
     for group in groups:
-        kinds.setdefault(difficulty(group[0].problem), []).append(group)
+        kinds.setdefault(task.level(group[0].problem), []).append(group)
     return dict(sorted(kinds.items()))
 
 
@@ -134,19 +124,18 @@ def distinct_answers(groups: list[Group]) -> float:
     return fmean(map(len, answers))
 
 
-def majority_accuracy(groups: list[Group], thinking: bool) -> float:
+def majority_accuracy(groups: list[Group], task: Task, thinking: bool) -> float:
     """Share of problems that a vote among their completions solves (self-consistency, arXiv:2203.11171).
 
-    Answers are the same if they have the same value from the same numbers, however written; the earlier wins a tie.
-    Completions without an arithmetic answer have no vote.
+    The task says which answers are the same; the earlier wins a tie. Completions without an answer have no vote.
     """
 
     def winner(group: Group) -> Rollout | None:
-        votes: dict[tuple, list[Rollout]] = {}
+        votes: dict[Hashable, list[Rollout]] = {}
         for rollout in group:
-            answer = claim(rollout.text, thinking)
+            answer = task.answer(rollout.text, thinking)
             if answer is not None:
-                votes.setdefault((answer.value, tuple(sorted(answer.numbers))), []).append(rollout)
+                votes.setdefault(answer, []).append(rollout)
         return max(votes.values(), key=len)[0] if votes else None
 
     winners = map(winner, groups)

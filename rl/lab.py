@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 
-from data import Problem, prompt_text
-from model import Qwen3, Tokenizer, add_adapters, load_model, prompt_ids
+from model import Qwen3, Tokenizer, add_adapters, load_model
 from model.memory import free_memory, held_memory, return_freed_blocks
 from rl.checkpoint import Progress, load_adapters, load_progress, newest_checkpoint
 from rl.console import describe_run
@@ -15,10 +14,12 @@ from rl.interruption import Stop
 from rl.memory_plan import check_plan, gb, plan_memory, work_of
 from rl.problems import problems_of
 from rl.recipe import Recipe
+from rl.rollout import Actor
 from rl.runfolder import RunFolder
 from rl.sharding import shard, sharding_of
 from rl.view import Lines, Quiet
 from rl.workers import ALONE, Workers
+from tasks import Problem
 
 
 @dataclass
@@ -36,6 +37,10 @@ class Lab:
     stop: Stop = field(default_factory=Stop)
     workers: Workers = ALONE
 
+    @property
+    def actor(self) -> Actor:
+        return Actor(self.model, self.tokenizer, self.recipe.task, self.recipe.sampling)
+
 
 def set_up(
     recipe: Recipe, run: RunFolder, resume: bool, view: Lines, workers: Workers = ALONE
@@ -51,7 +56,8 @@ def set_up(
     free, process = free_memory(device), held_memory(device)
     model, tokenizer = load_policy(recipe, device, checkpoint, workers)
     train_problems, held_out = problems_of(recipe)
-    longest = max(len(prompt_ids(tokenizer, prompt_text(p), recipe.sampling.thinking)) for p in held_out)
+    actor = Actor(model, tokenizer, recipe.task, recipe.sampling)
+    longest = max(len(actor.prompt_ids(problem)) for problem in held_out)
     work = work_of(recipe, longest, workers.size)
     plan = plan_memory(model, recipe.optimizer, work, free, process)
     check_plan(plan, model, recipe.optimizer, work, free)

@@ -4,17 +4,8 @@ import math
 from itertools import cycle
 from pathlib import Path
 
+from rl.recipe import Recipe
 from rl.runfolder import RunFolder
-
-# Accuracy in %, from the paper's Tables 1 and 2 (Qwen3-1.7B on Countdown-Tasks-3to4), by GRPO step.
-PAPER_256 = [
-    (0, 0.0), (10, 0.1), (20, 0.2), (30, 0.2), (40, 3.3), (50, 9.2), (60, 13.5), (70, 21.5), (80, 37.3),
-    (80, 31.6), (90, 44.0), (100, 44.5), (110, 44.5), (120, 45.5), (130, 44.0), (140, 44.6), (150, 45.8),
-    (160, 45.3), (170, 47.1), (180, 48.8),
-]  # fmt: skip
-PAPER_512 = [
-    (0, 11.4), (10, 21.1), (20, 28.1), (30, 30.5), (40, 30.2), (50, 31.6), (60, 36.1), (70, 36.4), (80, 39.2)
-]  # fmt: skip
 
 # The panels of training.png: a title, and the metrics in it, those with a name as thin lines; shares are shown in %.
 PANELS = (
@@ -32,10 +23,9 @@ STYLES = (  # color, line, marker
 )  # fmt: skip
 
 
-def write_curve(run: RunFolder, max_new_tokens: int) -> None:
+def write_curve(run: RunFolder, paper: list[tuple[int, float]]) -> None:
     """Write the evaluations of a run so far into `curve.md` and `curve.png`, its GRPO steps into `training.png`."""
     rows = [row for row in run.metrics() if "eval_accuracy" in row]
-    paper = paper_points(max_new_tokens)
     (run.path / "curve.md").write_text(curve_table(rows, paper))
     if rows:
         plot_curve(rows, paper, run.path / "curve.png")
@@ -46,9 +36,9 @@ def write_curve(run: RunFolder, max_new_tokens: int) -> None:
         plot_metrics({run.path.name: [series]}, run.path / "training.png")
 
 
-def paper_points(max_new_tokens: int) -> list[tuple[int, float]]:
-    """(GRPO step, accuracy in %) of the paper's experiment with so many new tokens, if it has one."""
-    return {256: PAPER_256, 512: PAPER_512}.get(max_new_tokens, [])
+def paper_points(recipe: Recipe) -> list[tuple[int, float]]:
+    """(GRPO step, accuracy in %) of the paper's experiment on the same task with as many new tokens, if it has one."""
+    return recipe.task.published.get(recipe.sampling.max_new_tokens, [])
 
 
 def curve_table(rows: list[dict], paper: list[tuple[int, float]]) -> str:
@@ -56,14 +46,11 @@ def curve_table(rows: list[dict], paper: list[tuple[int, float]]) -> str:
 
     The paper gives two figures at step 80, before and after SFT; they go to the GRPO and the SFT evaluation there.
     """
+    about = "The paper's column is Qwen3-1.7B on Countdown-Tasks-3to4, whatever model and problems this run has.\n"
     lines = [
-        "# Held-out accuracy",
-        "",
-        "The paper's column is Qwen3-1.7B on Countdown-Tasks-3to4: another model and other problems unless this run used",
-        "those. Intervals are 95 % (Wilson).",
-        "",
-        "| stage | step | GRPO steps | accuracy (%) | 95 % interval | paper (%) |",
-        "|---|---|---|---|---|---|",
+        f"# Held-out accuracy\n\n{about if paper else ''}Intervals are 95 % (Wilson).\n",
+        "| stage | step | GRPO steps | accuracy (%) | 95 % interval |" + " paper (%) |" * bool(paper),
+        "|---|---|---|---|---|" + "---|" * bool(paper),
     ]
     for index, row in enumerate(rows):
         figures = [value for step, value in paper if step == row["grpo_steps"]]
@@ -75,7 +62,10 @@ def curve_table(rows: list[dict], paper: list[tuple[int, float]]) -> str:
             shown = f"{figures[0]}"
         accuracy, low, high = (100 * row[name] for name in ("eval_accuracy", "eval_low", "eval_high"))
         stage = "start" if row["step"] == 0 else f"{row['stage'] + 1} {row['kind']}"
-        lines.append(f"| {stage} | {row['step']} | {row['grpo_steps']} | {accuracy:.1f} | {low:.1f} to {high:.1f} | {shown} |")
+        lines.append(
+            f"| {stage} | {row['step']} | {row['grpo_steps']} | {accuracy:.1f} | {low:.1f} to {high:.1f} |"
+            + f" {shown} |" * bool(paper)
+        )
     return "\n".join(lines) + "\n"
 
 

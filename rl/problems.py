@@ -2,22 +2,24 @@
 
 import numpy as np
 
-from data import DataError, Problem, generate_problems, load_problems, split_problems
+from data import DataError, split_problems
+from model.weights import is_embedded
 from rl.recipe import Recipe
+from tasks import Problem
 
 
 def problems_of(recipe: Recipe) -> tuple[list[Problem], list[Problem]]:
     """(train, held-out) problems of a recipe, which share none; a baseline has no use for the first."""
     source = recipe.problems
     if source == "auto":
-        source = "generated" if recipe.model == "tiny" else "hub"
+        source = "generated" if is_embedded(recipe.model) else "hub"
     if source == "generated":
         try:
-            problems = generate_problems(recipe.generated_problems, recipe.seed, recipe.generator)
+            problems = recipe.task.generate(recipe.generated_problems, recipe.seed)
         except ValueError as error:
-            raise DataError(f"generator: {error}") from None
+            raise DataError(f"task: {error}") from None
     else:
-        problems = load_problems(source)
+        problems = recipe.task.load(source)
     return split_problems(problems, recipe.evaluation.held_out, recipe.seed)
 
 

@@ -4,7 +4,8 @@ import typing
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Annotated, Literal
 
-from data import ProblemSettings
+from rl.reward import RewardSettings
+from tasks import AnyTask, Countdown
 
 
 class RecipeError(ValueError):
@@ -126,16 +127,6 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True)
-class RewardSettings:
-    """What the reward pays for beside a correct answer. Verdicts, and so accuracy, are the same whatever stands here."""
-
-    near_miss: bool = True
-    """Pay for well-formed answers off the target by at most 10; without, they earn what any other wrong answer does."""
-    latin_only: bool = False
-    """Guard against drift into other languages: a letter outside the Latin script, and the completion earns nothing."""
-
-
-@dataclass(frozen=True)
 class OptimizerSettings:
     """The update, in GRPO and in SFT alike."""
 
@@ -190,8 +181,8 @@ class Recipe:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     problems: str = "auto"
-    """"hub" (Countdown-Tasks-3to4), "generated", a .parquet or a .jsonl; auto is generated for tiny, else hub."""
-    generator: ProblemSettings = field(default_factory=ProblemSettings)
+    """"hub" (the task's dataset), "generated", a .parquet or a .jsonl; auto is generated for tiny models, else hub."""
+    task: AnyTask = field(default_factory=Countdown)
     generated_problems: Count = 20000
     """How many problems to generate, the held-out ones included."""
     seed: Annotated[int, Range(0, 2**31)] = 0

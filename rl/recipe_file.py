@@ -8,6 +8,7 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Literal
 
+from model.weights import is_embedded
 from rl.recipe import STAGES, Recipe, RecipeError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -26,6 +27,16 @@ def load_recipe(name: str, variant: str = "") -> tuple[str, Recipe]:
     if variant and sibling.is_file():
         path = sibling
     return path.stem, build_recipe(read_tables(path), path)
+
+
+def recipe_for(model: str) -> Recipe:
+    """The recipe to evaluate a model by that was not trained here: that of an embedded model, else 256."""
+    if is_embedded(model):
+        for path in sorted(RECIPES.glob("*.toml")):
+            recipe = build_recipe(read_tables(path), path)
+            if recipe.model == model:
+                return recipe
+    return load_recipe("256")[1]
 
 
 def build_recipe(tables: dict, path: Path) -> Recipe:
@@ -98,11 +109,14 @@ def convert(hint, value, where: str):
     if typing.get_origin(hint) is tuple:  # the stages
         if not isinstance(value, list):
             raise RecipeError(f"{where} must be a list of tables, not {value!r}")
-        for number, stage in enumerate(value):
-            kind = stage.get("kind") if isinstance(stage, dict) else stage
-            if not isinstance(kind, str) or kind not in STAGES:
-                raise RecipeError(f'{where}.{number}.kind must be "grpo" or "sft", not {kind!r}')
-        return tuple(from_dict(STAGES[stage["kind"]], stage, f"{where}.{n}.") for n, stage in enumerate(value))
+        return tuple(convert(typing.get_args(hint)[0], stage, f"{where}.{number}") for number, stage in enumerate(value))
+    if all(map(is_dataclass, typing.get_args(hint) or (0,))):  # one of several, by its kind
+        kinds = {cls.kind: cls for cls in typing.get_args(hint)}
+        kind = value.get("kind") if isinstance(value, dict) else value
+        if not isinstance(kind, str) or kind not in kinds:
+            allowed = " or ".join(f'"{name}"' for name in kinds)
+            raise RecipeError(f"{where}.kind must be {allowed}, not {kind!r}")
+        return from_dict(kinds[kind], value, f"{where}.")
     if typing.get_origin(hint) is Literal:
         allowed = typing.get_args(hint)
         if value not in allowed:

@@ -18,8 +18,10 @@ from model import ModelError, Tokenizer
 from rl.checkpoint import checkpoints
 from rl.console import user_errors
 from rl.plots import paper_by_step, paper_points, stage_spans
-from rl.recipe import RecipeError
+from rl.recipe import Recipe, RecipeError
+from rl.recipe_file import from_dict
 from rl.runfolder import RunFolder
+from tasks import Task
 
 PAGE = Path(__file__).parent / "report.html"
 PLACE = "{{data}}"  # where the page wants the JSON
@@ -75,23 +77,23 @@ def describe(run: RunFolder, shown: Shown) -> dict:
     if not run.holds_run or not rows:
         raise RecipeError(f"{run.path}: no run with metrics here; name a folder such as runs/256-tiny")
     config = json.loads((run.path / "config.json").read_text())
+    recipe = from_dict(Recipe, config["recipe"])
     evaluations = [row for row in rows if "eval_accuracy" in row]
-    paper = paper_points(config["recipe"]["sampling"]["max_new_tokens"])
     return {
         "name": str(run.path),
         "config": config,
         "stages": stage_spans(evaluations),
         "evaluations": [[row["step"]] + [row[f"eval_{name}"] for name in ("accuracy", "low", "high")] for row in evaluations],
-        "paper": paper_by_step(evaluations, paper),
+        "paper": paper_by_step(evaluations, paper_points(recipe)),
         "final": {name: value for name, value in rows[-1].items() if name.startswith("final")},
         "series": {name: [[row["step"], row[name]] for row in rows if name in row] for name in SERIES}
         | {"seconds": [[row["step"], sum(row.get(name, 0) for name in TIMES)] for row in rows if TIMES[1] in row]},
-        "rollouts": rollouts(run, shown),
-        "traces": traces(run),
+        "rollouts": rollouts(run, recipe.task, shown),
+        "traces": traces(run, recipe.task),
     }
 
 
-def rollouts(run: RunFolder, shown: Shown) -> list[dict]:
+def rollouts(run: RunFolder, task: Task, shown: Shown) -> list[dict]:
     """Some completions of evenly spread steps; cut into tokens where the run's tokenizer is at hand."""
     files, tokenizer = run.rollout_files(), tokenizer_of(run)
     count = min(len(files), shown.steps)
@@ -102,8 +104,9 @@ def rollouts(run: RunFolder, shown: Shown) -> list[dict]:
         for row in read_rows(path):
             taken[row["group"]] = taken.get(row["group"], 0) + 1
             if row["group"] < shown.groups and taken[row["group"]] <= shown.samples:
-                kept = ("group", "numbers", "target", "outcome", "reward", "finished", "tokens", "completion")
-                found = {"step": int(path.stem.removeprefix("step_"))} | {name: row[name] for name in kept}
+                kept = ("group", "outcome", "reward", "finished", "tokens", "completion")
+                found = {"step": int(path.stem.removeprefix("step_")), "problem": str(task.problem(row))}
+                found |= {name: row[name] for name in kept}
                 if "logprobs" in row:
                     found["advantage"] = row["advantage"]
                     if tokenizer:
@@ -133,11 +136,12 @@ def tokenizer_of(run: RunFolder) -> Tokenizer | None:
         return None
 
 
-def traces(run: RunFolder) -> dict:
+def traces(run: RunFolder, task: Task) -> dict:
     """How many traces SFT had, and the first of them."""
     path = run.path / "traces.jsonl"
     rows = read_rows(path) if path.exists() else []
-    return {"count": len(rows), "shown": rows[:TRACES]}
+    shown = [{"problem": str(task.problem(row)), "step": row["step"], "completion": row["completion"]} for row in rows[:TRACES]]
+    return {"count": len(rows), "shown": shown}
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from data import Problem, prompt_text
 from data.traces import non_latin
 from model import Completion, Qwen3, Tokenizer, generate, prompt_ids
-from rl.recipe import RewardSettings, SamplingSettings
-from rl.reward import Score, pay, score
+from rl.recipe import SamplingSettings
+from rl.reward import RewardSettings, pay
 from rl.sharding import sampling_model
 from rl.workers import ALONE, Workers
+from tasks import Problem, Score, Task
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,27 @@ class Rollout:
     score: Score
 
 
+@dataclass(frozen=True)
+class Actor:
+    """A model that answers the problems of a task, sampling in a certain way."""
+
+    model: Qwen3
+    tokenizer: Tokenizer
+    task: Task
+    sampling: SamplingSettings
+
+    def prompt_ids(self, problem: Problem) -> list[int]:
+        return prompt_ids(self.tokenizer, self.task.prompt(problem), self.sampling.thinking)
+
+    def judge(self, problem: Problem, prompt: list[int], completion: Completion) -> Rollout:
+        text = self.tokenizer.decode(completion.token_ids[: -1 if completion.finished else None])
+        return Rollout(problem, prompt, completion, text, self.task.score(text, problem, self.sampling.thinking))
+
+
 def collect_rollouts(
-    model: Qwen3,
-    tokenizer: Tokenizer,
+    actor: Actor,
     problems: list[Problem],
     num_samples: int,
-    sampling: SamplingSettings,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
     workers: Workers = ALONE,
@@ -41,15 +56,15 @@ def collect_rollouts(
     A group is a place in this list, not a prompt: the same problem twice makes two groups. Of several processes each
     samples its share of the groups, and gets all of them.
     """
-    prompts = [prompt_ids(tokenizer, prompt_text(problem), sampling.thinking) for problem in problems]
-    with sampling_model(model) as sampler:
+    sampling, prompts = actor.sampling, [actor.prompt_ids(problem) for problem in problems]
+    with sampling_model(actor.model) as sampler:
         completions = generate(
             sampler,
             prompts,
             num_samples=num_samples,
             max_new_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
-            stop_token_ids=tokenizer.stop_token_ids,
+            stop_token_ids=actor.tokenizer.stop_token_ids,
             seed=seed,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
@@ -59,14 +74,9 @@ def collect_rollouts(
         )
     mine = zip(workers.share(problems), workers.share(prompts), completions, strict=True)
     return workers.join([
-        [judge(problem, prompt, completion, tokenizer, sampling.thinking) for completion in group]
+        [actor.judge(problem, prompt, completion) for completion in group]
         for problem, prompt, group in mine
     ])  # fmt: skip
-
-
-def judge(problem: Problem, prompt: list[int], completion: Completion, tokenizer: Tokenizer, thinking: bool) -> Rollout:
-    text = tokenizer.decode(completion.token_ids[: -1 if completion.finished else None])
-    return Rollout(problem, prompt, completion, text, score(text, problem, thinking=thinking))
 
 
 def reward_tensor(groups: list[list[Rollout]]) -> torch.Tensor:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from data import Problem
 from data.jsonl import read_jsonl
 from data.traces import Trace
 from model import Tokenizer
@@ -23,6 +22,7 @@ from rl.recipe import Recipe, RecipeError
 from rl.recipe_file import from_dict, to_dict
 from rl.rollout import Rollout
 from rl.trackers import TensorBoard, WandB
+from tasks import Task
 
 # What may differ when a run is resumed: where it lies, and what changes memory and speed only.
 FREE_ON_RESUME = {
@@ -148,8 +148,7 @@ class RunFolder:
                     row = {
                         "stage": stage,
                         "group": number,
-                        "numbers": rollout.problem.numbers,
-                        "target": rollout.problem.target,
+                        **rollout.problem.row(),
                         "outcome": rollout.score.outcome,
                         "reward": rollout.score.reward,
                         "advantage": round(advantage, 4),
@@ -180,14 +179,13 @@ class RunFolder:
     def rollout_files(self) -> list[Path]:
         return sorted((self.path / "rollouts").glob("step_*.jsonl"), key=lambda path: int(path.stem[5:]))
 
-    def correct_traces(self, stage: int) -> list[Trace]:
+    def correct_traces(self, stage: int, task: Task) -> list[Trace]:
         """The finished, correct rollouts of one stage."""
         traces = []
         for path in self.rollout_files():
             for _, row in read_jsonl(path, "a rollout"):
                 if row["stage"] == stage and row["outcome"] == "correct" and row["finished"]:
-                    problem = Problem(row["numbers"], row["target"])
-                    traces.append(Trace(problem, row["completion"], int(path.stem[5:])))
+                    traces.append(Trace(task.problem(row), row["completion"], int(path.stem[5:])))
         return traces
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from data import DataError, Problem, prompt_text
+from data import DataError
 from data.traces import Trace, curate, load_traces, save_traces
-from model import Qwen3, load_model, prompt_ids
+from model import Qwen3, load_model
 from rl.advantage import group_advantages
 from rl.batch import Sample
 from rl.checkpoint import (
@@ -27,12 +27,11 @@ from rl.interruption import RolloutsDropped, Stopped, stoppable
 from rl.lab import Lab, set_up
 from rl.learner import Learner
 from rl.optimizer import Optimizer
-from rl.plots import write_curve
+from rl.plots import paper_points, write_curve
 from rl.problems import endless_problems
 from rl.recipe import GRPOStage, Recipe, RecipeError, SamplingSettings, SFTStage
 from rl.recipe_file import to_dict
 from rl.report import write_report
-from rl.reward import score
 from rl.rollout import collect_rollouts, paid, reward_tensor, rollout_metrics
 from rl.runfolder import RunFolder
 from rl.sft import sft_schedule, sft_step
@@ -40,6 +39,7 @@ from rl.sharding import round_to_saved, shard, sharding_of, whole_model
 from rl.trackers import WandB
 from rl.view import Report, pick_view
 from rl.workers import begun_again, workers_of_torchrun
+from tasks import Problem
 
 Step = Callable[[Progress], dict]
 
@@ -77,7 +77,7 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False, plain: bool
 def conclude(lab: Lab) -> None:
     """Write what a finished run is looked at by, and say where it is."""
     run = lab.run
-    write_curve(run, lab.recipe.sampling.max_new_tokens)
+    write_curve(run, paper_points(lab.recipe))
     last = run.metrics()[-1]
     if "final_accuracy" in last:
         lab.view.say(final_line(last, lab.recipe.evaluation.final_problems))
@@ -102,7 +102,7 @@ def record(lab: Lab, row: dict, done: int, steps: int) -> None:
         lab.run.log(row)
         lab.view.step(row, len(lab.recipe.stages), done, steps)
         if "eval_accuracy" in row:
-            write_curve(lab.run, lab.recipe.sampling.max_new_tokens)
+            write_curve(lab.run, paper_points(lab.recipe))
 
 
 def run_stage(lab: Lab, progress: Progress, checkpoint=None) -> None:
@@ -179,7 +179,7 @@ def grpo_stage(lab: Lab, stage: GRPOStage, learner: Learner, progress: Progress)
         size = stage.samples_per_prompt
         with lab.view.sampling("rollout", len(lab.workers.share(problems)) * size) as shown:
             watched = partial(report_or_drop, lab, shown)
-            groups = collect_rollouts(lab.model, lab.tokenizer, problems, size, recipe.sampling, seed, watched, lab.workers)
+            groups = collect_rollouts(lab.actor, problems, size, seed, watched, lab.workers)
         progress.problems_seen += stage.prompts_per_step
         groups = paid(groups, recipe.reward)
         lab.view.rollouts(groups)
@@ -219,18 +219,14 @@ def learning_rate(stage: GRPOStage, step: int) -> float:
 
 def sft_stage(lab: Lab, stage: SFTStage, learner: Learner, progress: Progress) -> tuple[Step, int]:
     """The step function of an SFT stage, and how many steps its traces make."""
-    sampling, tokenizer = lab.recipe.sampling, lab.tokenizer
-
-    def is_correct(completion: str, problem: Problem) -> bool:
-        return score(completion, problem, thinking=sampling.thinking).outcome == "correct"
-
-    traces = lab.workers.lead(traces_of(lab, stage, progress, is_correct) if lab.workers.leads else None)
+    tokenizer = lab.tokenizer
+    traces = lab.workers.lead(traces_of(lab, stage, progress) if lab.workers.leads else None)
     if not traces:
         lab.view.say("no correct rollouts to imitate: the sft stage is skipped")
         return lambda progress: {}, 0
     samples = [
         Sample(
-            prompt_ids(tokenizer, prompt_text(trace.problem), sampling.thinking),
+            lab.actor.prompt_ids(trace.problem),
             tokenizer.encode(trace.completion) + [tokenizer.end_of_turn_id],
         )
         for trace in traces
@@ -248,16 +244,21 @@ def sft_stage(lab: Lab, stage: SFTStage, learner: Learner, progress: Progress) -
     return take_step, len(schedule)
 
 
-def traces_of(lab: Lab, stage: SFTStage, progress: Progress, is_correct: Callable[[str, Problem], bool]) -> list[Trace]:
+def traces_of(lab: Lab, stage: SFTStage, progress: Progress) -> list[Trace]:
     """What an SFT stage imitates: a file of the user's, or what is curated, and kept, of the stage before."""
+    task, thinking = lab.recipe.task, lab.recipe.sampling.thinking
+
+    def is_correct(completion: str, problem: Problem) -> bool:
+        return task.score(completion, problem, thinking).outcome == "correct"
+
     source = stage.traces or lab.run.path / "traces.jsonl"
     if stage.traces is None:
-        curated = curate(lab.run.correct_traces(progress.stage - 1), stage.traces_per_problem, stage.max_traces)
+        curated = curate(lab.run.correct_traces(progress.stage - 1, task), stage.traces_per_problem, stage.max_traces)
         save_traces(source, curated)
         if not curated:
             return []
     held_out = {problem.key for problem in lab.held_out}
-    traces = [trace for trace in load_traces(source, is_correct) if trace.problem.key not in held_out]
+    traces = [trace for trace in load_traces(source, task.problem, is_correct) if trace.problem.key not in held_out]
     if not traces:
         raise DataError(f"{source}: all traces are of held-out problems; use others")
     return traces
@@ -315,4 +316,5 @@ def final_metrics(lab: Lab) -> dict[str, float]:
 
 def evaluated(lab: Lab, problems: list[Problem], sampling: SamplingSettings) -> Evaluation:
     with lab.view.sampling("evaluation", len(lab.workers.share(problems))) as progress:
-        return evaluate(lab.model, lab.tokenizer, problems, sampling, EVALUATION_SEED, progress=progress, workers=lab.workers)
+        actor = replace(lab.actor, sampling=sampling)
+        return evaluate(actor, problems, EVALUATION_SEED, progress=progress, workers=lab.workers)

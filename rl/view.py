@@ -186,12 +186,11 @@ class Picture(Lines):
 
     def _sample(self, kind: str, width: int) -> Panel:
         rollout = self.samples[kind]
-        numbers = ", ".join(map(str, rollout.problem.numbers))
         lines = printable(rollout.text).split("\n")
         if len(lines) > ROLLOUT_LINES:
             lines = ["..."] + lines[1 - ROLLOUT_LINES :]
         text = Text("\n".join(lines + [""] * (ROLLOUT_LINES - len(lines))), no_wrap=True, overflow="ellipsis")
-        title = f"last {kind}: {numbers} -> {rollout.problem.target}"
+        title = f"last {kind}: {printable(str(rollout.problem))}"
         return Panel(text, title=title, width=width, style="green" if kind == "correct" else "red", title_align="left")
 
 

@@ -44,11 +44,13 @@ class Task(Protocol[P]):
     Attributes:
         kind: the task's name in a recipe.
         example: a row of a problem, for errors about rows that are none.
+        published: accuracies to plot beside a run's: by new tokens allowed, (GRPO step, accuracy in %) of the paper.
         typed: what `typed_problem` takes, to be told to a person.
     """
 
     kind: str
     example: ClassVar[str]
+    published: ClassVar[dict[int, list[tuple[int, float]]]]
     typed: ClassVar[str]
 
     def generate(self, count: int, seed: int) -> list[P]:

@@ -40,7 +40,7 @@ class Arguments:
 
 
 def solves(text: str, problem: Problem, thinking: bool) -> bool:
-    """Whether a text holds a solution, read in another way than `rl.reward` does."""
+    """Whether a text holds a solution, read in another way than `tasks.countdown` does."""
     if not thinking and re.match(r"[ \t\r\n]*<think>", text):
         text, thinking = text.split("<think>", 1)[1], True
     if thinking:

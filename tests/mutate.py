@@ -25,7 +25,9 @@ import transformers  # noqa: F401
 import tyro
 
 WATCHED = {
-    "rl/reward.py": ["test_reward.py", "test_reward_reading.py", "test_drift.py", "test_evaluate.py"],
+    "tasks/countdown.py": ["test_reward.py", "test_reward_reading.py", "test_evaluate.py", "test_play.py"],
+    "tasks/task.py": ["test_reward.py", "test_reward_reading.py"],
+    "rl/reward.py": ["test_drift.py"],
     "rl/advantage.py": ["test_advantage.py"],
     "rl/loss.py": ["test_loss.py", "test_grpo.py"],
 }

@@ -18,6 +18,7 @@ from rl.checkpoint import checkpoints
 from rl.console import user_errors
 from rl.problems import problems_of
 from rl.recipe import RecipeError
+from rl.rollout import Actor
 from rl.runfolder import RunFolder
 from rl.stages import train
 
@@ -208,7 +209,7 @@ def test_help_lists_every_field_with_its_default():
     finished = run_command("train.py", "256", "--help")
     assert finished.returncode == 0
     for option in ("--stages.0.steps", "--stages.1.epochs", "--stages.2.steps", "--sampling.max-new-tokens",
-                   "--optimizer.micro-batch-tokens", "--generator.max-number", "--out", "--resume"):  # fmt: skip
+                   "--optimizer.micro-batch-tokens", "--task.max-number", "--out", "--resume"):  # fmt: skip
         assert option in finished.stdout
     assert run_command("eval.py", "--help").returncode == 0
 
@@ -356,7 +357,7 @@ def test_the_embedded_model_calculates_but_does_not_solve():
 
     recipe = train_command.parse(["256", "--model", "tiny"]).recipe
     model, tokenizer = load_model("tiny")
-    result = evaluate(model, tokenizer, problems_of(recipe)[1][:256], recipe.sampling, seed=1)
+    result = evaluate(Actor(model, tokenizer, recipe.task, recipe.sampling), problems_of(recipe)[1][:256], seed=1)
     assert result.accuracy < 0.08
     steps = [step for [rollout] in result.groups for step in re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", rollout.text)]
     right = [

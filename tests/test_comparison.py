@@ -9,13 +9,14 @@ from test_evaluate import GROUPS, answered
 from data import Problem
 from rl.comparison import Candidate, comparison_table, difference, measures
 from rl.evaluate import Evaluation
+from tasks import Countdown
 
 FIRST_ONLY = [group[:1] for group in GROUPS]  # correct, correct, correct, malformed
 WORSE = [answered(group[0].problem, *["7-1-2"] * 4) for group in GROUPS[:2]] + GROUPS[2:]
 
 
 def candidate(groups, greedy=FIRST_ONLY, name="a", limit=256) -> Candidate:
-    return Candidate(name, Evaluation.of(groups), greedy and Evaluation.of(greedy), True, limit)
+    return Candidate(name, Countdown(), Evaluation.of(groups), greedy and Evaluation.of(greedy), True, limit)
 
 
 def shown(candidates: list[Candidate], differences=(), width=160) -> str:

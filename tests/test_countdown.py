@@ -20,7 +20,7 @@ from data import (
     prompt_text,
     solve,
 )
-from rl.reward import score
+from tasks.countdown import score
 
 
 def every_value(numbers, operators="+-*/", whole_steps=False) -> set[Fraction]:

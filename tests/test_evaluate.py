@@ -28,9 +28,10 @@ from rl.problems import problems_of
 from rl.recipe import EvaluationSettings, SamplingSettings
 from rl.recipe_file import load_recipe
 from rl.reward import Score
-from rl.rollout import Rollout, collect_rollouts, judge, pass_at_k, reward_tensor, rollout_metrics
+from rl.rollout import Actor, Rollout, collect_rollouts, pass_at_k, reward_tensor, rollout_metrics
 from rl.runfolder import RunFolder
 from rl.stages import train
+from tasks import Countdown
 
 PROBLEMS = [Problem((1, 2, number), 10) for number in range(1, 6)]
 
@@ -47,14 +48,15 @@ def test_an_evaluation_counts_outcomes_lengths_and_truncations(monkeypatch):
     ]
     asked = []
 
-    def collect(model, tokenizer, problems, num_samples, sampling, seed, progress, workers):
-        asked.append((problems, num_samples, sampling, seed))
+    def collect(actor, problems, num_samples, seed, progress, workers):
+        asked.append((actor, problems, num_samples, seed))
         return made
 
     monkeypatch.setattr("rl.evaluate.collect_rollouts", collect)
     sampling = SamplingSettings(max_new_tokens=14)
-    result = evaluate(None, None, PROBLEMS * 2, sampling, seed=3)
-    assert asked == [(PROBLEMS * 2, 1, sampling, 3)]
+    actor = Actor(None, None, Countdown(), sampling)
+    result = evaluate(actor, PROBLEMS * 2, seed=3)
+    assert asked == [(actor, PROBLEMS * 2, 1, 3)]
     assert result.counts == {"correct": 8, "near": 1, "wrong": 0, "malformed": 1}
     assert (result.accuracy, result.completion_length, result.truncated_fraction) == (0.8, 4.0, 0.1)
     assert result.groups == made
@@ -76,7 +78,9 @@ GROUPS = [
 
 
 def test_accuracy_is_told_apart_where_a_multiplication_is_needed_trap_whole_hides_it():
-    found = {kind: (sum(solved_shares(some)) / len(some), len(some)) for kind, some in by_difficulty(GROUPS).items()}
+    found = {
+        kind: (sum(solved_shares(some)) / len(some), len(some)) for kind, some in by_difficulty(GROUPS, Countdown()).items()
+    }
     assert found == {
         "3 numbers, + and - suffice": (0.875, 2),
         "3 numbers, needs * or /": (0.25, 1),
@@ -111,8 +115,8 @@ def test_a_vote_counts_values_and_numbers_not_spellings_and_the_earlier_wins_a_t
         ("", ""): 0.0,
     }
     for answers, expected in cases.items():
-        assert majority_accuracy([answered(problem, *answers)], thinking=True) == expected, answers
-    assert majority_accuracy([answered(problem, "1+2+7"), answered(problem, "")], thinking=True) == 0.5
+        assert majority_accuracy([answered(problem, *answers)], Countdown(), thinking=True) == expected, answers
+    assert majority_accuracy([answered(problem, "1+2+7"), answered(problem, "")], Countdown(), thinking=True) == 0.5
 
 
 def test_an_evaluation_weighs_problems_not_completions():
@@ -130,10 +134,10 @@ def test_completions_from_a_file_are_scored_in_groups_by_problem(tmp_path):
         {"numbers": [17, 79, 60], "target": 36, "completion": "<answer>79-60+17</answer>", "finished": False},
     ]
     path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    first, second = load_completions(path, thinking=True)
+    first, second = load_completions(path, Countdown(), thinking=True)
     assert [r.score.outcome for r in first] == ["correct", "malformed"] and [r.score.outcome for r in second] == ["wrong"]
     assert not first[1].completion.finished and second[0].completion.token_ids == [4, 5, 6]
-    assert [r.score.outcome for r in load_completions(path, thinking=False)[0]] == ["malformed", "correct"]
+    assert [r.score.outcome for r in load_completions(path, Countdown(), thinking=False)[0]] == ["malformed", "correct"]
 
 
 @pytest.mark.parametrize(
@@ -145,15 +149,15 @@ def test_a_line_that_is_no_completion_is_named(tmp_path, line):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"numbers": [1, 2], "target": 3, "completion": "1+2"}\n' + line)
     with pytest.raises(DataError, match=r"bad\.jsonl, line 2: (not a completion|not JSON|expected)"):
-        load_completions(path, thinking=True)
+        load_completions(path, Countdown(), thinking=True)
 
 
 def test_files_without_completions_say_so(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="no completions"):
-        load_completions(tmp_path / "empty.jsonl", True)
+        load_completions(tmp_path / "empty.jsonl", Countdown(), True)
     with pytest.raises(DataError, match="cannot be read"):
-        load_completions(tmp_path / "missing.jsonl", True)
+        load_completions(tmp_path / "missing.jsonl", Countdown(), True)
 
 
 def test_the_hash_of_problems_follows_content_and_order():
@@ -192,24 +196,25 @@ def test_the_stop_token_is_cut_off_before_judging_and_a_truncated_end_is_not(tok
     ids = tokenizer.encode("so\n</think>\n<answer>79-60+17</answer>")
     if finished:
         ids.append(tokenizer.end_of_turn_id)
-    judged = judge(PROBLEM, [1], Completion(ids, [-1.0] * len(ids), finished), tokenizer, thinking=True)
+    completion, opened = Completion(ids, [-1.0] * len(ids), finished), SamplingSettings(thinking=True)
+    judged = Actor(None, tokenizer, Countdown(), opened).judge(PROBLEM, [1], completion)
     assert judged.text == "so\n</think>\n<answer>79-60+17</answer>"
     assert judged.score == Score(1.0, "correct")
-    without_prompt_tag = judge(PROBLEM, [1], Completion(ids, [-1.0] * len(ids), finished), tokenizer, thinking=False)
+    without_prompt_tag = Actor(None, tokenizer, Countdown(), SamplingSettings(thinking=False)).judge(PROBLEM, [1], completion)
     assert without_prompt_tag.score.outcome == "malformed"
 
 
 def test_an_evaluation_repeats_itself_and_does_not_depend_on_how_much_is_decoded_at_once(model, tokenizer):
     def texts(room, seed=1):
         sampling = SamplingSettings(max_new_tokens=12, max_cache_tokens=room)
-        return [group[0].text for group in evaluate(model, tokenizer, PROBLEMS, sampling, seed).groups]
+        return [group[0].text for group in evaluate(Actor(model, tokenizer, Countdown(), sampling), PROBLEMS, seed).groups]
 
     assert texts(None) == texts(None) == texts(300) == texts(150)
     assert texts(None, seed=2) != texts(None)
 
 
 def test_rollouts_stand_where_their_problems_do(model, tokenizer):
-    groups = collect_rollouts(model, tokenizer, PROBLEMS, 3, SamplingSettings(max_new_tokens=6), seed=1)
+    groups = collect_rollouts(Actor(model, tokenizer, Countdown(), SamplingSettings(max_new_tokens=6)), PROBLEMS, 3, seed=1)
     assert [[rollout.problem for rollout in group] for group in groups] == [[problem] * 3 for problem in PROBLEMS]
     for problem, group in zip(PROBLEMS, groups, strict=True):
         assert f"numbers {', '.join(map(str, problem.numbers))} " in tokenizer.decode(group[0].prompt_ids)
@@ -219,7 +224,7 @@ def test_rollouts_stand_where_their_problems_do(model, tokenizer):
 def test_the_same_problem_twice_makes_two_groups_of_different_completions(model, tokenizer):
     """Two groups from one random stream would be one group counted twice."""
     sampling = SamplingSettings(max_new_tokens=12)
-    first, second = collect_rollouts(model, tokenizer, [PROBLEM, PROBLEM], 2, sampling, seed=1)
+    first, second = collect_rollouts(Actor(model, tokenizer, Countdown(), sampling), [PROBLEM, PROBLEM], 2, seed=1)
     assert {rollout.text for rollout in first}.isdisjoint(rollout.text for rollout in second)
 
 
@@ -232,8 +237,8 @@ def test_a_run_ends_with_all_of_its_held_out_problems_as_sampled_and_greedy(monk
     )  # fmt: skip
     asked = []
 
-    def evaluated(model, tokenizer, problems, sampling, seed, progress, workers):
-        asked.append((problems, sampling.temperature))
+    def evaluated(actor, problems, seed, progress, workers):
+        asked.append((problems, actor.sampling.temperature))
         return Evaluation(len(asked) / 10, 0.0, 1.0, {}, 5.0, 0.0, [])
 
     monkeypatch.setattr(rl.stages, "evaluate", evaluated)

@@ -1,6 +1,6 @@
 """make play: what is typed becomes a problem, and the completion shown token by token is the sampler's own."""
 
-import random
+import re
 
 import pytest
 from helpers import random_model
@@ -10,9 +10,7 @@ from data import Problem
 from model import generate
 from model.distribution import random_streams
 from model.sampler import plain_completion
-from rl.recipe_file import load_recipe
-
-RECIPE = load_recipe("256", "tiny")[1]
+from tasks import Countdown
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
@@ -27,27 +25,28 @@ def test_streamed_tokens_are_those_that_the_sampler_gives(temperature):
 
 
 def test_a_typed_line_is_a_problem():
-    rng = random.Random(0)
     for line in ("7 9 11 22", "7, 9, 11 -> 22", " 7,9,11 22 "):
-        assert play.read_problem(line, RECIPE, rng) == Problem((7, 9, 11), 22)
-    drawn = play.read_problem("", RECIPE, rng)
-    assert max(drawn.numbers) <= 20 and 10 <= drawn.target <= 50
+        assert Countdown().typed_problem(line) == Problem((7, 9, 11), 22)
 
 
-@pytest.mark.parametrize("line", ["seven", "3 x", "-3 4 5", "5", "5 5", "1 2 3 4 5 6 7 8", "99999999999 2 3", "² 3 4", "0 3 4"])
+@pytest.mark.parametrize(
+    "line", ["seven", "3 x", "-3 4 5", "5", "5 5", "1 2 3 4 5 6 7 8", "99999999999 2 3", "² 3 4", "0 3 4", ""]
+)
 def test_what_is_no_problem_is_said(line):
     with pytest.raises(ValueError):
-        play.read_problem(line, RECIPE, random.Random(0))
+        Countdown().typed_problem(line)
 
 
 def test_a_session_shows_thoughts_verdict_and_solution_and_ends(monkeypatch, capsys):
-    lines = iter(["7 9 11 22", "nonsense", "1 1 50", "q"])
+    lines = iter(["7 9 11 22", "nonsense", "1 1 50", "", "q"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     play.main(play.Arguments("tiny", max_new_tokens=40, temperature=0.0))
     shown = capsys.readouterr().out
     assert "7, 9, 11 -> 22" in shown and "A solution: " in shown and "(9 - 7)" in shown
     assert "type whole numbers" in shown and "there is none" in shown
-    assert shown.count("reward") == 2
+    assert shown.count("reward") == 3
+    drawn = shown.split("there is none")[1].split("\n")[3]
+    assert re.fullmatch(r"(\d+, ){2,3}\d+ -> [1-5]\d", drawn), drawn
 
 
 def test_the_end_of_input_ends_a_session(monkeypatch, capsys):
@@ -56,4 +55,4 @@ def test_the_end_of_input_ends_a_session(monkeypatch, capsys):
 
     monkeypatch.setattr("builtins.input", ended)
     play.main(play.Arguments("tiny"))
-    assert capsys.readouterr().out.startswith("tiny. Numbers and target")
+    assert capsys.readouterr().out.startswith("tiny. Type numbers and then the target")

@@ -119,7 +119,8 @@ def test_shared_tables_fill_the_stages_of_their_kind_and_a_stages_own_fields_com
     [
         ("stepps = 3", "stepps"),
         ("[sampling]\nmax_tokens = 3", "sampling.max_tokens"),
-        ("[generator]\nmaximum = 3", "generator.maximum"),
+        ('[task]\nkind = "countdown"\nmaximum = 3', "task.maximum"),
+        ('[task]\nkind = "gsm8k"\nmax_number = 3', "task.max_number"),
         ('[[stages]]\nkind = "grpo"\n[[stages]]\nkind = "sft"\nsteps = 3', "stages.1.steps"),
         ('[grpo]\nepochs = 3\n[[stages]]\nkind = "grpo"', "grpo.epochs"),
         ("stages = []\n[sft]\nsteps = 3", "sft.steps"),
@@ -178,8 +179,9 @@ def stage(kind: str, text: str) -> str:
         ('[optimizer]\nkind = "sgd"', "optimizer.kind"),
         ("[optimizer]\nmax_grad_norm = 0.0", "optimizer.max_grad_norm"),
         ("[optimizer]\nmicro_batch_tokens = 0", "optimizer.micro_batch_tokens"),
-        ("[generator]\nmin_number = 9\nmax_number = 3", "generator"),
-        ("[generator]\nfour_number_share = 1.5", "four_number_share"),
+        ('[task]\nkind = "countdown"\nmin_number = 9\nmax_number = 3', "task"),
+        ('[task]\nkind = "countdown"\nfour_number_share = 1.5', "four_number_share"),
+        ('[task]\nkind = "chess"', "task.kind"), ("[task]\nmax_number = 9", "task.kind"), ("task = 3", "task.kind"),
         ('[[stages]]\nkind = "ppo"', "stages.0.kind"),
         ("[[stages]]\nsteps = 3", "stages.0.kind"),
         *[(stage("grpo", f"{name} = 0"), f"stages.0.{name}")
@@ -204,8 +206,9 @@ def test_a_value_out_of_range_is_refused_by_its_fields_name(tmp_path, text, fiel
 def number_fields(settings, where: str = "") -> list[str]:
     """The names of all fields that hold a number, those of nested settings too."""
     found = []
-    for f, hint in zip(fields(settings), get_type_hints(type(settings)).values(), strict=True):
-        value = getattr(settings, f.name)
+    hints = get_type_hints(type(settings))
+    for f in fields(settings):
+        value, hint = getattr(settings, f.name), hints[f.name]
         if is_dataclass(value):
             found += number_fields(value, f"{where}{f.name}.")
         elif {int, float} & {hint, *get_args(hint)}:
@@ -218,7 +221,7 @@ def number_fields(settings, where: str = "") -> list[str]:
 def test_no_number_of_a_recipe_is_without_bounds_trap_generated_problems_ten_to_the_twelve(name):
     *tables, field = name.split(".")
     for value in (-1, 10**30):
-        values = {field: value}
+        values = {field: value} | ({"kind": "countdown"} if tables == ["task"] else {})
         for table in reversed(tables):
             values = {"stages": [{"kind": table} | values]} if table in ("grpo", "sft") else {table: values}
         with pytest.raises(RecipeError, match=f"{field} must be "):

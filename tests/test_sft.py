@@ -22,6 +22,7 @@ from rl.rollout import Rollout
 from rl.runfolder import RunFolder
 from rl.sft import sft_schedule, sft_step
 from rl.stages import Lab, sft_stage
+from tasks import Countdown
 
 END = 1
 
@@ -196,4 +197,4 @@ def test_only_finished_correct_rollouts_of_the_stage_become_traces_whatever_char
     run.save_rollouts(4, 2, [[rollout("of another stage")]], [[0.0]])
     run.save_rollouts(10, 0, [[rollout("c")]], [[0.0]])
     expected = [(odd, 3), ("b", 3), ("c", 10)]
-    assert run.correct_traces(0) == [Trace(PROBLEMS[0], text, step) for text, step in expected]
+    assert run.correct_traces(0, Countdown()) == [Trace(PROBLEMS[0], text, step) for text, step in expected]

@@ -1,0 +1,20 @@
+"""What is asked and how it is judged: one small file a task. Knows nothing of models and learning."""
+
+from tasks.countdown import Countdown
+from tasks.gsm8k import GSM8K
+from tasks.task import CORRECT, MALFORMED, WRONG, Problem, Score, Task, split_answer
+
+AnyTask = Countdown | GSM8K  # what a recipe's [task] may be, by its `kind`
+
+__all__ = [
+    "CORRECT",
+    "GSM8K",
+    "MALFORMED",
+    "WRONG",
+    "AnyTask",
+    "Countdown",
+    "Problem",
+    "Score",
+    "Task",
+    "split_answer",
+]

@@ -1,0 +1,110 @@
+"""GSM8K: word problems of primary school with a number as the answer (arXiv:2110.14168). Only the last number counts."""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar, Literal
+
+from data.sources import Format, read_problems
+from tasks.task import CORRECT, MALFORMED, WRONG, Score, split_answer
+
+STORED = Format(
+    '{"question": "Ann has 3 apples and eats 1. How many are left?", "answer": "3 - 1 = 2\\n#### 2"}',
+    {"question": "question", "answer": "answer"},
+    "openai/gsm8k",
+    {"hub": "main/train-00000-of-00001.parquet", "hub-test": "main/test-00000-of-00001.parquet"},
+)
+MAX_CHARACTERS = 256  # of an answer block
+# 18 or 1,234 or -2.50; not a part of a longer word or number
+NUMBER = re.compile(r"(?<![\w.,])-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,18})(?:\.[0-9]{1,18})?(?![\w]|[.,][0-9])", re.ASCII)
+
+
+@dataclass(frozen=True)
+class WordProblem:
+    """A question, and a worked answer whose last line is `#### number`.
+
+    Raises:
+        ValueError: not texts, an empty question, or an answer without that line.
+    """
+
+    question: str
+    answer: str
+
+    def __post_init__(self):
+        if not isinstance(self.question, str) or not isinstance(self.answer, str) or not self.question.strip():
+            raise ValueError("question and answer must be texts")
+        if "####" not in self.answer or last_number(self.answer.rpartition("####")[2]) is None:
+            raise ValueError(f"the answer must end in '#### number', not in {self.answer[-40:]!r}")
+
+    @property
+    def value(self) -> Fraction:
+        return last_number(self.answer.rpartition("####")[2])
+
+    @property
+    def key(self) -> str:
+        return " ".join(self.question.split())
+
+    def row(self) -> dict:
+        return {"question": self.question, "answer": self.answer}
+
+    def __str__(self) -> str:
+        return self.key if len(self.key) <= 60 else self.key[:57] + "..."
+
+
+@dataclass(frozen=True)
+class GSM8K:
+    """Word problems from the hub."""
+
+    kind: Literal["gsm8k"] = "gsm8k"
+    example: ClassVar[str] = STORED.example
+    published: ClassVar[dict] = {}
+    typed: ClassVar[str] = "a question, # and its answer, as in Ann has 3 apples and eats 1. How many are left? # 2"
+
+    def generate(self, count: int, seed: int) -> list[WordProblem]:
+        raise ValueError('gsm8k has no generator; problems = "hub", or a .parquet or .jsonl file')
+
+    def load(self, source: str) -> list[WordProblem]:
+        """ "hub" is the training set, "hub-test" the test set."""
+        return read_problems(source, STORED, self.problem)
+
+    def problem(self, row: dict) -> WordProblem:
+        return WordProblem(row["question"], row["answer"])
+
+    def typed_problem(self, text: str) -> WordProblem:
+        question, _, number = text.rpartition("#")
+        try:
+            return WordProblem(question.strip(), f"#### {number.strip()}")
+        except ValueError:
+            raise ValueError(f"type {self.typed}") from None
+
+    def prompt(self, problem: WordProblem) -> str:
+        return (
+            f"{problem.question.strip()}\n"
+            "Work it out inside <think> </think>, then put the number that answers the question, and nothing else, "
+            "inside <answer> </answer>."
+        )
+
+    def score(self, text: str, problem: WordProblem, thinking: bool = True) -> Score:
+        """1.0 if the last number in the one `<answer>` block is the answer, else 0.1; malformed, 0.0, without such a block."""
+        parts = split_answer(text, thinking)
+        if parts is None:
+            return MALFORMED
+        return CORRECT if last_number(parts[1]) == problem.value else WRONG
+
+    def answer(self, text: str, thinking: bool) -> Fraction | None:
+        parts = split_answer(text, thinking)
+        return parts and last_number(parts[1])
+
+    def level(self, problem: WordProblem) -> str:
+        """By the calculations in the worked answer, which GSM8K writes as `<<48/2=24>>`."""
+        steps = problem.answer.count("<<")
+        return "1 to 2 steps" if steps <= 2 else "3 to 4 steps" if steps <= 4 else "5 steps or more"
+
+    def solution(self, problem: WordProblem) -> str:
+        return problem.answer.rpartition("####")[2].strip()
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last number in a text of at most MAX_CHARACTERS, exactly; `$`, `%` and commas between thousands do not matter."""
+    found = NUMBER.findall(text) if len(text) <= MAX_CHARACTERS else []
+    return Fraction(found[-1].replace(",", "")) if found else None

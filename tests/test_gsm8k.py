@@ -1,0 +1,142 @@
+"""GSM8K: which number counts, what is a problem, files of them, and a run through the same code as Countdown."""
+
+from dataclasses import replace
+from fractions import Fraction
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data import DataError
+from data.traces import Trace, save_traces
+from rl.evaluate import load_completions
+from rl.problems import problems_of
+from rl.recipe import EvaluationSettings, GRPOStage, SFTStage
+from rl.recipe_file import load_recipe
+from rl.runfolder import RunFolder
+from rl.stages import train
+from tasks import CORRECT, GSM8K, WRONG
+from tasks.gsm8k import WordProblem, last_number
+
+TASK = GSM8K()
+EGGS = WordProblem("A hen lays 6 eggs a day.  How many in 3 weeks?", "6*7=<<6*7=42>>42\n42*3=<<42*3=126>>126\n#### 126")
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("126", 126), (" $126. ", 126), ("-3", -3), ("1,234,567", 1234567), ("2.50", Fraction(5, 2)), ("so 6 * 21 = 126 eggs", 126),
+        ("126%", 126), ("it is 126!", 126), ("12 or 126", 126), ("126 apples", 126), ("10-3", 3), ("(126)", 126),
+        ("", None), ("none", None), ("x126", None), ("126x", None), ("1,23", None), ("1.2.3", None), ("1e9", None), ("١٢٦", None),
+        ("9" * 19, None), ("0" * 300 + "1", None), ("1" + " " * 300, None),
+    ],
+)  # fmt: skip
+def test_the_last_number_counts_exactly(text, value):
+    assert last_number(text) == value
+
+
+@pytest.mark.parametrize(
+    "answer, outcome",
+    [("126", "correct"), ("126.0", "correct"), ("$126", "correct"), ("21 * 6 = 126", "correct"), ("126 or 125", "wrong"),
+     ("125.999999999", "wrong"), ("", "wrong"), ("many", "wrong")],
+)  # fmt: skip
+def test_an_answer_is_right_if_its_last_number_is(answer, outcome):
+    text = f"6*7</think><answer>{answer}</answer>"
+    assert TASK.score(text, EGGS).outcome == outcome
+    assert TASK.score(text, EGGS, thinking=False).outcome == "malformed"
+
+
+@given(st.text(alphabet="0123456789.,-+$% x<>/answerthink\n", max_size=80))
+def test_no_text_raises_and_none_is_right_without_the_number_in_it(text):
+    for completion in (text, f"</think><answer>{text}</answer>"):
+        verdict = TASK.score(completion, EGGS)
+        assert verdict.outcome != "correct" or "126" in text
+        TASK.answer(completion, True)
+
+
+def test_answers_are_the_same_however_written():
+    claims = [TASK.answer(f"</think><answer>{text}</answer>", True) for text in ("1,000", "1000.0", "$1000", "so 1000")]
+    assert set(claims) == {1000}
+    assert TASK.answer("</think>1000", True) is None
+
+
+@pytest.mark.parametrize("row", [{}, {"question": "q"}, {"question": "q", "answer": "4"}, {"question": "q", "answer": "#### four"},
+                                 {"question": " ", "answer": "#### 4"}, {"question": 4, "answer": "#### 4"}])  # fmt: skip
+def test_what_is_no_problem_is_refused(row):
+    with pytest.raises((ValueError, KeyError)):
+        TASK.problem(row)
+
+
+def test_rows_levels_and_names():
+    assert TASK.problem(EGGS.row()) == EGGS
+    assert (EGGS.value, TASK.solution(EGGS), TASK.level(EGGS)) == (126, "126", "1 to 2 steps")
+    assert EGGS.key == WordProblem("A hen lays 6 eggs a day. How many in 3\nweeks?", "#### 1").key
+    assert str(EGGS) == EGGS.key and len(str(WordProblem("long " * 50, "#### 1"))) == 60
+    assert TASK.typed_problem("How many? # 4") == WordProblem("How many?", "#### 4")
+    with pytest.raises(ValueError, match="type a question"):
+        TASK.typed_problem("How many?")
+
+
+def questions(count: int) -> list[dict]:
+    return [
+        {"question": f"What is {n} + {n + 1}?", "answer": f"<<{n}+{n + 1}={2 * n + 1}>>\n#### {2 * n + 1}"}
+        for n in range(count)
+    ]
+
+
+def test_problems_come_from_parquet_and_a_bad_row_is_named(tmp_path):
+    path = tmp_path / "train.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(questions(3)), path)
+    assert [problem.row() for problem in TASK.load(str(path))] == questions(3)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(questions(2) + [{"question": "q", "answer": "none"}]), path)
+    with pytest.raises(DataError, match=r"train\.parquet, row 3: the answer must end in"):
+        TASK.load(str(path))
+    with pytest.raises(ValueError, match="no generator"):
+        TASK.generate(3, 0)
+
+
+def test_training_and_test_set_are_the_hubs_two_files(monkeypatch, tmp_path):
+    asked = []
+
+    def download(repository, files, advice, kind, revision):
+        asked.append((repository, kind, *files))
+        (tmp_path / files[0]).parent.mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(questions(2)), tmp_path / files[0])
+        return tmp_path
+
+    monkeypatch.setattr("data.sources.download", download)
+    assert len(TASK.load("hub")) == len(TASK.load("hub-test")) == 2
+    assert asked == [("openai/gsm8k", "dataset", f"main/{name}-00000-of-00001.parquet") for name in ("train", "test")]
+
+
+def test_a_run_of_grpo_and_sft_goes_through_the_same_code(monkeypatch, tmp_path):
+    """The embedded model knows no words, so its verdicts are made up here; everything around them is real."""
+    path, traces = tmp_path / "train.parquet", tmp_path / "mine.jsonl"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(questions(30)), path)
+    recipe = load_recipe("gsm8k")[1]
+    grpo = replace(next(stage for stage in recipe.stages if isinstance(stage, GRPOStage)), steps=1, prompts_per_step=2)
+    recipe = replace(
+        recipe, model="tiny", problems=str(path), out=str(tmp_path / "run"),
+        sampling=replace(recipe.sampling, max_new_tokens=8), evaluation=EvaluationSettings(problems=4, final_problems=0),
+        stages=(grpo, SFTStage(epochs=1, traces=str(traces))),
+    )  # fmt: skip
+    train_problems, _ = problems_of(recipe)
+    worked = [Trace(p, f"so</think><answer>{TASK.solution(p)}</answer>") for p in train_problems[:5]]
+    save_traces(traces, worked)
+    real, count = GSM8K.score, iter(range(10**6))
+
+    def score(self, text, problem, thinking=True):
+        made_up = CORRECT if next(count) % 3 else WRONG
+        return real(self, text, problem, thinking) if "</answer>" in text else made_up
+
+    monkeypatch.setattr(GSM8K, "score", score)
+    train(recipe, quiet=True)
+    run = RunFolder(recipe.out)
+    assert [row["kind"] for row in run.metrics()] == ["grpo", "grpo", "sft"]
+    assert run.metrics()[-1]["tokens"] > 0
+    groups = load_completions(run.rollout_files()[0], TASK, True)
+    assert len(groups) == 2 and all(isinstance(group[0].problem, WordProblem) for group in groups)
+    assert "paper" not in (run.path / "curve.md").read_text()
+    assert "What is" in (run.path / "report.html").read_text()

@@ -104,7 +104,9 @@ def options_below(kind, prefix: str = "") -> set[str]:
     hints, found = typing.get_type_hints(kind), set()
     for name in (field.name for field in fields(kind)):
         path = prefix + name.replace("_", "-")
-        found |= {path, prefix + "no-" + name.replace("_", "-")} | options_below(hints[name], path + ".")
+        found |= {path} | options_below(hints[name], path + ".")
+        if hints[name] is bool:
+            found.add(prefix + "no-" + name.replace("_", "-"))
     return found
 
 

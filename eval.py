@@ -16,6 +16,7 @@ with ctrl_c_exits():
     from rich.console import Console
 
     from model import load_model
+    from model.weights import is_embedded
     from rl.checkpoint import saved_recipe
     from rl.comparison import Candidate, comparison_table, difference, measures
     from rl.console import printable, sampling_progress, user_errors
@@ -94,6 +95,18 @@ def model_of(source: str, arguments: Arguments) -> Model:
     )
 
 
+def of_one_task(models: list[Model]) -> list[Model]:
+    """The models; those from elsewhere get the task of the others, if there are others."""
+    own = [model for model in models if model.trained or is_embedded(model.source)]
+    task = (own or models)[0].recipe.task
+    for model in own:
+        if type(model.recipe.task) is not type(task):
+            raise RecipeError(
+                f"{own[0].source} is for {task.kind} and {model.source} for {model.recipe.task.kind}: not comparable"
+            )
+    return [model if model in own else replace(model, recipe=replace(model.recipe, task=task)) for model in models]
+
+
 def problems_for(models: list[Model], arguments: Arguments) -> list[Problem]:
     """The problems that all models get: a file's as they are, else held-out ones that none of the models was trained on."""
     files = [model for model in models if model.is_file]
@@ -165,7 +178,7 @@ def main(arguments: Arguments) -> None:
         raise RecipeError("name a model: python eval.py runs/256-tiny/checkpoints/step_0080")
     if arguments.samples < 1:
         raise RecipeError(f"--samples must be at least 1, not {arguments.samples}")
-    models = [model_of(source, arguments) for source in arguments.models]
+    models = of_one_task([model_of(source, arguments) for source in arguments.models])
     problems = problems_for(models, arguments)
     candidates = [candidate_of(model, problems, arguments) for model in models]
     found = [measures(candidate) for candidate in candidates]

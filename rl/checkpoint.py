@@ -1,7 +1,7 @@
 """Checkpoints: a Hugging Face folder that any tool loads, plus what resuming needs. Safetensors and JSON only.
 
 There is no random state to save. Every random choice is made from the recipe's seed and a counter (see
-`rl.stages.Progress`), so the counters are the random state and the position in the data.
+`Progress`), so the counters are the random state and the position in the data.
 """
 
 import hashlib

@@ -64,7 +64,7 @@ class GRPOStage:
     scale_by_std: bool = True
     """Divide advantages by the group's standard deviation."""
     kl_coef: NonNegative = 0.0
-    """NonNegative of the KL penalty towards the policy at the stage's start; above 0, a frozen copy is kept in memory."""
+    """Weight of the KL penalty towards the policy at the stage's start; above 0, a frozen copy is kept in memory."""
     importance_cap: Positive | None = None
     """Weigh tokens by min(trainer's probability / sampler's, cap), for when the two differ (int8): costs a forward."""
 

@@ -61,7 +61,7 @@ class GSM8K:
     typed: ClassVar[str] = "a question, # and its answer, as in Ann has 3 apples and eats 1. How many are left? # 2"
 
     def generate(self, count: int, seed: int) -> list[WordProblem]:
-        raise ValueError('gsm8k has no generator; problems = "hub", or a .parquet or .jsonl file')
+        raise ValueError('gsm8k has no generator: take "hub" or a file for problems, and a model that knows words')
 
     def load(self, source: str) -> list[WordProblem]:
         """ "hub" is the training set, "hub-test" the test set."""

@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import random_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import rl.checkpoint
 from model import Tokenizer, load_model
@@ -17,6 +19,7 @@ from rl.checkpoint import (
     Progress,
     checkpoints,
     damage,
+    load_optimizer,
     load_progress,
     newest_checkpoint,
     prune_checkpoints,
@@ -156,3 +159,74 @@ def test_the_digests_are_sha256_of_every_file(tmp_path, parts):
     assert set(digests) == {path.name for path in folder.iterdir()} - {"sha256.json"}
     assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == value for name, value in digests.items())
     assert load_progress(folder) == replace(Progress(), step=10, stage_step=5)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_single_byte_changes_it_is_noticed_or_says_the_same(tmp_path, parts, data):
+    folder = tmp_path / "checkpoints" / "step_0010"
+    if not folder.exists():
+        save(tmp_path, 10, parts)
+    path = folder / data.draw(st.sampled_from(sorted(path.name for path in folder.iterdir())))
+    whole = path.read_bytes()
+    changed = bytearray(whole)
+    changed[data.draw(st.integers(0, len(whole) - 1))] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(changed)
+    try:
+        found = damage(folder)
+        assert found or (path.name == "sha256.json" and json.loads(changed) == json.loads(whole))
+    finally:
+        path.write_bytes(whole)
+    assert damage(folder) is None
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    counters=st.lists(st.integers(0, 10**12), min_size=5, max_size=5),
+    kind=st.sampled_from(["adamw", "adamw8bit"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    rounding=st.sampled_from(["masters", "stochastic"]),
+    steps=st.integers(0, 3),
+)
+def test_counters_weights_and_moments_come_back_and_go_on_alike(tmp_path, parts, counters, kind, dtype, rounding, steps):
+    def step(model, optimizer, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        optimizer.step(1e-3)
+
+    tokenizer, folder = parts[1], tmp_path / "checkpoints" / "step_0001"
+    folder.parent.mkdir(exist_ok=True)
+    model = random_model(dtype=dtype, vocab_size=len(tokenizer))
+    optimizer = Optimizer(model, kind, rounding=rounding)
+    for number in range(steps):
+        step(model, optimizer, number)
+    save_checkpoint(folder, model, tokenizer, optimizer, Progress(*counters), Recipe())
+    assert load_progress(folder) == Progress(*counters)
+    loaded, _ = load_model(folder)
+    resumed = Optimizer(loaded, kind, rounding=rounding)
+    load_optimizer(folder, resumed)
+    for pair in (model, optimizer), (loaded, resumed):
+        step(*pair, seed=99)
+    pairs = zip(model.parameters(), loaded.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sets(st.integers(0, 99), min_size=1, max_size=8), st.data())
+def test_whatever_is_pruned_the_latest_stay_and_so_do_stage_ends_and_the_best(tmp_path, parts, steps, data):
+    ends = data.draw(st.sets(st.sampled_from(sorted(steps))))
+    accuracies = data.draw(st.dictionaries(st.sampled_from(sorted(steps)), st.floats(0, 1)))
+    keep = data.draw(st.integers(1, 4))
+    shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+    for step in steps:
+        folder = tmp_path / "checkpoints" / f"step_{step:04d}"
+        folder.mkdir(parents=True)
+        state = asdict(Progress(step=step, stage_step=0 if step in ends else 1))
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+    prune_checkpoints(tmp_path, keep, accuracies)
+    left = {int(folder.name[5:]) for folder in checkpoints(tmp_path)}
+    must = set(sorted(steps)[-keep:]) | ends
+    assert must <= left <= steps and len(left - must) <= 1
+    best = max(accuracies.values(), default=None)
+    assert best is None or any(accuracies.get(step) == best for step in left)

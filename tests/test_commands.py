@@ -21,6 +21,7 @@ from rl.recipe import RecipeError
 from rl.rollout import Actor
 from rl.runfolder import RunFolder
 from rl.stages import train
+from tasks import GSM8K
 
 ROOT = Path(__file__).parent.parent
 METRICS = {
@@ -371,3 +372,14 @@ def test_generate_takes_the_embedded_model_and_a_prompt():
     model, tokenizer = load_model("tiny")
     completions = generate(model, [tokenizer.encode("<think>\n")], max_new_tokens=8)
     assert len(completions[0][0].token_ids) <= 8
+
+
+def test_models_of_different_tasks_are_not_compared_and_those_from_elsewhere_take_the_others_task():
+    recipe = train_command.parse(["256", "--model", "tiny"]).recipe
+    countdown = eval_command.Model("runs/a", recipe, trained=True)
+    words = eval_command.Model("runs/b", replace(recipe, task=GSM8K()), trained=True)
+    elsewhere = eval_command.Model("Qwen/Qwen3-1.7B", recipe, trained=False)
+    with pytest.raises(RecipeError, match="runs/a is for countdown and runs/b for gsm8k"):
+        eval_command.of_one_task([countdown, words])
+    assert [model.recipe.task for model in eval_command.of_one_task([elsewhere, words])] == [GSM8K(), GSM8K()]
+    assert eval_command.of_one_task([elsewhere, elsewhere]) == [elsewhere, elsewhere]

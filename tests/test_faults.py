@@ -9,7 +9,7 @@ from helpers import learner, ragged_samples, random_model
 from test_commands import smoke
 
 import rl.grpo
-import rl.stages
+import rl.steps
 from model import generate
 from model.distribution import sample
 from rl.console import user_errors

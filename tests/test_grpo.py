@@ -19,7 +19,7 @@ from rl.grpo import accumulate_gradient, group_samples, grpo_update, recompute_l
 from rl.loss import AGGREGATIONS, loss_denominator
 from rl.problems import endless_problems
 from rl.recipe import GRPOStage
-from rl.stages import learning_rate
+from rl.steps import learning_rate
 
 REWARDS = [[1.0, 0.0, 0.1, 0.1], [0.0, 0.1, 1.0, 1.0], [0.8, 0.3, 0.1, 0.0], [0.0, 0.0, 0.0, 1.0]]
 

@@ -244,17 +244,17 @@ def test_the_memory_plan_knows_what_one_process_holds(tmp_path):
 DYING = """
 import os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
-import rl.stages
+import rl.steps
 from test_parallel import run_training
 from pathlib import Path
 
-update, steps = rl.stages.grpo_update, []
+update, steps = rl.steps.grpo_update, []
 def dying(*arguments):
     steps.append(0)
     if os.environ["RANK"] == "1" and len(steps) == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os._exit(9)
     return update(*arguments)
-rl.stages.grpo_update = dying
+rl.steps.grpo_update = dying
 run_training(Path(sys.argv[1]))
 """
 

@@ -21,7 +21,7 @@ from rich.console import Console
 import model.wave
 import rl.console
 import rl.evaluate
-import rl.stages
+import rl.steps
 import rl.view
 from model import generate
 from model.sampler import waves
@@ -253,7 +253,7 @@ def test_a_stop_during_rollouts_does_not_wait_for_them_and_the_step_is_taken_aga
     options = [*TRAIN, "--stages.0.steps", "3", "--out"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train(parse([*options, str(whole)]).recipe, quiet=True)
-    real, calls = rl.stages.collect_rollouts, []
+    real, calls = rl.steps.collect_rollouts, []
 
     def asked_at_the_second_step(*arguments):
         calls.append(arguments)
@@ -261,7 +261,7 @@ def test_a_stop_during_rollouts_does_not_wait_for_them_and_the_step_is_taken_aga
             signal.raise_signal(signal.SIGINT)
         return real(*arguments)
 
-    monkeypatch.setattr(rl.stages, "collect_rollouts", asked_at_the_second_step)
+    monkeypatch.setattr(rl.steps, "collect_rollouts", asked_at_the_second_step)
     with pytest.raises(Stopped, match="Saved after step 1;"):
         train(parse([*options, str(stopped)]).recipe, quiet=True)
     assert [row["step"] for row in RunFolder(stopped).metrics()] == [0, 1]
@@ -317,7 +317,7 @@ def test_a_quiet_run_shows_nothing_on_a_terminal(tmp_path, terminal, monkeypatch
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rl.stages, "grpo_update", interrupted)  # after an evaluation and a step's rollouts
+    monkeypatch.setattr(rl.steps, "grpo_update", interrupted)  # after an evaluation and a step's rollouts
     with pytest.raises(KeyboardInterrupt):
         train(parse([*TRAIN, "--out", str(tmp_path / "run")]).recipe, quiet=True)
     assert terminal.getvalue() == ""

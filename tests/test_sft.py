@@ -14,6 +14,7 @@ from model import Completion, Tokenizer
 from model.weights import TINY
 from rl.batch import Sample, completion_logprobs, make_batch
 from rl.checkpoint import Progress
+from rl.lab import Lab
 from rl.learner import Learner
 from rl.optimizer import Optimizer
 from rl.recipe import OptimizerSettings, Recipe, SFTStage
@@ -21,7 +22,7 @@ from rl.reward import Score
 from rl.rollout import Rollout
 from rl.runfolder import RunFolder
 from rl.sft import sft_schedule, sft_step
-from rl.stages import Lab, sft_stage
+from rl.steps import sft_stage
 from tasks import Countdown
 
 END = 1
@@ -136,7 +137,7 @@ class TraceStage:
             self.learned += samples
             return sft_step(pupil, samples, rate)
 
-        monkeypatch.setattr("rl.stages.sft_step", recording_step)
+        monkeypatch.setattr("rl.steps.sft_step", recording_step)
         self.model = random_model(vocab_size=512)
         lab = Lab(recipe, self.model, self.tokenizer, [], list(held_out), RunFolder(tmp_path), 8192)
         pupil = Learner(self.model, Optimizer(self.model), recipe, lab.micro_batch_tokens)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+import rl.steps
 import rl.study
 from rl.recipe import RecipeError
 from rl.recipe_file import build_recipe, to_dict
@@ -159,7 +160,7 @@ class InProcess:
 def test_a_study_goes_on_where_a_run_was_stopped(tmp_path, monkeypatch):
     arguments = replace(small_study(tmp_path), arms=("grpo",), seeds=1)
     (task,) = plan(arguments)
-    grpo_update, steps = rl.stages.grpo_update, []
+    grpo_update, steps = rl.steps.grpo_update, []
 
     def stopped(*inputs):
         steps.append(1)
@@ -167,7 +168,7 @@ def test_a_study_goes_on_where_a_run_was_stopped(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return grpo_update(*inputs)
 
-    monkeypatch.setattr(rl.stages, "grpo_update", stopped)
+    monkeypatch.setattr(rl.steps, "grpo_update", stopped)
     with pytest.raises(KeyboardInterrupt):
         rl.study.run_task(task)
     result = rl.study.run_task(task)

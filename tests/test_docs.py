@@ -1,0 +1,161 @@
+"""What the documents say of the code is so: links lead somewhere, names they point to exist, the notebook's cells hold."""
+
+import ast
+import base64
+import json
+import os
+import re
+import subprocess
+import sys
+import typing
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from rl.recipe import STAGES, Recipe
+from rl.study import load_arms
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOK = ROOT / "docs" / "one_step.ipynb"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("docs/*.ipynb"), *ROOT.glob("benchmarks/*.md")])
+LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)|src=\"([^\"]+)\"")
+OPTION = re.compile(r"--([a-z]+(?:\.[a-z0-9-]+)+)")
+
+
+def prose(path: Path) -> str:
+    """A document's text; of a notebook, that of its cells for reading."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+        text = "\n\n".join("".join(cell["source"]) for cell in cells)
+    return text
+
+
+def links(path: Path) -> list[tuple[str, str]]:
+    """(text, target) of each link and picture of a document that stays within the repository; code blocks have none."""
+    text = re.sub(r"^```.*?^```", "", prose(path), flags=re.DOTALL | re.MULTILINE)
+    found = [(name, target or source) for name, target, source in LINK.findall(text)]
+    return [(name, target) for name, target in found if not re.match(r"https?:|mailto:", target)]
+
+
+def defined_names(source: str) -> set[str]:
+    """Functions, classes and constants of a module, and what its classes hold, with and without the class's name."""
+    names = set()
+
+    def add(body: list[ast.stmt], prefix: str = "") -> None:
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                found = [node.name]
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                found = [target.id for target in targets if isinstance(target, ast.Name)]
+            else:
+                continue
+            names.update(form for name in found for form in (name, prefix + name))
+            if isinstance(node, ast.ClassDef):
+                add(node.body, f"{node.name}.")
+
+    add(ast.parse(source).body)
+    return names
+
+
+def named(text: str) -> list[str]:
+    """The names of code in a link's text: `group_advantages`, `Optimizer.step`, `score(...)`; paths and options are none."""
+    return [match[1] for part in re.findall(r"`([^`]+)`", text) if (match := re.fullmatch(r"([A-Za-z_][\w.]*)(\(.*\))?", part))]
+
+
+def anchors(path: Path) -> set[str]:
+    """The headings of a document as GitHub makes them into anchors."""
+    headings = re.findall(r"^#+ (.+)$", prose(path), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_to_a_file_and_every_name_in_it_is_defined_there(document):
+    for text, target in links(document):
+        name, _, anchor = target.partition("#")
+        path = (document.parent / name).resolve() if name else document
+        assert path.exists() and path.is_relative_to(ROOT), f"{document.name}: no {target}"
+        if path.suffix == ".py":
+            missing = [name for name in named(text) if not name.endswith(".py") and name not in defined_names(path.read_text())]
+            assert not missing, f"{document.name}: {target} does not define {missing}"
+        elif anchor and path.suffix == ".md":
+            assert anchor in anchors(path), f"{document.name}: {name or document.name} has no heading #{anchor}"
+
+
+def test_links_and_names_are_found_trap_a_check_that_sees_nothing(tmp_path):
+    document = tmp_path / "page.md"
+    document.write_text(
+        "[`f`, `C.g(x)`](a.py) and [text](b.md#part)\n```\n[no](c.py)\n```\n[away](https://x.org) <img src='x'> <img src=\"d.png\">"
+    )
+    assert links(document) == [("`f`, `C.g(x)`", "a.py"), ("text", "b.md#part"), ("", "d.png")]
+    assert named("`f`, `C.g(x)`, `rl/loss.py`, `--out x`, plain") == ["f", "C.g"]
+    assert defined_names("A = 1\ndef f(): h = 1\nclass C:\n    x: int = 0\n    def g(self): pass") == {
+        "A", "f", "C", "x", "C.x", "g", "C.g",
+    }  # fmt: skip
+    assert len(links(ROOT / "docs" / "algorithm.md")) > 30
+
+
+def options_below(kind, prefix: str = "") -> set[str]:
+    """A recipe's options as the command line spells them, without their dashes."""
+    if not is_dataclass(kind):
+        return set().union(*(options_below(part, prefix) for part in typing.get_args(kind)))
+    hints, found = typing.get_type_hints(kind), set()
+    for name in (field.name for field in fields(kind)):
+        path = prefix + name.replace("_", "-")
+        found |= {path} | options_below(hints[name], path + ".")
+        if hints[name] is bool:
+            found.add(prefix + "no-" + name.replace("_", "-"))
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_option_of_a_recipe_that_a_document_names_exists(document):
+    options = options_below(Recipe).union(*(options_below(stage, "stages.0.") for stage in STAGES.values()))
+    assert {"stages.0.clip-high", "sampling.top-k", "reward.no-near-miss"} <= options
+    for option in OPTION.findall(prose(document)):
+        assert re.sub(r"^stages\.\d+", "stages.0", option) in options, f"{document.name}: no option --{option}"
+
+
+def test_every_arm_that_the_algorithms_page_calls_untested_can_be_run_and_has_no_result():
+    known = {arm.name for arm in load_arms(ROOT / "recipes" / "study" / "arms.toml")}
+    untested = {arm.name for arm in load_arms(ROOT / "recipes" / "study" / "open.toml")} - known
+    text = (ROOT / "docs" / "algorithm.md").read_text()
+    assert untested and all(f"`{name}`" in text for name in untested)
+    results = {json.loads(path.read_text())["arm"] for path in (ROOT / "docs" / "study" / "runs").glob("*.json")}
+    assert not untested & results
+
+
+def run_notebook(source: Path, target: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "docs" / "run_notebook.py", source, target]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=source.parent, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_the_notebooks_cells_run_in_order_and_their_asserts_hold(tmp_path):
+    result = run_notebook(NOTEBOOK, tmp_path / "run.ipynb")
+    assert result.returncode == 0, result.stderr
+    made, kept = (json.loads(path.read_text()) for path in (tmp_path / "run.ipynb", NOTEBOOK))
+    for new, old in zip(made["cells"], kept["cells"]):
+        kinds = [[output["output_type"] for output in cell.get("outputs", [])] for cell in (new, old)]
+        assert kinds[0] == kinds[1], "outputs are missing: python docs/run_notebook.py docs/one_step.ipynb"
+
+
+def test_a_cell_that_raises_is_noticed_trap_runner_that_passes_anything(tmp_path):
+    path = tmp_path / "bad.ipynb"
+    path.write_text(json.dumps({"cells": [{"cell_type": "code", "source": ["x = 1\n", "assert x == 2"], "outputs": []}]}))
+    result = run_notebook(path, tmp_path / "out.ipynb")
+    assert result.returncode != 0 and "code cell 1" in result.stderr and not (tmp_path / "out.ipynb").exists()
+
+
+def test_the_notebook_is_kept_small_with_its_plots_and_without_paths_of_a_machine():
+    assert NOTEBOOK.stat().st_size < 400_000
+    notebook = json.loads(NOTEBOOK.read_text())
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    pictures = [base64.b64decode(output["data"]["image/png"]) for output in outputs if output["output_type"] == "display_data"]
+    assert len(pictures) >= 5 and all(picture.startswith(b"\x89PNG") for picture in pictures)
+    text = re.sub(r'"image/png": "[^"]*"', "", NOTEBOOK.read_text())
+    assert not re.search(r"(/home|/root|/tmp|/work|/Users|site-packages)\b", text)

@@ -47,12 +47,14 @@ class Corpus:
         phrases: texts that are one token each, beside bytes, tags and the chat format.
         largest_number: numbers up to this one are one token each too.
         layers: of the model.
+        steps: of the optimizer.
     """
 
     document: Callable[[random.Random], tuple[str, str]]
     phrases: list[str]
     largest_number: int
     layers: int
+    steps: int
 
 
 def countdown_document(rng: random.Random) -> tuple[str, str]:
@@ -81,6 +83,7 @@ CORPORA = {
         [*fixed_phrases(COUNTDOWN_PROMPTS, r"\d+(?:, \d+)*"), "user\n", "assistant\n", *VERDICTS],
         largest_number=199,
         layers=4,
+        steps=6000,
     ),
     "calculus": Corpus(
         calculus_document,
@@ -91,6 +94,7 @@ CORPORA = {
         ],
         largest_number=299,
         layers=2,
+        steps=2500,
     ),
 }
 
@@ -103,10 +107,10 @@ class TinyBase:
     """Whose corpus to learn."""
     out: Path | None = None
     """Folder to write the checkpoint to; by itself where the embedded model of the task is."""
-    steps: int = 6000
-    """Optimizer steps."""
+    steps: int | None = None
+    """Optimizer steps; by itself 6000, in calculus 2500."""
     documents_per_step: int = 32
-    """Documents a step; each is about 95 tokens, in calculus 60."""
+    """Documents a step; each is about 95 tokens, in calculus 39."""
     learning_rate: float = 3e-3
     """Peak of the cosine schedule."""
     seed: int = 0
@@ -174,6 +178,7 @@ def cosine(step: int, steps: int, warmup: int = 100) -> float:
 
 def main(settings: TinyBase) -> None:
     corpus = CORPORA[settings.task]
+    steps = settings.steps or corpus.steps
     out = settings.out or (TINY if settings.task == "countdown" else TINY.with_name(f"tiny-{settings.task}"))
     tokenizer = train_tokenizer(out, corpus)
     model = Qwen3(tiny_config(len(tokenizer), corpus.layers)).init_weights(settings.seed)
@@ -182,12 +187,12 @@ def main(settings: TinyBase) -> None:
     learner = Learner(model, Optimizer(model, weight_decay=0.1), Recipe(), micro_batch_tokens=4096)
     rng = random.Random(settings.seed)
     start, tokens = time.perf_counter(), 0
-    for step in range(settings.steps):
+    for step in range(steps):
         samples = [document_sample(tokenizer, corpus, rng) for _ in range(settings.documents_per_step)]
-        rate = settings.learning_rate * cosine(step, settings.steps)
+        rate = settings.learning_rate * cosine(step, steps)
         result = sft_step(learner, samples, rate)
         tokens += result["tokens"]
-        if step % 50 == 0 or step + 1 == settings.steps:
+        if step % 50 == 0 or step + 1 == steps:
             speed = tokens / (time.perf_counter() - start)
             print(f"step {step:5d}  loss {result['loss']:.4f}  {tokens / 1e6:5.1f} M tokens  {speed:,.0f} tokens/s", flush=True)
     save_model(out, model, tokenizer)

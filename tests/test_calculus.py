@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.derivations import WELL_FORMED_SHARE, derivation_document, right_step, wrong_steps
+from data.derivations import RIGHT_SHARE, WELL_FORMED_SHARE, derivation_document, right_step, wrong_steps
 from data.jsonl import DataError
 from data.polynomial import (
     MAX_CHARACTERS,
@@ -24,6 +24,10 @@ from data.polynomial import (
     terms_of,
     trimmed,
 )  # fmt: skip
+from model import Tokenizer
+from model.weights import EMBEDDED
+from rl.recipe_file import load_recipe
+from rl.tiny_base import TINY_CALCULUS
 from tasks.calculus import MAX_COEFFICIENT, MAX_EXPONENT, MAX_ORDER, Calculus, Derivative
 from tasks.task import Score
 
@@ -327,10 +331,9 @@ def test_settings_out_of_bounds_name_the_first_of_these_fields(settings):
 
 
 def documents(count: int = 400):
-    task = Calculus(min_terms=2, max_terms=4, max_exponent=5, max_coefficient=9, max_order=2)
     for seed in range(count):
         rng = random.Random(seed)
-        problem = task.draw(rng)
+        problem = TINY_CALCULUS.draw(rng)
         yield problem, derivation_document(problem.polynomial, problem.order, rng)
 
 
@@ -351,13 +354,16 @@ def test_documents_follow_their_own_steps_from_the_problem_to_the_answer():
         assert parse_polynomial(answer) == parse_polynomial(" + ".join(left).replace("+ -", "- ") or "0")
 
 
-def test_steps_follow_the_right_rule_half_the_time_and_answers_stand_in_their_tags_half_the_time():
+def test_steps_take_each_rule_as_often_as_it_says_and_the_favourite_mistake_most_often():
     steps, tagged = Counter(), 0
     for _, document in documents(1000):
         tagged += "<answer>" in document
         for term, result in re.findall(r"(\S+) -> (\S+)\n", document):
-            steps[parse_polynomial(result) == differentiate(parse_polynomial(term))] += 1
-    assert steps[True] / steps.total() == pytest.approx(0.5, abs=0.03)
+            before, after = parse_polynomial(term), parse_polynomial(result)
+            favourite = after and len(after) == len(before)  # the exponent stays
+            steps["right" if after == differentiate(before) else "favourite" if favourite else "other"] += 1
+    assert steps["right"] / steps.total() == pytest.approx(RIGHT_SHARE, abs=0.03)
+    assert steps["favourite"] > 1.05 * steps["right"] and steps["other"] > 50
     assert tagged / 1000 == pytest.approx(WELL_FORMED_SHARE, abs=0.05)
 
 
@@ -373,3 +379,20 @@ def test_rules_by_hand():
 
 def test_documents_come_from_the_generator_they_are_given():
     assert list(documents()) == list(documents())
+
+
+def test_the_recipe_asks_what_the_embedded_model_was_trained_on_and_its_longest_document_fits():
+    _, recipe = load_recipe("calculus", variant="tiny")
+    assert recipe.task == TINY_CALCULUS and recipe.model == "tiny-calculus"
+    tokenizer = Tokenizer(EMBEDDED["tiny-calculus"])
+    lengths = [len(tokenizer.encode(document)) for _, document in documents(2000)]
+    assert 60 < max(lengths) <= recipe.sampling.max_new_tokens
+
+
+def test_numbers_exponents_and_the_prompts_phrases_are_single_tokens_of_the_embedded_model():
+    tokenizer = Tokenizer(EMBEDDED["tiny-calculus"])
+    for problem, document in documents(50):
+        for piece in [*re.findall(r"\d+(?=x|\b)(?<!\^\d)", document), *re.findall(r"x\^\d", document), " -> ", "</think>"]:
+            assert len(tokenizer.encode(piece)) == 1, piece
+        assert len(tokenizer.encode(TINY_CALCULUS.prompt(problem))) <= 2 + 4 * 3
+        assert tokenizer.decode(tokenizer.encode(document)) == document

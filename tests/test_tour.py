@@ -1,0 +1,123 @@
+"""docs/tour.md is what the code prints today, and its numbers fit together."""
+
+import importlib
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data import evaluate_expression
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "tour.md"
+ANEW = "run `python -m rl.tour --out docs/tour.md` to write it anew, and read whether its sentences still hold"
+NUMBER = re.compile(r"[-+]?\d+\.\d+")
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return PAGE.read_text(encoding="utf-8")
+
+
+def difference(old: str, new: str) -> str | None:
+    """The first paragraph in which two texts differ: in words, in whole numbers, or in decimals by more than their last place.
+
+    Line breaks and the width of columns do not count.
+    """
+    olds, news = old.split("\n\n"), new.split("\n\n")
+    for a, b in zip(olds, news, strict=False):
+        words = [" ".join(NUMBER.sub("#", text).split()) for text in (a, b)]
+        numbers = zip(NUMBER.findall(a), NUMBER.findall(b), strict=False)
+        if words[0] != words[1] or not all(close(x, y) for x, y in numbers):
+            return f"{a}\n\nis now\n\n{b}"
+    return None if len(olds) == len(news) else f"{len(olds)} paragraphs are now {len(news)}"
+
+
+def close(a: str, b: str) -> bool:
+    places = len(a.partition(".")[2])
+    return len(b.partition(".")[2]) == places and abs(float(a) - float(b)) < 1.5 * 10**-places
+
+
+def rows(page: str, first_columns: str) -> list[list[str]]:
+    """The rows of the table whose header begins with these words, the columns split at two spaces."""
+    block = next(block for block in page.split("```") if block.split()[: len(first_columns.split())] == first_columns.split())
+    return [re.split(r"\s{2,}", line.strip()) for line in block.strip().splitlines()[1:]]
+
+
+def test_the_page_is_what_the_code_prints(page, tmp_path):
+    command = [sys.executable, "-m", "rl.tour", "--out", str(tmp_path / "tour.md")]
+    subprocess.run(command, check=True, cwd=ROOT, timeout=120)
+    found = difference(page, (tmp_path / "tour.md").read_text(encoding="utf-8"))
+    assert found is None, f"docs/tour.md is not what the code does now; {ANEW}.\n\n{found}"
+
+
+def test_a_changed_sentence_or_number_is_seen_and_a_last_digit_is_not():
+    text = "The loss is -0.0035.\n\n```\nt  p\n3  0.397\n```"
+    assert difference(text, text) is None
+    assert difference(text, text.replace("-0.0035", "-0.0036").replace("3  0.397", "3   0.398")) is None
+    assert difference("a -0.001 b", "a 0.000\nb") is None
+    assert difference(text, text.replace("0.397", "0.399")).startswith("```")
+    assert difference(text, text.replace("-0.0035", "0.0035"))
+    assert difference(text, text.replace("0.397", "0.39"))
+    assert difference(text, text.replace("\n3", "\n4"))
+    assert difference(text, text.replace("loss", "gain"))
+    assert difference(text, text + "\n\nMore.")
+
+
+def test_every_file_and_function_it_names_exists(page):
+    links = re.findall(r"\[(`?)([^]`]+)`?\]\((\S+\.py)\)", page)
+    assert len(links) > 30
+    for code, name, target in links:
+        path = (PAGE.parent / target).resolve()
+        assert path.is_file() and path.is_relative_to(ROOT), target
+        found = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for part in name.split(".") if code else ():
+            assert hasattr(found, part), f"{target} has no {name}"
+            found = getattr(found, part)
+
+
+def test_the_checks_it_makes_on_the_way_come_out_well(page):
+    assert page.count("Yes.") == 2 and "NO" not in page
+
+
+def test_each_random_number_falls_on_the_stretch_of_its_token(page):
+    sampled = rows(page, "t id token u")
+    assert len(sampled) == 36 and sampled[-1][2] == "'<|im_end|>'"
+    for *_, u, low, high, probability, logprob in sampled:
+        assert float(low) - 0.001 <= float(u) <= float(high) + 0.001
+        assert float(high) - float(low) == pytest.approx(float(probability), abs=0.0015)
+        assert math.exp(float(logprob)) == pytest.approx(float(probability), abs=0.001)
+
+
+def test_the_loss_is_minus_the_mean_advantage_of_the_tokens(page):
+    table = [list(map(float, row)) for row in rows(page, "completion advantage tokens")]
+    tokens = sum(row[2] for row in table)
+    assert all(row[3] == pytest.approx(row[1] * row[2], abs=0.03) for row in table)
+    assert all(row[4] == pytest.approx(row[1] / tokens, abs=0.0001) for row in table)
+    stated = re.search(r"= (-?\d\.\d{4})\. It is near zero", " ".join(page.split()))
+    assert float(stated[1]) == pytest.approx(-sum(row[1] * row[2] for row in table) / tokens, abs=0.0003)
+
+
+def test_the_clipped_tokens_are_those_that_have_had_their_push(page):
+    table = [list(map(float, row[-4:])) for row in rows(page, "completion t token advantage")]
+    for advantage, old, new, ratio in table:
+        assert ratio == pytest.approx(math.exp(new - old), abs=0.004)
+        assert ratio > 1.25 if advantage > 0 else ratio < 0.75
+    above = sum(advantage > 0 for advantage, *_ in table)
+    assert above > 0 and f"finds {len(table) - above} below and {above} above" in " ".join(page.split())
+
+
+def test_the_sentences_about_single_completions_are_true(page):
+    before, after = (rows(part, "completion tokens") for part in page.split("## 6."))
+    ends = [row[-1].strip("'").rpartition("\\n")[2] for row in before]
+    unpaid = [n for n, row in enumerate(before) if row[2] == "malformed" and evaluate_expression(ends[n]) == 32]
+    assert unpaid == [2, 3, 4]  # "three of these reach the target and earn nothing"
+    assert [row[2] for row in before].count("malformed") == 4  # "the four malformed completions"
+    tags = ["<answer>" in row[-1] for row in after]
+    assert [n for n in range(6) if tags[n] and "<answer>" not in before[n][-1]] == [0, 2]
+    assert [n for n in range(6) if after[n][1] == "64" and "</think>" not in after[n][-1]] == [3, 4]
+    assert "/" in ends[5] and "/" not in after[5][-1].replace("</", "")
+    assert "11+5=16 16+16=32 too low" in after[1][-1] and after[1][2] == "correct"

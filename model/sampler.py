@@ -30,6 +30,7 @@ def generate(
     max_cache_tokens: int | None = None,
     only: slice = slice(None),
     progress: Callable[[int, int], None] | None = None,
+    on_completion: Callable[[int, int, Completion], None] | None = None,
 ) -> list[list[Completion]]:
     """Sample `num_samples` completions of at most `max_new_tokens` tokens for each prompt of ids.
 
@@ -45,6 +46,8 @@ def generate(
             group; None: what free memory allows. Prompts that find no room wait for the next wave.
         only: sample for `prompts[only]`, as if for all: several processes share one call's prompts out by it.
         progress: called now and then with (completions done, tokens sampled so far).
+        on_completion: called once for each completion, soon after it is done, while others are still sampled, with its
+            two places in what is returned and itself.
 
     Returns:
         `[prompt][sample]` completions, of the prompts in `only`.
@@ -68,6 +71,10 @@ def generate(
         for now_done, now_tokens in wave.run():
             if progress:
                 progress(done + now_done, tokens + now_tokens)
+            while on_completion and wave.left:
+                number, completion = wave.left.pop()
+                prompt, sample = divmod(number, wave.num_samples)
+                on_completion(group.start + prompt, samples.start + sample, completion)
         done, tokens = done + now_done, tokens + now_tokens
         for completions, found in zip(groups[group], wave.groups(), strict=True):
             completions += found

@@ -62,6 +62,7 @@ class Wave:
         rows, device = len(prompts) * self.num_samples, model.device
         self.model, self.stops, self.distribution = model, stops, distribution
         self.completions: list[Completion | None] = [None] * rows
+        self.left: list[tuple[int, Completion]] = []  # with their numbers, for whoever takes them from here on the way
         # Of the rows in the batch, so fewer and fewer:
         self.samples = torch.arange(rows, device=device)  # which completion each is
         self.uniforms = uniforms.flatten(0, 1).to(device)
@@ -124,6 +125,7 @@ class Wave:
             for row in zip(*(column[leaving].tolist() for column in columns), strict=True):
                 number, length, ended, token_ids, logprobs = row
                 self.completions[number] = Completion(token_ids[:length], logprobs[:length], ended)
+                self.left.append((number, self.completions[number]))
             self.samples, self.uniforms = self.samples[keep], self.uniforms[keep]
             self.token_ids, self.logprobs = self.token_ids[keep], self.logprobs[keep]
             if len(keep):

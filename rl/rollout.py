@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,28 +56,38 @@ def collect_rollouts(
 
     A group is a place in this list, not a prompt: the same problem twice makes two groups. Of several processes each
     samples its share of the groups, and gets all of them.
+
+    A completion is decoded and judged in a thread while others are still sampled: `benchmarks/overlap.py` says what that gives.
     """
     sampling, prompts = actor.sampling, [actor.prompt_ids(problem) for problem in problems]
-    with sampling_model(actor.model) as sampler:
-        completions = generate(
-            sampler,
-            prompts,
-            num_samples=num_samples,
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            stop_token_ids=actor.tokenizer.stop_token_ids,
-            seed=seed,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            max_cache_tokens=sampling.max_cache_tokens,
-            only=slice(workers.rank, None, workers.size),
-            progress=progress,
-        )
-    mine = zip(workers.share(problems), workers.share(prompts), completions, strict=True)
-    return workers.join([
-        [actor.judge(problem, prompt, completion) for completion in group]
-        for problem, prompt, group in mine
-    ])  # fmt: skip
+    mine = list(zip(workers.share(problems), workers.share(prompts), strict=True))
+    verdicts: dict[tuple[int, int], Future[Rollout]] = {}
+    thread = ThreadPoolExecutor(1)
+
+    def hand_over(number: int, sample: int, completion: Completion) -> None:
+        verdicts[number, sample] = thread.submit(actor.judge, *mine[number], completion)
+
+    try:
+        with sampling_model(actor.model) as sampler:
+            generate(
+                sampler,
+                prompts,
+                num_samples=num_samples,
+                max_new_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                stop_token_ids=actor.tokenizer.stop_token_ids,
+                seed=seed,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                max_cache_tokens=sampling.max_cache_tokens,
+                only=slice(workers.rank, None, workers.size),
+                progress=progress,
+                on_completion=hand_over,
+            )
+        groups = [[verdicts[number, sample].result() for sample in range(num_samples)] for number in range(len(mine))]
+    finally:
+        thread.shutdown(wait=False, cancel_futures=True)  # who breaks off, or fails, does not wait for other verdicts
+    return workers.join(groups)
 
 
 def reward_tensor(groups: list[list[Rollout]]) -> torch.Tensor:

@@ -86,7 +86,7 @@ def whole_model(model: Qwen3, keep: bool = True) -> Qwen3 | None:
         return model
     state = {}
     for name, tensor in model.state_dict().items():
-        tensor = tensor.full_tensor().to(model.dtype) if is_divided(tensor) else tensor
+        tensor = tensor.to(model.dtype).full_tensor() if is_divided(tensor) else tensor  # half the way in bfloat16
         if keep:
             state[name] = tensor
     if not keep:

@@ -19,8 +19,9 @@ import torch
 import transformers
 from helpers import learner, random_model, rollouts
 from test_commands import ROOT, smoke, timeless
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import Completion
+from model import Completion, generate
 from rl.checkpoint import checkpoints
 from rl.grpo import accumulate_gradient, group_samples
 from rl.memory_plan import plan_memory, work_of
@@ -29,6 +30,7 @@ from rl.runfolder import RunFolder
 from rl.sharding import is_divided, sampling_model, shard
 from rl.stages import train
 from rl.workers import Workers, workers_of_torchrun
+from train import Arguments
 
 OPTIONS = [  # three prompts for two or four processes, in two updates: uneven, and some have nothing to do
     "--generated-problems", 60, "--sampling.max-new-tokens", 40, "--evaluation.problems", 5, "--evaluation.final-problems", 0,
@@ -43,8 +45,12 @@ MODES = {
 }
 
 
+def arguments(out: Path, mode: str = "replicate") -> Arguments:
+    return smoke("--out", out, *OPTIONS, *MODES[mode])
+
+
 def run_training(out: Path, mode: str = "replicate", resume: bool = False) -> None:
-    train(smoke("--out", out, *OPTIONS, *MODES[mode]).recipe, resume=resume, quiet=True)
+    train(arguments(out, mode).recipe, resume=resume, quiet=True)
 
 
 def be_one_of(rank: int, size: int, port: int, work, *arguments) -> None:
@@ -151,6 +157,49 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, divided, tmp_path
     same_runs(alone, more)
 
 
+# Sampling
+
+
+class Gathers(TorchDispatchMode):
+    """Counts how often tensors are gathered from all processes."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += any(name in str(function) for name in ("allgather", "all_gather_into_tensor"))
+        return function(*args, **kwargs or {})
+
+
+def sampled(out: Path | None, whole: bool) -> list:
+    """For two lengths: completions of two prompts, in which a third process has no part, and how often it took gathering."""
+    found = []
+    with workers_of_torchrun() as workers:
+        model = random_model(std=0.2)
+        if workers.size > 1:
+            shard(model, workers, torch.device("cpu"))
+            model.sharding = replace(model.sharding, whole_to_sample=whole)
+        options = {"num_samples": 3, "stop_token_ids": range(0, 48, 12), "seed": 5}
+        for length in (4, 16):
+            with Gathers() as gathers, sampling_model(model) as sampler:
+                only = slice(workers.rank, None, workers.size)
+                groups = generate(sampler, [[5, 17, 3, 44, 9], [8, 2]], max_new_tokens=length, only=only, **options)
+            ids = [[completion.token_ids for completion in group] for group in workers.join(groups)]
+            found.append([ids, gathers.count])
+        if out and workers.leads:
+            out.write_text(json.dumps(found))
+    return found
+
+
+@pytest.mark.parametrize("way", ["whole", "layers"])
+def test_a_divided_model_is_gathered_once_a_rollout_phase_or_for_every_token_and_a_process_without_work_waits(way, tmp_path):
+    in_processes(3, sampled, tmp_path / "sampled", way == "whole")
+    found = json.loads((tmp_path / "sampled").read_text())
+    assert [ids for ids, _ in found] == [ids for ids, _ in sampled(None, False)]
+    matrices = sum(".layers." in name for name, _ in random_model().named_parameters())
+    layers = random_model().config.num_hidden_layers
+    assert [count for _, count in found] == ([matrices, matrices] if way == "whole" else [4 * layers, 16 * layers])
+
+
 # Gradients
 
 
@@ -214,6 +263,8 @@ def divided_plan(out: Path) -> None:
         with sampling_model(model) as whole:
             assert not any(map(is_divided, whole.parameters())) and whole.dtype == torch.bfloat16
             copy = sum(p.numel() * 2 for name, p in whole.named_parameters() if ".layers." in name)
+        cramped = plan_memory(model, OptimizerSettings(), work, free=plan.lasting + 2 * plan.whole_copy - 1)
+        assert plan.whole_copy and not cramped.whole_copy  # then it is sampled layer by layer, see `rl.lab.set_up`
         if workers.leads:
             out.write_text(
                 json.dumps([plan.weights, plan.masters, plan.moments, plan.gradients, plan.whole_copy, copy, work.rows])
@@ -245,7 +296,8 @@ DYING = """
 import os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import rl.steps
-from test_parallel import run_training
+from test_parallel import arguments
+from train import main
 from pathlib import Path
 
 update, steps = rl.steps.grpo_update, []
@@ -255,7 +307,7 @@ def dying(*arguments):
         os._exit(9)
     return update(*arguments)
 rl.steps.grpo_update = dying
-run_training(Path(sys.argv[1]))
+main(arguments(Path(sys.argv[1])))
 """
 
 
@@ -272,6 +324,7 @@ def test_a_process_that_dies_ends_the_run_or_torchrun_begins_it_again(restarts, 
         same_runs(alone, run)
     else:
         assert ended.returncode != 0 and "exitcode  : 9" in ended.stderr and time.perf_counter() - start < 60
+        assert "error: another process of this run has ended" in ended.stderr
         assert [folder.name for folder in checkpoints(run)] == ["step_0001", "step_0002"]
 
 

@@ -56,10 +56,10 @@ play: setup
 	@$(BIN)/python play.py $(CKPT) $(ARGS)
 
 study: setup
-	$(BIN)/python -m rl.study $(ARGS)
+	$(BIN)/python -m study.run $(ARGS)
 
 study-quick: setup
-	$(BIN)/python -m rl.study --arms grpo staged --seeds 1 --out runs/study-quick --results runs/study-quick $(ARGS)
+	$(BIN)/python -m study.run --arms grpo staged --seeds 1 --out runs/study-quick --results runs/study-quick $(ARGS)
 
 test: setup-test
 	$(BIN)/python -m pytest -q tests $(ARGS)
@@ -70,7 +70,7 @@ lint: setup-test
 
 tiny-base: TASK ?= countdown
 tiny-base: setup
-	$(BIN)/python -m rl.tiny_base --task $(TASK) $(ARGS)
+	$(BIN)/python -m bases.train --task $(TASK) $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .hypothesis

@@ -6,13 +6,13 @@ finding takes search. The answer may be written in any way that `data.polynomial
 
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal
 
-from data.jsonl import DataError, read_jsonl
 from data.polynomial import Polynomial, PolynomialError, differentiate, parse_polynomial, sum_text, terms_of, trimmed
+from data.sources import Format, read_problems
 from tasks.task import CORRECT, MALFORMED, WRONG, Score, split_answer
 
+STORED = Format('{"polynomial": [7, 5, 0, -2, 3], "order": 1}', {"polynomial": "polynomial"})
 MAX_EXPONENT = 30
 MAX_COEFFICIENT = 999_999
 MAX_ORDER = 5  # 999,999 times 30 five times over has 14 digits, which an answer may have
@@ -92,7 +92,7 @@ class Calculus:
     max_order: int = 3
     """How often to differentiate at most, from 1 to 5."""
 
-    example: ClassVar[str] = '{"polynomial": [7, 5, 0, -2, 3], "order": 1}'
+    example: ClassVar[str] = STORED.example
     published: ClassVar[dict] = {}
     typed: ClassVar[str] = "a polynomial such as 3x^4 - 2x + 5, or 3x^4 - 2x + 5; 2 for its second derivative"
 
@@ -144,21 +144,7 @@ class Calculus:
         return Derivative(tuple(polynomial), order)
 
     def load(self, source: str) -> list[Derivative]:
-        """Problems from a .jsonl file, in its order. DataError: there is none in it, or a row that is no problem."""
-        if str(source) == "hub":
-            raise DataError("calculus has no dataset on the hub; leave problems at generated, or give a .jsonl file")
-        path = Path(source)
-        if path.suffix != ".jsonl" or not path.is_file():
-            raise DataError(f"cannot read problems from '{source}': give a .jsonl file that is there, or generate problems")
-        problems = []
-        for number, row in read_jsonl(path, self.example):
-            try:
-                problems.append(self.problem(row))
-            except (ValueError, TypeError, KeyError):
-                raise DataError(f"{path}, line {number}: expected {self.example}; correct or remove it") from None
-        if not problems:
-            raise DataError(f"{path} holds no problems; give a file with at least one")
-        return problems
+        return read_problems(source, STORED, self.problem)
 
     def problem(self, row: dict) -> Derivative:
         return Derivative(row["polynomial"], row.get("order", 1))

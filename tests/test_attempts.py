@@ -8,8 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from data import ProblemSettings
-from data.attempts import (
+from bases.attempts import (
     STOP_SHARE,
     attempts_document,
     comparison_document,
@@ -18,6 +17,7 @@ from data.attempts import (
     random_attempt,
     reachable_values,
 )  # fmt: skip
+from data import ProblemSettings
 from rl import score
 
 STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)")

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ALLOWED = {"model": {"model"}, "data": {"data"}, "tasks": {"data", "tasks"}, "rl": {"model", "data", "tasks", "rl"}}
+ALLOWED = {
+    "model": {"model"},
+    "data": {"data"},
+    "tasks": {"data", "tasks"},
+    "rl": {"model", "data", "tasks", "rl"},
+    "study": {"rl", "study"},
+    "bases": {"model", "data", "tasks", "rl", "bases"},
+}
 
 
 def imported_packages(path: Path) -> set[str]:

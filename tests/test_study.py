@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 import rl.steps
-import rl.study
+import study.run
 from rl.recipe import RecipeError
 from rl.recipe_file import build_recipe, to_dict
 from rl.runfolder import flatten
-from rl.study import Arguments, load_arms, next_task, plan, run_study, traces_of
-from rl.study_report import Estimate, Run, end_table, evaluation_table, load_runs, paired_difference, verdicts, write_report
+from study.report import Estimate, Run, end_table, evaluation_table, load_runs, paired_difference, verdicts, write_report
+from study.run import Arguments, load_arms, next_task, plan, run_study, traces_of
 
 SMALL = """
 extends = "{recipes}/smoke.toml"
@@ -37,12 +37,12 @@ staged = {{ stages = [{{ kind = "grpo", steps = 1 }}, {{ kind = "sft" }}, {{ kin
 
 
 def recipe_of(arm):
-    return build_recipe(arm.tables, rl.study.RECIPES)
+    return build_recipe(arm.tables, study.run.RECIPES)
 
 
 def small_study(folder, text: str = SMALL) -> Arguments:
     path = folder / "arms.toml"
-    path.write_text(text.format(recipes=rl.study.RECIPES))
+    path.write_text(text.format(recipes=study.run.RECIPES))
     return Arguments(recipe=path, results=folder / "results", out=folder / "runs", workers=2)
 
 
@@ -122,7 +122,7 @@ def test_a_study_makes_each_run_once_and_again_only_if_its_recipe_changed(tmp_pa
         assert (arguments.results / written).stat().st_size > 500
 
     made = []
-    monkeypatch.setattr(rl.study, "ProcessPoolExecutor", lambda *_, **__: InProcess(made))
+    monkeypatch.setattr(study.run, "ProcessPoolExecutor", lambda *_, **__: InProcess(made))
     older = arguments.results / "runs" / "grpo.0.json"  # of a time before there was this field
     result = json.loads(older.read_text())
     del result["recipe"]["adapters"]
@@ -152,7 +152,7 @@ class InProcess:
 
     def submit(self, function, task):
         self.made.append((task.arm.name, task.seed))
-        future = rl.study.Future()
+        future = study.run.Future()
         future.set_result(function(task))
         return future
 
@@ -170,10 +170,10 @@ def test_a_study_goes_on_where_a_run_was_stopped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(rl.steps, "grpo_update", stopped)
     with pytest.raises(KeyboardInterrupt):
-        rl.study.run_task(task)
-    result = rl.study.run_task(task)
+        study.run.run_task(task)
+    result = study.run.run_task(task)
     assert len(steps) == 4, "the third step again, the first two not"
-    whole = rl.study.run_task(replace(task, recipe=replace(task.recipe, out=str(tmp_path / "whole"))))
+    whole = study.run.run_task(replace(task, recipe=replace(task.recipe, out=str(tmp_path / "whole"))))
     for result_part in "evaluations", "final", "steps":
         assert result[result_part] == whole[result_part]
 

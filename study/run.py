@@ -22,7 +22,7 @@ from rl.recipe import Recipe, RecipeError, SFTStage
 from rl.recipe_file import RECIPES, build_recipe, from_dict, merge, read_tables, to_dict
 from rl.runfolder import RunFolder
 from rl.stages import train
-from rl.study_report import write_report
+from study.report import write_report
 
 RESULTS = Path(__file__).parent.parent / "docs" / "study"
 STAGED = "staged"  # the arm whose traces an arm of SFT alone imitates

@@ -1,8 +1,8 @@
 """How the embedded models were made: `make tiny-base` and `make tiny-base TASK=calculus` run this file.
 
 Each is a small Qwen3 and a tokenizer of its own, trained from random weights on the documents of its task's `Corpus`.
-`model/tiny/` learns the attempts of `data.attempts`: arithmetic that is right, aimed at nothing. `model/tiny-calculus/`
-learns the derivations of `data.derivations`: every rule that one might take, right and wrong.
+`model/tiny/` learns the attempts of `bases.attempts`: arithmetic that is right, aimed at nothing. `model/tiny-calculus/`
+learns the derivations of `bases.derivations`: every rule that one might take, right and wrong.
 """
 
 import json
@@ -18,9 +18,9 @@ from typing import Literal
 import tokenizers
 import tyro
 
-from data.attempts import VERDICTS, attempts_document, comparison_document, comparison_prompt, hopeless_problem
+from bases.attempts import VERDICTS, attempts_document, comparison_document, comparison_prompt, hopeless_problem
+from bases.derivations import derivation_document
 from data.countdown import Problem, ProblemSettings, prompt_text
-from data.derivations import derivation_document
 from model import Qwen3, Qwen3Config, Tokenizer, prompt_ids, save_model
 from model.weights import TINY
 from rl.batch import Sample

@@ -53,7 +53,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Run:
-    """The result of one run, as `rl.study` saved it."""
+    """The result of one run, as `study.run` saved it."""
 
     arm: str
     seed: int

@@ -8,10 +8,15 @@ from helpers import random_model
 from test_batch import grouped_samples
 
 import model.logprobs
+import rl.lab
 from model import ModelError, Qwen3, Qwen3Config, add_adapters
 from rl.batch import make_batch
 from rl.memory_plan import activation_bytes, check_plan, plan_memory, work_of
-from rl.recipe import EvaluationSettings, GRPOStage, OptimizerSettings, Recipe, SamplingSettings, SFTStage
+from rl.recipe import EvaluationSettings, GRPOStage, OptimizerSettings, ParallelSettings, Recipe, SamplingSettings, SFTStage
+from rl.recipe_file import load_recipe
+from rl.runfolder import RunFolder
+from rl.sharding import Sharding
+from rl.view import Quiet
 
 RECIPE = Recipe(
     sampling=SamplingSettings(max_new_tokens=60),
@@ -156,3 +161,15 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_help():
     assert "smaller --model" not in message
     with pytest.raises(ModelError, match="not enough: try --adapters.rank 16 or a smaller --model"):
         check_plan(plan, model, SETTINGS, WORK, free=1000)
+
+
+@pytest.mark.parametrize(
+    "asked, room, whole", [("auto", 1, True), ("auto", 0, False), ("whole", 0, True), ("layers", 1, False)]
+)
+def test_a_divided_model_is_sampled_whole_where_the_plan_has_room_or_as_asked(tmp_path, monkeypatch, asked, room, whole):
+    real = rl.lab.plan_memory
+    monkeypatch.setattr(rl.lab, "plan_memory", lambda *arguments: replace(real(*arguments), whole_copy=room))
+    monkeypatch.setattr(rl.lab, "sharding_of", lambda model: Sharding(torch.float32))
+    recipe = replace(load_recipe("smoke")[1], parallel=ParallelSettings(sampling=asked))
+    lab, *_ = rl.lab.set_up(recipe, RunFolder(tmp_path), resume=False, view=Quiet())
+    assert lab.model.sharding.whole_to_sample == whole

@@ -62,7 +62,7 @@ study-quick: setup
 	$(BIN)/python -m study.run --arms grpo staged --seeds 1 --out runs/study-quick --results runs/study-quick $(ARGS)
 
 test: setup-test
-	$(BIN)/python -m pytest -q tests $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 tests $(ARGS)
 
 lint: setup-test
 	$(BIN)/ruff check .

@@ -1,0 +1,77 @@
+"""The exercises' solutions still apply, take the lines that are said, and do what is said."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PATCHES = sorted((ROOT / "docs" / "exercises").glob("*.patch"))
+SECTIONS = re.split(r"^## ", (ROOT / "docs" / "exercises.md").read_text(), flags=re.MULTILINE)[1:]
+CORE = ("model", "data", "tasks", "rl", "recipes")
+
+
+def git(folder: Path, *arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """A copy of the code that the patches change, outside the repository."""
+    folder = tmp_path_factory.mktemp("tree")
+    for name in CORE:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda path: path.stem)
+def test_a_solution_applies_to_the_tree_as_it_is(patch, tree):
+    result = git(tree, "apply", "--check", patch)
+    advice = f"make the change by hand, then: git diff > docs/exercises/{patch.name}"
+    assert result.returncode == 0, f"{patch.name} no longer applies: {result.stderr}{advice}"
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_an_exercise_says_where_to_look_what_to_expect_and_how_many_lines_its_solution_has(number):
+    section = SECTIONS[number - 1]
+    assert section.startswith(f"{number}. ")
+    for part in ("**Where:**", "**Expect:**", "**Then:**"):
+        assert part in section
+    lines, name = re.search(r"\*\*Lines:\*\* (\d+).*\*\*Solution:\*\* `([\w-]+\.patch)`", section).groups()
+    patch = (ROOT / "docs" / "exercises" / name).read_text()
+    assert name.startswith(f"{number}-")
+    assert int(lines) == len(re.findall(r"^\+(?!\+\+ )", patch, flags=re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def found(tree, tmp_path_factory) -> dict:
+    """What came of `exercise_checks.py` where all eight solutions are in the tree at once."""
+    together = tmp_path_factory.mktemp("together")
+    shutil.copytree(tree, together, dirs_exist_ok=True)
+    for patch in PATCHES:
+        assert git(together, "apply", patch).returncode == 0, patch
+    ruff = Path(sys.executable).with_name("ruff")
+    if ruff.exists():
+        shutil.copy(ROOT / "ruff.toml", together)
+        for check in (["check"], ["format", "--check"]):
+            result = subprocess.run([ruff, *check, "--no-cache", "."], cwd=together, capture_output=True, text=True)
+            assert result.returncode == 0, result.stdout
+    shutil.copy(Path(__file__).with_name("exercise_checks.py"), together)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(together)}
+    command = [sys.executable, "exercise_checks.py"]
+    result = subprocess.run(command, cwd=together, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_a_solution_does_what_the_exercise_says(number, found):
+    assert len(PATCHES) == len(SECTIONS) == len(found) == 8
+    assert found[str(number)] is None, found[str(number)]

@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+TESTS ?= tests
 
 .PHONY: help setup setup-test train-256 train-512 baseline eval report play study study-quick test tiny-base lint clean
 
@@ -15,7 +16,7 @@ help:
 	@echo "make play               type numbers and a target, and watch the model think (CKPT=folder for another than tiny)"
 	@echo "make study              all runs of the study in docs/study that have no result yet, for hours; goes on when stopped"
 	@echo "make study-quick        two of its runs again, in ten minutes, beside their results in docs/study"
-	@echo "make test               run the tests"
+	@echo "make test               run the tests (TESTS=tests/test_loss.py: some of them)"
 	@echo "make lint               check style and format (ruff)"
 	@echo "make tiny-base          train the embedded model again from random weights (twenty minutes; TASK=calculus: the other one)"
 	@echo "make setup              only install what the above needs"
@@ -62,7 +63,7 @@ study-quick: setup
 	$(BIN)/python -m study.run --arms grpo staged --seeds 1 --out runs/study-quick --results runs/study-quick $(ARGS)
 
 test: setup-test
-	$(BIN)/python -m pytest -q -n 2 tests $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 $(TESTS) $(ARGS)
 
 lint: setup-test
 	$(BIN)/ruff check .

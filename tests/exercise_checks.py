@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tasks.sorting import Heap, Sorting
 
 from data import Problem
 from model import Completion
@@ -23,7 +24,6 @@ from rl.reward import RewardSettings, Score, score
 from rl.rollout import Rollout, paid
 from rl.runfolder import RunFolder
 from rl.stages import train
-from tasks.sorting import Heap, Sorting
 
 PROBLEM = Problem((79, 60, 17), 36)
 

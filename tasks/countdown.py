@@ -27,17 +27,8 @@ from data import (
 )
 from data.expression import BLANKS, DIGITS
 from data.sources import COUNTDOWN
+from tasks.paper import PAPER_256, PAPER_512
 from tasks.task import CORRECT, MALFORMED, WRONG, Score, split_answer
-
-# Accuracy in %, from the paper's Tables 1 and 2 (Qwen3-1.7B on Countdown-Tasks-3to4), by GRPO step.
-PAPER_256 = [
-    (0, 0.0), (10, 0.1), (20, 0.2), (30, 0.2), (40, 3.3), (50, 9.2), (60, 13.5), (70, 21.5), (80, 37.3),
-    (80, 31.6), (90, 44.0), (100, 44.5), (110, 44.5), (120, 45.5), (130, 44.0), (140, 44.6), (150, 45.8),
-    (160, 45.3), (170, 47.1), (180, 48.8),
-]  # fmt: skip
-PAPER_512 = [
-    (0, 11.4), (10, 21.1), (20, 28.1), (30, 30.5), (40, 30.2), (50, 31.6), (60, 36.1), (70, 36.4), (80, 39.2)
-]  # fmt: skip
 
 NEAR_DISTANCE = 10  # how far from the target still earns part of the reward
 EQUATION_CHARACTERS = DIGITS + "+-*/()=" + BLANKS

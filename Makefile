@@ -13,13 +13,13 @@ help:
 	@echo "make baseline           zero-shot evaluation with 1024 new tokens"
 	@echo "make eval CKPT=folder   evaluate a checkpoint, tiny, or a hub id"
 	@echo "make report RUNS=folders a page about one or more runs, to look at in a browser"
-	@echo "make play               type numbers and a target, and watch the model think (CKPT=folder for another than tiny)"
-	@echo "make study              all runs of the study in docs/study that have no result yet, for hours; goes on when stopped"
+	@echo "make play               type numbers and a target, and watch the model think (CKPT=folder; default: the newest in runs/, else tiny)"
+	@echo "make study              the runs of the study in docs/study that have no result yet; goes on when stopped"
 	@echo "make study-quick        two of its runs again, in ten minutes, beside their results in docs/study"
 	@echo "make test               run the tests (TESTS=tests/test_loss.py: some of them)"
 	@echo "make lint               check style and format (ruff)"
-	@echo "make tiny-base          train the embedded model again from random weights (twenty minutes; TASK=calculus: the other one)"
-	@echo "make setup              only install what the above needs"
+	@echo "make tiny-base          train the embedded model again from random weights, over model/tiny (twenty minutes; TASK=calculus: the other one)"
+	@echo "make setup              only install what the above needs (setup-test: what test and lint need too)"
 	@echo "make clean              remove the environment and the caches; runs/ stays"
 
 .venv/ready: requirements.txt
@@ -74,5 +74,5 @@ tiny-base: setup
 	$(BIN)/python -m bases.train --task $(TASK) $(ARGS)
 
 clean:
-	rm -rf .venv .pytest_cache .hypothesis
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

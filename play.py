@@ -16,7 +16,7 @@ with ctrl_c_exits():
 
     from model import KVCache, Qwen3, load_model
     from model.distribution import random_streams, sample
-    from rl.checkpoint import saved_recipe
+    from rl.checkpoint import checkpoints, saved_recipe
     from rl.console import printable, user_errors
     from rl.device import pick_device, pick_dtype
     from rl.recipe_file import recipe_for
@@ -74,7 +74,8 @@ def show_completion(actor: Actor, problem: Problem, seed: int) -> None:
 
 
 def newest_checkpoint() -> str:
-    found = sorted(Path("runs").glob("**/checkpoints/step_*"), key=lambda folder: folder.stat().st_mtime)
+    runs = [folder.parent for folder in Path("runs").glob("**/checkpoints")]
+    found = sorted((folder for run in runs for folder in checkpoints(run)), key=lambda folder: folder.stat().st_mtime)
     return str(found[-1]) if found else "tiny"
 
 

@@ -31,7 +31,7 @@ class Arguments:
     """Train a model by a recipe."""
 
     recipe_name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
-    """A name in recipes/ (256, 512, baseline, smoke) or a path ending in .toml."""
+    """A name in recipes/ (256, 512, baseline, calculus, gsm8k, smoke, ...) or a path ending in .toml."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     resume: bool = False
     """Go on from the last checkpoint of the run folder."""
@@ -74,7 +74,7 @@ def parse(arguments: list[str]) -> Arguments:
     if parsed.recipe_name != name:
         raise RecipeError(f"name the recipe before the options: python train.py {parsed.recipe_name} ...")
     if asked == "auto" and is_embedded(model) and not parsed.quiet and os.environ.get("RANK", "0") == "0":
-        print(f"no CUDA device: taking the embedded {model} model, by its own recipe (--model {REAL_MODEL} overrides)")
+        print(f"no CUDA device: taking the embedded {model} model, by recipe {run_name} (--model {REAL_MODEL} overrides)")
     return replace(parsed, recipe=replace(parsed.recipe, model=resolve_model(parsed.recipe.model)))
 
 

@@ -1,4 +1,4 @@
-"""Countdown problems: exact arithmetic, a generator, a solver, loaders, splits. Knows nothing of models or rewards."""
+"""Problems, exact arithmetic and polynomials, a solver, loaders, splits, traces. Knows nothing of models or rewards."""
 
 from data.countdown import Problem, ProblemSettings, generate_problems, prompt_text
 from data.expression import Expression, ExpressionError, evaluate_expression, parse_equation, parse_expression

@@ -91,7 +91,9 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
         raise ModelError(f"{source} is a file; a model is a folder with config.json and safetensors in it")
     parts = str(source).split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
-        raise ModelError(f'no such model folder: {source} (a hub id looks like "Qwen/Qwen3-1.7B", the embedded is "tiny")')
+        raise ModelError(
+            f'no such model folder: {source} (a hub id looks like "Qwen/Qwen3-1.7B", the embedded are "tiny" and "tiny-calculus")'
+        )
     try:
         return download(str(source), FILES, "name a folder that is there, or --model tiny", revision=revision)
     except HubError as error:

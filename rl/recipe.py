@@ -151,7 +151,7 @@ class AdapterSettings:
     """Train low-rank adapters beside frozen weights instead of the weights (LoRA, arXiv:2106.09685)."""
 
     rank: Annotated[int, Range(0, 4096)] = 0
-    """Of the adapters; 0 trains the weights themselves. Adapters want ten times the learning rate."""
+    """Of the adapters; 0 trains the weights themselves. Adapters want five to ten times the learning rate."""
     alpha: Positive = 32.0
     """The adapters' product counts alpha / rank times."""
     int8: bool = True
@@ -196,7 +196,7 @@ class Recipe:
     checkpoint_every: Count = 10
     """Steps between checkpoints; there is one at each stage's end."""
     keep_checkpoints: Count = 2
-    """How many of the latest checkpoints to keep; those at a stage's end are kept too."""
+    """How many of the latest checkpoints to keep; those at a stage's end and the most accurate are kept too."""
     out: str = ""
     """Run folder; empty is runs/<recipe>."""
     stages: tuple[GRPOStage | SFTStage, ...] = ()

@@ -1,4 +1,4 @@
-"""The folder that a run leaves behind, and the lines it prints on the way."""
+"""The folder that a run leaves behind."""
 
 import contextlib
 import fcntl

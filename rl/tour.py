@@ -34,7 +34,8 @@ this page, and a test compares the two. Completions are numbered from 0, and t c
 CLOSING = """[From REINFORCE to GRPO](algorithm.md) says why each formula is what it is; the [exercises](exercises.md) are
 changes to make and to predict. In the code, read `plain_completion` in [sampler.py](../model/sampler.py), then
 [qwen3.py](../model/qwen3.py), [wave.py](../model/wave.py), [grpo.py](../rl/grpo.py), [batch.py](../rl/batch.py),
-[loss.py](../rl/loss.py), and [stages.py](../rl/stages.py), which repeats these steps until a stage is done."""
+[loss.py](../rl/loss.py), [steps.py](../rl/steps.py), where they meet, and [stages.py](../rl/stages.py), which repeats
+that until a stage is done."""
 
 
 def prompt_stop(walk: Walk) -> list[str]:

@@ -64,7 +64,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Task:
+class StudyRun:
     """One run to be made."""
 
     arm: Arm
@@ -91,7 +91,7 @@ def load_arms(path: Path) -> list[Arm]:
     return arms
 
 
-def plan(arguments: Arguments) -> Iterator[Task]:
+def plan(arguments: Arguments) -> Iterator[StudyRun]:
     """The runs in the order of their use: a first seed of every main arm, a second of each, and so on."""
     arms = load_arms(arguments.recipe)
     unknown = set(arguments.arms) - {arm.name for arm in arms}
@@ -105,7 +105,7 @@ def plan(arguments: Arguments) -> Iterator[Task]:
                     yield make_task(arguments, arm, seed)
 
 
-def make_task(arguments: Arguments, arm: Arm, seed: int) -> Task:
+def make_task(arguments: Arguments, arm: Arm, seed: int) -> StudyRun:
     recipe = build_recipe(arm.tables, arguments.recipe)
     traces = arguments.out / STAGED / f"seed_{seed}" / "traces.jsonl"
     stages = tuple(
@@ -113,10 +113,10 @@ def make_task(arguments: Arguments, arm: Arm, seed: int) -> Task:
         for stage in recipe.stages
     )
     recipe = replace(recipe, seed=seed, stages=stages, out=str(arguments.out / arm.name / f"seed_{seed}"))
-    return Task(arm, seed, recipe, arguments.results / "runs" / f"{arm.name.replace(' ', '-')}.{seed}.json")
+    return StudyRun(arm, seed, recipe, arguments.results / "runs" / f"{arm.name.replace(' ', '-')}.{seed}.json")
 
 
-def up_to_date(task: Task) -> bool:
+def up_to_date(task: StudyRun) -> bool:
     """Whether the run has a result, and of the recipe as it is now; fields added since count as their default."""
     if not task.result.exists():
         return False
@@ -133,7 +133,7 @@ def without_paths(recipe: Recipe) -> Recipe:
     return replace(recipe, out="", stages=tuple(stages))
 
 
-def run_task(task: Task) -> dict:
+def run_task(task: StudyRun) -> dict:
     """Make one run, or go on with it, on one thread of its own; its result."""
     torch.set_num_threads(1)
     run = RunFolder(task.recipe.out)
@@ -146,7 +146,7 @@ def run_task(task: Task) -> dict:
     return result_of(task, run.metrics())
 
 
-def result_of(task: Task, rows: list[dict]) -> dict:
+def result_of(task: StudyRun, rows: list[dict]) -> dict:
     """What is kept of a run: its recipe, its evaluations, and a list for each metric of its GRPO steps."""
     config = json.loads((Path(task.recipe.out) / "config.json").read_text())
     evaluations, tokens = [], 0
@@ -176,7 +176,7 @@ def run_study(arguments: Arguments) -> None:
     print(f"{len(tasks)} runs, {len(tasks) - len(waiting)} of them with a result in {arguments.results}", flush=True)
     waiting = [] if arguments.report_only else waiting
     (arguments.results / "runs").mkdir(parents=True, exist_ok=True)
-    running: dict[Future, Task] = {}
+    running: dict[Future, StudyRun] = {}
     with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         while waiting or running:
             while len(running) < arguments.workers and (task := next_task(waiting, list(running.values()))):
@@ -188,19 +188,19 @@ def run_study(arguments: Arguments) -> None:
     print(f"done: {arguments.results}/results.md, accuracy.png and training.png")
 
 
-def next_task(waiting: list[Task], running: list[Task]) -> Task | None:
+def next_task(waiting: list[StudyRun], running: list[StudyRun]) -> StudyRun | None:
     """The first of the waiting runs whose traces, if it imitates any, are not still to be sampled."""
     unfinished = {task.recipe.out for task in waiting + running}
-    return next((task for task in waiting if not traces_of(task) & unfinished), None)
+    return next((task for task in waiting if not trace_folders(task) & unfinished), None)
 
 
-def traces_of(task: Task) -> set[str]:
+def trace_folders(task: StudyRun) -> set[str]:
     """The run folders whose traces a run imitates."""
     stages = task.recipe.stages
     return {str(Path(stage.traces).parent) for stage in stages if isinstance(stage, SFTStage) and stage.traces}
 
 
-def save_result(task: Task, result: dict, arguments: Arguments) -> None:
+def save_result(task: StudyRun, result: dict, arguments: Arguments) -> None:
     kept = RESULTS / "runs" / task.result.name
     before = f", {last_accuracy(json.loads(kept.read_text()))} in {RESULTS}" if kept.exists() and kept != task.result else ""
     print(f"{task.arm.name}, seed {task.seed}: held-out {last_accuracy(result)}{before}, {result['seconds']} s", flush=True)

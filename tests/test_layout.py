@@ -1,4 +1,4 @@
-"""The order of imports: model and data know nothing of the others, tasks only data; rl uses all."""
+"""The order of imports: model and data know nothing of the others, tasks only data; rl uses these, study and bases use rl."""
 
 import ast
 from pathlib import Path

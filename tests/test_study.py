@@ -12,7 +12,7 @@ from rl.recipe import RecipeError
 from rl.recipe_file import build_recipe, to_dict
 from rl.runfolder import flatten
 from study.report import Estimate, Run, end_table, evaluation_table, load_runs, paired_difference, verdicts, write_report
-from study.run import Arguments, load_arms, next_task, plan, run_study, traces_of
+from study.run import Arguments, load_arms, next_task, plan, run_study, trace_folders
 
 SMALL = """
 extends = "{recipes}/smoke.toml"
@@ -83,7 +83,7 @@ def test_every_ablation_changes_one_thing_in_grpo_alone():
 def test_imitation_waits_for_the_run_whose_traces_it_imitates():
     tasks = {(task.arm.name, task.seed): task for task in plan(Arguments(arms=("staged", "sft"), seeds=2))}
     sft, staged = tasks["sft", 1], tasks["staged", 1]
-    assert traces_of(sft) == {staged.recipe.out} and not traces_of(staged)
+    assert trace_folders(sft) == {staged.recipe.out} and not trace_folders(staged)
     assert next_task([sft, staged], []) is staged
     assert next_task([sft], [staged]) is None
     assert next_task([sft], [tasks["staged", 0]]) is sft

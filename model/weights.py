@@ -92,7 +92,7 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
     parts = str(source).split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
         raise ModelError(
-            f'no such model folder: {source} (a hub id looks like "Qwen/Qwen3-1.7B", the embedded are "tiny" and "tiny-calculus")'
+            f'no such model folder: {source} (a hub id looks like "Qwen/Qwen3-1.7B"; embedded are {", ".join(EMBEDDED)})'
         )
     try:
         return download(str(source), FILES, "name a folder that is there, or --model tiny", revision=revision)

@@ -13,11 +13,21 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PATCHES = sorted((ROOT / "docs" / "exercises").glob("*.patch"))
 SECTIONS = re.split(r"^## ", (ROOT / "docs" / "exercises.md").read_text(), flags=re.MULTILINE)[1:]
-CORE = ("model", "data", "tasks", "rl", "recipes")
+CORE = ("model", "data", "tasks", "rl", "recipes", "tests")
+TOUCHED = (  # tests of what the first solution changes, and of what the others do
+    ("tests/test_reward.py", "tests/test_drift.py", "-k", "miss or guard"),
+    ("tests/test_advantage.py", "tests/test_recipe.py", "-k", "advantage or bounds"),
+)
 
 
 def git(folder: Path, *arguments) -> subprocess.CompletedProcess:
     return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+
+
+def python(folder: Path, *arguments) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +44,7 @@ def tree(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda path: path.stem)
 def test_a_solution_applies_to_the_tree_as_it_is(patch, tree):
     result = git(tree, "apply", "--check", patch)
-    advice = f"make the change by hand, then: git diff > docs/exercises/{patch.name}"
+    advice = f"make the change by hand, then: git add -N . && git diff > docs/exercises/{patch.name}"
     assert result.returncode == 0, f"{patch.name} no longer applies: {result.stderr}{advice}"
 
 
@@ -51,24 +61,34 @@ def test_an_exercise_says_where_to_look_what_to_expect_and_how_many_lines_its_so
 
 
 @pytest.fixture(scope="module")
-def found(tree, tmp_path_factory) -> dict:
-    """What came of `exercise_checks.py` where all eight solutions are in the tree at once."""
-    together = tmp_path_factory.mktemp("together")
-    shutil.copytree(tree, together, dirs_exist_ok=True)
-    for patch in PATCHES:
-        assert git(together, "apply", patch).returncode == 0, patch
+def found(tree, tmp_path_factory) -> dict[str, str | None]:
+    """What came of `exercise_checks.py`: the first solution in a tree of its own, as it lies in the way of the second, the
+    others in one tree together."""
+    found = {}
+    for number, patches in enumerate((PATCHES[:1], PATCHES[1:])):
+        patched = tmp_path_factory.mktemp(f"patched{number}")
+        shutil.copytree(tree, patched, dirs_exist_ok=True)
+        for patch in patches:
+            result = git(patched, "apply", patch)
+            assert result.returncode == 0, f"{patch.name}: {result.stderr}"
+        lint(patched, patches)
+        result = python(patched, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *TOUCHED[number])
+        assert result.returncode == 0, result.stdout
+        result = python(patched, "tests/exercise_checks.py", *(patch.name.partition("-")[0] for patch in patches))
+        assert result.returncode == 0, result.stderr
+        found |= json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def lint(folder: Path, patches: list[Path]) -> None:
+    """The Python files that the patches change keep the project's style."""
+    files = {name for patch in patches for name in re.findall(r"^\+\+\+ b/(\S+\.py)$", patch.read_text(), flags=re.MULTILINE)}
     ruff = Path(sys.executable).with_name("ruff")
     if ruff.exists():
-        shutil.copy(ROOT / "ruff.toml", together)
+        shutil.copy(ROOT / "ruff.toml", folder)
         for check in (["check"], ["format", "--check"]):
-            result = subprocess.run([ruff, *check, "--no-cache", "."], cwd=together, capture_output=True, text=True)
+            result = subprocess.run([ruff, *check, "--no-cache", *files], cwd=folder, capture_output=True, text=True)
             assert result.returncode == 0, result.stdout
-    shutil.copy(Path(__file__).with_name("exercise_checks.py"), together)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(together)}
-    command = [sys.executable, "exercise_checks.py"]
-    result = subprocess.run(command, cwd=together, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("number", range(1, 9))

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from data.polynomial import Polynomial, PolynomialError, differentiate, parse_polynomial, sum_text, terms_of, trimmed
 from data.sources import Format, read_problems
-from tasks.task import CORRECT, MALFORMED, WRONG, Score, split_answer
+from tasks.task import CORRECT, MALFORMED, WRONG, Score, split_answer, steps_level
 
 STORED = Format('{"polynomial": [7, 5, 0, -2, 3], "order": 1}', {"polynomial": "polynomial"})
 MAX_EXPONENT = 30
@@ -179,7 +179,7 @@ class Calculus:
         return None if parts is None else _read(parts[1])
 
     def level(self, problem: Derivative) -> str:
-        return "1 to 2 steps" if problem.steps <= 2 else "3 to 4 steps" if problem.steps <= 4 else "5 steps or more"
+        return steps_level(problem.steps)
 
     def solution(self, problem: Derivative) -> str:
         return sum_text(terms_of(problem.answer))

@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import ClassVar, Literal
 
 from data.sources import Format, read_problems
-from tasks.task import CORRECT, MALFORMED, WRONG, Score, split_answer
+from tasks.task import CORRECT, MALFORMED, WRONG, Score, split_answer, steps_level
 
 STORED = Format(
     '{"question": "Ann has 3 apples and eats 1. How many are left?", "answer": "3 - 1 = 2\\n#### 2"}',
@@ -97,8 +97,7 @@ class GSM8K:
 
     def level(self, problem: WordProblem) -> str:
         """By the calculations in the worked answer, which GSM8K writes as `<<48/2=24>>`."""
-        steps = problem.answer.count("<<")
-        return "1 to 2 steps" if steps <= 2 else "3 to 4 steps" if steps <= 4 else "5 steps or more"
+        return steps_level(problem.answer.count("<<"))
 
     def solution(self, problem: WordProblem) -> str:
         return problem.answer.rpartition("####")[2].strip()

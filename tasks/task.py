@@ -109,3 +109,8 @@ def split_answer(text: str, thinking: bool) -> tuple[str, str] | None:
     if not closed or "<think>" in before or "</think>" in before:
         return None
     return before, content
+
+
+def steps_level(steps: int) -> str:
+    """How hard a problem of so many steps is, for tasks whose difficulty is in steps."""
+    return "1 to 2 steps" if steps <= 2 else "3 to 4 steps" if steps <= 4 else "5 steps or more"

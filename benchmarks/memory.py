@@ -29,8 +29,8 @@ from rl.learner import Learner
 from rl.memory_plan import gb, plan_memory, work_of
 from rl.optimizer import Optimizer
 from rl.recipe import EvaluationSettings, GRPOStage, OptimizerSettings, Recipe, SamplingSettings
-from rl.reward import Score
 from rl.rollout import Rollout
+from tasks import Score
 
 
 @dataclass(frozen=True)

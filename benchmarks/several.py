@@ -24,10 +24,10 @@ from rl.grpo import grpo_update
 from rl.learner import Learner
 from rl.memory_plan import plan_memory, work_of
 from rl.optimizer import Optimizer
-from rl.reward import Score
 from rl.rollout import Rollout
 from rl.sharding import sampling_model, shard
 from rl.workers import Workers, workers_of_torchrun
+from tasks import Score
 
 CPU = torch.device("cpu")
 EXCHANGED = (2**10, 2**24)  # float32 numbers that are added up to measure latency and rate

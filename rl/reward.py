@@ -4,9 +4,6 @@ from dataclasses import dataclass, replace
 
 from data.traces import latin_only
 from tasks import MALFORMED, WRONG, Score
-from tasks.countdown import score
-
-__all__ = ["RewardSettings", "Score", "pay", "score"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, TypeVar
 
-BLANKS = " \t\r\n"
+from data.expression import BLANKS
 
 
 class Problem(Protocol):

@@ -21,11 +21,12 @@ from model.quantize import has_int8
 from rl.advantage import group_advantages
 from rl.recipe import EvaluationSettings, GRPOStage, Recipe
 from rl.recipe_file import load_recipe
-from rl.reward import RewardSettings, Score, pay, score
+from rl.reward import RewardSettings, pay
 from rl.rollout import Rollout, paid
 from rl.runfolder import RunFolder
 from rl.stages import train
-from tasks import Countdown
+from tasks import Countdown, Score
+from tasks.countdown import score
 
 PROBLEM = Problem((79, 60, 17), 36)
 

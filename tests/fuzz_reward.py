@@ -19,7 +19,7 @@ import tyro
 from test_expression import python_value
 
 from data import Problem, generate_problems, solve
-from rl.reward import score
+from tasks.countdown import score
 
 LIMIT = 0.010  # seconds a text of 100 kB may take
 PIECES = [

@@ -14,8 +14,8 @@ from rl.batch import Sample
 from rl.learner import Learner
 from rl.optimizer import Optimizer
 from rl.recipe import OptimizerSettings, Recipe, SamplingSettings
-from rl.reward import Score
 from rl.rollout import Rollout
+from tasks import Score
 
 SHAPE = {
     "vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,

@@ -9,8 +9,10 @@ from helpers import PROBLEM
 from data.traces import latin_only, non_latin
 from model import Completion
 from rl.recipe import RewardSettings
-from rl.reward import Score, pay, score
+from rl.reward import pay
 from rl.rollout import Rollout, paid, rollout_metrics
+from tasks import Score
+from tasks.countdown import score
 
 RIGHT = "fine\n</think>\n<answer>79-60+17</answer>"
 DRIFTED = "七十九 減 六十\n</think>\n<answer>79-60+17</answer>"
@@ -72,3 +74,8 @@ def test_pass_at_k_is_logged_for_every_power_of_two_that_a_group_has():
     assert metrics["pass_at_2"] == pytest.approx((1 / 3) / 2)  # of 15 pairs, 5 hold the correct one
     assert metrics["pass_at_4"] == pytest.approx((2 / 3) / 2)
     assert json.dumps(metrics)
+
+
+def test_near_misses_are_paid_for_unless_a_recipe_says_otherwise():
+    near = score("</think><answer>79-60+17</answer>", replace(PROBLEM, target=37))
+    assert pay(near, "", RewardSettings()) == near and near.reward == 0.75

@@ -27,11 +27,10 @@ from rl.evaluate import (
 from rl.problems import problems_of
 from rl.recipe import EvaluationSettings, SamplingSettings
 from rl.recipe_file import load_recipe
-from rl.reward import Score
 from rl.rollout import Actor, Rollout, collect_rollouts, pass_at_k, reward_tensor, rollout_metrics
 from rl.runfolder import RunFolder
 from rl.stages import train
-from tasks import Countdown
+from tasks import Countdown, Score
 
 PROBLEMS = [Problem((1, 2, number), 10) for number in range(1, 6)]
 

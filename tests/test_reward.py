@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from data import Problem
 from rl.evaluate import OUTCOMES
-from rl.reward import Score, score
+from tasks import Score
+from tasks.countdown import score
 
 PROBLEM = Problem((79, 60, 17), 36)
 RIGHT = "(79 - 60) + 17"

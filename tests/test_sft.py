@@ -18,12 +18,11 @@ from rl.lab import Lab
 from rl.learner import Learner
 from rl.optimizer import Optimizer
 from rl.recipe import OptimizerSettings, Recipe, SFTStage
-from rl.reward import Score
 from rl.rollout import Rollout
 from rl.runfolder import RunFolder
 from rl.sft import sft_schedule, sft_step
 from rl.steps import sft_stage
-from tasks import Countdown
+from tasks import Countdown, Score
 
 END = 1
 

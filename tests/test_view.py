@@ -12,9 +12,9 @@ import rl.view
 from model import Completion
 from rl.console import printable
 from rl.recipe_file import load_recipe
-from rl.reward import Score
 from rl.rollout import Rollout
 from rl.view import Lines, Picture, Quiet, chart, pick_view
+from tasks import Score
 
 RECIPE = replace(load_recipe("256", "tiny")[1], out="runs/shown")
 GRPO = {

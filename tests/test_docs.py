@@ -122,15 +122,6 @@ def test_every_option_of_a_recipe_that_a_document_names_exists(document):
         assert re.sub(r"^stages\.\d+", "stages.0", option) in options, f"{document.name}: no option --{option}"
 
 
-def test_every_arm_that_the_algorithms_page_calls_untested_can_be_run_and_has_no_result():
-    known = {arm.name for arm in load_arms(ROOT / "recipes" / "study" / "arms.toml")}
-    untested = {arm.name for arm in load_arms(ROOT / "recipes" / "study" / "open.toml")} - known
-    text = (ROOT / "docs" / "algorithm.md").read_text()
-    assert untested and all(f"`{name}`" in text for name in untested)
-    results = {json.loads(path.read_text())["arm"] for path in (ROOT / "docs" / "study" / "runs").glob("*.json")}
-    assert not untested & results
-
-
 def run_notebook(source: Path, target: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, ROOT / "docs" / "run_notebook.py", source, target]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -110,7 +110,7 @@ def of_one_task(models: list[Model]) -> list[Model]:
 def problems_for(models: list[Model], arguments: Arguments) -> list[Problem]:
     """The problems that all models get: a file's as they are, else held-out ones that none of the models was trained on."""
     files = [model for model in models if model.is_file]
-    if arguments.problems and arguments.problems not in ("hub", "generated"):
+    if arguments.problems and arguments.problems.partition("@")[0] not in ("hub", "generated"):
         problems = models[0].recipe.task.load(arguments.problems)
     elif files and not arguments.problems:
         problems = [group[0].problem for group in load_completions(files[0].source, files[0].recipe.task, True)]

@@ -24,7 +24,7 @@ from data import Problem
 from model import Qwen3, Qwen3Config, add_adapters, generate
 from model.memory import free_memory, held_memory, return_freed_blocks
 from rl.device import peak_memory
-from rl.grpo import grpo_update
+from rl.grpo import group_samples, grpo_update
 from rl.learner import Learner
 from rl.memory_plan import gb, plan_memory, work_of
 from rl.optimizer import Optimizer
@@ -117,7 +117,7 @@ def measure(case: Case, steps: int = 2) -> dict:
         start = time.perf_counter()
         rollouts = random_rollouts(model, case, step)
         sampled = time.perf_counter()
-        metrics = grpo_update(learner, rollouts, stage, learning_rate=1e-6)  # ends with numbers on the host
+        metrics = grpo_update(learner, group_samples(rollouts), stage, learning_rate=1e-6)  # ends with numbers on the host
         updated = time.perf_counter()
     return {
         "rollout_seconds": sampled - start,

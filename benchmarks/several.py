@@ -20,7 +20,7 @@ from data import Problem
 from model import generate
 from model.memory import free_memory, held_memory, return_freed_blocks
 from rl.device import peak_memory
-from rl.grpo import grpo_update
+from rl.grpo import group_samples, grpo_update
 from rl.learner import Learner
 from rl.memory_plan import plan_memory, work_of
 from rl.optimizer import Optimizer
@@ -122,7 +122,7 @@ def one_step(setting: Setting, learner: Learner, prompts: list, seed: int, clock
         [Rollout(Problem((1, 2), 3), prompt, c, "", Score(n % 2, "")) for n, c in enumerate(group)]
         for prompt, group in zip(prompts, workers.join(completions), strict=True)
     ]
-    update, _ = timed(lambda: grpo_update(learner, groups, learner.recipe.stages[0], 1e-6), workers, clock)
+    update, _ = timed(lambda: grpo_update(learner, group_samples(groups), learner.recipe.stages[0], 1e-6), workers, clock)
     for parameter in learner.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer, _ = timed(lambda: learner.optimizer.step(1e-6, 1.0), workers, clock)

@@ -82,7 +82,7 @@ def prompts() -> list[list[int]]:
 def run_ours(settings: Settings) -> dict:
     """(rollout, update) seconds of each step."""
     from model.memory import free_memory, return_freed_blocks
-    from rl.grpo import grpo_update
+    from rl.grpo import group_samples, grpo_update
     from rl.learner import Learner
     from rl.memory_plan import plan_memory, work_of
     from rl.optimizer import Optimizer
@@ -104,7 +104,7 @@ def run_ours(settings: Settings) -> dict:
         rollouts = random_rollouts(model, CASE, step)
         sampled = time.perf_counter()
         assert all(len(rollout.completion.token_ids) == CASE.new_tokens for group in rollouts for rollout in group)
-        assert grpo_update(learner, rollouts, stage, learning_rate=1e-6)["grad_norm"] > 0
+        assert grpo_update(learner, group_samples(rollouts), stage, learning_rate=1e-6)["grad_norm"] > 0
         times.append((sampled - start, time.perf_counter() - sampled))
     return {"times": times[1:], "before": before}
 

@@ -38,29 +38,30 @@ COUNTDOWN = Format(
 )
 
 
-def load_problems(source: str | Path, revision: str | None = None) -> list[Problem]:
+def load_problems(source: str | Path) -> list[Problem]:
     """Read Countdown problems, in the source's order and with its duplicates.
 
     Args:
-        source: "hub" for Jiayi-Pan/Countdown-Tasks-3to4 (490,364 problems, downloaded once), a `.parquet` file with
-            the columns `target` and `nums`, or a `.jsonl` file with a `{"numbers": [79, 60, 17], "target": 36}` a line.
-        revision: branch, tag or commit of the hub dataset.
+        source: "hub" for Jiayi-Pan/Countdown-Tasks-3to4 (490,364 problems, downloaded once), or "hub@" and a branch, tag
+            or commit; a `.parquet` file with the columns `target` and `nums`, or a `.jsonl` file with a
+            `{"numbers": [79, 60, 17], "target": 36}` a line.
 
     Raises:
         DataError: no such source, no network, a file that is not the hub's, missing columns, a row that is no
             problem, or no rows at all.
     """
-    return read_problems(source, COUNTDOWN, lambda row: Problem(row["numbers"], row["target"]), revision)
+    return read_problems(source, COUNTDOWN, lambda row: Problem(row["numbers"], row["target"]))
 
 
-def read_problems(source: str | Path, stored: Format, problem_of: Callable[[dict], P], revision: str | None = None) -> list[P]:
+def read_problems(source: str | Path, stored: Format, problem_of: Callable[[dict], P]) -> list[P]:
     """Read the problems of any task, see `load_problems`; `problem_of` makes a row one, or raises ValueError."""
-    if str(source) == "hub" and not stored.repository:
+    name, _, revision = str(source).partition("@")
+    if name == "hub" and not stored.repository:
         raise DataError("there is no dataset of this task on the hub; generate problems, or give a .jsonl file")
-    if file := stored.files.get(str(source)):
+    if file := stored.files.get(name):
         try:
             advice = "give a .parquet or .jsonl file, or generate problems"
-            folder = download(stored.repository, [file], advice, "dataset", revision)
+            folder = download(stored.repository, [file], advice, "dataset", revision or None)
         except HubError as error:
             raise DataError(str(error)) from error
         return _checked(stored.repository, _parquet_rows(folder / file, stored), problem_of)
@@ -68,8 +69,6 @@ def read_problems(source: str | Path, stored: Format, problem_of: Callable[[dict
     readers = {".parquet": _parquet_rows, ".jsonl": _jsonl_rows}
     if path.suffix not in readers:
         raise DataError(f"cannot read problems from '{source}': give \"hub\", a .parquet file or a .jsonl file")
-    if revision is not None:
-        raise DataError(f"revision '{revision}' belongs to the hub dataset; leave it out for the file {path}")
     if not path.is_file():
         raise DataError(f'{path} is no file; give "hub" or the path of a .parquet or .jsonl file')
     return _checked(str(path), readers[path.suffix](path, stored), problem_of)

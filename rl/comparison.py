@@ -5,9 +5,9 @@ from statistics import fmean
 
 from rich.table import Table
 
-from rl.evaluate import Evaluation, by_difficulty, distinct_answers, majority_accuracy, non_latin_fraction, solved_shares
+from rl.evaluate import Evaluation, by_difficulty, distinct_answers, majority_accuracy, solved_shares
 from rl.intervals import bootstrap_interval, mcnemar_p
-from rl.rollout import pass_at_k
+from rl.rollout import non_latin_fraction, pass_at_k
 from tasks import Task
 
 

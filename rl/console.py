@@ -83,24 +83,26 @@ def step_line(row: dict, stages: int, done: int, steps: int) -> str:
     """One line a step, from its metrics."""
     if row["step"] == 0:
         return f"before any step: held-out accuracy {evaluation_text(row)}"
-    parts = [f"{row['kind']:4} {row['stage'] + 1}/{stages}  {done:3}/{steps}"]
-    if row["kind"] == "grpo":
-        parts += [
-            f"reward {row['reward_mean']:.3f}",
-            f"correct {100 * row['train_accuracy']:4.1f} %",
-            f"format {100 * row['format_rate']:3.0f} %",
-            f"length {row['completion_length']:3.0f}",
-        ]
-        seconds = row["rollout_seconds"] + row["update_seconds"]
-    else:
-        parts.append(f"loss {row['loss']:.4f}")
-        seconds = row["update_seconds"]
-    parts += [f"grad {row['grad_norm']:.2f}", f"{seconds:.1f} s"]
+    seconds = row.get("rollout_seconds", 0.0) + row["update_seconds"]
+    parts = [f"{row['kind']:4} {row['stage'] + 1}/{stages}  {done:3}/{steps}", *step_figures(row), f"{seconds:.1f} s"]
     if row.get("skipped_updates"):
         parts.append(f"{row['skipped_updates']} updates not finite, left out")
     if "eval_accuracy" in row:
         parts.append(f"held-out {evaluation_text(row)}")
     return "  ".join(parts)
+
+
+def step_figures(row: dict) -> list[str]:
+    """What a step's metrics say first."""
+    if row["kind"] == "sft":
+        return [f"loss {row['loss']:.4f}", f"grad {row['grad_norm']:.2f}"]
+    return [
+        f"reward {row['reward_mean']:.3f}",
+        f"correct {100 * row['train_accuracy']:4.1f} %",
+        f"format {100 * row['format_rate']:3.0f} %",
+        f"length {row['completion_length']:3.0f}",
+        f"grad {row['grad_norm']:.2f}",
+    ]
 
 
 def final_line(row: dict, problems: int) -> str:

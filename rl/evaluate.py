@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import fmean
 
 from data.jsonl import DataError, read_jsonl
-from data.traces import non_latin
 from model import Completion
 from rl.intervals import wilson_interval
 from rl.rollout import Actor, Rollout, collect_rollouts
@@ -140,9 +139,3 @@ def majority_accuracy(groups: list[Group], task: Task, thinking: bool) -> float:
 
     winners = map(winner, groups)
     return fmean(found is not None and found.score.outcome == "correct" for found in winners)
-
-
-def non_latin_fraction(groups: list[Group]) -> float:
-    """Share of characters that are letters outside the Latin script."""
-    texts = [rollout.text for group in groups for rollout in group]
-    return sum(map(non_latin, texts)) / max(1, sum(map(len, texts)))

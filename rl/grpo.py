@@ -30,8 +30,8 @@ def group_samples(groups: list[list[Rollout]], scale_by_std: bool = True) -> lis
     ]
 
 
-def grpo_update(learner: Learner, groups: list[list[Rollout]], stage: GRPOStage, learning_rate: float) -> dict[str, float]:
-    """Learn from one rollout batch in `stage.updates_per_step` optimizer steps, each on its own share of the groups.
+def grpo_update(learner: Learner, samples: list[list[Sample]], stage: GRPOStage, learning_rate: float) -> dict[str, float]:
+    """Learn from one batch of groups in `stage.updates_per_step` optimizer steps, each on its own share of them.
 
     An update whose loss or gradient is not finite is left out, see `Learner.step`.
 
@@ -43,7 +43,6 @@ def grpo_update(learner: Learner, groups: list[list[Rollout]], stage: GRPOStage,
         exact, and, before the first update, `log_ratio_mean` and `log_ratio_std` between trainer and sampler, zero if the
         two agree; `lr`; `micro_batch_tokens`; and, for weights below float32, `weights_moved`, the share that changed.
     """
-    samples = group_samples(groups, stage.scale_by_std)
     shares = [samples[number :: stage.updates_per_step] for number in range(stage.updates_per_step)]
     own = [learner.workers.share(share) for share in shares]
     if stage.importance_cap is not None:

@@ -71,12 +71,10 @@ def curve_table(rows: list[dict], paper: list[tuple[int, float]]) -> str:
 
 def plot_curve(rows: list[dict], paper: list[tuple[int, float]], path: Path) -> None:
     """Accuracy with its interval over this run's steps, stages shaded; the paper's points in the GRPO stages."""
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot, which wants a screen and keeps what it draws
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     steps = [row["step"] for row in rows]
     low, high = ([100 * row[name] for row in rows] for name in ("eval_low", "eval_high"))
     axes.fill_between(steps, low, high, alpha=0.2, color="C0", linewidth=0, label="95 % interval")
@@ -92,7 +90,6 @@ def plot_curve(rows: list[dict], paper: list[tuple[int, float]], path: Path) -> 
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def stage_spans(rows: list[dict]) -> list[tuple[int, int, str]]:
@@ -123,12 +120,10 @@ def plot_metrics(arms: dict[str, list[dict[str, list[float]]]], path: Path) -> N
     Args:
         arms: for each name in the legend, its runs; for each run, a list for each metric. Runs are averaged.
     """
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot, which wants a screen and keeps what it draws
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, grid = plt.subplots(2, 4, figsize=(14, 6), layout="constrained")
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    grid = figure.subplots(2, 4)
     for axes, (title, names) in zip(grid.flat, PANELS, strict=True):
         for (arm, runs), (color, line, _) in zip(arms.items(), cycle(STYLES)):
             for name, label in names.items():
@@ -144,4 +139,3 @@ def plot_metrics(arms: dict[str, list[dict[str, list[float]]]], path: Path) -> N
     if len(arms) > 1:
         grid.flat[0].legend(fontsize="small")
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -181,7 +181,7 @@ class Recipe:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     problems: str = "auto"
-    """"hub" (the task's dataset), "generated", a .parquet or a .jsonl; auto is generated for tiny models, else hub."""
+    """"hub" (the task's dataset; hub@COMMIT pins it), "generated", a .parquet or .jsonl; auto: generated for tiny, else hub."""
     task: AnyTask = field(default_factory=Countdown)
     generated_problems: Count = 20000
     """How many problems to generate, the held-out ones included."""

@@ -109,6 +109,12 @@ def pass_at_k(groups: list[list[Rollout]], k: int) -> float:
     return 1 - missed / len(groups)
 
 
+def non_latin_fraction(groups: list[list[Rollout]]) -> float:
+    """Share of characters that are letters outside the Latin script."""
+    texts = [rollout.text for group in groups for rollout in group]
+    return sum(map(non_latin, texts)) / max(1, sum(map(len, texts)))
+
+
 def rollout_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
     """What a batch of rollouts looks like, under the names of `metrics.jsonl`; shares are from 0 to 1.
 
@@ -118,7 +124,6 @@ def rollout_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
     rollouts = [rollout for group in groups for rollout in group]
     count = len(rollouts)
     tokens = sum(len(rollout.completion.token_ids) for rollout in rollouts)
-    characters = sum(len(rollout.text) for rollout in rollouts)
     spread = [len({rollout.score.reward for rollout in group}) > 1 for group in groups]
     return {
         "reward_mean": sum(rollout.score.reward for rollout in rollouts) / count,
@@ -128,7 +133,7 @@ def rollout_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
         "entropy": -sum(sum(rollout.completion.logprobs) for rollout in rollouts) / tokens,
         "completion_length": tokens / count,
         "truncated_fraction": sum(not rollout.completion.finished for rollout in rollouts) / count,
-        "non_latin_fraction": sum(non_latin(rollout.text) for rollout in rollouts) / max(1, characters),
+        "non_latin_fraction": non_latin_fraction(groups),
         "silent_groups": 1 - sum(spread) / len(groups),
         "tokens": tokens,
     } | {f"pass_at_{k}": pass_at_k(groups, k) for k in (2, 4, 8, 16, 32) if k <= len(groups[0])}

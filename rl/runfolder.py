@@ -140,18 +140,18 @@ class RunFolder:
                 break
         return found
 
-    def save_rollouts(self, step: int, stage: int, groups: list[list[Rollout]], advantages: list[list[float]]) -> None:
+    def save_rollouts(self, step: int, stage: int, groups: list[list[Rollout]], samples: list[list[Sample]]) -> None:
         """Write rollouts/step_NNNN.jsonl: every completion of the step with its verdict, to read and to curate from."""
         with open(self.path / "rollouts" / f"step_{step:04d}.jsonl", "w", encoding="utf-8") as file:
-            for number, (group, row_of_advantages) in enumerate(zip(groups, advantages, strict=True)):
-                for rollout, advantage in zip(group, row_of_advantages, strict=True):
+            for number, pairs in enumerate(map(zip, groups, samples)):
+                for rollout, sample in pairs:
                     row = {
                         "stage": stage,
                         "group": number,
                         **rollout.problem.row(),
                         "outcome": rollout.score.outcome,
                         "reward": rollout.score.reward,
-                        "advantage": round(advantage, 4),
+                        "advantage": round(sample.advantage, 4),
                         "finished": rollout.completion.finished,
                         "tokens": len(rollout.completion.token_ids),
                         "completion": rollout.text,

@@ -7,16 +7,15 @@ from functools import partial
 from data import DataError
 from data.traces import Trace, curate, load_traces, save_traces
 from model import Qwen3, load_model
-from rl.advantage import group_advantages
 from rl.batch import Sample
 from rl.checkpoint import Progress, checkpoints, load_progress
-from rl.grpo import grpo_update
+from rl.grpo import group_samples, grpo_update
 from rl.interruption import RolloutsDropped
 from rl.lab import Lab
 from rl.learner import Learner
 from rl.problems import endless_problems
 from rl.recipe import GRPOStage, SFTStage
-from rl.rollout import collect_rollouts, paid, reward_tensor, rollout_metrics
+from rl.rollout import collect_rollouts, paid, rollout_metrics
 from rl.sft import sft_schedule, sft_step
 from rl.sharding import shard, sharding_of
 from rl.view import Report
@@ -43,10 +42,10 @@ def grpo_stage(lab: Lab, stage: GRPOStage, learner: Learner, progress: Progress)
         lab.view.rollouts(groups)
         sampled = time.perf_counter()
         rate = learning_rate(stage, progress.stage_step)
-        metrics = rollout_metrics(groups) | grpo_update(learner, groups, stage, rate)
-        advantages = group_advantages(reward_tensor(groups), scale_by_std=stage.scale_by_std)
+        samples = group_samples(groups, stage.scale_by_std)
+        metrics = rollout_metrics(groups) | grpo_update(learner, samples, stage, rate)
         if lab.workers.leads:
-            lab.run.save_rollouts(progress.step + 1, progress.stage, groups, advantages.tolist())
+            lab.run.save_rollouts(progress.step + 1, progress.stage, groups, samples)
         rollout_seconds, update_seconds = sampled - start, time.perf_counter() - sampled
         return metrics | {
             "rollout_seconds": rollout_seconds,

@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from rl.console import evaluation_text, printable, sampling_progress, step_line
+from rl.console import evaluation_text, printable, sampling_progress, step_figures, step_line
 from rl.recipe import Recipe
 from rl.rollout import Rollout
 
@@ -164,17 +164,11 @@ class Picture(Lines):
         row = self.row
         if not row or not row["step"]:
             return ""
-        if row["kind"] == "sft":
-            parts = [f"loss {row['loss']:.4f}", f"grad {row['grad_norm']:.2f}"]
-        else:
-            parts = [
-                f"reward {row['reward_mean']:.3f}",
-                f"correct {100 * row['train_accuracy']:.0f} %",
-                f"format {100 * row['format_rate']:.0f} %",
-                f"length {row['completion_length']:.0f}",
+        parts = step_figures(row)
+        if row["kind"] == "grpo":
+            parts += [
                 f"entropy {row['policy_entropy']:.2f}",
                 f"clipped {100 * row['clip_fraction']:.1f} %",
-                f"grad {row['grad_norm']:.2f}",
                 f"{row['tokens_per_second']:,.0f} tokens/s",
                 f"{row['rollout_seconds'] + row['update_seconds']:.1f} s a step",
             ]

@@ -220,12 +220,10 @@ def ablation_table(baseline: list[Run], ablations: Runs) -> str:
 
 def plot_accuracy(main: Runs, path: Path) -> None:
     """Held-out accuracy with its 95 % interval over GRPO steps, and over generated tokens."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (by_steps, by_tokens) = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    by_steps, by_tokens = figure.subplots(1, 2, sharey=True)
     last = max(steps for runs in main.values() for run in runs for steps, _ in run.points)
     for (arm, runs), (color, line, marker) in zip(main.items(), cycle(STYLES)):
         points = sorted({point for run in runs for point in run.points})
@@ -251,4 +249,3 @@ def plot_accuracy(main: Runs, path: Path) -> None:
     for axes in (by_steps, by_tokens):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
-    plt.close(figure)

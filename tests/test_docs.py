@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from rl.recipe import STAGES, Recipe
-from study.run import load_arms
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "docs" / "one_step.ipynb"

@@ -76,7 +76,7 @@ def test_an_update_does_not_depend_on_micro_batches(aggregation):
     outcomes = []
     for budget in (10_000, 40, 1):
         model = random_model(1)
-        metrics = grpo_update(learner(model, budget), fresh_groups(model), stage, learning_rate=1e-3)
+        metrics = grpo_update(learner(model, budget), group_samples(fresh_groups(model)), stage, learning_rate=1e-3)
         assert metrics.pop("micro_batch_tokens") == budget
         outcomes.append((metrics, weights(model)))
     for metrics, after in outcomes[1:]:
@@ -108,7 +108,7 @@ def test_groups_of_equal_rewards_leave_every_weight_as_it_is(kind):
     before = weights(model)
     groups = fresh_groups(model, [[0.1] * 4, [0.3] * 4])
     stage = GRPOStage(prompts_per_step=2, updates_per_step=2)
-    metrics = grpo_update(learner(model, kind=kind, weight_decay=0.1), groups, stage, learning_rate=0.1)
+    metrics = grpo_update(learner(model, kind=kind, weight_decay=0.1), group_samples(groups), stage, learning_rate=0.1)
     assert metrics["grad_norm"] == 0 and metrics["loss"] == 0 and metrics["clip_fraction"] == 0
     assert all(torch.equal(before[name], after) for name, after in weights(model).items())
 
@@ -118,7 +118,7 @@ def test_clip_fraction_is_zero_on_the_first_update_of_a_batch(temperature):
     model = random_model(std=0.4)
     groups = fresh_groups(model, temperature=temperature)
     stage = GRPOStage(updates_per_step=1, clip_low=1e-3, clip_high=1e-3)
-    metrics = grpo_update(learner(model, temperature=temperature), groups, stage, learning_rate=0.5)
+    metrics = grpo_update(learner(model, temperature=temperature), group_samples(groups), stage, learning_rate=0.5)
     assert metrics["clip_fraction"] == metrics["clip_fraction_low"] == metrics["clip_fraction_high"] == 0
     assert metrics["grad_norm"] > 0.01 and abs(metrics["loss"]) < 0.5
 
@@ -129,7 +129,7 @@ def test_the_clip_binds_once_the_weights_have_moved_low_and_high_apart_trap_clip
     twin = copy.deepcopy(model)
     groups = fresh_groups(model)
     stage = GRPOStage(updates_per_step=2, prompts_per_step=4)
-    metrics = grpo_update(learner(model, 40), groups, stage, learning_rate=0.05)
+    metrics = grpo_update(learner(model, 40), group_samples(groups), stage, learning_rate=0.05)
 
     samples = group_samples(groups)
     other = learner(twin, 40)
@@ -154,7 +154,7 @@ def test_each_clip_range_governs_its_own_side():
     def fractions(**clip):
         model = random_model(std=0.4)
         stage = GRPOStage(updates_per_step=2, prompts_per_step=4, **clip)
-        metrics = grpo_update(learner(model), fresh_groups(model), stage, learning_rate=0.05)
+        metrics = grpo_update(learner(model), group_samples(fresh_groups(model)), stage, learning_rate=0.05)
         return metrics["clip_fraction_low"] > 0, metrics["clip_fraction_high"] > 0
 
     assert fractions(clip_low=0.1, clip_high=1e9) == (True, False)
@@ -175,7 +175,7 @@ def test_every_group_is_learned_from_once():
         return accumulate(samples, backward)
 
     pupil.accumulate = recording
-    grpo_update(pupil, groups, GRPOStage(updates_per_step=3, prompts_per_step=5), learning_rate=0.0)
+    grpo_update(pupil, group_samples(groups), GRPOStage(updates_per_step=3, prompts_per_step=5), learning_rate=0.0)
     assert seen == [[0, 0, 3, 3], [1, 1, 4, 4], [2, 2]]
 
 
@@ -194,7 +194,7 @@ def test_the_update_makes_the_better_completions_likelier_and_the_worse_ones_rar
     before = mean_logprobs()
     pupil = learner(model)
     for _ in range(3):
-        metrics = grpo_update(pupil, groups, GRPOStage(updates_per_step=1), 3e-3)
+        metrics = grpo_update(pupil, group_samples(groups), GRPOStage(updates_per_step=1), 3e-3)
     after = mean_logprobs()
     assert after[0] > before[0] + 0.05 and after[1] < before[1] - 0.05
     assert metrics["lr"] == 3e-3
@@ -222,7 +222,7 @@ def test_the_log_ratio_to_the_sampler_is_measured_before_the_first_update():
     model = random_model()
     groups = fresh_groups(model, [[1.0, 0.0, 0.1, 0.1]] * 4)  # nobody at the mean, where tokens would not be learned from
     stage = GRPOStage(updates_per_step=2, prompts_per_step=4)
-    metrics = grpo_update(learner(copy.deepcopy(model)), groups, stage, learning_rate=0.05)
+    metrics = grpo_update(learner(copy.deepcopy(model)), group_samples(groups), stage, learning_rate=0.05)
     assert abs(metrics["log_ratio_mean"]) < 1e-5 and metrics["log_ratio_std"] < 1e-4
 
     shifts = []
@@ -236,7 +236,7 @@ def test_the_log_ratio_to_the_sampler_is_measured_before_the_first_update():
     groups = [[shifted(rollout, number % 2 == 0) for rollout in group] for number, group in enumerate(groups)]
     for cap in (None, 2.0):
         stage = replace(stage, importance_cap=cap)
-        metrics = grpo_update(learner(copy.deepcopy(model)), groups, stage, learning_rate=0.05)
+        metrics = grpo_update(learner(copy.deepcopy(model)), group_samples(groups), stage, learning_rate=0.05)
         assert metrics["log_ratio_mean"] == pytest.approx(np.mean(shifts), abs=1e-4)
         assert metrics["log_ratio_std"] == pytest.approx(np.std(shifts), abs=1e-4)
 
@@ -246,7 +246,7 @@ def test_policy_entropy_is_the_mean_over_the_tokens_learned_from():
     model = random_model()
     groups = fresh_groups(model, [[1.0, 0.0, 0.1, 0.1]] * 4)
     stage = GRPOStage(updates_per_step=2, prompts_per_step=4)
-    metrics = grpo_update(learner(model, 40), groups, stage, learning_rate=0.0)
+    metrics = grpo_update(learner(model, 40), group_samples(groups), stage, learning_rate=0.0)
     entropies = []
     for sample in (sample for group in group_samples(groups) for sample in group):
         ids = torch.tensor([sample.prompt_ids + sample.completion_ids])

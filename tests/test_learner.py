@@ -10,7 +10,7 @@ from helpers import gradients, largest, largest_gap, learner, ragged_samples, ra
 from model import generate
 from rl import sft_loss
 from rl.batch import completion_logprobs, score_completions
-from rl.grpo import grpo_update
+from rl.grpo import group_samples, grpo_update
 from rl.learner import out_of_memory
 from rl.recipe import GRPOStage
 
@@ -86,7 +86,7 @@ def test_an_update_goes_on_after_out_of_memory(monkeypatch):
     completions = generate(model, prompts, num_samples=4, max_new_tokens=8, stop_token_ids=[0, 1, 2], seed=1)
     groups = rollouts(completions, [[1.0, 0.0, 0.1, 0.1]] * 3, prompts)
     stage = GRPOStage(updates_per_step=3, prompts_per_step=3)
-    expected = grpo_update(learner(twin, 1000), groups, stage, 1e-3)
+    expected = grpo_update(learner(twin, 1000), group_samples(groups), stage, 1e-3)
 
     pupil = learner(model, 100)
 
@@ -96,7 +96,7 @@ def test_an_update_goes_on_after_out_of_memory(monkeypatch):
         return score_completions(decoder, batch, temperature)
 
     monkeypatch.setattr("rl.grpo.score_completions", failing)
-    found = grpo_update(pupil, groups, stage, 1e-3)
+    found = grpo_update(pupil, group_samples(groups), stage, 1e-3)
     assert found.pop("micro_batch_tokens") == 12 and expected.pop("micro_batch_tokens") == 1000
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
     ours, theirs = (dict(m.named_parameters()) for m in (model, twin))

@@ -14,6 +14,7 @@ from model import Completion, Tokenizer
 from model.weights import TINY
 from rl.batch import Sample, completion_logprobs, make_batch
 from rl.checkpoint import Progress
+from rl.grpo import group_samples
 from rl.lab import Lab
 from rl.learner import Learner
 from rl.optimizer import Optimizer
@@ -190,11 +191,12 @@ def test_only_finished_correct_rollouts_of_the_stage_become_traces_whatever_char
         reward = float(outcome == "correct")
         return Rollout(PROBLEMS[0], [1], Completion([2], [-1.0], finished), text, Score(reward, outcome))
 
+    def save(step, stage, *groups):
+        run.save_rollouts(step, stage, groups, group_samples(groups))
+
     odd = "so\n\r\x85\u2028\u2029\x1e</think>"
-    run.save_rollouts(
-        3, 0, [[rollout(odd), rollout("near", "near")], [rollout("cut", finished=False), rollout("b")]], [[0.0] * 2] * 2
-    )
-    run.save_rollouts(4, 2, [[rollout("of another stage")]], [[0.0]])
-    run.save_rollouts(10, 0, [[rollout("c")]], [[0.0]])
+    save(3, 0, [rollout(odd), rollout("near", "near")], [rollout("cut", finished=False), rollout("b")])
+    save(4, 2, [rollout("of another stage")])
+    save(10, 0, [rollout("c")])
     expected = [(odd, 3), ("b", 3), ("c", 10)]
     assert run.correct_traces(0, Countdown()) == [Trace(PROBLEMS[0], text, step) for text, step in expected]

@@ -45,7 +45,7 @@ def dataset(tmp_path):
 def test_hub_is_the_published_file_at_the_revision_asked_for(dataset, monkeypatch):
     hub = Hub(dataset)
     hub.put_in_place(monkeypatch)
-    assert load_problems("hub", revision="abc") == [Problem((44, 19, 35), 98)]
+    assert load_problems("hub@abc") == [Problem((44, 19, 35), 98)]
     expected = {"allow_patterns": [HUB_FILE], "repo_type": "dataset", "revision": "abc"}
     assert hub.downloads == [("Jiayi-Pan/Countdown-Tasks-3to4", expected)]
     assert hub.asked == [("Jiayi-Pan/Countdown-Tasks-3to4", "dataset", dataset.name, True)]
@@ -63,7 +63,7 @@ def test_no_network_is_one_line_that_names_the_way_out(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(DataError) as caught:
-        load_problems("hub", revision="v9")
+        load_problems("hub@v9")
     message = str(caught.value)
     assert "\n" not in message and "revision v9" in message and "network" in message and ".jsonl" in message
 
@@ -129,9 +129,11 @@ def test_a_source_that_is_none_says_what_would_be_one(tmp_path):
         load_problems(binary)
 
 
-def test_a_revision_of_a_local_file_is_refused(tmp_path):
-    with pytest.raises(DataError, match="revision 'main' belongs to the hub"):
-        load_problems(write_parquet(tmp_path / "a.parquet", [[1, 2]], [3]), revision="main")
+def test_a_revision_belongs_to_the_hub_and_not_to_a_file(tmp_path):
+    path = write_parquet(tmp_path / "me@home.parquet", [[1, 2]], [3])
+    assert load_problems(path) == [Problem((1, 2), 3)]
+    with pytest.raises(DataError, match="cannot read problems from"):
+        load_problems(f"{path}@main")
 
 
 # Splits

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 
@@ -74,7 +75,7 @@ def test_every_ablation_changes_one_thing_in_grpo_alone():
             other = flatten(to_dict(recipe_of(arm)))
             changed[arm.name] = {name.split(".")[-1] for name in base if base[name] != other[name]}
             assert other["stages.0.prompts_per_step"] * other["stages.0.samples_per_prompt"] == base_completions
-    pairs = [{"clip_low", "clip_high"}, {"prompts_per_step", "samples_per_prompt"}]
+    pairs = [{"clip_low", "clip_high"}, {"prompts_per_step", "samples_per_prompt"}, {"dtype", "importance_cap"}]
     assert all(len(names) == 1 or names in pairs for names in changed.values()), changed
     covered = set().union(*changed.values())
     assert covered >= {"clip_low", "scale_by_std", "aggregation", "near_miss", "updates_per_step", "samples_per_prompt"}
@@ -120,6 +121,13 @@ def test_a_study_makes_each_run_once_and_again_only_if_its_recipe_changed(tmp_pa
         assert result["final"]["final_accuracy"] == rows[-1]["final_accuracy"]
     for written in "results.md", "accuracy.png", "training.png":
         assert (arguments.results / written).stat().st_size > 500
+    advantages = {}
+    for path in (arguments.out / "no std").rglob("step_*.jsonl"):
+        rows = [json.loads(line) for line in path.open()]
+        for row in rows:
+            mean = fmean(other["reward"] for other in rows if other["group"] == row["group"])
+            advantages[row["advantage"]] = row["reward"] - mean
+    assert any(advantages) and list(advantages) == pytest.approx(list(advantages.values()), abs=1e-4)
 
     made = []
     monkeypatch.setattr(study.run, "ProcessPoolExecutor", lambda *_, **__: InProcess(made))

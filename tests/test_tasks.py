@@ -23,6 +23,35 @@ def test_problems_come_from_files_and_rows(tmp_path):
     assert TASK.load(str(tmp_path / "mine.jsonl")) == [problem] == [TASK.problem(problem.row())]
 
 
+def test_problems_are_drawn_as_the_settings_say_and_the_prompt_states_them():
+    problems = Countdown(max_number=7, max_target=12, four_number_share=1.0).generate(20, seed=1)
+    assert len(problems) == 20
+    for problem in problems:
+        assert len(problem.numbers) == 4 and max(problem.numbers) <= 7 and 10 <= problem.target <= 12
+        prompt = TASK.prompt(problem)
+        assert ", ".join(map(str, problem.numbers)) in prompt and str(problem.target) in prompt
+
+
+@pytest.mark.parametrize(
+    "problem, level",
+    [
+        (Problem((79, 60, 17), 36), "3 numbers, + and - suffice"),
+        (Problem((5, 7, 2), 37), "3 numbers, needs * or /"),
+        (Problem((2, 2, 2, 2), 16), "4 numbers, needs * or /"),
+        (Problem((9, 3, 1), 100), "3 numbers, needs * or /"),
+    ],
+)
+def test_levels_say_whether_plus_and_minus_suffice_and_solutions_are_correct(problem, level):
+    assert TASK.level(problem) == level
+    solution = TASK.solution(problem)
+    assert (solution is None) == (problem.target == 100)
+    assert solution is None or TASK.score(f"</think><answer>{solution}</answer>", problem) == CORRECT
+
+
+def test_the_default_kind_is_the_one_a_recipe_names():
+    assert Countdown().kind == "countdown"
+
+
 @pytest.mark.parametrize("text", ["7 9 11 22", "7,9,11->22", "7, 9, 11 -> 22"])
 def test_a_typed_problem_is_read(text):
     assert TASK.typed_problem(text) == Problem((7, 9, 11), 22)

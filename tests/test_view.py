@@ -55,7 +55,7 @@ def test_a_picture_shows_stage_numbers_accuracy_progress_and_the_last_rollouts(m
     assert "held-out accuracy 20.3 % (17.1 to 24.0)" in text and "20 % |" in text
     for part in (
         "reward 0.432",
-        "correct 25 %",
+        "correct 25.0 %",
         "format 90 %",
         "length 123",
         "entropy 0.31",

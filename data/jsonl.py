@@ -25,6 +25,8 @@ def read_jsonl(path: str | Path, expected: str) -> Iterator[tuple[int, dict]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield number, parse_row(line, f"{path}, line {number}", expected)
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file; name another, or make it first") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as UTF-8 text ({error}); check the file and its permissions") from None
 

@@ -149,7 +149,7 @@ def test_another_script_is_refused_by_its_number(tmp_path):
 def test_an_empty_file_and_no_file_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"mine\.jsonl: no traces"):
         load(tmp_path, "", " ")
-    with pytest.raises(DataError, match="nowhere.*cannot be read"):
+    with pytest.raises(DataError, match="nowhere.*no such file"):
         load_traces(tmp_path / "nowhere.jsonl", problem_of, always)
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="bytes.*cannot be read"):

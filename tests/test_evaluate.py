@@ -155,7 +155,7 @@ def test_files_without_completions_say_so(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="no completions"):
         load_completions(tmp_path / "empty.jsonl", Countdown(), True)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="no such file"):
         load_completions(tmp_path / "missing.jsonl", Countdown(), True)
 
 

@@ -6,7 +6,7 @@ problems are those that the first checkpoint of a run was not trained on, or rec
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from interrupt import ctrl_c_exits
@@ -34,7 +34,7 @@ class Arguments:
     """Evaluate one or more models."""
 
     models: tyro.conf.Positional[tuple[str, ...]]
-    """Checkpoint folders, tiny, hub ids, or .jsonl files with a numbers, target and completion a line."""
+    """Checkpoint folders, tiny, hub ids, or .jsonl files with a problem's fields and a completion a line."""
     recipe: str | None = None
     """The recipe whose task and sampling models from elsewhere are evaluated by; default: 256, or an embedded model's own."""
     problems: str | None = None
@@ -86,11 +86,16 @@ def model_of(source: str, arguments: Arguments) -> Model:
         recipe = replace(recipe, model="tiny" if source.endswith(".jsonl") else source)
         if arguments.count is not None:
             recipe = replace(recipe, evaluation=EvaluationSettings(problems=arguments.count))
-    names = ("max_new_tokens", "max_cache_tokens", "temperature", "top_k", "top_p", "thinking")
-    changes = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    changes = {field.name: value for field in fields(recipe.sampling) if (value := getattr(arguments, field.name)) is not None}
     return Model(
         source,
-        replace(recipe, stages=(), device=arguments.device, sampling=replace(recipe.sampling, **changes)),
+        replace(
+            recipe,
+            stages=(),
+            device=arguments.device,
+            problems=arguments.problems or recipe.problems,
+            sampling=replace(recipe.sampling, **changes),
+        ),
         trained=trained_by is not None,
     )
 
@@ -116,7 +121,7 @@ def problems_for(models: list[Model], arguments: Arguments) -> list[Problem]:
         problems = [group[0].problem for group in load_completions(files[0].source, files[0].recipe.task, True)]
     else:
         trained = [model for model in models if model.trained]
-        splits = [problems_of(with_problems(model.recipe, arguments)) for model in trained or models[:1]]
+        splits = [problems_of(model.recipe) for model in trained or models[:1]]
         problems = splits[0][1]
         seen = {problem.key for train, _ in splits[1:] if trained for problem in train}
         fair = [problem for problem in problems if problem.key not in seen]
@@ -128,10 +133,6 @@ def problems_for(models: list[Model], arguments: Arguments) -> list[Problem]:
     if arguments.count is not None and not 1 <= arguments.count <= len(problems):
         raise RecipeError(f"--count must be from 1 to {len(problems)}: there are no more problems to evaluate on")
     return problems[: arguments.count]
-
-
-def with_problems(recipe: Recipe, arguments: Arguments) -> Recipe:
-    return replace(recipe, problems=arguments.problems or recipe.problems)
 
 
 def candidate_of(model: Model, problems: list[Problem], arguments: Arguments) -> Candidate:

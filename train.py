@@ -5,6 +5,7 @@ Any field of the recipe can be overridden: `python train.py 256 --stages.0.steps
 
 import os
 import sys
+from argparse import ArgumentParser
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -16,7 +17,6 @@ with ctrl_c_exits():
 
     from model.weights import is_embedded
     from rl.console import fail, user_errors
-    from rl.interruption import Stopped
     from rl.recipe import Recipe, RecipeError
     from rl.recipe_file import load_recipe
     from rl.runfolder import RunFolder
@@ -43,28 +43,22 @@ class Arguments:
     """Log to Weights & Biases too, which has to be installed."""
 
 
-def requested(arguments: list[str], option: str) -> str | None:
-    """The value given to `option`, before the recipe that defines the other options is known."""
-    for index, argument in enumerate(arguments):
-        if argument.startswith(f"{option}="):
-            return argument.split("=", 1)[1]
-        if argument == option and index + 1 < len(arguments):
-            return arguments[index + 1]
-    return None
-
-
-def resolve_model(name: str) -> str:
-    """ "auto" is Qwen3-1.7B where there is a GPU to run it, and the embedded model elsewhere."""
-    if name != "auto":
-        return name
-    return REAL_MODEL if torch.cuda.is_available() else "tiny"
+def requested_model(arguments: list[str]) -> str | None:
+    """The value of --model, before the recipe that defines the other options is known."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", nargs="?")  # without a value: that is for tyro to refuse
+    return parser.parse_known_args(arguments)[0].model
 
 
 def parse(arguments: list[str]) -> Arguments:
-    """The recipe named first, with the sibling recipe's values for the embedded model and the command line's over all."""
+    """The recipe named first, with the sibling recipe's values for the embedded model and the command line's over all.
+
+    Model "auto" is Qwen3-1.7B where there is a GPU to run it, and the embedded model elsewhere.
+    """
     name = arguments[0] if arguments and not arguments[0].startswith("-") else "256"
-    asked = requested(arguments, "--model") or load_recipe(name)[1].model
-    model = resolve_model(asked)
+    model = asked = requested_model(arguments) or load_recipe(name)[1].model
+    if asked == "auto":
+        model = REAL_MODEL if torch.cuda.is_available() else "tiny"
     run_name, recipe = load_recipe(name, variant="tiny" if is_embedded(model) else "")
     if asked == "auto" and is_embedded(recipe.model):
         model = recipe.model  # the one that this task has
@@ -75,23 +69,21 @@ def parse(arguments: list[str]) -> Arguments:
         raise RecipeError(f"name the recipe before the options: python train.py {parsed.recipe_name} ...")
     if asked == "auto" and is_embedded(model) and not parsed.quiet and os.environ.get("RANK", "0") == "0":
         print(f"no CUDA device: taking the embedded {model} model, by recipe {run_name} (--model {REAL_MODEL} overrides)")
-    return replace(parsed, recipe=replace(parsed.recipe, model=resolve_model(parsed.recipe.model)))
+    return replace(parsed, recipe=replace(parsed.recipe, model=model if asked == "auto" else parsed.recipe.model))
 
 
 def main(arguments: Arguments) -> None:
-    a = arguments
+    recipe = arguments.recipe
     try:
-        train(a.recipe, a.resume, a.quiet, a.plain, a.wandb)
-    except Stopped:
-        raise
+        train(recipe, arguments.resume, arguments.quiet, arguments.plain, arguments.wandb)
     except RuntimeError as error:
         if not lost_another(error):
             raise
         fail("another process of this run has ended, see what it said; --resume goes on from the last checkpoint")
-    except KeyboardInterrupt:  # before there was anything to save, or from elsewhere
-        if RunFolder(a.recipe.out).holds_run:
-            raise KeyboardInterrupt("Go on with the same command and --resume.") from None
-        raise
+    except KeyboardInterrupt as stop:
+        if stop.args or not RunFolder(recipe.out).holds_run:
+            raise  # it says where it goes on, or there is nothing to go on with
+        raise KeyboardInterrupt("Go on with the same command and --resume.") from None
 
 
 if __name__ == "__main__":

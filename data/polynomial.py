@@ -74,10 +74,5 @@ def term_text(coefficient: int, exponent: int) -> str:
 
 def sum_text(terms: list[tuple[int, int]]) -> str:
     """The terms in their order, zeros left out: `3x^4 - 2x^3 + 5x + 7`; `0` where nothing is left."""
-    text = ""
-    for coefficient, exponent in terms:
-        if coefficient and text:
-            text += (" - " if coefficient < 0 else " + ") + term_text(abs(coefficient), exponent)
-        elif coefficient:
-            text = term_text(coefficient, exponent)
-    return text or "0"
+    texts = (term_text(coefficient, exponent) for coefficient, exponent in terms if coefficient)
+    return " + ".join(texts).replace("+ -", "- ") or "0"

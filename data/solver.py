@@ -1,13 +1,14 @@
 """An exact Countdown solver: the proof that a problem can be solved, and with which operators."""
 
 from fractions import Fraction
+from operator import add, mul, sub, truediv
 
 from data.countdown import Problem
 
-OPERATORS = "+-*/"
+OPERATORS = {"+": add, "-": sub, "*": mul, "/": truediv}
 
 
-def solve(problem: Problem, operators: str = OPERATORS) -> str | None:
+def solve(problem: Problem, operators: str = "+-*/") -> str | None:
     """An expression that uses every number once and equals the target, or None if there is none.
 
     Steps may be fractions: `8 / (3 - 8 / 3)` is found. `operators` names the ones allowed, so `solve(problem, "+-")`
@@ -18,7 +19,7 @@ def solve(problem: Problem, operators: str = OPERATORS) -> str | None:
         ValueError: `operators` names none of `+ - * /`, or anything else.
     """
     if not operators or not set(operators) <= set(OPERATORS):
-        raise ValueError(f"operators must be some of {OPERATORS!r}, not {operators!r}")
+        raise ValueError(f"operators must be some of + - * /, not {operators!r}")
     full = (1 << len(problem.numbers)) - 1
     texts: dict[int, dict[Fraction, str]] = {  # subset of the numbers, as a bit mask -> value -> how to reach it
         1 << place: {Fraction(number): str(number)} for place, number in enumerate(problem.numbers)
@@ -48,16 +49,9 @@ def _combine(left: dict, right: dict, operators: str, into: dict[Fraction, str])
     for a, a_text in left.items():
         for b, b_text in right.items():
             for operator in operators:
-                if operator == "+":
-                    value = a + b
-                elif operator == "-":
-                    value = a - b
-                elif operator == "*":
-                    value = a * b
-                elif b:
-                    value = a / b
-                else:
+                if operator == "/" and not b:
                     continue
+                value = OPERATORS[operator](a, b)
                 if value not in into:
                     into[value] = f"{_bracket(a_text)} {operator} {_bracket(b_text)}"
 

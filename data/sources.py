@@ -19,7 +19,7 @@ class Format:
 
     Attributes:
         example: a line of a .jsonl file.
-        columns: of a parquet file, each with the field of a row that it is.
+        columns: of a parquet file, each with the field of a row that it is; `optional`: those that may be missing.
         repository: the dataset on the hub, if there is one.
         files: its parquet files, each under the name that it is asked for by, "hub" among them.
     """
@@ -28,6 +28,7 @@ class Format:
     columns: dict[str, str]
     repository: str = ""
     files: dict[str, str] = field(default_factory=dict)
+    optional: dict[str, str] = field(default_factory=dict)
 
 
 COUNTDOWN = Format(
@@ -109,7 +110,7 @@ def _checked(source: str, rows: Iterable[Row], problem_of: Callable[[dict], P]) 
     for place, row in rows:
         try:
             problems.append(problem_of(row))
-        except ValueError as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{source}, {place}: {error}; correct or remove it") from error
     if not problems:
         raise DataError(f"{source} holds no problems; give a file with at least one")
@@ -125,10 +126,11 @@ def _parquet_rows(path: Path, stored: Format) -> Iterator[Row]:
         if not found.issuperset(stored.columns):
             needed = " and ".join(f"'{name}'" for name in sorted(stored.columns, reverse=True))
             raise DataError(f"{path} needs the columns {needed}, but has {sorted(found)}; rename them")
-        table = pyarrow.parquet.read_table(path, columns=list(stored.columns))
+        fields = {name: field for name, field in (stored.columns | stored.optional).items() if name in found}
+        table = pyarrow.parquet.read_table(path, columns=list(fields))
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} cannot be read as parquet; write or download it again") from error
-    columns = {field: table[name].to_pylist() for name, field in stored.columns.items()}
+    columns = {field: table[name].to_pylist() for name, field in fields.items()}
     for index, values in enumerate(zip(*columns.values(), strict=True), start=1):
         yield f"row {index}", dict(zip(columns, values, strict=True))
 

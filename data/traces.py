@@ -12,7 +12,7 @@ from data.jsonl import DataError, read_jsonl
 
 @dataclass(frozen=True)
 class Trace:
-    """A problem and a completion that solves it, from inside the open `<think>` up to, not including, the stop token.
+    """A problem and a completion that solves it, up to, not including, the stop token.
 
     `step` is the training step that sampled it; 0 for traces of other origin.
     """
@@ -36,7 +36,7 @@ def latin_only(text: str) -> bool:
 def curate(candidates: Iterable[Trace], per_problem: int, limit: int) -> list[Trace]:
     """Choose among correct traces: Latin only, no repeats, the `per_problem` shortest of each problem, the latest first.
 
-    A problem is the same whatever the order of its numbers.
+    Problems with equal `key` are the same, Countdown's whatever the order of their numbers.
     """
     by_problem: dict[tuple, dict[str, Trace]] = {}
     for trace in candidates:

@@ -11,9 +11,3 @@ from model.sampler import generate
 from model.tokenizer import Tokenizer, prompt_ids, render_chat
 from model.wave import Completion
 from model.weights import load_model, save_model
-
-__all__ = [
-    "Completion", "KVCache", "ModelError", "PackedGroup", "PackedGroups", "Qwen3", "Qwen3Config", "TokenLogprobs",
-    "Tokenizer", "adapter_state", "add_adapters", "generate", "load_adapter_state", "load_model", "plain_state",
-    "prompt_ids", "render_chat", "save_model", "target_logprobs", "token_logprobs",
-]  # fmt: skip

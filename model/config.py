@@ -1,7 +1,6 @@
 """What a Qwen3 is, in eleven numbers: read from, and written to, Hugging Face's `config.json`."""
 
-from dataclasses import MISSING, dataclass
-from dataclasses import fields as dataclass_fields
+from dataclasses import MISSING, dataclass, fields
 
 LARGEST_SIZE = 2**24
 LARGEST = {"num_hidden_layers": 1000, "num_attention_heads": 4096, "num_key_value_heads": 4096, "head_dim": 4096}
@@ -32,21 +31,14 @@ class Qwen3Config:
     max_position_embeddings: int = 40960
 
     def __post_init__(self):
-        for name in (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-            "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST.get(name, LARGEST_SIZE):
-                raise ModelError(
-                    f"config: {name} must be a whole number from 1 to {LARGEST.get(name, LARGEST_SIZE)}, not {short(value)}"
-                )
-        for name in ("rms_norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+        for name, kind in ((field.name, field.type) for field in fields(self)):
+            value, largest = getattr(self, name), LARGEST.get(name, LARGEST_SIZE)
+            if kind is int and (type(value) is not int or not 1 <= value <= largest):
+                raise ModelError(f"config: {name} must be a whole number from 1 to {largest}, not {short(value)}")
+            if kind is float and (type(value) not in (int, float) or not 0 < value < float("inf")):
                 raise ModelError(f"config: {name} must be a positive number, not {value!r}")
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise ModelError(f"config: tie_word_embeddings must be true or false, not {self.tie_word_embeddings!r}")
+            if kind is bool and type(value) is not bool:
+                raise ModelError(f"config: {name} must be true or false, not {value!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ModelError(
                 f"config: num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -84,16 +76,16 @@ class Qwen3Config:
         for name, refused in unsupported.items():
             if refused:
                 raise ModelError(f"config: {name} = {hf[name]!r} is not supported")
-        fields = {name: hf[name] for name in cls.__dataclass_fields__ if name in hf}
+        found = {name: hf[name] for name in cls.__dataclass_fields__ if name in hf}
         if "rope_theta" in rope:
-            fields["rope_theta"] = rope["rope_theta"]
-        missing = [f.name for f in dataclass_fields(cls) if f.default is MISSING and f.name not in fields]
+            found["rope_theta"] = rope["rope_theta"]
+        missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in found]
         if missing:
             raise ModelError(f"config: missing {', '.join(missing)}")
         # transformers' own defaults, which are not Qwen3's; every published config.json states both.
-        fields.setdefault("tie_word_embeddings", False)
-        fields.setdefault("rope_theta", 1e4)
-        return cls(**fields)
+        found.setdefault("tie_word_embeddings", False)
+        found.setdefault("rope_theta", 1e4)
+        return cls(**found)
 
     def to_hf(self, dtype: str, eos_token_id: int | None = None) -> dict:
         """The `config.json` of a checkpoint, in the spelling that transformers 4, 5 and vLLM all read."""

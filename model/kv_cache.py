@@ -48,11 +48,8 @@ class KVCache:
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int64)
+        self.max_length = max_length
         self.longest = 0  # an upper bound of lengths.max(), kept on the host so that decoding never waits for a GPU
-
-    @property
-    def max_length(self) -> int:
-        return self.keys[0].shape[2]
 
     def start(self, time: int) -> Tensor:
         if self.longest + time > self.max_length:

@@ -4,5 +4,3 @@ from rl.advantage import group_advantages
 from rl.loss import grpo_loss, sft_loss
 from tasks import Score
 from tasks.countdown import score
-
-__all__ = ["Score", "group_advantages", "grpo_loss", "score", "sft_loss"]

@@ -1,7 +1,7 @@
 """Samples to tensors: the one place that shifts tokens against their targets and masks what has no loss."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -61,10 +61,14 @@ class Batch:
 
 
 def make_batch(samples: list[Sample], device="cpu") -> Batch:
-    """Pack `samples` into a stream; their rows keep the order in which they are given."""
+    """Pack `samples` into a stream; their rows keep the order in which they are given.
+
+    Of no samples a batch of one token and no target: for a process that has to take part in a forward, with no loss.
+    """
+    given, samples = bool(samples), samples or [Sample([0], [0])]
     lengths = torch.tensor([len(sample.completion_ids) for sample in samples])
     shape = (len(samples), int(lengths.max()))
-    mask = torch.arange(shape[1]) < lengths[:, None]
+    mask = (torch.arange(shape[1]) < lengths[:, None]) & given
     places, target_ids = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
     old_logprobs, recomputed_logprobs = torch.zeros(shape), torch.zeros(shape)
     stream: list[int] = []
@@ -91,12 +95,6 @@ def make_batch(samples: list[Sample], device="cpu") -> Batch:
     tensors = (places, target_ids, mask, old_logprobs, recomputed_logprobs, advantages)
     packed = PackedGroups(layout, device)
     return Batch(torch.tensor([stream], device=device), packed, *(tensor.to(device) for tensor in tensors))
-
-
-def empty_batch(device="cpu") -> Batch:
-    """A batch of one token and no target: no loss and a gradient of zero, for a process that has to take part in a forward."""
-    batch = make_batch([Sample([0], [0])], device)
-    return replace(batch, mask=torch.zeros_like(batch.mask))
 
 
 def groups_of(samples: list[Sample]) -> list[list[int]]:

@@ -10,10 +10,12 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
+from torch import Tensor
 
 from model import ModelError, Qwen3, Tokenizer, adapter_state, load_adapter_state, save_model
 from model.weights import read_json
@@ -143,19 +145,19 @@ def load_progress(folder: Path) -> Progress:
 
 def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
     """Put the saved moments and master weights back into `optimizer`."""
-    try:
-        tensors = safetensors.torch.load_file(folder / OPTIMIZER)
-        optimizer.load_state_tensors(tensors)
-    except (OSError, safetensors.SafetensorError, KeyError, IndexError, ValueError, RuntimeError) as error:
-        raise RecipeError(f"{folder / OPTIMIZER}: cannot be resumed from: {error}") from None
+    resume_from(folder / OPTIMIZER, optimizer.load_state_tensors)
 
 
 def load_adapters(folder: Path, model: Qwen3) -> None:
     """Put the saved adapters into `model`, which has the same base as when they were saved."""
+    resume_from(folder / ADAPTERS, partial(load_adapter_state, model))
+
+
+def resume_from(path: Path, take: Callable[[dict[str, Tensor]], None]) -> None:
     try:
-        load_adapter_state(model, safetensors.torch.load_file(folder / ADAPTERS))
-    except (OSError, safetensors.SafetensorError, ModelError) as error:
-        raise RecipeError(f"{folder / ADAPTERS}: cannot be resumed from: {error}") from None
+        take(safetensors.torch.load_file(path))
+    except (OSError, safetensors.SafetensorError, KeyError, IndexError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"{path}: cannot be resumed from: {error}") from None
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -165,11 +167,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def prune_checkpoints(run: Path, keep: int, accuracies: dict[int, float]) -> None:
-    """Delete all but the latest `keep` checkpoints, those at a stage's end, and the one with the best accuracy.
-
-    Args:
-        accuracies: held-out accuracy by step, where it is known.
-    """
+    """Delete all but the latest `keep` checkpoints, those at a stage's end, and the best by `accuracies`, given by step."""
     folders = checkpoints(run)
     best = max(folders, key=lambda folder: accuracies.get(step_of(folder), -1.0), default=None)
     for folder in folders[:-keep]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +80,7 @@ def load_completions(path: str | Path, task: Task, thinking: bool) -> list[Group
         DataError: no such file, nothing in it, or a line that is no completion; it names the line.
     """
     groups: dict[tuple, Group] = {}
-    expected = task.example[:-1] + ', "completion": "..."}'
+    expected = task.stored.example[:-1] + ', "completion": "..."}'
     for number, row in read_jsonl(path, expected):
         try:
             problem, text = task.problem(row), row["completion"]
@@ -117,7 +117,7 @@ def by_difficulty(groups: list[Group], task: Task) -> dict[str, list[Group]]:
 def distinct_answers(groups: list[Group]) -> float:
     """Mean number of different well-formed answers a problem gets; SFT may raise accuracy and narrow this."""
     answers = [
-        {r.text.partition("</answer>")[0].rpartition("<answer>")[2] for r in group if r.score.outcome != "malformed"}
+        {r.text.rpartition("<answer>")[2].partition("</answer>")[0] for r in group if r.score.outcome != "malformed"}
         for group in groups
     ]
     return fmean(map(len, answers))
@@ -128,14 +128,11 @@ def majority_accuracy(groups: list[Group], task: Task, thinking: bool) -> float:
 
     The task says which answers are the same; the earlier wins a tie. Completions without an answer have no vote.
     """
-
-    def winner(group: Group) -> Rollout | None:
-        votes: dict[Hashable, list[Rollout]] = {}
+    won = 0
+    for group in groups:
+        votes: dict[Hashable, list[Rollout]] = defaultdict(list)
         for rollout in group:
-            answer = task.answer(rollout.text, thinking)
-            if answer is not None:
-                votes.setdefault(answer, []).append(rollout)
-        return max(votes.values(), key=len)[0] if votes else None
-
-    winners = map(winner, groups)
-    return fmean(found is not None and found.score.outcome == "correct" for found in winners)
+            votes[task.answer(rollout.text, thinking)].append(rollout)
+        votes.pop(None, None)
+        won += bool(votes) and max(votes.values(), key=len)[0].score.outcome == "correct"
+    return won / len(groups)

@@ -29,11 +29,8 @@ def bootstrap_interval(values: list[float], seed: int = 0) -> tuple[float, float
 
 
 def mcnemar_p(only_first: int, only_second: int) -> float:
-    """Exact two-sided p-value of McNemar's test (1947): were the two equally good, how often would they differ so much?
-
-    Args:
-        only_first, only_second: problems that one of the two solves and the other does not.
-    """
+    """Exact two-sided p-value of McNemar's test (1947) from how many problems only one of the two solves: were they equally
+    good, how often would they differ so much?"""
     trials = only_first + only_second
     tail = sum(math.comb(trials, k) for k in range(min(only_first, only_second) + 1))
     return min(1.0, 2 * tail / 2**trials)

@@ -47,6 +47,8 @@ def set_up(
 ) -> tuple[Lab, Progress, Path | None]:
     """Everything a run needs before its first step, where it stands, and the checkpoint it goes on from, if any."""
     progress, checkpoint = Progress(), None
+    if workers.leads and not resume:
+        run.check_free()
     if resume:
         run.check_recipe(recipe)
         checkpoint = workers.lead(newest_checkpoint(run.path, view.say) if workers.leads else None)
@@ -64,12 +66,8 @@ def set_up(
     if sharding := sharding_of(model):
         whole = {"auto": plan.whole_copy > 0, "whole": True, "layers": False}[recipe.parallel.sampling]
         model.sharding = replace(sharding, whole_to_sample=not workers.any(not whole))
-    if not workers.leads:
-        pass
-    elif resume:
+    if resume and workers.leads:
         run.rewind(progress.step if checkpoint else -1)
-    else:
-        run.prepare()
     view.say(describe_run(recipe, model, train_problems, held_out, progress.step if resume else None))
     view.say(f"memory    {gb(plan.peak - process)} of {gb(free)} free: {plan}")
     view.history(run.metrics())

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from model import Qwen3
-from rl.batch import Batch, Sample, empty_batch, make_batch, micro_batches
+from rl.batch import Batch, Sample, make_batch, micro_batches
 from rl.optimizer import Optimizer
 from rl.recipe import Recipe
 from rl.sharding import is_divided, sharding_of
@@ -24,7 +24,7 @@ class Learner:
         workers: the processes that learn together, each from its own samples.
         reference: the frozen policy of the KL penalty, if there is one.
         skipped_in_a_row: updates left out since the last one taken, as a loss, log-probability or gradient was not finite.
-        faulty: the samples of updates left out; of those, where the gradient was not the first to be so, its micro-batch's.
+        faulty: the samples of updates left out; where a loss was not finite, those of its micro-batch only.
     """
 
     model: Qwen3
@@ -45,9 +45,8 @@ class Learner:
         """
         micros = micro_batches(samples, self.micro_batch_tokens)
         count = max(self.workers.gather(len(micros))) if sharding_of(self.model) else len(micros)
-        for number in range(count):
-            micro = micros[number] if number < len(micros) else []
-            yield micro, make_batch(micro, self.model.device) if micro else empty_batch(self.model.device)
+        for micro in micros + [[]] * (count - len(micros)):
+            yield micro, make_batch(micro, self.model.device)
 
     def accumulate(self, samples: list[Sample], backward: Callable[[Batch], dict[str, float]]) -> Counter[str]:
         """Call `backward` on micro-batches of `samples`, which adds to the gradient; the sums of what it returns, over all

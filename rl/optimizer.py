@@ -33,14 +33,7 @@ class Optimizer:
             masters, the learning rate is too small for the weights' precision to show anything for many steps.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        kind: str = "adamw",
-        learning_rate: float = 1e-6,
-        weight_decay: float = 0.0,
-        rounding: str = "masters",
-    ):
+    def __init__(self, model: nn.Module, kind: str = "adamw", weight_decay: float = 0.0, rounding: str = "masters"):
         if kind not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {kind!r}")
         if rounding not in ROUNDINGS:
@@ -57,17 +50,13 @@ class Optimizer:
             if self.stochastic and parameter.dtype not in (torch.float32, torch.bfloat16):
                 raise ValueError(f"stochastic rounding is for bfloat16 weights; {name} is {parameter.dtype}")
             self.masters[name] = [nn.Parameter(self.master_of(piece)) for piece in pieces(parameter)]
-            self.optimizers[name] = [make_adamw(kind, m, learning_rate, weight_decay) for m in self.masters[name]]
+            self.optimizers[name] = [make_adamw(kind, m, weight_decay) for m in self.masters[name]]
 
     def master_of(self, piece: Tensor) -> Tensor:
         """What AdamW works on: the float32 weights themselves, a copy, or nothing yet if the copy is made for each step."""
         if self.stochastic and piece.dtype != torch.float32:
             return piece.new_empty(0, dtype=torch.float32)
         return piece.float()
-
-    def saved_dtype(self, parameter: Tensor) -> torch.dtype:
-        """What a checkpoint of the model has of a parameter; a divided one is float32 here whatever that is."""
-        return self.sharding.dtype if is_divided(parameter) else parameter.dtype
 
     @torch.no_grad()
     def step(self, learning_rate: float, max_grad_norm: float | None = 1.0) -> float:
@@ -97,7 +86,7 @@ class Optimizer:
             parameter.grad = None
         self.updates += 1
         if self.moved_share is not None:
-            self.moved_share = int(sum(moved)) / sum(p.numel() for p in self.parameters.values())
+            self.moved_share = int(sum(moved)) / sum(p.numel() for p in self.parameters.values() if p.dtype != torch.float32)
         return norm
 
     def clear_gradients(self) -> None:
@@ -119,9 +108,9 @@ class Optimizer:
         """Everything that resuming needs, as (name, tensor): the masters of rounded weights and Adam's moments."""
         yield "updates", torch.tensor(self.updates)
         for name, parameter in self.parameters.items():
-            keep_master = self.saved_dtype(parameter) != torch.float32 and not self.stochastic
+            saved_dtype = self.sharding.dtype if is_divided(parameter) else parameter.dtype  # a divided one is float32 here
             columns: dict[str, dict[int, Tensor]] = {}
-            if keep_master:
+            if saved_dtype != torch.float32 and not self.stochastic:
                 columns["master"] = dict(enumerate(map(Tensor.detach, self.masters[name])))
             for number, (master, optimizer) in enumerate(zip(self.masters[name], self.optimizers[name], strict=True)):
                 for key, value in optimizer.state[master].items():
@@ -180,9 +169,12 @@ def round_stochastically(x: Tensor, key: str) -> Tensor:
     return bits.view(torch.float32).bfloat16()
 
 
-def make_adamw(kind: str, parameter: nn.Parameter, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW (arXiv:1711.05101) for one tensor; 8-bit moments in blocks (arXiv:2110.02861) for the bitsandbytes kinds."""
-    options = {"lr": learning_rate, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": weight_decay}
+def make_adamw(kind: str, parameter: nn.Parameter, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101) for one tensor; 8-bit moments in blocks (arXiv:2110.02861) for the bitsandbytes kinds.
+
+    Each step sets its learning rate.
+    """
+    options = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": weight_decay}
     if kind == "adamw":
         return torch.optim.AdamW([parameter], fused=True, **options)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of 4-bit kernels, which are not used here

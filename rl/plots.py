@@ -42,29 +42,20 @@ def paper_points(recipe: Recipe) -> list[tuple[int, float]]:
 
 
 def curve_table(rows: list[dict], paper: list[tuple[int, float]]) -> str:
-    """A Markdown table: one row an evaluation, and the paper's figure at the same GRPO step where it has one.
-
-    The paper gives two figures at step 80, before and after SFT; they go to the GRPO and the SFT evaluation there.
-    """
+    """A Markdown table: one row an evaluation, and the paper's figure at the same GRPO step where it has one."""
     about = "The paper's column is Qwen3-1.7B on Countdown-Tasks-3to4, whatever model and problems this run has.\n"
     lines = [
         f"# Held-out accuracy\n\n{about if paper else ''}Intervals are 95 % (Wilson).\n",
         "| stage | step | GRPO steps | accuracy (%) | 95 % interval |" + " paper (%) |" * bool(paper),
         "|---|---|---|---|---|" + "---|" * bool(paper),
     ]
-    for index, row in enumerate(rows):
-        figures = [value for step, value in paper if step == row["grpo_steps"]]
-        last_of_stage = index + 1 == len(rows) or rows[index + 1]["stage"] != row["stage"]
-        shown = ""
-        if figures and row["kind"] == "sft":
-            shown = f"{figures[-1]}" if last_of_stage and len(figures) > 1 else ""
-        elif figures:
-            shown = f"{figures[0]}"
+    figures = dict(paper_by_step(rows, paper))
+    for row in rows:
         accuracy, low, high = (100 * row[name] for name in ("eval_accuracy", "eval_low", "eval_high"))
         stage = "start" if row["step"] == 0 else f"{row['stage'] + 1} {row['kind']}"
         lines.append(
             f"| {stage} | {row['step']} | {row['grpo_steps']} | {accuracy:.1f} | {low:.1f} to {high:.1f} |"
-            + f" {shown} |" * bool(paper)
+            + f" {figures.get(row['step'], '')} |" * bool(paper)
         )
     return "\n".join(lines) + "\n"
 
@@ -103,9 +94,12 @@ def stage_spans(rows: list[dict]) -> list[tuple[int, int, str]]:
 
 
 def paper_by_step(rows: list[dict], paper: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The paper's points moved from GRPO steps to this run's steps; those not reached yet are left out."""
+    """The paper's points moved from GRPO steps to this run's steps; those not reached yet are left out.
+
+    The paper gives two figures at step 80, before and after SFT; they go to the GRPO and the SFT evaluation there.
+    """
     points, seen = [], set()
-    at_step = {(row["grpo_steps"], row["kind"]): row["step"] for row in rows}
+    at_step = {(row["grpo_steps"], "sft" if row["kind"] == "sft" else "grpo"): row["step"] for row in rows}
     for grpo_steps, value in paper:
         kind = "sft" if grpo_steps in seen else "grpo"
         seen.add(grpo_steps)

@@ -85,7 +85,7 @@ class SFTStage:
     traces_per_problem: Count = 2
     """At most so many traces of one problem; the shortest are taken."""
     traces: str | None = None
-    """A JSONL file of your own instead of the rollouts of the stage before: {"numbers", "target", "completion"} a line."""
+    """A JSONL file of your own instead of the rollouts of the stage before: a problem's fields and a "completion" a line."""
 
 
 STAGES = {"grpo": GRPOStage, "sft": SFTStage}

@@ -4,7 +4,7 @@ import math
 import tomllib
 import types
 import typing
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -91,9 +91,6 @@ def from_dict(cls, values: dict, where: str = ""):
         if name not in known:
             raise RecipeError(f"unknown field {where}{name}; {cls.__name__} has {', '.join(sorted(known))}")
     built = {name: convert(hints[name], value, f"{where}{name}") for name, value in values.items()}
-    missing = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING and f.name not in built]
-    if missing:
-        raise RecipeError(f"missing field {where}{missing[0]}")
     try:
         return cls(**built)
     except RecipeError:

@@ -6,7 +6,6 @@ Curves of all runs over each other, some of their rollouts token by token, and t
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -45,19 +44,16 @@ class Shown:
     """Completions of each of these groups."""
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """Write a page about one or more runs."""
+def write_report(
+    runs: tyro.conf.Positional[tuple[Path, ...]],
+    out: Path | None = None,
+    shown: Annotated[Shown, tyro.conf.arg(name="")] = Shown(),
+) -> Path:
+    """Write the page and return where it is.
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders."""
-    shown: Annotated[Shown, tyro.conf.arg(name="")]
-    out: Path | None = None
-    """The page; default: report.html in the first run's folder."""
-
-
-def write_report(runs: Sequence[Path], out: Path | None = None, shown: Shown = Shown()) -> Path:
-    """Write the page and return where it is: `out`, or report.html in the first run's folder.
+    Args:
+        runs: run folders.
+        out: the page; None: report.html in the first run's folder.
 
     Raises:
         RecipeError: a folder holds no run, or none is named.
@@ -104,13 +100,11 @@ def rollouts(run: RunFolder, task: Task, shown: Shown) -> list[dict]:
         for row in read_rows(path):
             taken[row["group"]] = taken.get(row["group"], 0) + 1
             if row["group"] < shown.groups and taken[row["group"]] <= shown.samples:
-                kept = ("group", "outcome", "reward", "finished", "tokens", "completion")
+                kept = ("group", "outcome", "reward", "advantage", "finished", "tokens", "completion")
                 found = {"step": int(path.stem.removeprefix("step_")), "problem": str(task.problem(row))}
                 found |= {name: row[name] for name in kept}
-                if "logprobs" in row:
-                    found["advantage"] = row["advantage"]
-                    if tokenizer:
-                        found["pieces"] = pieces(tokenizer, row["token_ids"], row["logprobs"])
+                if tokenizer:
+                    found["pieces"] = pieces(tokenizer, row["token_ids"], row["logprobs"])
                 rows.append(found)
     return rows
 
@@ -150,5 +144,4 @@ def read_rows(path: Path) -> list[dict]:
 
 if __name__ == "__main__":
     with user_errors():
-        a = tyro.cli(Arguments, description=__doc__)
-        print(f"wrote {write_report(a.runs, a.out, a.shown)}")
+        print(f"wrote {tyro.cli(write_report, description=__doc__)}")

@@ -44,7 +44,7 @@ class RunFolder:
 
     @property
     def holds_run(self) -> bool:
-        """Whether a run was created here; what `prepare` makes is not one yet."""
+        """Whether a run was created here."""
         return (self.path / "config.json").exists()
 
     @contextlib.contextmanager
@@ -77,23 +77,15 @@ class RunFolder:
                 if [path.name for path in self.path.iterdir()] == ["lock"]:  # nothing came of the run
                     shutil.rmtree(self.path)
 
-    def prepare(self) -> None:
-        """Make the folders of a new run, for which this stays free until `create`.
-
-        Raises:
-            RecipeError: there is a run here already, or the folder cannot be written.
-        """
+    def check_free(self) -> None:
+        """Refuse, by a RecipeError, to start a run where there is one."""
         if self.holds_run:
             raise RecipeError(f"{self.path} already holds a run; go on with it by --resume, or name another folder by --out")
-        try:
-            (self.path / "rollouts").mkdir(parents=True, exist_ok=True)
-            (self.path / "checkpoints").mkdir(exist_ok=True)
-        except OSError as error:
-            raise RecipeError(f"{self.path}: the run folder cannot be written: {error.strerror}") from None
 
     def create(self, recipe: Recipe) -> None:
-        """Start a new run here; raises what `prepare` raises."""
-        self.prepare()
+        """Start a new run here. RecipeError: there is one already."""
+        self.check_free()
+        self.path.mkdir(parents=True, exist_ok=True)
         config = {"recipe": to_dict(recipe), "versions": versions(), "git_revision": git_revision()}
         temporary = self.path / "config.partial"
         temporary.write_text(json.dumps(config, indent=2) + "\n")
@@ -116,14 +108,14 @@ class RunFolder:
         temporary = self.metrics_path.with_suffix(".partial")
         temporary.write_text("".join(line + "\n" for line in lines))
         temporary.replace(self.metrics_path)
-        for path in self.rollout_files():
+        for path in [*self.rollout_files(), *(self.path / "faults").glob("step_*.jsonl")]:
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
 
     def log(self, row: dict) -> None:
         """Append one line to metrics.jsonl, then show it to the trackers."""
         with open(self.metrics_path, "a") as file:
-            file.write(json.dumps({name: None if is_nan(value) else value for name, value in row.items()}) + "\n")
+            file.write(json.dumps({name: None if not_finite(value) else value for name, value in row.items()}) + "\n")
         for tracker in self.trackers:
             tracker.log(row)
 
@@ -142,7 +134,9 @@ class RunFolder:
 
     def save_rollouts(self, step: int, stage: int, groups: list[list[Rollout]], samples: list[list[Sample]]) -> None:
         """Write rollouts/step_NNNN.jsonl: every completion of the step with its verdict, to read and to curate from."""
-        with open(self.path / "rollouts" / f"step_{step:04d}.jsonl", "w", encoding="utf-8") as file:
+        path = self.path / "rollouts" / f"step_{step:04d}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
             for number, pairs in enumerate(map(zip, groups, samples)):
                 for rollout, sample in pairs:
                     row = {
@@ -189,7 +183,7 @@ class RunFolder:
         return traces
 
 
-def is_nan(value) -> bool:
+def not_finite(value) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 

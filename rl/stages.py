@@ -22,7 +22,6 @@ from rl.steps import grpo_stage, sft_stage
 from rl.trackers import WandB
 from rl.view import pick_view
 from rl.workers import begun_again, workers_of_torchrun
-from tasks import Problem
 
 
 def train(recipe: Recipe, resume: bool = False, quiet: bool = False, plain: bool = False, wandb: bool = False) -> None:
@@ -56,13 +55,12 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False, plain: bool
 
 
 def conclude(lab: Lab) -> None:
-    """Write what a finished run is looked at by, and say where it is."""
+    """Say how a run ended, and write the page by which it is looked at."""
     run = lab.run
-    write_curve(run, paper_points(lab.recipe))
     last = run.metrics()[-1]
     if "final_accuracy" in last:
         lab.view.say(final_line(last, lab.recipe.evaluation.final_problems))
-    lab.view.say(f"done: {run.path}/curve.md and curve.png; to look into it, open {write_report([run.path])}")
+    lab.view.say(f"done: {run.path}/curve.md and curve.png; to look into it, open {write_report((run.path,))}")
 
 
 def first_evaluation(lab: Lab, resume: bool) -> None:
@@ -91,7 +89,7 @@ def run_stage(lab: Lab, progress: Progress, checkpoint=None) -> None:
     recipe, stage = lab.recipe, lab.recipe.stages[progress.stage]
     settings = recipe.optimizer
     round_to_saved(lab.model)
-    optimizer = Optimizer(lab.model, settings.kind, stage.learning_rate, settings.weight_decay, settings.rounding)
+    optimizer = Optimizer(lab.model, settings.kind, settings.weight_decay, settings.rounding)
     if checkpoint is not None and progress.stage_step > 0:
         load_optimizer(checkpoint, optimizer)
     learner = Learner(lab.model, optimizer, recipe, lab.micro_batch_tokens, lab.workers)
@@ -163,29 +161,23 @@ def checkpoint_now(lab: Lab, optimizer: Optimizer | None, progress: Progress) ->
 
 
 def evaluation_metrics(lab: Lab) -> dict[str, float]:
-    start, problems = time.perf_counter(), lab.held_out[: lab.recipe.evaluation.problems]
-    result = evaluated(lab, problems, lab.recipe.sampling)
-    return {
-        "eval_accuracy": result.accuracy,
-        "eval_low": result.low,
-        "eval_high": result.high,
-        "eval_completion_length": result.completion_length,
-        "eval_seconds": time.perf_counter() - start,
-    }
+    start = time.perf_counter()
+    result, metrics = evaluated(lab, "eval", lab.recipe.evaluation.problems, lab.recipe.sampling)
+    return metrics | {"eval_completion_length": result.completion_length, "eval_seconds": time.perf_counter() - start}
 
 
 def final_metrics(lab: Lab) -> dict[str, float]:
     """Accuracy at the end of a run on all of its held-out problems: as it samples, and taking the likeliest token."""
-    recipe, metrics = lab.recipe, {}
-    problems = lab.held_out[: recipe.evaluation.final_problems]
-    for name, temperature in ("final", recipe.sampling.temperature), ("final_greedy", 0.0):
-        if problems:
-            result = evaluated(lab, problems, replace(recipe.sampling, temperature=temperature))
-            metrics |= {f"{name}_accuracy": result.accuracy, f"{name}_low": result.low, f"{name}_high": result.high}
-    return metrics
+    sampling, count = lab.recipe.sampling, lab.recipe.evaluation.final_problems
+    if count == 0:
+        return {}
+    greedy = replace(sampling, temperature=0.0)
+    return evaluated(lab, "final", count, sampling)[1] | evaluated(lab, "final_greedy", count, greedy)[1]
 
 
-def evaluated(lab: Lab, problems: list[Problem], sampling: SamplingSettings) -> Evaluation:
+def evaluated(lab: Lab, name: str, count: int, sampling: SamplingSettings) -> tuple[Evaluation, dict[str, float]]:
+    """An evaluation on the first `count` held-out problems, and its accuracy and interval as metrics."""
+    problems, actor = lab.held_out[:count], replace(lab.actor, sampling=sampling)
     with lab.view.sampling("evaluation", len(lab.workers.share(problems))) as progress:
-        actor = replace(lab.actor, sampling=sampling)
-        return evaluate(actor, problems, EVALUATION_SEED, progress=progress, workers=lab.workers)
+        result = evaluate(actor, problems, EVALUATION_SEED, progress=progress, workers=lab.workers)
+    return result, {f"{name}_accuracy": result.accuracy, f"{name}_low": result.low, f"{name}_high": result.high}

@@ -19,7 +19,6 @@ from rl.rollout import collect_rollouts, paid, rollout_metrics
 from rl.sft import sft_schedule, sft_step
 from rl.sharding import shard, sharding_of
 from rl.view import Report
-from tasks import Problem
 
 Step = Callable[[Progress], dict]  # takes a step, and gives its metrics
 
@@ -104,10 +103,6 @@ def sft_stage(lab: Lab, stage: SFTStage, learner: Learner, progress: Progress) -
 def traces_of(lab: Lab, stage: SFTStage, progress: Progress) -> list[Trace]:
     """What an SFT stage imitates: a file of the user's, or what is curated, and kept, of the stage before."""
     task, thinking = lab.recipe.task, lab.recipe.sampling.thinking
-
-    def is_correct(completion: str, problem: Problem) -> bool:
-        return task.score(completion, problem, thinking).outcome == "correct"
-
     source = stage.traces or lab.run.path / "traces.jsonl"
     if stage.traces is None:
         curated = curate(lab.run.correct_traces(progress.stage - 1, task), stage.traces_per_problem, stage.max_traces)
@@ -115,7 +110,8 @@ def traces_of(lab: Lab, stage: SFTStage, progress: Progress) -> list[Trace]:
         if not curated:
             return []
     held_out = {problem.key for problem in lab.held_out}
-    traces = [trace for trace in load_traces(source, task.problem, is_correct) if trace.problem.key not in held_out]
+    traces = load_traces(source, task.problem, lambda text, problem: task.score(text, problem, thinking).outcome == "correct")
+    traces = [trace for trace in traces if trace.problem.key not in held_out]
     if not traces:
         raise DataError(f"{source}: all traces are of held-out problems; use others")
     return traces

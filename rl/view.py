@@ -23,11 +23,8 @@ ROLLOUT_LINES = 7  # of a shown completion, its last ones
 Report = Callable[[int, int], None]
 
 
-class Lines:
+class Lines(contextlib.AbstractContextManager):
     """A line a step, and how far sampling is where standard error is a terminal."""
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *error):
         pass
@@ -45,11 +42,9 @@ class Lines:
     def rollouts(self, groups: list[list[Rollout]]) -> None:
         """What a step has sampled."""
 
-    @contextlib.contextmanager
-    def sampling(self, what: str, total: int) -> Iterator[Report | None]:
+    def sampling(self, what: str, total: int) -> contextlib.AbstractContextManager[Report | None]:
         """Gives what `generate` takes as `progress` for `total` completions."""
-        with sampling_progress(what, total) as report:
-            yield report
+        return sampling_progress(what, total)
 
 
 class Quiet(Lines):
@@ -58,9 +53,8 @@ class Quiet(Lines):
     def say(self, text: str) -> None:
         pass
 
-    @contextlib.contextmanager
-    def sampling(self, what: str, total: int) -> Iterator[None]:
-        yield None
+    def sampling(self, what: str, total: int) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 class Picture(Lines):
@@ -91,12 +85,9 @@ class Picture(Lines):
 
     def history(self, rows: list[dict]) -> None:
         for row in rows:
-            self._note_evaluation(row)
-
-    def _note_evaluation(self, row: dict) -> None:
-        if "eval_accuracy" in row:
-            self.points.append((row["step"], 100 * row["eval_accuracy"]))
-            self.evaluation = evaluation_text(row)
+            if "eval_accuracy" in row:
+                self.points.append((row["step"], 100 * row["eval_accuracy"]))
+                self.evaluation = evaluation_text(row)
 
     def step(self, row: dict, stages: int, done: int, steps: int) -> None:
         self.row, self.place = row, (done, steps)
@@ -104,7 +95,7 @@ class Picture(Lines):
         if row["kind"] != "grpo" or not row["step"]:
             self.times.clear()
         self.times.append(time.perf_counter())
-        self._note_evaluation(row)
+        self.history([row])
         if "eval_accuracy" in row:
             super().step(row, stages, done, steps)
 
@@ -164,7 +155,7 @@ class Picture(Lines):
         row = self.row
         if not row or not row["step"]:
             return ""
-        parts = step_figures(row)
+        parts = [" ".join(part.split()) for part in step_figures(row)]  # lines have them in columns
         if row["kind"] == "grpo":
             parts += [
                 f"entropy {row['policy_entropy']:.2f}",

@@ -6,17 +6,3 @@ from tasks.gsm8k import GSM8K
 from tasks.task import CORRECT, MALFORMED, WRONG, Problem, Score, Task, split_answer
 
 AnyTask = Countdown | GSM8K | Calculus  # what a recipe's [task] may be, by its `kind`
-
-__all__ = [
-    "CORRECT",
-    "GSM8K",
-    "MALFORMED",
-    "WRONG",
-    "AnyTask",
-    "Calculus",
-    "Countdown",
-    "Problem",
-    "Score",
-    "Task",
-    "split_answer",
-]

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from data.polynomial import Polynomial, PolynomialError, differentiate, parse_polynomial, sum_text, terms_of, trimmed
-from data.sources import Format, read_problems
-from tasks.task import CORRECT, MALFORMED, WRONG, Score, split_answer, steps_level
+from data.sources import Format
+from tasks.task import Task, steps_level
 
-STORED = Format('{"polynomial": [7, 5, 0, -2, 3], "order": 1}', {"polynomial": "polynomial"})
 MAX_EXPONENT = 30
 MAX_COEFFICIENT = 999_999
 MAX_ORDER = 5  # 999,999 times 30 five times over has 14 digits, which an answer may have
@@ -56,7 +55,7 @@ class Derivative:
         return self.order, self.polynomial
 
     @property
-    def answer(self) -> Polynomial:
+    def value(self) -> Polynomial:
         polynomial = self.polynomial
         for _ in range(self.order):
             polynomial = differentiate(polynomial)
@@ -76,11 +75,10 @@ class Derivative:
 
 
 @dataclass(frozen=True)
-class Calculus:
+class Calculus(Task[Derivative]):
     """Derivatives of polynomials, and which of them the generator draws."""
 
     kind: Literal["calculus"] = "calculus"
-    """Which task this is."""
     min_terms: int = 2
     """Fewest terms of a polynomial."""
     max_terms: int = 6
@@ -92,8 +90,9 @@ class Calculus:
     max_order: int = 3
     """How often to differentiate at most, from 1 to 5."""
 
-    example: ClassVar[str] = STORED.example
-    published: ClassVar[dict] = {}
+    stored: ClassVar[Format] = Format(
+        '{"polynomial": [7, 5, 0, -2, 3], "order": 1}', {"polynomial": "polynomial"}, optional={"order": "order"}
+    )
     typed: ClassVar[str] = "a polynomial such as 3x^4 - 2x + 5, or 3x^4 - 2x + 5; 2 for its second derivative"
 
     def __post_init__(self):
@@ -143,9 +142,6 @@ class Calculus:
                 polynomial[exponent] = rng.choice((1, -1)) * rng.randint(1, self.max_coefficient)
         return Derivative(tuple(polynomial), order)
 
-    def load(self, source: str) -> list[Derivative]:
-        return read_problems(source, STORED, self.problem)
-
     def problem(self, row: dict) -> Derivative:
         return Derivative(row["polynomial"], row.get("order", 1))
 
@@ -167,26 +163,15 @@ class Calculus:
             "then put the derivative, a sum of terms without parentheses, inside <answer> </answer>."
         )
 
-    def score(self, text: str, problem: Derivative, thinking: bool = True) -> Score:
-        """correct, 1.0: the answer block holds the derivative, however ordered; wrong, 0.1: anything else; malformed, 0.0."""
-        parts = split_answer(text, thinking)
-        if parts is None:
-            return MALFORMED
-        return CORRECT if _read(parts[1]) == problem.answer else WRONG
-
-    def answer(self, text: str, thinking: bool) -> Polynomial | None:
-        parts = split_answer(text, thinking)
-        return None if parts is None else _read(parts[1])
+    def read(self, content: str) -> Polynomial | None:
+        """A polynomial, in whatever order its terms are written."""
+        try:
+            return parse_polynomial(content)
+        except PolynomialError:
+            return None
 
     def level(self, problem: Derivative) -> str:
         return steps_level(problem.steps)
 
     def solution(self, problem: Derivative) -> str:
-        return sum_text(terms_of(problem.answer))
-
-
-def _read(content: str) -> Polynomial | None:
-    try:
-        return parse_polynomial(content)
-    except PolynomialError:
-        return None
+        return sum_text(terms_of(problem.value))

@@ -13,41 +13,27 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar, Literal
 
-from data import (
-    Expression,
-    ExpressionError,
-    Problem,
-    ProblemSettings,
-    generate_problems,
-    load_problems,
-    parse_equation,
-    parse_expression,
-    prompt_text,
-    solve,
-)
-from data.expression import BLANKS, DIGITS
-from data.sources import COUNTDOWN
+from data import Problem, ProblemSettings, generate_problems, prompt_text, solve
+from data.expression import BLANKS, DIGITS, Expression, ExpressionError, parse_equation, parse_expression
+from data.sources import COUNTDOWN, Format
 from tasks.paper import PAPER_256, PAPER_512
-from tasks.task import CORRECT, MALFORMED, WRONG, Score, split_answer
+from tasks.task import CORRECT, MALFORMED, WRONG, Score, Task, split_answer
 
 NEAR_DISTANCE = 10  # how far from the target still earns part of the reward
 EQUATION_CHARACTERS = DIGITS + "+-*/()=" + BLANKS
 
 
 @dataclass(frozen=True)
-class Countdown(ProblemSettings):
+class Countdown(ProblemSettings, Task[Problem]):
     """Reach a target with each of a few numbers exactly once."""
 
     kind: Literal["countdown"] = "countdown"
-    example: ClassVar[str] = COUNTDOWN.example
+    stored: ClassVar[Format] = COUNTDOWN
     published: ClassVar[dict] = {256: PAPER_256, 512: PAPER_512}
     typed: ClassVar[str] = "numbers and then the target, as in 7 9 11 22"
 
     def generate(self, count: int, seed: int) -> list[Problem]:
         return generate_problems(count, seed, self)
-
-    def load(self, source: str) -> list[Problem]:
-        return load_problems(source)
 
     def problem(self, row: dict) -> Problem:
         return Problem(row["numbers"], row["target"])
@@ -67,7 +53,8 @@ class Countdown(ProblemSettings):
 
     def answer(self, text: str, thinking: bool) -> Hashable | None:
         """The value and the numbers it is made of, so that an expression written in another order is the same answer."""
-        found = claim(text, thinking)
+        parts = split_answer(text, thinking)
+        found = parts and _answer_expression(*parts)
         return found and (found.value, tuple(sorted(found.numbers)))
 
     def level(self, problem: Problem) -> str:
@@ -105,12 +92,6 @@ def score(completion_text: str, problem: Problem, thinking: bool = True) -> Scor
     if distance <= NEAR_DISTANCE:
         return Score(float(max(Fraction(3, 10), Fraction(4, 5) - distance / 20)), "near")
     return WRONG
-
-
-def claim(text: str, thinking: bool) -> Expression | None:
-    """The arithmetic that a completion gives as its answer, as `score` reads it; None where there is none to read."""
-    parts = split_answer(text, thinking)
-    return parts and _answer_expression(*parts)
 
 
 def _answer_expression(before: str, content: str) -> Expression | None:

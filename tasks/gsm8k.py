@@ -5,15 +5,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar, Literal
 
-from data.sources import Format, read_problems
-from tasks.task import CORRECT, MALFORMED, WRONG, Score, split_answer, steps_level
+from data.sources import Format
+from tasks.task import Task, steps_level
 
-STORED = Format(
-    '{"question": "Ann has 3 apples and eats 1. How many are left?", "answer": "3 - 1 = 2\\n#### 2"}',
-    {"question": "question", "answer": "answer"},
-    "openai/gsm8k",
-    {"hub": "main/train-00000-of-00001.parquet", "hub-test": "main/test-00000-of-00001.parquet"},
-)
 MAX_CHARACTERS = 256  # of an answer block
 # 18 or 1,234 or -2.50; not a part of a longer word or number
 NUMBER = re.compile(r"(?<![\w.,])-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,18})(?:\.[0-9]{1,18})?(?![\w]|[.,][0-9])", re.ASCII)
@@ -52,20 +46,20 @@ class WordProblem:
 
 
 @dataclass(frozen=True)
-class GSM8K:
-    """Word problems from the hub."""
+class GSM8K(Task[WordProblem]):
+    """Word problems; "hub" is the training set, "hub-test" the test set."""
 
     kind: Literal["gsm8k"] = "gsm8k"
-    example: ClassVar[str] = STORED.example
-    published: ClassVar[dict] = {}
+    stored: ClassVar[Format] = Format(
+        '{"question": "Ann has 3 apples and eats 1. How many are left?", "answer": "3 - 1 = 2\\n#### 2"}',
+        {"question": "question", "answer": "answer"},
+        repository="openai/gsm8k",
+        files={"hub": "main/train-00000-of-00001.parquet", "hub-test": "main/test-00000-of-00001.parquet"},
+    )
     typed: ClassVar[str] = "a question, # and its answer, as in Ann has 3 apples and eats 1. How many are left? # 2"
 
     def generate(self, count: int, seed: int) -> list[WordProblem]:
         raise ValueError('gsm8k has no generator: take "hub" or a file for problems, and a model that knows words')
-
-    def load(self, source: str) -> list[WordProblem]:
-        """ "hub" is the training set, "hub-test" the test set."""
-        return read_problems(source, STORED, self.problem)
 
     def problem(self, row: dict) -> WordProblem:
         return WordProblem(row["question"], row["answer"])
@@ -84,16 +78,8 @@ class GSM8K:
             "inside <answer> </answer>."
         )
 
-    def score(self, text: str, problem: WordProblem, thinking: bool = True) -> Score:
-        """1.0 if the last number in the one `<answer>` block is the answer, else 0.1; malformed, 0.0, without such a block."""
-        parts = split_answer(text, thinking)
-        if parts is None:
-            return MALFORMED
-        return CORRECT if last_number(parts[1]) == problem.value else WRONG
-
-    def answer(self, text: str, thinking: bool) -> Fraction | None:
-        parts = split_answer(text, thinking)
-        return parts and last_number(parts[1])
+    def read(self, content: str) -> Fraction | None:
+        return last_number(content)
 
     def level(self, problem: WordProblem) -> str:
         """By the calculations in the worked answer, which GSM8K writes as `<<48/2=24>>`."""

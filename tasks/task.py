@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol, TypeVar
 
 from data.expression import BLANKS
+from data.sources import Format, read_problems
 
 
 class Problem(Protocol):
@@ -17,6 +18,10 @@ class Problem(Protocol):
     @property
     def key(self) -> Hashable:
         """Equal for problems that are the same in other words, and sortable: no key is both trained on and held out."""
+
+    @property
+    def value(self) -> Hashable:
+        """The right answer, as the task's `read` gives it."""
 
     def row(self) -> dict:
         """The problem as JSON, the way files of problems, rollouts and traces hold it."""
@@ -39,25 +44,26 @@ MALFORMED = Score(0.0, "malformed")
 
 
 class Task(Protocol[P]):
-    """A family of problems with exact answers.
+    """A family of problems with exact answers. What most tasks do in the same way is written out here.
 
     Attributes:
         kind: the task's name in a recipe.
-        example: a row of a problem, for errors about rows that are none.
-        published: accuracies to plot beside a run's: by new tokens allowed, (GRPO step, accuracy in %) of the paper.
+        stored: how files hold its problems.
         typed: what `typed_problem` takes, to be told to a person.
+        published: accuracies to plot beside a run's: by new tokens allowed, (GRPO step, accuracy in %) of the paper.
     """
 
     kind: str
-    example: ClassVar[str]
-    published: ClassVar[dict[int, list[tuple[int, float]]]]
+    stored: ClassVar[Format]
     typed: ClassVar[str]
+    published: ClassVar[dict[int, list[tuple[int, float]]]] = {}
 
     def generate(self, count: int, seed: int) -> list[P]:
         """`count` different problems; the same arguments give the same list. ValueError: there are not so many."""
 
     def load(self, source: str) -> list[P]:
         """Problems from "hub", or a .parquet or .jsonl file, in its order. DataError: it cannot be used."""
+        return read_problems(source, self.stored, self.problem)
 
     def problem(self, row: dict) -> P:
         """The problem that `row()` gave. ValueError, TypeError or KeyError: the row is of no problem."""
@@ -71,11 +77,23 @@ class Task(Protocol[P]):
     def score(self, text: str, problem: P, thinking: bool = True) -> Score:
         """The verdict on a completion, which is hostile input: bounded time, and no exception.
 
-        `thinking`: the prompt ended inside an open `<think>`.
+        Here 1.0 if its answer block says the problem's `value`, 0.1 if it says anything else, 0.0 without such a block.
+
+        Args:
+            thinking: the prompt ended inside an open `<think>`.
         """
+        parts = split_answer(text, thinking)
+        if parts is None:
+            return MALFORMED
+        return CORRECT if self.read(parts[1]) == problem.value else WRONG
 
     def answer(self, text: str, thinking: bool) -> Hashable | None:
         """What a completion claims; equal for the same claim however written, None for none. Votes are counted by it."""
+        parts = split_answer(text, thinking)
+        return parts and self.read(parts[1])
+
+    def read(self, content: str) -> Hashable | None:
+        """What an answer block says, in bounded time; None for nothing. For `score` and `answer`, unless a task has its own."""
 
     def level(self, problem: P) -> str:
         """How hard a problem is, in a few words: evaluations give accuracy by it."""

@@ -26,7 +26,7 @@ import tyro
 
 WATCHED = {
     "tasks/countdown.py": ["test_reward.py", "test_reward_reading.py", "test_tasks.py"],
-    "tasks/task.py": ["test_reward.py", "test_reward_reading.py", "test_tasks.py"],
+    "tasks/task.py": ["test_reward.py", "test_reward_reading.py", "test_tasks.py", "test_calculus.py", "test_gsm8k.py"],
     "rl/reward.py": ["test_drift.py"],
     "rl/advantage.py": ["test_advantage.py"],
     "rl/loss.py": ["test_loss.py", "test_grpo.py"],
@@ -50,8 +50,6 @@ EQUIVALENT |= {
     "P = TypeVar('P', bound=Problem)  ->  P = TypeVar('P')": HINT,
     "P = TypeVar('P', bound=Problem)  ->  P = TypeVar('Px', bound=Problem)": HINT,
     "P = TypeVar('P', bound=Problem)  ->  P = TypeVar('', bound=Problem)": HINT,
-    "def score(self, text: str, problem: P, thinking: bool=True) -> Score:"
-    "  ->  def score(self, text: str, problem: P, thinking: bool=False) -> Score:": "a protocol's; nothing calls it",
 }
 NOTHING = "nothing changed"
 SWAPS = {

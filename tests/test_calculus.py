@@ -6,6 +6,8 @@ from dataclasses import FrozenInstanceError
 from fractions import Fraction
 
 import numpy.polynomial.polynomial as reference
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,14 +57,14 @@ def test_derivatives_and_their_steps_by_hand(polynomial, order, expected, steps)
 @given(PROBLEMS)
 def test_derivatives_are_those_of_numpy(problem):
     expected = reference.polyder(problem.polynomial, problem.order)  # whole numbers up to 2^53 are exact
-    assert problem.answer == trimmed([int(value) for value in expected])
+    assert problem.value == trimmed([int(value) for value in expected])
 
 
 @given(PROBLEMS)
 def test_the_solution_is_correct_and_a_neighbour_of_it_is_wrong(problem):
     assert TASK.score(answered(TASK.solution(problem)), problem) == Score(1.0, "correct")
     for exponent in (0, 1, 7, 30):
-        neighbour = list(problem.answer) + [0] * (exponent + 1 - len(problem.answer))
+        neighbour = list(problem.value) + [0] * (exponent + 1 - len(problem.value))
         neighbour[exponent] += 1
         assert TASK.score(answered(sum_text(terms_of(tuple(neighbour)))), problem) == Score(0.1, "wrong")
 
@@ -234,8 +236,16 @@ def test_rows_of_no_problem_raise_what_the_seam_says(row):
         TASK.problem(row)
 
 
+def test_a_parquet_file_may_have_a_column_for_the_order_or_not(tmp_path):
+    path, rows = tmp_path / "d.parquet", [{"polynomial": [1, 2, 3], "order": order} for order in (2, 1)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert TASK.load(str(path)) == [Derivative((1, 2, 3), 2), Derivative((1, 2, 3), 1)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows).drop_columns("order"), path)
+    assert TASK.load(str(path)) == [Derivative((1, 2, 3))] * 2
+
+
 def test_the_example_row_is_a_problem():
-    assert TASK.problem(json.loads(Calculus.example)) == PROBLEM
+    assert TASK.problem(json.loads(Calculus.stored.example)) == PROBLEM
 
 
 def test_typed_problems():
@@ -286,7 +296,7 @@ def test_problems_are_within_the_settings_and_reach_their_ends():
     assert {exponent for each in terms for _, exponent in each} == set(range(5))
     assert {coefficient for each in terms for coefficient, _ in each} == set(range(-5, 6)) - {0}
     assert {problem.order for problem in problems} == {1, 2}
-    assert all(problem.answer for problem in problems)
+    assert all(problem.value for problem in problems)
 
 
 def test_a_request_for_more_problems_than_there_are_is_refused():

@@ -11,15 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import (
-    Problem,
-    ProblemSettings,
-    evaluate_expression,
-    generate_problems,
-    parse_expression,
-    prompt_text,
-    solve,
-)
+from data import Problem, ProblemSettings, evaluate_expression, generate_problems, prompt_text, solve
+from data.expression import parse_expression
 from tasks.countdown import score
 
 

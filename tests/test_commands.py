@@ -368,6 +368,21 @@ def test_the_embedded_model_calculates_but_does_not_solve():
     assert len(right) > 1000 and sum(right) / len(right) > 0.9
 
 
+@pytest.mark.parametrize(
+    "arguments, model, out",
+    [
+        (["calculus"], "tiny-calculus", "runs/calculus-tiny"),
+        (["calculus", "--model", "auto"], "tiny-calculus", "runs/calculus-tiny"),
+        (["256", "--model", "tiny-calculus", "--model", "tiny"], "tiny", "runs/256-tiny"),
+        (["256", "--model=Qwen/Qwen3-0.6B"], "Qwen/Qwen3-0.6B", "runs/256"),
+    ],
+)
+def test_the_last_model_named_counts_and_auto_is_the_one_that_the_task_has(monkeypatch, arguments, model, out):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    recipe = train_command.parse([*arguments, "--quiet"]).recipe
+    assert (recipe.model, recipe.out) == (model, out)
+
+
 def test_generate_takes_the_embedded_model_and_a_prompt():
     model, tokenizer = load_model("tiny")
     completions = generate(model, [tokenizer.encode("<think>\n")], max_new_tokens=8)

@@ -32,7 +32,7 @@ def unchanged(model, before) -> bool:
 
 @pytest.mark.parametrize("bad", BAD)
 def test_an_update_with_a_bad_gradient_changes_nothing_and_the_next_one_is_taken(bad):
-    pupil = learner(random_model(), learning_rate=1e-2)
+    pupil = learner(random_model())
     samples = ragged_samples(3)
     sft_step(pupil, samples, 1e-2)
     before, state = weights(pupil.model), [t.clone() for _, t in pupil.optimizer.state_tensors()]

@@ -210,7 +210,7 @@ def ablation_table(baseline: list[Run], ablations: Runs) -> str:
         "|" + "---|" * (5 + len(columns)),
     ]
     for name, runs in {BASELINE: baseline, **ablations}.items():
-        difference = "" if runs is baseline else paired_difference(runs, baseline)
+        difference = "" if runs is baseline else paired_difference(runs, baseline).signed
         cells = [name, len(runs), Estimate.of([end_accuracy(run) for run in runs]), difference]
         cells.append(Estimate.of([greedy_accuracy(run) for run in runs]) if all(run.final for run in runs) else "")
         cells += [f"{mean(mean(run.steps[column][-10:]) for run in runs):.3g}" for column in columns]

@@ -45,7 +45,8 @@ class Estimate:
     @property
     def signed(self) -> str:
         """For a difference: +2.2 (-0.1 to +4.5)."""
-        return f"{self.mean:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
+        mean, low, high = (round(value, 1) + 0.0 for value in (self.mean, self.low, self.high))  # no minus before a zero
+        return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
     def __str__(self) -> str:
         return f"{self.mean:.1f}" + ("" if math.isnan(self.half_width) else f" ± {self.half_width:.1f}")

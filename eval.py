@@ -154,7 +154,7 @@ def candidate_of(model: Model, problems: list[Problem], arguments: Arguments) ->
     def evaluated(temperature: float, samples: int) -> Evaluation:
         actor = Actor(policy, tokenizer, task, replace(sampling, temperature=temperature))
         with sampling_progress(model.source, len(problems) * samples) as progress:
-            return evaluate(actor, problems, arguments.seed, samples, progress)
+            return evaluate(actor, problems, samples, arguments.seed, progress)
 
     greedy = evaluated(0.0, 1)
     sampled = evaluated(sampling.temperature, arguments.samples) if sampling.temperature else greedy

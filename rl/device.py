@@ -2,6 +2,7 @@
 
 import os
 import resource
+import sys
 
 import torch
 
@@ -26,4 +27,5 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most the device's tensors have held so far; on a CPU, the most the process has held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -61,8 +61,8 @@ class Evaluation:
 def evaluate(
     actor: Actor,
     problems: list[Problem],
+    num_samples: int,
     seed: int,
-    num_samples: int = 1,
     progress: Callable[[int, int], None] | None = None,
     workers: Workers = ALONE,
 ) -> Evaluation:

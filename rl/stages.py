@@ -179,5 +179,5 @@ def evaluated(lab: Lab, name: str, count: int, sampling: SamplingSettings) -> tu
     """An evaluation on the first `count` held-out problems, and its accuracy and interval as metrics."""
     problems, actor = lab.held_out[:count], replace(lab.actor, sampling=sampling)
     with lab.view.sampling("evaluation", len(lab.workers.share(problems))) as progress:
-        result = evaluate(actor, problems, EVALUATION_SEED, progress=progress, workers=lab.workers)
+        result = evaluate(actor, problems, 1, EVALUATION_SEED, progress, lab.workers)
     return result, {f"{name}_accuracy": result.accuracy, f"{name}_low": result.low, f"{name}_high": result.high}

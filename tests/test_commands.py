@@ -358,7 +358,7 @@ def test_the_embedded_model_calculates_but_does_not_solve():
 
     recipe = train_command.parse(["256", "--model", "tiny"]).recipe
     model, tokenizer = load_model("tiny")
-    result = evaluate(Actor(model, tokenizer, recipe.task, recipe.sampling), problems_of(recipe)[1][:256], seed=1)
+    result = evaluate(Actor(model, tokenizer, recipe.task, recipe.sampling), problems_of(recipe)[1][:256], 1, seed=1)
     assert result.accuracy < 0.08
     steps = [step for [rollout] in result.groups for step in re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", rollout.text)]
     right = [

@@ -54,7 +54,7 @@ def test_an_evaluation_counts_outcomes_lengths_and_truncations(monkeypatch):
     monkeypatch.setattr("rl.evaluate.collect_rollouts", collect)
     sampling = SamplingSettings(max_new_tokens=14)
     actor = Actor(None, None, Countdown(), sampling)
-    result = evaluate(actor, PROBLEMS * 2, seed=3)
+    result = evaluate(actor, PROBLEMS * 2, 1, seed=3)
     assert asked == [(actor, PROBLEMS * 2, 1, 3)]
     assert result.counts == {"correct": 8, "near": 1, "wrong": 0, "malformed": 1}
     assert (result.accuracy, result.completion_length, result.truncated_fraction) == (0.8, 4.0, 0.1)
@@ -206,7 +206,7 @@ def test_the_stop_token_is_cut_off_before_judging_and_a_truncated_end_is_not(tok
 def test_an_evaluation_repeats_itself_and_does_not_depend_on_how_much_is_decoded_at_once(model, tokenizer):
     def texts(room, seed=1):
         sampling = SamplingSettings(max_new_tokens=12, max_cache_tokens=room)
-        return [group[0].text for group in evaluate(Actor(model, tokenizer, Countdown(), sampling), PROBLEMS, seed).groups]
+        return [group[0].text for group in evaluate(Actor(model, tokenizer, Countdown(), sampling), PROBLEMS, 1, seed).groups]
 
     assert texts(None) == texts(None) == texts(300) == texts(150)
     assert texts(None, seed=2) != texts(None)
@@ -236,8 +236,9 @@ def test_a_run_ends_with_all_of_its_held_out_problems_as_sampled_and_greedy(monk
     )  # fmt: skip
     asked = []
 
-    def evaluated(actor, problems, seed, progress, workers):
+    def evaluated(actor, problems, num_samples, seed, progress, workers):
         asked.append((problems, actor.sampling.temperature))
+        assert num_samples == 1
         return Evaluation(len(asked) / 10, 0.0, 1.0, {}, 5.0, 0.0, [])
 
     monkeypatch.setattr(rl.stages, "evaluate", evaluated)

@@ -19,6 +19,7 @@ with ctrl_c_exits():
     from rl.checkpoint import checkpoints, saved_recipe
     from rl.console import printable, user_errors
     from rl.device import pick_device, pick_dtype
+    from rl.recipe import SamplingSettings
     from rl.recipe_file import recipe_for
     from rl.rollout import Actor
     from tasks import Problem
@@ -41,15 +42,14 @@ class Arguments:
 
 
 @torch.inference_mode()
-def stream(
-    model: Qwen3, prompt: list[int], max_new_tokens: int, temperature: float, stops: tuple[int, ...], seed: int
-) -> Iterator[int]:
+def stream(model: Qwen3, prompt: list[int], sampling: SamplingSettings, stops: tuple[int, ...], seed: int) -> Iterator[int]:
     """The ids of one completion, each as soon as it is sampled; the prompt once, then a token at a time."""
-    uniforms = random_streams([prompt], 1, max_new_tokens, seed)[0, 0]
-    cache, ids = KVCache(model.config, 1, len(prompt) + max_new_tokens, model.device, model.dtype), prompt
+    distribution = (sampling.temperature, sampling.top_k, sampling.top_p)
+    uniforms = random_streams([prompt], 1, sampling.max_new_tokens, seed)[0, 0]
+    cache, ids = KVCache(model.config, 1, len(prompt) + len(uniforms), model.device, model.dtype), prompt
     for uniform in uniforms:
         logits = model(torch.tensor([ids], device=model.device), cache=cache)[:, -1]
-        token, _ = sample(logits, uniform[None].to(model.device), model.num_tokens, temperature, None, None)
+        token, _ = sample(logits, uniform[None].to(model.device), model.num_tokens, *distribution)
         ids = [token.item()]
         yield ids[0]
         if ids[0] in stops:
@@ -62,7 +62,7 @@ def show_completion(actor: Actor, problem: Problem, seed: int) -> None:
     prompt, stops = actor.prompt_ids(problem), actor.tokenizer.stop_token_ids
     print(f"\n{printable(str(problem))}")
     ids, shown = [], ""
-    for token in stream(actor.model, prompt, sampling.max_new_tokens, sampling.temperature, stops, seed):
+    for token in stream(actor.model, prompt, sampling, stops, seed):
         ids += [] if token in stops else [token]
         text = tokenizer.decode(ids)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else half a character

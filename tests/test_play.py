@@ -10,17 +10,19 @@ from data import Problem
 from model import generate
 from model.distribution import random_streams
 from model.sampler import plain_completion
+from rl.recipe import SamplingSettings
 from tasks import Countdown
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
-def test_streamed_tokens_are_those_that_the_sampler_gives(temperature):
+@pytest.mark.parametrize(
+    "distribution", [(1.0, None, None), (0.7, None, None), (0.0, None, None), (1.0, 3, None), (1.3, 9, 0.7)]
+)
+def test_streamed_tokens_are_those_that_the_sampler_gives(distribution):
     model, prompt, stops = random_model(std=0.2), [5, 17, 3, 44], (7, 30)
-    ids = list(play.stream(model, prompt, 20, temperature, stops, seed=4))
-    (whole,), = generate(
-        model, [prompt], max_new_tokens=20, temperature=temperature, stop_token_ids=stops, seed=4
-    )  # fmt: skip
-    plain = plain_completion(model, prompt, random_streams([prompt], 1, 20, 4)[0, 0], stops, (temperature, None, None))
+    chosen = dict(zip(("temperature", "top_k", "top_p"), distribution))
+    ids = list(play.stream(model, prompt, SamplingSettings(max_new_tokens=20, **chosen), stops, seed=4))
+    ((whole,),) = generate(model, [prompt], max_new_tokens=20, stop_token_ids=stops, seed=4, **chosen)
+    plain = plain_completion(model, prompt, random_streams([prompt], 1, 20, 4)[0, 0], stops, distribution)
     assert ids == whole.token_ids == plain.token_ids
 
 

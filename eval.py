@@ -38,7 +38,7 @@ class Arguments:
     recipe: str | None = None
     """The recipe whose task and sampling models from elsewhere are evaluated by; default: 256, or an embedded model's own."""
     problems: str | None = None
-    """hub, generated, a .parquet or a .jsonl; default: held-out problems of the first model that was trained here."""
+    """hub, hub@COMMIT, generated, a .parquet or .jsonl; default: held-out problems of the first model that was trained here."""
     count: int | None = None
     """How many problems; default: all of them."""
     samples: int = 4

@@ -56,11 +56,12 @@ def parse(arguments: list[str]) -> Arguments:
     Model "auto" is Qwen3-1.7B where there is a GPU to run it, and the embedded model elsewhere.
     """
     name = arguments[0] if arguments and not arguments[0].startswith("-") else "256"
-    model = asked = requested_model(arguments) or load_recipe(name)[1].model
+    asked = requested_model(arguments)
+    model = asked = load_recipe(name)[1].model if asked is None else asked
     if asked == "auto":
         model = REAL_MODEL if torch.cuda.is_available() else "tiny"
     run_name, recipe = load_recipe(name, variant="tiny" if is_embedded(model) else "")
-    if asked == "auto" and is_embedded(recipe.model):
+    if asked == "auto" and is_embedded(model) and is_embedded(recipe.model):
         model = recipe.model  # the one that this task has
     recipe = replace(recipe, model=model, out=recipe.out or f"runs/{run_name}")
     default = Arguments(recipe_name=name, recipe=recipe)

@@ -56,10 +56,12 @@ def load_problems(source: str | Path) -> list[Problem]:
 
 def read_problems(source: str | Path, stored: Format, problem_of: Callable[[dict], P]) -> list[P]:
     """Read the problems of any task, see `load_problems`; `problem_of` makes a row one, or raises ValueError."""
-    name, _, revision = str(source).partition("@")
+    name, at, revision = str(source).partition("@")
     if name == "hub" and not stored.repository:
         raise DataError("there is no dataset of this task on the hub; generate problems, or give a .jsonl file")
     if file := stored.files.get(name):
+        if at and not revision:
+            raise DataError(f"'{source}' names no revision: write {name} alone, or {name}@ and a branch, tag or commit")
         try:
             advice = "give a .parquet or .jsonl file, or generate problems"
             folder = download(stored.repository, [file], advice, "dataset", revision or None)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from model import ModelError, Qwen3, Tokenizer, adapter_state, load_adapter_state, save_model
@@ -156,6 +157,8 @@ def load_adapters(folder: Path, model: Qwen3) -> None:
 def resume_from(path: Path, take: Callable[[dict[str, Tensor]], None]) -> None:
     try:
         take(safetensors.torch.load_file(path))
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, safetensors.SafetensorError, KeyError, IndexError, ValueError, RuntimeError) as error:
         raise RecipeError(f"{path}: cannot be resumed from: {error}") from None
 

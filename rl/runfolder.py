@@ -108,7 +108,7 @@ class RunFolder:
         temporary = self.metrics_path.with_suffix(".partial")
         temporary.write_text("".join(line + "\n" for line in lines))
         temporary.replace(self.metrics_path)
-        for path in [*self.rollout_files(), *(self.path / "faults").glob("step_*.jsonl")]:
+        for path in self.rollout_files():
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
 
@@ -137,8 +137,8 @@ class RunFolder:
         path = self.path / "rollouts" / f"step_{step:04d}.jsonl"
         path.parent.mkdir(exist_ok=True)
         with open(path, "w", encoding="utf-8") as file:
-            for number, pairs in enumerate(map(zip, groups, samples)):
-                for rollout, sample in pairs:
+            for number, (group, its_samples) in enumerate(zip(groups, samples, strict=True)):
+                for rollout, sample in zip(group, its_samples, strict=True):
                     row = {
                         "stage": stage,
                         "group": number,

@@ -55,8 +55,9 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False, plain: bool
 
 
 def conclude(lab: Lab) -> None:
-    """Say how a run ended, and write the page by which it is looked at."""
+    """Write what a finished run is looked at by, and say where it is."""
     run = lab.run
+    write_curve(run, paper_points(lab.recipe))
     last = run.metrics()[-1]
     if "final_accuracy" in last:
         lab.view.say(final_line(last, lab.recipe.evaluation.final_problems))

@@ -46,7 +46,7 @@ class Estimate:
     def signed(self) -> str:
         """For a difference: +2.2 (-0.1 to +4.5)."""
         mean, low, high = (round(value, 1) + 0.0 for value in (self.mean, self.low, self.high))  # no minus before a zero
-        return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+        return f"{mean:+.1f}" + ("" if math.isnan(low) else f" ({low:+.1f} to {high:+.1f})")
 
     def __str__(self) -> str:
         return f"{self.mean:.1f}" + ("" if math.isnan(self.half_width) else f" ± {self.half_width:.1f}")
@@ -211,7 +211,8 @@ def ablation_table(baseline: list[Run], ablations: Runs) -> str:
         "|" + "---|" * (5 + len(columns)),
     ]
     for name, runs in {BASELINE: baseline, **ablations}.items():
-        difference = "" if runs is baseline else paired_difference(runs, baseline).signed
+        shared = {run.seed for run in runs} & {run.seed for run in baseline}
+        difference = paired_difference(runs, baseline).signed if shared and runs is not baseline else ""
         cells = [name, len(runs), Estimate.of([end_accuracy(run) for run in runs]), difference]
         cells.append(Estimate.of([greedy_accuracy(run) for run in runs]) if all(run.final for run in runs) else "")
         cells += [f"{mean(mean(run.steps[column][-10:]) for run in runs):.3g}" for column in columns]

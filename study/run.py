@@ -29,7 +29,7 @@ STAGED = "staged"  # the arm whose traces an arm of SFT alone imitates
 # What of metrics.jsonl goes into the result of a run, beside its evaluations.
 KEPT = (
     "reward_mean", "train_accuracy", "pass_at_8", "format_rate", "completion_length", "truncated_fraction",
-    "non_latin_fraction", "policy_entropy", "clip_fraction", "grad_norm", "near_fraction", "tokens",
+    "non_latin_fraction", "policy_entropy", "clip_fraction", "log_ratio_std", "grad_norm", "near_fraction", "tokens",
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ A task is one small file in this folder: its problems, what a model is asked, an
 frozen dataclass, whose fields are a recipe's table `[task]`. To add one, write the file and name it in `tasks/__init__.py`.
 """
 
+from abc import abstractmethod
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, TypeVar
@@ -21,7 +22,7 @@ class Problem(Protocol):
 
     @property
     def value(self) -> Hashable:
-        """The right answer, as the task's `read` gives it."""
+        """The right answer, as the task's `read` gives it; not needed where the task has its own `score`."""
 
     def row(self) -> dict:
         """The problem as JSON, the way files of problems, rollouts and traces hold it."""
@@ -46,6 +47,8 @@ MALFORMED = Score(0.0, "malformed")
 class Task(Protocol[P]):
     """A family of problems with exact answers. What most tasks do in the same way is written out here.
 
+    It is a frozen dataclass whose fields all have defaults.
+
     Attributes:
         kind: the task's name in a recipe.
         stored: how files hold its problems.
@@ -58,6 +61,7 @@ class Task(Protocol[P]):
     typed: ClassVar[str]
     published: ClassVar[dict[int, list[tuple[int, float]]]] = {}
 
+    @abstractmethod
     def generate(self, count: int, seed: int) -> list[P]:
         """`count` different problems; the same arguments give the same list. ValueError: there are not so many."""
 
@@ -65,12 +69,15 @@ class Task(Protocol[P]):
         """Problems from "hub", or a .parquet or .jsonl file, in its order. DataError: it cannot be used."""
         return read_problems(source, self.stored, self.problem)
 
+    @abstractmethod
     def problem(self, row: dict) -> P:
         """The problem that `row()` gave. ValueError, TypeError or KeyError: the row is of no problem."""
 
+    @abstractmethod
     def typed_problem(self, text: str) -> P:
         """A problem as a person types it. ValueError: it is none, with advice."""
 
+    @abstractmethod
     def prompt(self, problem: P) -> str:
         """What a model is asked."""
 
@@ -94,10 +101,13 @@ class Task(Protocol[P]):
 
     def read(self, content: str) -> Hashable | None:
         """What an answer block says, in bounded time; None for nothing. For `score` and `answer`, unless a task has its own."""
+        raise NotImplementedError
 
+    @abstractmethod
     def level(self, problem: P) -> str:
         """How hard a problem is, in a few words: evaluations give accuracy by it."""
 
+    @abstractmethod
     def solution(self, problem: P) -> str | None:
         """A correct answer, or None where none is known."""
 

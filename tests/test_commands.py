@@ -369,16 +369,19 @@ def test_the_embedded_model_calculates_but_does_not_solve():
 
 
 @pytest.mark.parametrize(
-    "arguments, model, out",
+    "arguments, cuda, model, out",
     [
-        (["calculus"], "tiny-calculus", "runs/calculus-tiny"),
-        (["calculus", "--model", "auto"], "tiny-calculus", "runs/calculus-tiny"),
-        (["256", "--model", "tiny-calculus", "--model", "tiny"], "tiny", "runs/256-tiny"),
-        (["256", "--model=Qwen/Qwen3-0.6B"], "Qwen/Qwen3-0.6B", "runs/256"),
+        (["calculus"], False, "tiny-calculus", "runs/calculus-tiny"),
+        (["calculus", "--model", "auto"], False, "tiny-calculus", "runs/calculus-tiny"),
+        (["calculus", "--model", "auto"], True, "Qwen/Qwen3-1.7B", "runs/calculus"),
+        (["256-tiny", "--model", "auto"], True, "Qwen/Qwen3-1.7B", "runs/256-tiny"),
+        (["256", "--model", "tiny-calculus", "--model", "tiny"], False, "tiny", "runs/256-tiny"),
+        (["256", "--model=Qwen/Qwen3-0.6B"], False, "Qwen/Qwen3-0.6B", "runs/256"),
+        (["256", "--model", ""], False, "", "runs/256"),
     ],
 )
-def test_the_last_model_named_counts_and_auto_is_the_one_that_the_task_has(monkeypatch, arguments, model, out):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_the_last_model_named_counts_and_auto_is_the_one_that_the_task_has(monkeypatch, arguments, cuda, model, out):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     recipe = train_command.parse([*arguments, "--quiet"]).recipe
     assert (recipe.model, recipe.out) == (model, out)
 

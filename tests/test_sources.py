@@ -130,6 +130,8 @@ def test_a_source_that_is_none_says_what_would_be_one(tmp_path):
 
 
 def test_a_revision_belongs_to_the_hub_and_not_to_a_file(tmp_path):
+    with pytest.raises(DataError, match="'hub@' names no revision"):
+        load_problems("hub@")
     path = write_parquet(tmp_path / "me@home.parquet", [[1, 2]], [3])
     assert load_problems(path) == [Problem((1, 2), 3)]
     with pytest.raises(DataError, match="cannot read problems from"):

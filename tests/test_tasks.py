@@ -3,7 +3,7 @@
 import pytest
 
 from data import Problem
-from tasks import CORRECT, Countdown
+from tasks import CORRECT, Countdown, Task
 from tasks.task import split_answer, steps_level
 
 TASK = Countdown()
@@ -46,6 +46,16 @@ def test_levels_say_whether_plus_and_minus_suffice_and_solutions_are_correct(pro
     solution = TASK.solution(problem)
     assert (solution is None) == (problem.target == 100)
     assert solution is None or TASK.score(f"</think><answer>{solution}</answer>", problem) == CORRECT
+
+
+def test_a_task_that_lacks_a_part_is_refused_before_anything_is_asked():
+    class Silent(Task):
+        kind = "silent"
+
+    with pytest.raises(TypeError, match="generate.*prompt"):
+        Silent()
+    with pytest.raises(NotImplementedError):
+        TASK.read("1")  # Countdown judges by itself, and an answer is never read as nothing in silence
 
 
 def test_the_default_kind_is_the_one_a_recipe_names():

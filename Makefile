@@ -51,16 +51,16 @@ eval: setup
 
 report: setup
 	@test -n "$(RUNS)" || { echo "error: say which runs: make report RUNS='runs/256-tiny runs/other'"; exit 2; }
-	$(BIN)/python -m rl.report $(RUNS) $(ARGS)
+	$(BIN)/python -m lab.report $(RUNS) $(ARGS)
 
 play: setup
 	@$(BIN)/python play.py $(CKPT) $(ARGS)
 
 study: setup
-	$(BIN)/python -m study.run $(ARGS)
+	$(BIN)/python -m experiments.study.run $(ARGS)
 
 study-quick: setup
-	$(BIN)/python -m study.run --arms grpo staged --seeds 1 --out runs/study-quick --results runs/study-quick $(ARGS)
+	$(BIN)/python -m experiments.study.run --arms grpo staged --seeds 1 --out runs/study-quick --results runs/study-quick $(ARGS)
 
 test: setup-test
 	$(BIN)/python -m pytest -q -n 2 $(TESTS) $(ARGS)
@@ -71,7 +71,7 @@ lint: setup-test
 
 tiny-base: TASK ?= countdown
 tiny-base: setup
-	$(BIN)/python -m bases.train --task $(TASK) $(ARGS)
+	$(BIN)/python -m experiments.bases.train --task $(TASK) $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

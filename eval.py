@@ -17,16 +17,16 @@ with ctrl_c_exits():
 
     from model import load_model
     from model.weights import is_embedded
-    from rl.checkpoint import saved_recipe
-    from rl.comparison import Candidate, comparison_table, difference, measures
-    from rl.console import printable, sampling_progress, user_errors
-    from rl.device import pick_device, pick_dtype
-    from rl.evaluate import EVALUATION_SEED, Evaluation, evaluate, load_completions, problems_hash
-    from rl.problems import problems_of
-    from rl.recipe import EvaluationSettings, Recipe, RecipeError
-    from rl.recipe_file import load_recipe, recipe_for
+    from lab.checkpoint import saved_recipe
+    from lab.comparison import Candidate, comparison_table, difference, measures
+    from lab.console import printable, sampling_progress, user_errors
+    from lab.device import pick_device, pick_dtype
+    from lab.evaluate import EVALUATION_SEED, Evaluation, evaluate, load_completions, problems_hash
+    from lab.problems import problems_of
+    from lab.recipe import EvaluationSettings, Recipe, RecipeError
+    from lab.recipe_file import load_recipe, recipe_for
     from rl.rollout import Actor
-    from tasks import Problem
+    from data.task import Problem
 
 
 @dataclass(frozen=True)

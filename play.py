@@ -15,14 +15,14 @@ with ctrl_c_exits():
     import tyro
 
     from model import KVCache, Qwen3, load_model
-    from model.distribution import random_streams, sample
-    from rl.checkpoint import checkpoints, saved_recipe
-    from rl.console import printable, user_errors
-    from rl.device import pick_device, pick_dtype
-    from rl.recipe import SamplingSettings
-    from rl.recipe_file import recipe_for
+    from model.sampler import random_streams, sample
+    from lab.checkpoint import checkpoints, saved_recipe
+    from lab.console import printable, user_errors
+    from lab.device import pick_device, pick_dtype
+    from lab.recipe import SamplingSettings
+    from lab.recipe_file import recipe_for
     from rl.rollout import Actor
-    from tasks import Problem
+    from data.task import Problem
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from model import Qwen3, Qwen3Config
 from model.memory import CACHE_SHARE, LOGITS_COPIES
 from model.sampler import waves
-from rl.memory_plan import MemoryPlan, plan_memory, work_of
-from rl.recipe import EvaluationSettings, GRPOStage, OptimizerSettings, Recipe, SamplingSettings
-from rl.sharding import Sharding
+from lab.memory_plan import MemoryPlan, plan_memory, work_of
+from lab.recipe import EvaluationSettings, GRPOStage, OptimizerSettings, Recipe, SamplingSettings
+from lab.sharding import Sharding
 
 PARAMETERS_A_LAYER = 11  # each of which is an exchange of its own
 

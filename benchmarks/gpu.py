@@ -24,12 +24,12 @@ import tyro
 from memory import Case, measure, random_model
 
 from model import KVCache, Qwen3Config, generate, load_model
-from model.cuda_graph import GraphedStep
-from model.wave import Wave
+from model.sampler import GraphedStep
+from model.sampler import DecodeBatch
 from rl.batch import Sample, completion_logprobs, make_batch
-from rl.recipe import OptimizerSettings
-from rl.recipe_file import load_recipe
-from rl.stages import train
+from lab.recipe import OptimizerSettings
+from lab.recipe_file import load_recipe
+from lab.stages import train
 
 QWEN3 = {
     "0.6B": Qwen3Config(151936, 1024, 3072, 28, 16, 8, 128),
@@ -176,7 +176,7 @@ def launching(settings: Settings) -> dict:
     def milliseconds(graph: bool) -> float:
         """Median over steps of one wave of 4 prompts x 8 samples; new graphs are outliers and do not show."""
         with torch.inference_mode():
-            wave = Wave(model, prompts, torch.rand(4, 8, new_tokens), stops, (1.0, None, None), static=True)
+            wave = DecodeBatch(model, prompts, torch.rand(4, 8, new_tokens), stops, (1.0, None, None), static=True)
             step = GraphedStep(wave.step) if graph else lambda shape: wave.step()
             times = []
             for count in range(1, new_tokens):

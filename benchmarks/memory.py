@@ -23,14 +23,14 @@ from rich.table import Table
 from data import Problem
 from model import Qwen3, Qwen3Config, add_adapters, generate
 from model.memory import free_memory, held_memory, return_freed_blocks
-from rl.device import peak_memory
+from lab.device import peak_memory
 from rl.grpo import group_samples, grpo_update
 from rl.learner import Learner
-from rl.memory_plan import gb, plan_memory, work_of
+from lab.memory_plan import gb, plan_memory, work_of
 from rl.optimizer import Optimizer
-from rl.recipe import EvaluationSettings, GRPOStage, OptimizerSettings, Recipe, SamplingSettings
+from lab.recipe import EvaluationSettings, GRPOStage, OptimizerSettings, Recipe, SamplingSettings
 from rl.rollout import Rollout
-from tasks import Score
+from data.task import Score
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from rl.checkpoint import checkpoints
-from rl.recipe import AdapterSettings, Recipe
-from rl.recipe_file import load_recipe
-from rl.runfolder import RunFolder
-from rl.stages import train
+from lab.checkpoint import checkpoints
+from lab.recipe import AdapterSettings, Recipe
+from lab.recipe_file import load_recipe
+from lab.runfolder import RunFolder
+from lab.stages import train
 
 VARIANTS = {
     "float32": {},

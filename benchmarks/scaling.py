@@ -26,8 +26,8 @@ from rich.table import Table
 from several import EXCHANGED, exchange_measured, in_processes, step_measured
 
 from model import Qwen3Config
-from rl.memory_plan import MemoryPlan, gb
-from rl.recipe import OptimizerSettings
+from lab.memory_plan import MemoryPlan, gb
+from lab.recipe import OptimizerSettings
 
 SMALL = Qwen3Config(2048, 128, 384, 4, 4, 2, 32)
 MIDDLE = Qwen3Config(4096, 384, 1152, 4, 6, 3, 64)

@@ -19,15 +19,15 @@ from memory import random_model
 from data import Problem
 from model import generate
 from model.memory import free_memory, held_memory, return_freed_blocks
-from rl.device import peak_memory
+from lab.device import peak_memory
 from rl.grpo import group_samples, grpo_update
 from rl.learner import Learner
-from rl.memory_plan import plan_memory, work_of
+from lab.memory_plan import plan_memory, work_of
 from rl.optimizer import Optimizer
 from rl.rollout import Rollout
-from rl.sharding import sampling_model, shard
+from lab.sharding import sampling_model, shard
 from rl.workers import Workers, workers_of_torchrun
-from tasks import Score
+from data.task import Score
 
 CPU = torch.device("cpu")
 EXCHANGED = (2**10, 2**24)  # float32 numbers that are added up to measure latency and rate

@@ -32,7 +32,7 @@ from rich.table import Table
 
 from model import Qwen3Config
 from model.memory import held_memory
-from rl.recipe import OptimizerSettings
+from lab.recipe import OptimizerSettings
 
 CONFIG = Qwen3Config(151936, 256, 768, 4, 4, 2, 64)
 CASE = Case(CONFIG, torch.float32, OptimizerSettings(), prompts=4, samples=8, prompt_length=140, new_tokens=64)
@@ -84,9 +84,9 @@ def run_ours(settings: Settings) -> dict:
     from model.memory import free_memory, return_freed_blocks
     from rl.grpo import group_samples, grpo_update
     from rl.learner import Learner
-    from rl.memory_plan import plan_memory, work_of
+    from lab.memory_plan import plan_memory, work_of
     from rl.optimizer import Optimizer
-    from rl.recipe import EvaluationSettings, GRPOStage, Recipe, SamplingSettings
+    from lab.recipe import EvaluationSettings, GRPOStage, Recipe, SamplingSettings
 
     return_freed_blocks()
     before = held_memory(torch.device("cpu"))
@@ -177,7 +177,7 @@ def measure(name: str, settings: Settings) -> dict:
 
 def main(settings: Settings) -> None:
     if settings.here:
-        from rl.device import peak_memory
+        from lab.device import peak_memory
 
         found = {"ours": run_ours, "trl": run_trl}[settings.here](settings)
         print(json.dumps(found | {"peak": peak_memory(torch.device("cpu"))}))

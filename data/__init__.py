@@ -1,7 +1,10 @@
-"""Problems, exact arithmetic and polynomials, a solver, loaders, splits, traces. Knows nothing of models or rewards."""
+"""Tasks: problems, prompts, exact verdicts, a solver, and files of problems and traces."""
 
-from data.countdown import Problem, ProblemSettings, generate_problems, prompt_text
+from data.calculus import Calculus
+from data.countdown import Countdown, Problem, generate_problems, load_problems, prompt_text, score
 from data.expression import ExpressionError, evaluate_expression
-from data.jsonl import DataError
+from data.gsm8k import GSM8K
+from data.load import DataError, split_problems
 from data.solver import solve
-from data.sources import load_problems, split_problems
+
+AnyTask = Countdown | GSM8K | Calculus  # a recipe's [task], chosen by its `kind`

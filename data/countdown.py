@@ -1,157 +1,185 @@
-"""Countdown: reach a target with each of a few numbers exactly once. A problem, its prompt, and a generator of more.
+"""Countdown: make a target from a few numbers, each used exactly once. Easy to check, hard to find."""
 
-The game suits a study of reward because checking an answer is exact and cheap, while finding one takes search.
-"""
-
-import functools
-import random
+from collections.abc import Hashable
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
 
-MAX_NUMBERS = 6
-MAX_NUMBER = 999_999_999  # nine digits: what an expression may hold
-MAX_MISSES = 2_000  # draws in a row without a new problem before the generator gives up
+from data.expression import BLANKS, DIGITS, Expression, ExpressionError, parse_equation, parse_expression
+from data.load import Format
+from data.solver import draw_problems, solve
+from data.task import CORRECT, MALFORMED, WRONG, Score, Task, split_answer
+
+MAX_NUMBER = 999_999_999  # nine digits, as in an expression
+NEAR_DISTANCE = 10  # largest distance from the target that earns part of the reward
+EQUATION_CHARACTERS = DIGITS + "+-*/()=" + BLANKS
+
+PAPER = {  # new tokens -> (GRPO step, accuracy in %): Tables 1 and 2 of the paper, with Qwen3-1.7B
+    256: [
+        (0, 0.0), (10, 0.1), (20, 0.2), (30, 0.2), (40, 3.3), (50, 9.2), (60, 13.5), (70, 21.5), (80, 37.3),
+        (80, 31.6), (90, 44.0), (100, 44.5), (110, 44.5), (120, 45.5), (130, 44.0), (140, 44.6), (150, 45.8),
+        (160, 45.3), (170, 47.1), (180, 48.8),
+    ],
+    512: [
+        (0, 11.4), (10, 21.1), (20, 28.1), (30, 30.5), (40, 30.2), (50, 31.6), (60, 36.1), (70, 36.4),
+        (80, 39.2),
+    ],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Numbers to use, each exactly once, and the target to reach with them.
-
-    Raises:
-        ValueError: not 2 to 6 numbers, or anything in it that is no whole number from 1 to 999,999,999.
-    """
+    """2 to 6 numbers and the target to make of them, all whole and from 1 to 999,999,999; else ValueError."""
 
     numbers: tuple[int, ...]
     target: int
 
     def __post_init__(self):
-        if not isinstance(self.numbers, tuple):
-            if not isinstance(self.numbers, list):
-                raise ValueError(f"numbers must be a list of whole numbers, not {self.numbers!r}")
-            object.__setattr__(self, "numbers", tuple(self.numbers))
-        if not 2 <= len(self.numbers) <= MAX_NUMBERS:
-            raise ValueError(f"a problem has 2 to {MAX_NUMBERS} numbers, not {len(self.numbers)}")
+        if not isinstance(self.numbers, (tuple, list)) or not 2 <= len(self.numbers) <= 6:
+            raise ValueError(f"numbers must be a list of 2 to 6 whole numbers, not {self.numbers!r:.80}")
+        object.__setattr__(self, "numbers", tuple(self.numbers))
         for value in (*self.numbers, self.target):
             if type(value) is not int or not 1 <= value <= MAX_NUMBER:
-                raise ValueError(f"numbers and target must be whole numbers from 1 to {MAX_NUMBER}, not {value!r}")
+                raise ValueError(
+                    f"numbers and target are whole numbers from 1 to {MAX_NUMBER}, not {value!r}"
+                )
 
     @property
     def key(self) -> tuple[int, tuple[int, ...]]:
-        """Equal for problems that differ only in the order of their numbers, which are the same problem."""
+        """Equal for problems that differ only in the order of their numbers."""
         return self.target, tuple(sorted(self.numbers))
 
     def row(self) -> dict:
-        """The problem as JSON."""
         return {"numbers": self.numbers, "target": self.target}
 
     def __str__(self) -> str:
         return f"{', '.join(map(str, self.numbers))} -> {self.target}"
 
 
-def prompt_text(problem: Problem) -> str:
-    """The one line a model is asked."""
-    numbers = ", ".join(map(str, problem.numbers))
-    return (
-        f"Use each of the numbers {numbers} exactly once to make {problem.target}. "
-        "Only + - * / and parentheses are allowed. Work it out inside <think> </think>, "
-        "then put the final expression inside <answer> </answer>."
-    )
-
-
 @dataclass(frozen=True)
-class ProblemSettings:
-    """Which problems the generator draws. The defaults are the ranges of the hub dataset."""
+class Countdown(Task):
+    """Make a target from a few numbers. The default ranges are those of the hub dataset."""
 
     min_number: int = 1
-    """Smallest number a problem may hold."""
+    """Smallest number of a problem."""
     max_number: int = 99
-    """Largest number a problem may hold; smaller is easier."""
+    """Largest number of a problem; smaller is easier."""
     min_target: int = 10
     """Smallest target."""
     max_target: int = 100
     """Largest target."""
     four_number_share: float = 0.5
     """Share of problems with 4 numbers, from 0 to 1; the others have 3."""
+    kind: Literal["countdown"] = "countdown"
+
+    stored = Format(
+        '{"numbers": [79, 60, 17], "target": 36}',
+        {"nums": "numbers", "target": "target"},
+        "Jiayi-Pan/Countdown-Tasks-3to4",  # 490,364 problems
+        {"hub": "data/train-00000-of-00001.parquet"},
+    )
+    published = PAPER
+    input_format = "numbers and then the target, as in 7 9 11 22"
 
     def __post_init__(self):
-        for low, high in (("min_number", "max_number"), ("min_target", "max_target")):
-            for name in (low, high):
-                value = getattr(self, name)
-                if type(value) is not int or not 1 <= value <= MAX_NUMBER:
-                    raise ValueError(f"{name} must be a whole number from 1 to {MAX_NUMBER}, not {value!r}")
-            if getattr(self, low) > getattr(self, high):
-                raise ValueError(f"{low} {getattr(self, low)} is above {high} {getattr(self, high)}; swap them")
+        for name in ("number", "target"):
+            low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            if type(low) is not int or type(high) is not int or not 1 <= low <= high <= MAX_NUMBER:
+                limits = f"whole numbers, 1 <= min_{name} <= max_{name} <= {MAX_NUMBER}"
+                raise ValueError(f"min_{name} {low!r} and max_{name} {high!r} must be {limits}")
         if not 0 <= self.four_number_share <= 1:
             raise ValueError(f"four_number_share must be from 0 to 1, not {self.four_number_share!r}")
 
+    def generate(self, count: int, seed: int) -> list[Problem]:
+        return [Problem(numbers, target) for numbers, target in draw_problems(count, seed, self)]
 
-def generate_problems(count: int, seed: int, settings: ProblemSettings = ProblemSettings()) -> list[Problem]:
-    """Draw `count` different solvable problems; the same arguments give the same list.
+    def problem(self, row: dict) -> Problem:
+        return Problem(row["numbers"], row["target"])
 
-    Numbers are drawn evenly, then the target evenly from what they can reach. So no derivation is favoured: a target
-    that only a division reaches is as likely as one with ten solutions by addition. Every problem can be solved with
-    whole numbers at each step. No two share a `key`.
+    def parse_input(self, text: str) -> Problem:
+        words = text.replace(",", " ").replace("->", " ").split()
+        if not words or not all(word.isascii() and word.isdigit() and len(word) < 10 for word in words):
+            raise ValueError(f"type whole {self.input_format}")
+        *numbers, target = map(int, words)
+        return Problem(numbers, target)
 
-    Raises:
-        ValueError: a negative count, or settings that do not hold so many different problems.
+    def prompt(self, problem: Problem) -> str:
+        numbers = ", ".join(map(str, problem.numbers))
+        return (
+            f"Use each of the numbers {numbers} exactly once to make {problem.target}. "
+            "Only + - * / and parentheses are allowed. Work it out inside <think> </think>, "
+            "then put the final expression inside <answer> </answer>."
+        )
+
+    def score(self, text: str, problem: Problem, thinking: bool = True) -> Score:
+        """Judge a completion.
+
+        correct, 1.0: one answer block after the thinking; it uses each number once and hits the target
+        near, max(0.3, 0.8 - 0.05 d): the same, but it misses the target by a distance 0 < d <= 10
+        wrong, 0.1: one answer block after the thinking with anything else in it
+        malformed, 0.0: no such block, two of them, or a block inside the thinking
+        """
+        parts = split_answer(text, thinking)
+        if parts is None:
+            return MALFORMED
+        expression = answer_expression(*parts)
+        if expression is None or sorted(expression.numbers) != sorted(problem.numbers):
+            return WRONG
+        distance = abs(expression.value - problem.target)
+        if distance == 0:
+            return CORRECT
+        if distance <= NEAR_DISTANCE:
+            return Score(float(max(Fraction(3, 10), Fraction(4, 5) - distance / 20)), "near")
+        return WRONG
+
+    def answer(self, text: str, thinking: bool) -> Hashable | None:
+        """(value, sorted numbers): equal for the same expression in another order."""
+        parts = split_answer(text, thinking)
+        expression = parts and answer_expression(*parts)
+        return expression and (expression.value, tuple(sorted(expression.numbers)))
+
+    def difficulty(self, problem: Problem) -> str:
+        """A model may do well overall and never multiply, so this says whether + and - suffice."""
+        need = "+ and - suffice" if solve(problem, operators="+-") else "needs * or /"
+        return f"{len(problem.numbers)} numbers, {need}"
+
+    def solution(self, problem: Problem) -> str | None:
+        return solve(problem)
+
+
+def answer_expression(before: str, content: str) -> Expression | None:
+    """The expression that an answer block claims, or None.
+
+    It may end in `= value` if the value is right. A bare number counts only right after an equation with this
+    value, as in `(79 - 60) + 17 = 36 <answer>36</answer>`; copying the target from the prompt is not enough.
     """
-    if count < 0:
-        raise ValueError(f"count must be 0 or more, not {count}")
-    rng = random.Random(seed)
-    with_four = round(count * settings.four_number_share)
-    problems = _draw(count - with_four, 3, settings, rng) + _draw(with_four, 4, settings, rng)
-    rng.shuffle(problems)
-    return problems
+    try:
+        if "=" in content:
+            return parse_equation(content)
+        answer = parse_expression(content)
+        if len(answer.numbers) > 1:
+            return answer
+        equation = parse_equation(_equation_before(before))
+    except ExpressionError:
+        return None
+    return equation if equation.value == answer.value else None
 
 
-def _draw(count: int, size: int, settings: ProblemSettings, rng: random.Random) -> list[Problem]:
-    """`count` different solvable problems of `size` numbers; ValueError after MAX_MISSES fruitless draws in a row."""
-    problems: dict[tuple, Problem] = {}
-    misses = 0
-    while len(problems) < count:
-        numbers = tuple(rng.randint(settings.min_number, settings.max_number) for _ in range(size))
-        ordered = tuple(sorted(numbers))
-        fresh = [
-            target
-            for target in _reachable_targets(ordered, settings.min_target, settings.max_target)
-            if (target, ordered) not in problems
-        ]
-        if fresh:
-            problem = Problem(numbers, rng.choice(fresh))
-            problems[problem.key] = problem
-            misses = 0
-            continue
-        misses += 1
-        if misses == MAX_MISSES:
-            raise ValueError(
-                f"found only {len(problems)} of {count} different problems with {size} numbers from "
-                f"{settings.min_number} to {settings.max_number} and targets from {settings.min_target} to "
-                f"{settings.max_target}; ask for fewer, widen the ranges or change four_number_share"
-            )
-    return list(problems.values())
+def _equation_before(text: str) -> str:
+    """The equation that ends the last line; "" if it may be part of something else, as in `2^7 - 6 = 1`."""
+    line = text.rstrip(BLANKS).rpartition("\n")[2]
+    words = line.rstrip(EQUATION_CHARACTERS)
+    equation = line[len(words) :]
+    after_word = len(words) > 1 and words[-2:].isalpha()  # a single letter may be a variable, or mean "times"
+    apart = equation.startswith(" ") and (after_word or words.endswith((".", ",", ":", ";")))
+    return equation if not words or apart else ""
 
 
-@functools.lru_cache(maxsize=4096)
-def _reachable_targets(numbers: tuple[int, ...], low: int, high: int) -> tuple[int, ...]:
-    """Whole numbers from `low` to `high` that use every number once, through whole numbers only; ascending.
+prompt_text = Countdown().prompt
+score = Countdown().score
+load_problems = Countdown().load
 
-    Works up through subsets, named by bit masks. A negative step never helps on the way to a positive target (turn the
-    signs around), so a difference is taken large minus small. `data.solver` says how; this only says whether, and is
-    fast enough to call for every draw.
-    """
-    full = (1 << len(numbers)) - 1
-    values: dict[int, set[int]] = {1 << place: {number} for place, number in enumerate(numbers)}
-    for mask in range(1, full + 1):
-        if mask in values:
-            continue
-        found: set[int] = set()
-        part = mask
-        while part := (part - 1) & mask:
-            if part > mask ^ part:  # each split once
-                for a in values[part]:
-                    for b in values[mask ^ part]:
-                        large, small = (a, b) if a > b else (b, a)
-                        found.update((a + b, large - small, a * b))
-                        if small and large % small == 0:
-                            found.add(large // small)
-        values[mask] = found
-    return tuple(sorted(value for value in values[full] if low <= value <= high))
+
+def generate_problems(count: int, seed: int, settings: Countdown = Countdown()) -> list[Problem]:
+    """`count` different problems with a solution; see `draw_problems`."""
+    return settings.generate(count, seed)

@@ -1,60 +1,114 @@
-"""An exact Countdown solver: the proof that a problem can be solved, and with which operators."""
+"""The search behind Countdown: an exact solver, and problems that have a solution.
 
+Subsets of the numbers are bit masks, taken in order: their values come from those of their splits into two.
+"""
+
+import functools
+import itertools
+import random
+from collections.abc import Iterator
 from fractions import Fraction
 from operator import add, mul, sub, truediv
+from typing import TYPE_CHECKING
 
-from data.countdown import Problem
+if TYPE_CHECKING:
+    from data.countdown import Countdown, Problem
 
 OPERATORS = {"+": add, "-": sub, "*": mul, "/": truediv}
+MAX_MISSES = 2_000  # draws in a row without a new problem before the generator gives up
 
 
-def solve(problem: Problem, operators: str = "+-*/") -> str | None:
+def solve(problem: "Problem", operators: str = "+-*/") -> str | None:
     """An expression that uses every number once and equals the target, or None if there is none.
 
-    Steps may be fractions: `8 / (3 - 8 / 3)` is found. `operators` names the ones allowed, so `solve(problem, "+-")`
-    tells the problems that need no multiplication. The search tries everything, which takes some 10 ms for four
-    numbers, a fraction of a second for five and 10 seconds for an impossible six.
+    Intermediate values may be fractions, so `8 / (3 - 8 / 3)` is found. The search is exhaustive: some 10 ms
+    for four numbers, a fraction of a second for five, 10 seconds for six without a solution.
 
-    Raises:
-        ValueError: `operators` names none of `+ - * /`, or anything else.
+    `solve(problem, "+-")` shows whether these operators suffice. ValueError: others than `+ - * /`, or none.
     """
     if not operators or not set(operators) <= set(OPERATORS):
         raise ValueError(f"operators must be some of + - * /, not {operators!r}")
-    full = (1 << len(problem.numbers)) - 1
-    texts: dict[int, dict[Fraction, str]] = {  # subset of the numbers, as a bit mask -> value -> how to reach it
-        1 << place: {Fraction(number): str(number)} for place, number in enumerate(problem.numbers)
+    everything = (1 << len(problem.numbers)) - 1
+    # subset -> value -> the first expression that makes it
+    made: dict[int, dict[Fraction, str]] = {
+        1 << i: {Fraction(number): str(number)} for i, number in enumerate(problem.numbers)
     }
-    for mask in range(1, full):
-        if mask not in texts:
-            texts[mask] = {}
-            for left, right in _splits(mask):
-                _combine(texts[left], texts[right], operators, texts[mask])
-    solution: dict[Fraction, str] = {}
-    for left, right in _splits(full):
-        _combine(texts[left], texts[right], operators, solution)
-        if problem.target in solution:
-            return solution[Fraction(problem.target)]
+    for subset in range(1, everything + 1):
+        values = made.setdefault(subset, {})
+        for left, right in _splits(subset):
+            for (a, a_text), (b, b_text) in itertools.product(made[left].items(), made[right].items()):
+                for operator in operators:
+                    value = OPERATORS[operator](a, b) if b or operator != "/" else None
+                    if value is not None and value not in values:
+                        values[value] = f"({a_text} {operator} {b_text})"
+            if subset == everything and problem.target in values:
+                return values[problem.target][1:-1]
     return None
 
 
-def _splits(mask: int):
-    """Every way to part a subset in two, in both orders: pairs of bit masks."""
-    part = mask
-    while part := (part - 1) & mask:
-        yield part, mask ^ part
+def _splits(subset: int) -> Iterator[tuple[int, int]]:
+    """Every way to split a subset in two, in both orders; none for a single number."""
+    part = subset
+    while part := (part - 1) & subset:
+        yield part, subset ^ part
 
 
-def _combine(left: dict, right: dict, operators: str, into: dict[Fraction, str]) -> None:
-    """Add to `into` every value of one operator between a value of `left` and one of `right`; the first text stays."""
-    for a, a_text in left.items():
-        for b, b_text in right.items():
-            for operator in operators:
-                if operator == "/" and not b:
-                    continue
-                value = OPERATORS[operator](a, b)
-                if value not in into:
-                    into[value] = f"{_bracket(a_text)} {operator} {_bracket(b_text)}"
+def draw_problems(count: int, seed: int, settings: "Countdown") -> list[tuple[tuple[int, ...], int]]:
+    """(numbers, target) of `count` different problems with a solution; the same arguments give the same list.
+
+    Numbers are drawn uniformly, then the target uniformly from those they make in whole steps. So a target
+    that only a division makes is as likely as one with ten solutions by addition. Problems that differ only
+    in the order of their numbers are the same.
+
+    ValueError: a negative count, or 2,000 draws in a row gave no new problem.
+    """
+    if count < 0:
+        raise ValueError(f"count must be 0 or more, not {count}")
+    rng = random.Random(seed)
+    with_four = round(count * settings.four_number_share)
+    problems = _draw(count - with_four, 3, settings, rng) + _draw(with_four, 4, settings, rng)
+    rng.shuffle(problems)
+    return problems
 
 
-def _bracket(text: str) -> str:
-    return text if text.isdigit() else f"({text})"
+def _draw(count: int, size: int, settings: "Countdown", rng: random.Random) -> list[tuple]:
+    """`count` different problems of `size` numbers."""
+    problems: dict[tuple, tuple] = {}
+    misses = 0
+    while len(problems) < count:
+        numbers = tuple(rng.randint(settings.min_number, settings.max_number) for _ in range(size))
+        ordered = tuple(sorted(numbers))
+        targets = _reachable(ordered, settings.min_target, settings.max_target)
+        new = [target for target in targets if (ordered, target) not in problems]
+        if new:
+            target = rng.choice(new)
+            problems[ordered, target] = (numbers, target)
+            misses = 0
+            continue
+        misses += 1
+        if misses == MAX_MISSES:
+            only = f"found only {len(problems)} of {count} different problems with {size} numbers"
+            raise ValueError(f"{only}; ask for fewer, or change {settings}")
+    return list(problems.values())
+
+
+@functools.lru_cache(maxsize=4096)
+def _reachable(numbers: tuple[int, ...], low: int, high: int) -> tuple[int, ...]:
+    """The targets from `low` to `high` that use every number once with whole intermediate values, ascending.
+
+    Faster than `solve`: no expressions, no fractions. Negative intermediate values are left out, since a
+    positive target they lead to is also reached by subtracting the other way round.
+    """
+    everything = (1 << len(numbers)) - 1
+    made: dict[int, set[int]] = {1 << i: {number} for i, number in enumerate(numbers)}
+    for subset in range(1, everything + 1):
+        values = made.setdefault(subset, set())
+        for left, right in _splits(subset):
+            if left < right:  # all four results are the same for the other order
+                continue
+            for a, b in itertools.product(made[left], made[right]):
+                large, small = (a, b) if a > b else (b, a)
+                values.update((a + b, large - small, a * b))
+                if small and large % small == 0:
+                    values.add(large // small)
+    return tuple(sorted(value for value in made[everything] if low <= value <= high))

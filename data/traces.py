@@ -1,4 +1,4 @@
-"""Curated traces: completions that solved their problem, kept as readable JSONL for supervised fine-tuning."""
+"""Curated traces: completions that solved their problem, as JSONL files for supervised fine-tuning."""
 
 import json
 import unicodedata
@@ -7,23 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.jsonl import DataError, read_jsonl
+from data.load import DataError, read_jsonl
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A problem and a completion that solves it, up to, not including, the stop token.
-
-    `step` is the training step that sampled it; 0 for traces of other origin.
-    """
-
-    problem: Any  # of a task's own kind
-    completion: str
-    step: int = 0
+    problem: Any  # of the task's problem class
+    completion: str  # without the stop token; solves the problem
+    step: int = 0  # the training step that sampled it; 0 for traces from elsewhere
 
 
 def non_latin(text: str) -> int:
-    """How many letters are outside the Latin script. Under reward alone a model may drift there (paper, section 3.3)."""
+    """The number of letters outside the Latin script, into which a policy may drift (paper, section 3.3)."""
     if text.isascii():
         return 0
     return sum(letter.isalpha() and not unicodedata.name(letter, "").startswith("LATIN") for letter in text)
@@ -34,11 +29,8 @@ def latin_only(text: str) -> bool:
 
 
 def curate(candidates: Iterable[Trace], per_problem: int, limit: int) -> list[Trace]:
-    """Choose among correct traces: Latin only, no repeats, the `per_problem` shortest of each problem, the latest first.
-
-    Problems with equal `key` are the same, Countdown's whatever the order of their numbers.
-    """
-    by_problem: dict[tuple, dict[str, Trace]] = {}
+    """Drop repeats and other scripts; keep each problem's `per_problem` shortest, of these the latest `limit`."""
+    by_problem: dict = {}
     for trace in candidates:
         if latin_only(trace.completion):
             by_problem.setdefault(trace.problem.key, {}).setdefault(trace.completion, trace)
@@ -49,24 +41,25 @@ def curate(candidates: Iterable[Trace], per_problem: int, limit: int) -> list[Tr
 
 
 def save_traces(path: str | Path, traces: Iterable[Trace]) -> None:
-    """Write one JSON object a line: the problem's fields, step, completion."""
+    """Write a JSON object per line: the problem's fields, step, completion."""
     with open(path, "w", encoding="utf-8") as file:
         for trace in traces:
             row = trace.problem.row() | {"step": trace.step, "completion": trace.completion}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def load_traces(path: str | Path, problem_of: Callable[[dict], Any], is_correct: Callable[[str, Any], bool]) -> list[Trace]:
-    """Read traces and verify each again, so that nothing wrong is imitated whoever wrote the file.
+def load_traces(path: str | Path, problem_of: Callable, is_correct: Callable) -> list[Trace]:
+    """Read traces and verify each again, so that nothing wrong is imitated, whoever wrote the file.
 
     Args:
-        problem_of: makes a row's fields a problem, or raises ValueError, TypeError or KeyError.
-        is_correct: says whether a completion solves a problem.
+        problem_of: row -> problem, or ValueError, TypeError or KeyError.
+        is_correct: (completion, problem) -> whether it solves it.
 
     Raises:
-        DataError: no such file, no rows, or a row that is malformed, not Latin or not correct; it names the line.
+        DataError: no such file, no rows, or a row is malformed, not Latin or not correct; it names the line.
     """
-    traces, expected = [], 'a problem and its "completion", as a run writes traces.jsonl'
+    traces = []
+    expected = 'a problem and its "completion", as a run writes traces.jsonl'
     for number, row in read_jsonl(path, expected):
         where = f"{path}, line {number}"
         try:

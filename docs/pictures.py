@@ -19,13 +19,13 @@ import tyro
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
-from rl import report
-from rl.console import user_errors
-from rl.evaluate import load_completions
-from rl.recipe import Recipe, RecipeError
-from rl.recipe_file import from_dict
-from rl.runfolder import RunFolder
-from rl.view import Picture
+from lab import report
+from lab.console import user_errors
+from lab.evaluate import load_completions
+from lab.recipe import Recipe, RecipeError
+from lab.recipe_file import from_dict
+from lab.runfolder import RunFolder
+from lab.view import Picture
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ import torch
 
 
 class GraphedStep:
-    """Calls `function`, which takes and returns nothing, by replaying its recorded kernels.
+    """Runs `function`, which takes and returns nothing, as one CUDA graph.
 
-    A decoding step is a thousand small kernels, and launching each from Python takes longer than running it; a graph is
-    launched once. What is recorded are addresses and shapes, so `function` must work in place on the same tensors in
-    every call; it says by another `shape` that they are others now.
+    A decoding step is a thousand small kernels, and launching each from Python takes longer than running it.
+    A graph records addresses and shapes, so `function` must work in place on the same tensors in every call;
+    a new `shape` says that they have changed.
     """
 
     def __init__(self, function: Callable[[], None]):
@@ -21,7 +21,8 @@ class GraphedStep:
 
     def __call__(self, shape: Hashable) -> None:
         if shape != self.shape:  # once without a graph: libraries set themselves up on their first call
-            self.graph, self.shape = None, shape
+            self.graph = None
+            self.shape = shape
             self.function()
             return
         if self.graph is None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.distribution import rows_at_once, token_logprobs
+from model.sampler import rows_at_once, token_logprobs
 
 CHUNK_LOGITS = {"cpu": 2**25, "cuda": 2**26}
 

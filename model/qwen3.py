@@ -1,9 +1,9 @@
 """The Qwen3 decoder, from token ids to logits. One forward serves training, prefill and cached decoding.
 
-The order of operations and the precision of each follow Hugging Face's `modeling_qwen3.py`, so that logits agree;
-module names are Hugging Face's too, so that `state_dict()` is the published checkpoint format. The architecture is
-the Qwen3 technical report's (arXiv:2505.09388, section 2): pre-norm, grouped-query attention with an RMSNorm on each
-query and key head, rotary positions, SwiGLU.
+The order of operations and their precision follow Hugging Face's `modeling_qwen3.py`, so that logits agree;
+module names are Hugging Face's, so that `state_dict()` is the published checkpoint format. The architecture
+(Qwen3 technical report, arXiv:2505.09388, section 2): pre-norm, grouped-query attention with an RMSNorm on
+each query and key head, rotary positions, SwiGLU.
 """
 
 import torch
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.config import Qwen3Config
-from model.kv_cache import Cache
+from model.cache import Cache
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, computed in float32 or above (Zhang and Sennrich, arXiv:1910.07467)."""
+    """x / rms(x) * weight over the last axis, computed in float32 or above (Zhang and Sennrich,
+    arXiv:1910.07467).
+    """
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -32,9 +34,11 @@ class RMSNorm(nn.Module):
 def rotary_embedding(positions: Tensor, config: Qwen3Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of each position's angles, [batch, 1, time, head_dim] (RoPE, arXiv:2104.09864).
 
-    Angles are float32 always: in bfloat16, position 1000 could not be told from 1003.
+    Angles are always float32: in bfloat16, positions 1000 and 1003 would be the same.
     """
-    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
+    exponents = (
+        torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
+    )
     frequencies = 1.0 / config.rope_theta**exponents  # [head_dim / 2]
     angles = positions[:, None, :, None].float() * frequencies  # [batch, 1, time, head_dim / 2]
     angles = torch.cat((angles, angles), dim=-1)
@@ -76,24 +80,14 @@ class Attention(nn.Module):
         return self.o_proj(attended.transpose(1, 2).reshape(batch, time, -1))
 
 
-class Linear(nn.Linear):
-    """x W^T, for few rows of bfloat16 on a CPU as (W x^T)^T: oneDNN then has only x to reorder, not W in every call."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // x.shape[-1]
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and rows <= 128 and not torch.is_grad_enabled():
-            return (self.weight @ x.reshape(rows, -1).T).T.view(*x.shape[:-1], -1)
-        return F.linear(x, self.weight)
-
-
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv:2002.05202)."""
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -115,8 +109,8 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Everything below the output head: token ids [batch, time] -> hidden states [batch, time, hidden].
 
-    With `checkpoint_activations`, training keeps each layer's input only and computes the rest again in backward: a third
-    more arithmetic for a fraction of the memory (arXiv:1604.06174).
+    With `checkpoint_activations`, training keeps only the input of each layer and computes the rest again in
+    backward: a third more arithmetic for a fraction of the memory (arXiv:1604.06174).
     """
 
     def __init__(self, config: Qwen3Config):
@@ -145,11 +139,12 @@ class Decoder(nn.Module):
 class Qwen3(nn.Module):
     """A Qwen3 language model: token ids [batch, time] -> logits [batch, time, vocab].
 
-    Rows of unequal length are padded on the right with any id: attention is causal, so padding cannot reach the
-    tokens before it, and the caller leaves the padding's own logits aside.
+    Pad rows of unequal length on the right, with any id: attention is causal, so padding cannot reach the
+    tokens before it. Ignore the logits of the padding itself.
 
-    `num_tokens` is how many ids have a text. The embedding has more rows than the tokenizer has entries (151,936 and
-    151,669); ids in between are never sampled and take no part in the softmax (see `model.distribution.token_logprobs`).
+    `num_tokens` is the size of the tokenizer's vocabulary. Embedding rows beyond it are padding (151,669 of
+    151,936 are used): these ids are never sampled and take no part in the softmax (see
+    `model.sampler.token_logprobs`).
     """
 
     def __init__(self, config: Qwen3Config):

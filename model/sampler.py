@@ -1,18 +1,146 @@
-"""Completions for any number of prompts, in waves as large as memory allows.
+"""Sampling: from logits to tokens, and from prompts to completions.
 
-`plain_completion` is what the sampler does; `generate` does the same for many at once, and fast.
+`plain_completion` is all that sampling is; `generate` does the same for many completions at once, and fast.
+`token_logprobs` serves the sampler and the trainer alike, so their ratio is one until the weights move.
 """
 
-from collections.abc import Callable
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from model.cache import GroupCache, KVCache
 from model.config import ModelError
-from model.distribution import random_streams, sample
+from model.cuda_graph import GraphedStep
 from model.memory import cache_tokens_that_fit
+from model.quantize import has_int8
 from model.qwen3 import Qwen3
-from model.wave import Completion, Wave
+
+CPU_LOGITS = 2**19  # logits turned into probabilities at a time on a CPU
+PREFILL_TOKENS = 16384  # prompt tokens in one forward
+CHECK_EVERY = {
+    "cpu": 8,
+    "cuda": 16,
+}  # steps between looks for finished rows, for which the host waits for the device
+# The batch is compacted when at most this share of its rows is unfinished: that copies their cache and, on a
+# GPU, needs a new graph.
+COMPACT_BELOW = {"cpu": 0.9, "cuda": 0.6}
+
+Distribution = tuple[float, int | None, float | None]  # temperature, top_k, top_p
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model wrote after a prompt.
+
+    Attributes:
+        token_ids: sampled ids, the stop token included if `finished`.
+        logprobs: of each id in nats, at the sampling temperature, under the full distribution (before top-k,
+            top-p).
+        finished: True if the last token is a stop token; False if max_new_tokens ran out first.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+def token_logprobs(logits: Tensor, temperature: float, num_tokens: int) -> Tensor:
+    """Log-probabilities [..., num_tokens] in nats, float32 or above, from logits [..., vocab].
+
+    Ids from `num_tokens` on have no text: they are cut off, and never sampled. Temperature 0 means greedy
+    decoding, with the log-probabilities of temperature 1.
+    """
+    logits = logits[..., :num_tokens]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.log_softmax(logits if temperature in (0, 1) else logits / temperature, dim=-1)
+
+
+def sample(
+    logits: Tensor, uniforms: Tensor, num_tokens: int, temperature: float, top_k=None, top_p=None
+) -> tuple[Tensor, Tensor]:
+    """Sample one token a row from logits [rows, vocab]: ids [rows] and their log-probabilities [rows].
+
+    Inverse-CDF sampling: take the first token at which the cumulative probability passes the row's uniform
+    number in [0, 1). `torch.multinomial` would need a random number for each entry of the vocabulary.
+    """
+    token_ids, chosen = [], []
+    size = rows_at_once(logits)
+    for rows, row_uniforms in zip(logits.split(size), uniforms.split(size), strict=True):
+        logprobs = token_logprobs(rows, temperature, num_tokens)
+        if temperature == 0:
+            sampled = logprobs.argmax(-1, keepdim=True)
+        else:
+            cumulative = truncate(logprobs, top_k, top_p).exp().cumsum(-1)
+            # u <= 1 - 2^-24 keeps u * total below total in float32, so the search always ends on a token.
+            sampled = torch.searchsorted(cumulative, row_uniforms[:, None] * cumulative[:, -1:], right=True)
+            sampled.clamp_(max=logprobs.shape[-1] - 1)  # a row of NaN gives an index past the end
+        token_ids.append(sampled[:, 0])
+        chosen.append(logprobs.gather(-1, sampled)[:, 0])
+    return torch.cat(token_ids), torch.cat(chosen)
+
+
+def rows_at_once(logits: Tensor) -> int:
+    """Rows of [rows, vocab] to turn into probabilities at a time; on a CPU large temporaries are slow."""
+    return max(1, CPU_LOGITS // logits.shape[-1]) if logits.device.type == "cpu" else max(1, len(logits))
+
+
+def truncate(logprobs: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Set all but the top-k to probability zero, then all but the nucleus (arXiv:1904.09751)."""
+    if top_k is not None and top_k < logprobs.shape[-1]:
+        smallest = logprobs.topk(top_k).values[:, -1:]
+        logprobs = logprobs.masked_fill(logprobs < smallest, -torch.inf)
+    if top_p is not None and top_p < 1:
+        ordered, order = logprobs.softmax(-1).sort(descending=True)
+        reached_before = ordered.cumsum(-1) - ordered >= top_p
+        logprobs = logprobs.masked_fill(reached_before.scatter(-1, order, reached_before), -torch.inf)
+    return logprobs
+
+
+def random_streams(
+    prompts: list[list[int]], num_samples: int, max_new_tokens: int, seed: int, only: slice = slice(None)
+) -> Tensor:
+    """Uniform numbers in [0, 1), [prompts[only], num_samples, max_new_tokens], from one generator a sample.
+
+    A generator's key is (seed, prompt, how often this prompt came before in `prompts`, number of the sample).
+    """
+    seen: Counter[str] = Counter()
+    keys = []
+    for prompt in prompts:
+        ids = " ".join(map(str, prompt))
+        keys.append(f"{seed} {seen[ids]} {ids}")
+        seen[ids] += 1
+    streams = np.empty((len(keys[only]), num_samples, max_new_tokens), dtype=np.float32)
+    for group, key in zip(streams, keys[only], strict=True):
+        for number in range(num_samples):
+            digest = hashlib.blake2b(f"{number} {key}".encode(), digest_size=16).digest()
+            generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+            generator.random(dtype=np.float32, out=group[number])
+    return torch.from_numpy(streams)
+
+
+def plain_completion(
+    model: Qwen3, prompt: list[int], uniforms: Tensor, stops: tuple[int, ...], distribution: Distribution
+) -> Completion:
+    """Sample one completion without a cache: every token comes from a forward over all tokens before it.
+
+    `uniforms` is [max_new_tokens], the random number of each token, in [0, 1); `stops` are the stop token
+    ids.
+    """
+    token_ids: list[int] = []
+    logprobs: list[float] = []
+    for uniform in uniforms:
+        logits = model(torch.tensor([prompt + token_ids], device=model.device))[:, -1]
+        sampled, logprob = sample(logits, uniform[None], model.num_tokens, *distribution)
+        token_ids.append(sampled.item())
+        logprobs.append(logprob.item())
+        if token_ids[-1] in stops:
+            return Completion(token_ids, logprobs, finished=True)
+    return Completion(token_ids, logprobs, finished=False)
 
 
 @torch.inference_mode()
@@ -29,74 +157,79 @@ def generate(
     top_p: float | None = None,
     max_cache_tokens: int | None = None,
     only: slice = slice(None),
-    progress: Callable[[int, int], None] | None = None,
-    on_completion: Callable[[int, int, Completion], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Completion]]:
     """Sample `num_samples` completions of at most `max_new_tokens` tokens for each prompt of ids.
 
-    Each sample has a random stream of its own, made from the seed, its prompt's ids and its number in the group. So a
-    completion depends neither on the batch it is sampled in nor on its place there (up to the rounding of matrix
-    products, which may differ with the batch's size), and no two groups share a stream, equal prompts included.
+    Each sample has its own random stream, made from the seed, the ids of its prompt and its number in the
+    group. So a completion does not depend on the batch it is sampled in (up to the rounding of matrix
+    products of other sizes), and no two groups share a stream, even with equal prompts.
 
     Args:
         temperature: 0 is greedy.
-        top_k, top_p: sample from the k likeliest tokens, or from the likeliest that together reach probability p. For
-            evaluation; training refuses them, since its log-probabilities are the full distribution's.
-        max_cache_tokens: tokens whose keys and values may be in memory at once, each prompt's counted once for its
-            group; None: what free memory allows. Prompts that find no room wait for the next wave.
-        only: sample for `prompts[only]`, as if for all: several processes share one call's prompts out by it.
-        progress: called now and then with (completions done, tokens sampled so far).
-        on_completion: called once for each completion, soon after it is done, while others are still sampled, with its
-            two places in what is returned and itself.
+        top_k, top_p: sample from the k likeliest tokens, or from the likeliest that together reach
+            probability p. Not for training, which scores tokens under the full distribution.
+        max_cache_tokens: tokens whose keys and values may be in memory at once, a prompt counted once for
+            its group; None: what free memory allows. Prompts that do not fit wait for the next batch.
+        only: sample for `prompts[only]`, as if for all; ranks divide one call among them in this way.
+        on_progress: called now and then with (completions done, tokens sampled so far).
 
     Returns:
-        `[prompt][sample]` completions, of the prompts in `only`.
+        `[prompt][sample]` completions, for the prompts in `only`.
 
     Raises:
-        ValueError: an argument out of its range, or an empty prompt.
-        ModelError: a prompt for which `max_cache_tokens`, or memory, has no room.
+        ValueError: an argument out of its range.
+        ModelError: there is no room for the keys and values of one completion.
     """
     check_arguments(model, prompts, num_samples, max_new_tokens, temperature, top_k, top_p)
     if not prompts[only]:
         return []
-    streams = random_streams(prompts, num_samples, max_new_tokens, seed, only)  # [prompts, num_samples, max_new_tokens]
+    uniforms = random_streams(prompts, num_samples, max_new_tokens, seed, only)
     prompts = prompts[only]
     stops = torch.tensor(list(stop_token_ids), dtype=torch.int64, device=model.device)
-    from_memory = max_cache_tokens is None
-    room = cache_tokens_that_fit(model, max_new_tokens) if from_memory else max_cache_tokens
+    room = max_cache_tokens or cache_tokens_that_fit(model, max_new_tokens)
+    distribution = (temperature, top_k, top_p)
     groups: list[list[Completion]] = [[] for _ in prompts]
     done = tokens = 0
-    for group, samples in waves(list(map(len, prompts)), num_samples, max_new_tokens, room, from_memory):
-        wave = Wave(model, prompts[group], streams[group, samples], stops, (temperature, top_k, top_p))
-        for now_done, now_tokens in wave.run():
-            if progress:
-                progress(done + now_done, tokens + now_tokens)
-            while on_completion and wave.left:
-                number, completion = wave.left.pop()
-                prompt, sample = divmod(number, wave.num_samples)
-                on_completion(group.start + prompt, samples.start + sample, completion)
-        done, tokens = done + now_done, tokens + now_tokens
-        for completions, found in zip(groups[group], wave.groups(), strict=True):
-            completions += found
-        del wave  # its keys and values have to be gone before the next one's come
+    for group, samples in plan_batches(list(map(len, prompts)), num_samples, max_new_tokens, room):
+        batch = DecodeBatch(model, prompts[group], uniforms[group, samples], stops, distribution)
+        for batch_done, batch_tokens in batch.run():
+            if on_progress:
+                on_progress(done + batch_done, tokens + batch_tokens)
+        done += batch_done
+        tokens += batch_tokens
+        for completions, sampled in zip(groups[group], batch.groups(), strict=True):
+            completions += sampled
+        del batch  # free its keys and values before the next batch takes its own
     return groups
 
 
-def waves(
-    lengths: list[int], num_samples: int, max_new_tokens: int, max_cache_tokens: int, from_memory: bool = False
+def check_arguments(model, prompts, num_samples, max_new_tokens, temperature, top_k, top_p) -> None:
+    """Raise ValueError for an argument out of its range."""
+    counts = {"num_samples": num_samples, "max_new_tokens": max_new_tokens, "top_k": top_k}
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
+    vocab = model.config.vocab_size
+    for prompt in prompts:
+        if not prompt or max(prompt) >= vocab or min(prompt) < 0:
+            raise ValueError(f"a prompt needs at least one id, all of them in [0, {vocab}), not {prompt[:8]}")
+
+
+def plan_batches(
+    lengths: list[int], num_samples: int, max_new_tokens: int, max_cache_tokens: int
 ) -> list[tuple[slice, slice]]:
-    """Divide groups into (prompts, samples) whose keys and values fit together, however long the completions get.
+    """Divide groups into batches (prompts, samples) whose keys and values fit, however long completions get.
 
-    Groups stay whole, in their order; one that is too large alone is divided into as few parts as it takes.
-
-    Args:
-        lengths: tokens of each prompt. A wave pads its prompts to the longest.
-        from_memory: `max_cache_tokens` is what free memory allows, so no error advises to raise it.
-
-    Raises:
-        ModelError: there is no room for one completion of a prompt.
+    Groups stay whole and in order; one that is too large by itself is divided into as few parts as possible.
+    `lengths` are those of the prompts; a batch pads its prompts to the longest.
     """
-    planned, start = [], 0
+    batches = []
+    start = 0
     while start < len(lengths):
         end, longest = start, 0
         while end < len(lengths):
@@ -105,60 +238,121 @@ def waves(
                 break
             end += 1
         if end > start:
-            planned.append((slice(start, end), slice(0, num_samples)))
+            batches.append((slice(start, end), slice(0, num_samples)))
             start = end
             continue
-        at_once = (max_cache_tokens - lengths[start]) // max_new_tokens
-        if at_once < 1:
-            found, advice = ("memory has", "") if from_memory else ("there is", "raise max_cache_tokens, ")
+        fitting = (max_cache_tokens - lengths[start]) // max_new_tokens
+        if fitting < 1:
             raise ModelError(
-                f"{found} room for {max_cache_tokens} tokens of keys and values, and a prompt of {lengths[start]} with "
-                f"{max_new_tokens} new ones takes {lengths[start] + max_new_tokens}: {advice}lower max_new_tokens, "
-                "or take a smaller model"
+                f"room for {max_cache_tokens} tokens of keys and values, but a prompt of {lengths[start]} with "
+                f"{max_new_tokens} new ones takes {lengths[start] + max_new_tokens}: lower max_new_tokens, raise "
+                "max_cache_tokens if memory allows, or take a smaller model"
             )
-        for first in range(0, num_samples, at_once):
-            planned.append((slice(start, start + 1), slice(first, min(first + at_once, num_samples))))
+        for first in range(0, num_samples, fitting):
+            batches.append((slice(start, start + 1), slice(first, min(first + fitting, num_samples))))
         start += 1
-    return planned
+    return batches
 
 
-def plain_completion(
-    model: Qwen3,
-    prompt: list[int],
-    uniforms: Tensor,
-    stop_token_ids: tuple[int, ...] | list[int],
-    distribution: tuple[float, int | None, float | None],
-) -> Completion:
-    """The sampler without its speed: one completion, every token from a forward over all tokens before it.
+class DecodeBatch:
+    """`num_samples` completions for each prompt, decoded in lock-step: one token a row in each forward.
 
-    Args:
-        uniforms: [max_new_tokens], the random number of each token, in [0, 1).
-        distribution: temperature, top_k, top_p.
+    Finished rows keep decoding, their output discarded, until enough have finished; then the batch is
+    compacted. `uniforms` are the random numbers, [prompts, num_samples, max_new_tokens], `stops` the stop
+    token ids. `static` keeps shapes constant between compactions (see `GroupCache`); None: where that is
+    faster.
     """
-    token_ids: list[int] = []
-    logprobs: list[float] = []
-    for uniform in uniforms:
-        logits = model(torch.tensor([prompt + token_ids], device=model.device))[:, -1]
-        sampled, logprob = sample(logits, uniform[None], model.num_tokens, *distribution)
-        token_ids.append(sampled.item())
-        logprobs.append(logprob.item())
-        if token_ids[-1] in stop_token_ids:
-            return Completion(token_ids, logprobs, finished=True)
-    return Completion(token_ids, logprobs, finished=False)
+
+    def __init__(
+        self, model: Qwen3, prompts, uniforms: Tensor, stops: Tensor, distribution: Distribution, static=None
+    ):
+        self.num_samples, self.max_new_tokens = uniforms.shape[1:]
+        rows, device = len(prompts) * self.num_samples, model.device
+        self.model = model
+        self.stops = stops
+        self.distribution = distribution
+        self.completions: list[Completion | None] = [None] * rows
+        # Of the rows still in the batch:
+        self.numbers = torch.arange(rows, device=device)  # index in `completions`
+        self.uniforms = uniforms.flatten(0, 1).to(device)
+        self.token_ids = torch.zeros(rows, self.max_new_tokens, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(rows, self.max_new_tokens, device=device)
+        logits, cache = prefill(model, prompts)
+        if static is None:
+            static = device.type == "cuda" or model.dtype == torch.bfloat16
+        self.cache = GroupCache(cache, self.num_samples, self.max_new_tokens, static)
+        self.record(logits.repeat_interleave(self.num_samples, dim=0))
+
+    def run(self) -> Iterator[tuple[int, int]]:
+        """Decode to the end; yields (completions done, tokens sampled) now and then."""
+        device = "cuda" if self.model.device.type == "cuda" else "cpu"
+        graphed = device == "cuda" and not has_int8(self.model)
+        step = GraphedStep(self.step) if graphed else lambda shape: self.step()
+        for count in range(1, self.max_new_tokens):
+            if count % CHECK_EVERY[device] == 0:
+                yield self.compact(count, COMPACT_BELOW[device])
+                if len(self.numbers) == 0:
+                    return
+            self.cache.reserve(count)
+            step(self.cache.shape)
+        yield self.compact(self.max_new_tokens, below=1.0)
+
+    def groups(self) -> list[list[Completion]]:
+        """The completions, [prompt][sample]."""
+        size = self.num_samples
+        return [self.completions[start : start + size] for start in range(0, len(self.completions), size)]
+
+    def step(self) -> None:
+        """Decode one token for each row. Nothing here waits for the device or depends on what was sampled."""
+        last = self.token_ids.index_select(1, self.cache.stored)  # [rows, 1]
+        self.record(self.model(last, self.cache)[:, -1])
+
+    def record(self, logits: Tensor) -> None:
+        """Sample the token after the stored ones, from logits [rows, vocab]."""
+        column = self.cache.stored
+        uniforms = self.uniforms.index_select(1, column)[:, 0]
+        sampled, logprobs = sample(logits, uniforms, self.model.num_tokens, *self.distribution)
+        self.token_ids.index_copy_(1, column, sampled[:, None])
+        self.logprobs.index_copy_(1, column, logprobs[:, None])
+
+    def compact(self, count: int, below: float) -> tuple[int, int]:
+        """Drop the rows that finished within their `count` tokens, if at most `below` of all are unfinished.
+
+        Returns completions done and tokens sampled, of the whole batch.
+        """
+        stops = torch.isin(self.token_ids[:, :count], self.stops)  # [rows, count]
+        finished = stops.any(1)
+        lengths = torch.where(finished, stops.int().argmax(1) + 1, count)
+        dropped = finished if count < self.max_new_tokens else torch.ones_like(finished)
+        before = [completion for completion in self.completions if completion]
+        done = len(before) + int(dropped.sum())
+        tokens = sum(len(completion.token_ids) for completion in before) + int(lengths.sum())
+        keep = (~dropped).nonzero()[:, 0]
+        if len(keep) <= below * len(dropped):
+            columns = (self.numbers, lengths, finished, self.token_ids, self.logprobs)
+            for row in zip(*(column[dropped].tolist() for column in columns), strict=True):
+                number, length, ended, token_ids, logprobs = row
+                self.completions[number] = Completion(token_ids[:length], logprobs[:length], ended)
+            self.numbers = self.numbers[keep]
+            self.uniforms = self.uniforms[keep]
+            self.token_ids = self.token_ids[keep]
+            self.logprobs = self.logprobs[keep]
+            if len(keep):
+                self.cache.select(keep)
+        return done, tokens
 
 
-def check_arguments(model, prompts, num_samples, max_new_tokens, temperature, top_k, top_p) -> None:
-    for name, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, not {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
-    for prompt in prompts:
-        if not prompt:
-            raise ValueError("a prompt needs at least one token")
-        if max(prompt) >= model.config.vocab_size or min(prompt) < 0:
-            raise ValueError(f"prompt ids must lie in [0, {model.config.vocab_size}), found {max(prompt)} or {min(prompt)}")
+def prefill(model: Qwen3, prompts: list[list[int]]) -> tuple[Tensor, KVCache]:
+    """Run each prompt through the model once: logits of its next token, [prompts, vocab], and the cache."""
+    longest = max(map(len, prompts))
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    padded = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=model.device)
+    cache = KVCache(model.config, len(prompts), longest, model.device, model.dtype)
+    last = []
+    at_once = max(1, PREFILL_TOKENS // longest)
+    for start in range(0, len(prompts), at_once):
+        rows = slice(start, start + at_once)
+        hidden = model.model(padded[rows], cache.part(rows))  # [at_once, longest, hidden]
+        last.append(hidden[torch.arange(len(hidden), device=model.device), lengths[rows] - 1])
+    cache.set_lengths(lengths)
+    return model.lm_head(torch.cat(last)), cache

@@ -1,137 +1,186 @@
-"""The GRPO update: from scored groups to a better policy.
+"""GRPO: sample groups of completions, compare each with its group, learn from the difference.
 
-What this leaves out of PPO, and why: no critic, since the other completions of a group say what to expect (the paper's
-section 2.2); no generalised advantage estimation, since the reward comes once, at the end; no KL penalty by default,
-since the reward is exact and cannot be fooled into nonsense, though `kl_coef` brings it back.
+What this leaves out of PPO, and why. No critic: the other completions of a group say what reward to expect
+(the paper, section 2.2). No generalised advantage estimation: the reward comes once, at the end. No KL
+penalty by default: the reward is exact and cannot be fooled into nonsense; `kl_coef` brings it back.
 """
 
+import math
+import time
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from torch import Tensor
 
+from data.task import Problem, Task
+from model import Qwen3, Tokenizer
 from rl.advantage import group_advantages
-from rl.batch import Batch, Sample, completion_logprobs, score_completions
-from rl.learner import Learner
-from rl.loss import clip_counts, grpo_loss, loss_denominator, truncated_importance
-from rl.recipe import GRPOStage
-from rl.rollout import Rollout, reward_tensor
+from rl.batch import Batch, Sample, completion_logprobs, halve_on_oom, score_completions
+from rl.distributed import share, sum_counts, sum_gradients
+from rl.loss import clip_counts, grpo_loss, loss_denominator
+from rl.optimizer import Optimizer
+from rl.ranges import Count, CountOrZero, NonNegative, Positive, Share
+from rl.reward import RewardSettings
+from rl.rollout import Rollout, SamplingSettings, collect_rollouts
 
 
-def group_samples(groups: list[list[Rollout]], scale_by_std: bool = True) -> list[list[Sample]]:
-    """Each rollout with its advantage in its group, ready for a batch."""
-    advantages = group_advantages(reward_tensor(groups), scale_by_std=scale_by_std).tolist()
-    return [
-        [
-            Sample(rollout.prompt_ids, rollout.completion.token_ids, rollout.completion.logprobs, advantage)
-            for rollout, advantage in zip(group, row, strict=True)
-        ]
-        for group, row in zip(groups, advantages, strict=True)
-    ]
+@dataclass(frozen=True)
+class GRPOStage:
+    """Reinforcement on sampled groups."""
+
+    kind: Literal["grpo"] = "grpo"
+    steps: Count = 80
+    """Rollout batches."""
+    prompts_per_step: Count = 32
+    """Groups in a rollout batch."""
+    samples_per_prompt: Count = 8
+    """Completions in a group."""
+    updates_per_step: Count = 2
+    """Optimizer steps a rollout batch, each on its own share of the groups. The clip matters from the second
+    on.
+    """
+    learning_rate: Positive = 2e-6
+    """Reached after the warm-up."""
+    warmup_steps: CountOrZero = 5
+    """Steps of linear rise to the learning rate."""
+    end_rate: Share = 1.0
+    """Share of the learning rate that is left at the stage's end; it falls linearly. 1 keeps it constant."""
+    clip_low: Share = 0.25
+    """The ratio is clipped below at 1 - clip_low; 1 disables it."""
+    clip_high: NonNegative = 0.25
+    """The ratio is clipped above at 1 + clip_high; 1e9 disables it."""
+    aggregation: Literal["token", "sequence", "constant"] = "token"
+    """How token losses are averaged."""
+    scale_by_std: bool = True
+    """Divide advantages by the group's standard deviation."""
+    kl_coef: NonNegative = 0.0
+    """Weight of the KL penalty towards the policy at the stage's start; above 0, memory holds a copy of it.
+    """
 
 
-def grpo_update(learner: Learner, samples: list[list[Sample]], stage: GRPOStage, learning_rate: float) -> dict[str, float]:
-    """Learn from one batch of groups in `stage.updates_per_step` optimizer steps, each on its own share of them.
-
-    An update whose loss or gradient is not finite is left out, see `Learner.step`.
-
-    The first share is on-policy, its ratios all one. By the second the weights have moved, and ratios and clip matter.
+def grpo_step(
+    model: Qwen3,
+    tokenizer: Tokenizer,
+    optimizer: Optimizer,
+    task: Task,
+    problems: list[Problem],
+    *,
+    settings: GRPOStage,
+    sampling: SamplingSettings,
+    learning_rate: float,
+    seed: int,
+    reward: RewardSettings = RewardSettings(),
+    reference: Qwen3 | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[list[Rollout]], Tensor, dict[str, float]]:
+    """One step: answer `problems`, score the answers, and make the better ones of each group likelier.
 
     Returns:
-        Means over the updates taken: `loss`, `grad_norm`; how many were not, `skipped_updates`; shares of tokens:
-        `clip_fraction`, `clip_fraction_low`, `clip_fraction_high`; of the tokens learned from, in nats: `policy_entropy`,
-        exact, and, before the first update, `log_ratio_mean` and `log_ratio_std` between trainer and sampler, zero if the
-        two agree; `lr`; `micro_batch_tokens`; and, for weights below float32, `weights_moved`, the share that changed.
+        The rollouts, [problem][sample]; their advantages, [problems, samples]; the metrics of the step.
     """
-    shares = [samples[number :: stage.updates_per_step] for number in range(stage.updates_per_step)]
-    own = [learner.workers.share(share) for share in shares]
-    if stage.importance_cap is not None:
-        own = [recompute_logprobs(learner, share) for share in own]
-    totals: Counter[str] = Counter()
-    first: Counter[str] = Counter()
-    for share, mine in zip(shares, own, strict=True):
-        lengths = [len(sample.completion_ids) for group in share for sample in group]
-        denominator = loss_denominator(lengths, learner.recipe.sampling.max_new_tokens, stage.aggregation)
-        sums = accumulate_gradient(learner, [sample for group in mine for sample in group], stage, denominator)
-        norm = learner.step(learning_rate)
-        if norm is not None:
-            first = first if totals else sums
-            totals.update(sums | {"grad_norm": norm, "updates": 1})
-    tokens, updates = sum(len(sample.completion_ids) for group in samples for sample in group), max(1, totals["updates"])
-    low, high = totals["clipped_low"] / tokens, totals["clipped_high"] / tokens
-    count = max(1, first["tokens"])
-    mean = first["log_ratio"] / count
-    moved = {} if learner.optimizer.moved_share is None else {"weights_moved": learner.optimizer.moved_share}
-    return moved | {
-        "loss": totals["loss"] / updates,
-        "grad_norm": totals["grad_norm"] / updates,
-        "skipped_updates": stage.updates_per_step - totals["updates"],
-        "policy_entropy": totals["entropy"] / max(1, totals["tokens"]),
-        "clip_fraction": low + high,
-        "clip_fraction_low": low,
-        "clip_fraction_high": high,
-        "log_ratio_mean": mean,
-        "log_ratio_std": max(0.0, first["log_ratio_squared"] / count - mean**2) ** 0.5,
-        "lr": learning_rate,
-        "micro_batch_tokens": learner.micro_batch_tokens,
-    }
+    # 1. Sample and score. The completions of one problem are a group.
+    start = time.perf_counter()
+    count = settings.samples_per_prompt
+    options = {"sampling": sampling, "seed": seed, "reward": reward, "on_progress": on_progress}
+    groups = collect_rollouts(model, tokenizer, task, problems, num_samples=count, **options)
+    sampled = time.perf_counter()
+
+    # 2. Compare with the group. The advantage says how much better a completion did than its group.
+    rewards = torch.tensor([[rollout.score.reward for rollout in group] for group in groups])
+    advantages = group_advantages(rewards, scale_by_std=settings.scale_by_std)  # [problems, samples]
+    samples = []
+    for group, row in zip(groups, advantages.tolist(), strict=True):
+        sampled_with = [(r.prompt_ids, r.completion.token_ids, r.completion.logprobs) for r in group]
+        samples.append([Sample(*each, advantage) for each, advantage in zip(sampled_with, row, strict=True)])
+
+    # 3. Learn, each update from its own part of the groups. In the first update every ratio is one; from the
+    # second on the weights have moved since sampling, and the clip limits how far a ratio can go.
+    updates = []
+    for number in range(settings.updates_per_step):
+        part = samples[number :: settings.updates_per_step]
+        lengths = [len(sample.completion_ids) for group in part for sample in group]
+        denominator = loss_denominator(lengths, sampling.max_new_tokens, settings.aggregation)
+        own = [sample for group in share(part) for sample in group if sample.advantage or settings.kl_coef]
+        arguments = (settings, sampling.temperature, denominator, reference)
+        sums = sum_counts(halve_on_oom(add_gradient, optimizer, model, own, *arguments))
+        sum_gradients(optimizer.parameters.values())
+        finite = all(map(math.isfinite, sums.values()))
+        updates.append((sums, optimizer.step(learning_rate, skip=not finite)))
+    seconds = {"rollout_seconds": sampled - start, "update_seconds": time.perf_counter() - sampled}
+    tokens = sum(len(sample.completion_ids) for group in samples for sample in group)
+    return groups, advantages, update_metrics(updates, tokens) | {"lr": learning_rate} | seconds
 
 
-def recompute_logprobs(learner: Learner, groups: list[list[Sample]]) -> list[list[Sample]]:
-    """The samples with the trainer's log-probabilities of their tokens beside the sampler's, before any update."""
-    found: dict[int, list[float]] = {}
-    for micro, batch in learner.batches([sample for group in groups for sample in group]):
-        with torch.no_grad():
-            logprobs = completion_logprobs(learner.model, batch, learner.recipe.sampling.temperature)
-        for sample, row, mask in zip(micro, logprobs, batch.mask, strict=False):
-            found[id(sample)] = row[mask].tolist()
-    return [[replace(sample, recomputed_logprobs=found[id(sample)]) for sample in group] for group in groups]
+def add_gradient(
+    model: Qwen3,
+    batches: Iterable[Batch],
+    settings: GRPOStage,
+    temperature: float,
+    denominator: float,
+    reference: Qwen3 | None,
+) -> Counter:
+    """Add the gradient of `grpo_loss` over `batches`; it does not depend on how the samples are divided.
 
-
-def accumulate_gradient(
-    learner: Learner, samples: list[Sample], stage: GRPOStage, denominator: float | None = None
-) -> Counter[str]:
-    """Forward and backward over `samples` in micro-batches; the gradient does not depend on how they are divided.
-
-    Samples with advantage zero have no gradient and are passed over, unless the KL penalty needs them; they still count
-    in the average. `denominator` is that of the whole update, of which other processes may have the rest; None: there is
-    no rest.
-
-    Returns, of all processes' samples:
-        `loss`, and sums over the tokens learned from: `tokens`, `clipped_low`, `clipped_high`, `entropy`, and
-        `log_ratio` and `log_ratio_squared` against the sampler's log-probabilities.
+    Returns:
+        `loss`, and sums over the tokens: `tokens`, `clipped_low`, `clipped_high`, `entropy`, and `log_ratio`
+        and `log_ratio_squared` between the trainer's and the sampler's log-probabilities.
     """
-    sampling = learner.recipe.sampling
-    if denominator is None:
-        lengths = [len(sample.completion_ids) for sample in samples]
-        denominator = loss_denominator(lengths, sampling.max_new_tokens, stage.aggregation)
-
-    def backward(batch: Batch) -> dict[str, float]:
-        logprobs, entropy = score_completions(learner.model, batch, sampling.temperature)
-        ref_logprobs = importance = None
-        if learner.reference is not None:
+    sums: Counter = Counter()
+    for batch in batches:
+        logprobs, entropy = score_completions(model, batch, temperature)
+        ref_logprobs = None
+        if reference is not None:
             with torch.no_grad():
-                ref_logprobs = completion_logprobs(learner.reference, batch, sampling.temperature)
-        if stage.importance_cap is not None:
-            importance = truncated_importance(batch.recomputed_logprobs, batch.old_logprobs, stage.importance_cap)
-        ratio_of = (batch.recomputed_logprobs, batch.advantages, batch.mask, stage.clip_low, stage.clip_high)
-        loss = grpo_loss(
-            logprobs, *ratio_of, aggregation=stage.aggregation, denominator=denominator,
-            ref_logprobs=ref_logprobs, kl_coef=stage.kl_coef, importance=importance,
-        )  # fmt: skip
+                ref_logprobs = completion_logprobs(reference, batch, temperature)
+        surrogate = (batch.old_logprobs, batch.advantages, batch.mask, settings.clip_low, settings.clip_high)
+        options = {
+            "aggregation": settings.aggregation,
+            "denominator": denominator,
+            "kl_coef": settings.kl_coef,
+        }
+        loss = grpo_loss(logprobs, *surrogate, ref_logprobs=ref_logprobs, **options)
         loss.backward()
         logprobs = logprobs.detach()
         log_ratio = (logprobs - batch.old_logprobs)[batch.mask].double()
-        low, high = clip_counts(logprobs, *ratio_of)
-        return {
-            "loss": loss.item(),
-            "tokens": len(log_ratio),
-            "clipped_low": low,
-            "clipped_high": high,
-            "entropy": entropy.sum().item(),
-            "log_ratio": log_ratio.sum().item(),
-            "log_ratio_squared": log_ratio.square().sum().item(),
-        }
+        low, high = clip_counts(logprobs, *surrogate)
+        sums["loss"] += loss.item()
+        sums["tokens"] += len(log_ratio)
+        sums["clipped_low"] += low
+        sums["clipped_high"] += high
+        sums["entropy"] += entropy.sum().item()
+        sums["log_ratio"] += log_ratio.sum().item()
+        sums["log_ratio_squared"] += log_ratio.square().sum().item()
+    return sums
 
-    useful = [sample for sample in samples if sample.advantage != 0 or stage.kl_coef]
-    return learner.accumulate(useful, backward)
+
+def update_metrics(updates: list[tuple[Counter, float]], tokens: int) -> dict[str, float]:
+    """The metrics of a step, from (what `add_gradient` summed, gradient norm or NaN if skipped) of each
+    update.
+
+    Returns:
+        Means over the updates taken: `loss`, `grad_norm`. Shares of all `tokens` of the step:
+        `clip_fraction` and its two parts. In nats per token learned from: `policy_entropy`, exact; before
+        the first update, `log_ratio_mean` and `log_ratio_std` between trainer and sampler, zero if the two
+        agree.
+    """
+    taken = [(sums, norm) for sums, norm in updates if math.isfinite(norm)]
+    total: Counter = Counter()
+    for sums, _ in taken:
+        total.update(sums)
+    first = taken[0][0] if taken else total
+    mean = first["log_ratio"] / max(1, first["tokens"])
+    variance = first["log_ratio_squared"] / max(1, first["tokens"]) - mean**2
+    return {
+        "loss": total["loss"] / max(1, len(taken)),
+        "grad_norm": sum(norm for _, norm in taken) / max(1, len(taken)),
+        "skipped_updates": len(updates) - len(taken),
+        "policy_entropy": total["entropy"] / max(1, total["tokens"]),
+        "clip_fraction": (total["clipped_low"] + total["clipped_high"]) / tokens,
+        "clip_fraction_low": total["clipped_low"] / tokens,
+        "clip_fraction_high": total["clipped_high"] / tokens,
+        "log_ratio_mean": mean,
+        "log_ratio_std": max(0.0, variance) ** 0.5,
+    }

@@ -18,39 +18,34 @@ def grpo_loss(
     denominator: float | None = None,
     ref_logprobs: Tensor | None = None,
     kl_coef: float = 0.0,
-    importance: Tensor | None = None,
 ) -> Tensor:
-    """The clipped surrogate of GRPO (the paper's equation in section 2.2; arXiv:2402.03300, equation 3), to minimise.
+    """The clipped surrogate of GRPO, to minimise (the paper, section 2.2; arXiv:2402.03300, equation 3).
 
     Per token, with ratio = exp(logprobs - old_logprobs):
 
         -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + kl_coef * k3
 
-    The minimum holds for A < 0 too: a bad token that became likelier is pushed down without limit, one that already
-    became rarer by more than `clip_low` is left alone.
+    For A < 0 it is the minimum too: a bad token that became likelier is pushed down without limit; one that
+    already became rarer by more than `clip_low` has no gradient.
 
     Args:
-        logprobs: of the policy being trained; the only argument that carries gradient.
+        logprobs: of the policy in training; the only argument with a gradient.
         old_logprobs: of the policy that sampled.
         advantages: [rows], or [rows, time].
         mask: True where there is a completion token.
-        aggregation, denominator: how tokens become one number, see `aggregate`.
-        ref_logprobs, kl_coef: a frozen reference and the weight of the KL penalty towards it; k3 is an
-            unbiased estimate of it that is never negative (http://joschu.net/blog/kl-approx.html). Its gradient, on
-            policy, is that of KL(reference || policy).
-        importance: a constant factor for each token's surrogate, see `truncated_importance`.
+        aggregation, denominator: how the tokens become one number, see `aggregate`.
+        ref_logprobs, kl_coef: a frozen reference, and the weight of the KL penalty towards it. k3 is an
+            unbiased estimate of the divergence, never negative (http://joschu.net/blog/kl-approx.html).
 
     Returns:
-        A scalar. On the first update after sampling its value is near zero, since advantages sum to zero in a group and
-        every ratio is one: watch the gradient norm and the reward, not this number.
+        A scalar, near zero in the first update: advantages sum to zero in a group, and every ratio is one.
+        Watch the gradient norm and the reward instead.
     """
     if advantages.dim() == 1:
         advantages = advantages[:, None]
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     per_token = -torch.minimum(ratio * advantages, clipped * advantages)
-    if importance is not None:
-        per_token = importance * per_token
     if kl_coef:
         if ref_logprobs is None:
             raise ValueError("kl_coef needs ref_logprobs, the reference's log-probabilities")
@@ -59,30 +54,24 @@ def grpo_loss(
     return aggregate(per_token, mask, aggregation, denominator)
 
 
-def truncated_importance(trainer_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
-    """min(trainer's probability / sampler's, cap) of each token, [rows, time].
-
-    Tokens come from the sampler's distribution, the gradient wants them from the trainer's. Where the two differ, as
-    with int8 weights whose activations only the sampler rounds, these weights correct for it; the cap bounds their
-    variance (truncated importance sampling; Ionides 2008).
-    """
-    return (trainer_logprobs - sampler_logprobs).exp().clamp(max=cap)
-
-
 def sft_loss(logprobs: Tensor, mask: Tensor, denominator: float | None = None) -> Tensor:
     """Mean negative log-likelihood of the completion tokens, in nats."""
     return aggregate(-logprobs, mask, "token", denominator)
 
 
-def aggregate(per_token: Tensor, mask: Tensor, aggregation: str = "token", denominator: float | None = None) -> Tensor:
-    """One number from [rows, time]; masked positions count for nothing, whatever they hold.
+def aggregate(
+    per_token: Tensor, mask: Tensor, aggregation: str = "token", denominator: float | None = None
+) -> Tensor:
+    """One number from [rows, time]; masked positions do not count, whatever they hold.
 
-    - "token": sum over all tokens / number of tokens (DAPO, arXiv:2503.14476). Every token weighs the same.
-    - "sequence": mean over rows of each row's mean (the original GRPO). Tokens of long completions weigh less.
+    - "token": sum over all tokens / number of tokens (DAPO, arXiv:2503.14476). All tokens weigh the same.
+    - "sequence": mean over rows of each row's mean (the original GRPO). Tokens of long completions weigh
+      less.
     - "constant": sum / (rows * longest possible completion) (Dr. GRPO, arXiv:2503.20783).
 
-    `denominator` is the divisor of the whole batch when `mask` holds only a micro-batch of it (see `loss_denominator`):
-    losses, and so gradients, of micro-batches then add up to the whole batch's, however it was divided.
+    `denominator` is the divisor of the whole update when `mask` is only a micro-batch of it (see
+    `loss_denominator`). The losses, and so the gradients, of micro-batches then add up to those of the
+    update, however it was divided.
     """
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, not {aggregation!r}")
@@ -95,21 +84,21 @@ def aggregate(per_token: Tensor, mask: Tensor, aggregation: str = "token", denom
 
 
 def loss_denominator(lengths: list[int], max_length: int, aggregation: str) -> float:
-    """The divisor of `aggregate` for a batch with completions of these lengths; never zero."""
+    """The divisor of `aggregate` for completions of these lengths; never zero."""
     if aggregation == "token":
         return float(max(1, sum(lengths)))
     return float(max(1, len(lengths) * (max_length if aggregation == "constant" else 1)))
 
 
-def clip_counts(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float):
-    """How many tokens the clip silenced, as ints (below, above).
+def clip_counts(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float
+) -> tuple[int, int]:
+    """How many tokens have no gradient because of the clip: (ratio too low, ratio too high).
 
-    A token is silenced on the low side when A < 0 and ratio < 1 - low, on the high side when A > 0 and
-    ratio > 1 + high: there the clipped term is the minimum, and it has no gradient.
+    These are tokens with A < 0 and ratio < 1 - low, and tokens with A > 0 and ratio > 1 + high. `advantages`
+    is [rows].
     """
     ratio = (logprobs - old_logprobs).exp()
-    if advantages.dim() == 1:
-        advantages = advantages[:, None]
-    below = (advantages < 0) & (ratio < 1 - low) & mask
-    above = (advantages > 0) & (ratio > 1 + high) & mask
+    below = (advantages[:, None] < 0) & (ratio < 1 - low) & mask
+    above = (advantages[:, None] > 0) & (ratio > 1 + high) & mask
     return int(below.sum()), int(above.sum())

@@ -1,37 +1,81 @@
-"""Supervised fine-tuning: raise the likelihood of given completions. Same batches and log-probabilities as GRPO."""
+"""Supervised fine-tuning: raise the likelihood of given completions. Same batches and log-probabilities as
+GRPO.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 
-from rl.batch import Batch, Sample, completion_logprobs
-from rl.learner import Learner
+from model import Qwen3
+from rl.batch import Batch, Sample, completion_logprobs, halve_on_oom
+from rl.distributed import share, sum_counts, sum_gradients
 from rl.loss import sft_loss
+from rl.optimizer import Optimizer
+from rl.ranges import Count, Positive, Range
+
+
+@dataclass(frozen=True)
+class SFTStage:
+    """Imitation of curated correct traces."""
+
+    kind: Literal["sft"] = "sft"
+    epochs: Annotated[int, Range(1, 1000)] = 2
+    """Passes over the traces."""
+    batch_size: Count = 64
+    """Traces an optimizer step."""
+    learning_rate: Positive = 5e-6
+    """Peak; falls linearly to zero over the stage."""
+    max_traces: Count = 2400
+    """At most so many traces; those of later steps are taken first."""
+    traces_per_problem: Count = 2
+    """At most so many traces of one problem; the shortest are taken."""
+    traces: str | None = None
+    """A JSONL file of your own instead of the rollouts of the stage before: a problem and a "completion" a
+    line.
+    """
 
 
 def sft_schedule(samples: list[Sample], batch_size: int, epochs: int, seed: int) -> list[list[Sample]]:
-    """The batches of every step: each epoch goes once through the samples in an order of its own."""
+    """The samples of every step: each epoch goes once through all of them, in its own order."""
     steps = []
     for epoch in range(epochs):
         order = np.random.default_rng([seed, epoch]).permutation(len(samples))
-        steps += [[samples[i] for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
+        for start in range(0, len(order), batch_size):
+            steps.append([samples[i] for i in order[start : start + batch_size]])
     return steps
 
 
-def sft_step(learner: Learner, samples: list[Sample], learning_rate: float) -> dict[str, float]:
+def sft_step(
+    model: Qwen3, optimizer: Optimizer, samples: list[Sample], learning_rate: float
+) -> dict[str, float]:
     """One optimizer step on `samples`: loss on the completions only, averaged over their tokens.
 
     Returns:
-        `loss` in nats a token, `grad_norm` before clipping, and `tokens` learned from; `skipped_updates` is 1 and loss and
-        norm 0 if they were not finite, see `Learner.step`.
+        `loss` in nats a token, `grad_norm` before clipping, and `tokens`. An update that is not finite is
+        skipped (see `Optimizer.step`): `skipped_updates` is 1, loss and norm are 0.
     """
     tokens = sum(len(sample.completion_ids) for sample in samples)
+    sums = sum_counts(halve_on_oom(add_sft_gradient, optimizer, model, share(samples), tokens))
+    sum_gradients(optimizer.parameters.values())
+    norm = optimizer.step(learning_rate, skip=not math.isfinite(sums["loss"]))
+    taken = math.isfinite(norm)
+    return {
+        "loss": sums["loss"] if taken else 0.0,
+        "grad_norm": norm if taken else 0.0,
+        "skipped_updates": int(not taken),
+        "tokens": tokens,
+    }
 
-    def backward(batch: Batch) -> dict[str, float]:
-        loss = sft_loss(completion_logprobs(learner.model, batch), batch.mask, tokens)
+
+def add_sft_gradient(model: Qwen3, batches: Iterable[Batch], tokens: int) -> Counter:
+    """Add the gradient of `sft_loss`, averaged over `tokens`, micro-batch by micro-batch; return the loss."""
+    sums: Counter = Counter()
+    for batch in batches:
+        loss = sft_loss(completion_logprobs(model, batch), batch.mask, tokens)
         loss.backward()
-        return {"loss": loss.item()}
-
-    loss = learner.accumulate(learner.workers.share(samples), backward)["loss"]
-    norm = learner.step(learning_rate)
-    if norm is None:
-        return {"loss": 0.0, "grad_norm": 0.0, "skipped_updates": 1, "tokens": tokens}
-    return {"loss": loss, "grad_norm": norm, "skipped_updates": 0, "tokens": tokens}
+        sums["loss"] += loss.item()
+    return sums

@@ -19,14 +19,15 @@ from data import Problem
 from model import Completion, load_model
 from model.quantize import has_int8
 from rl.advantage import group_advantages
-from rl.recipe import EvaluationSettings, GRPOStage, Recipe
-from rl.recipe_file import load_recipe
+from lab.recipe import EvaluationSettings, GRPOStage, Recipe
+from lab.recipe_file import load_recipe
 from rl.reward import RewardSettings, pay
 from rl.rollout import Rollout, paid
-from rl.runfolder import RunFolder
-from rl.stages import train
-from tasks import Countdown, Score
-from tasks.countdown import score
+from lab.runfolder import RunFolder
+from lab.stages import train
+from data import Countdown
+from data.task import Score
+from data.countdown import score
 
 PROBLEM = Problem((79, 60, 17), 36)
 
@@ -108,7 +109,7 @@ def stage_order() -> None:
 
 
 def curriculum() -> None:
-    from rl.problems import easiest
+    from lab.problems import easiest
 
     problems = [Problem((1, 2, 3, 4), 10), Problem((1, 2, 3), 6), Problem((11, 12, 3), 36), Problem((1, 2, 4), 7)]
     level = Countdown().level  # the third needs a product
@@ -162,5 +163,5 @@ if __name__ == "__main__":
             found[number] = None
         except Exception:
             found[number] = traceback.format_exc()
-    assert Path.cwd() == Path(sys.modules["rl.stages"].__file__).parent.parent, "not the patched tree"
+    assert Path.cwd() == Path(sys.modules["lab.stages"].__file__).parent.parent, "not the patched tree"
     print(json.dumps(found))

@@ -19,7 +19,7 @@ import tyro
 from test_expression import python_value
 
 from data import Problem, generate_problems, solve
-from tasks.countdown import score
+from data.countdown import score
 
 LIMIT = 0.010  # seconds a text of 100 kB may take
 PIECES = [
@@ -40,7 +40,7 @@ class Arguments:
 
 
 def solves(text: str, problem: Problem, thinking: bool) -> bool:
-    """Whether a text holds a solution, read in another way than `tasks.countdown` does."""
+    """Whether a text holds a solution, read in another way than `data.countdown` does."""
     if not thinking and re.match(r"[ \t\r\n]*<think>", text):
         text, thinking = text.split("<think>", 1)[1], True
     if thinking:

@@ -11,11 +11,9 @@ import torch
 from data import Problem
 from model import Completion, Qwen3, Qwen3Config
 from rl.batch import Sample
-from rl.learner import Learner
-from rl.optimizer import Optimizer
-from rl.recipe import OptimizerSettings, Recipe, SamplingSettings
+from rl.optimizer import Optimizer, OptimizerSettings
 from rl.rollout import Rollout
-from tasks import Score
+from data.task import Score
 
 SHAPE = {
     "vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -29,13 +27,9 @@ def random_model(seed: int = 0, dtype: torch.dtype = torch.float32, std: float =
     return Qwen3(Qwen3Config(**SHAPE | changes)).to(dtype).init_weights(seed, std)
 
 
-def learner(model: Qwen3, budget: int = 1000, max_new_tokens: int = 8, temperature: float = 1.0, **options) -> Learner:
-    """`model` with an optimizer made with `options`, in micro-batches of `budget` tokens."""
-    recipe = Recipe(
-        sampling=SamplingSettings(max_new_tokens=max_new_tokens, temperature=temperature),
-        optimizer=OptimizerSettings(micro_batch_tokens=budget),
-    )
-    return Learner(model, Optimizer(model, **options), recipe, budget)
+def optimizer_for(model: Qwen3, budget: int = 1000, **settings) -> Optimizer:
+    """An optimizer for `model` with these settings, in micro-batches of `budget` tokens."""
+    return Optimizer(model, OptimizerSettings(**settings), budget)
 
 
 def ragged_samples(count: int, seed: int = 0, longest: int = 9, vocab: int = 48) -> list[Sample]:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import tyro
 
-from rl.runfolder import RunFolder
+from lab.runfolder import RunFolder
 
 PARTS = 10
 OFTEN = ["--evaluation.every", "20", "--checkpoint-every", "5"]  # of 2,000 steps: 100 plots, 400 checkpoints

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from bases.attempts import (
+from experiments.bases.attempts import (
     STOP_SHARE,
     attempts_document,
     comparison_document,

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.jsonl import DataError
-from data.polynomial import MAX_CHARACTERS, PolynomialError, parse_polynomial, sum_text, terms_of, trimmed
-from tasks.calculus import MAX_COEFFICIENT, MAX_EXPONENT, MAX_ORDER, Calculus, Derivative
-from tasks.task import Score
+from data.load import DataError
+from data.calculus import MAX_CHARACTERS, PolynomialError, parse_polynomial, sum_text, terms_of, trimmed
+from data.calculus import MAX_COEFFICIENT, MAX_EXPONENT, MAX_ORDER, Calculus, Derivative
+from data.task import Score
 
 TASK = Calculus()
 PROBLEM = Derivative((7, 5, 0, -2, 3))  # 3x^4 - 2x^3 + 5x + 7

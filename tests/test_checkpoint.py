@@ -12,10 +12,10 @@ from helpers import random_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import rl.checkpoint
+import lab.checkpoint
 from model import Tokenizer, load_model
 from model.weights import TINY
-from rl.checkpoint import (
+from lab.checkpoint import (
     Progress,
     checkpoints,
     damage,
@@ -26,7 +26,7 @@ from rl.checkpoint import (
     save_checkpoint,
 )  # fmt: skip
 from rl.optimizer import Optimizer
-from rl.recipe import Recipe, RecipeError
+from lab.recipe import Recipe, RecipeError
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def killed_at(monkeypatch):
         monkeypatch.setattr(os, "fsync", count(os.fsync))
         monkeypatch.setattr(shutil, "rmtree", count(shutil.rmtree))
         monkeypatch.setattr(Path, "write_text", count(Path.write_text))
-        monkeypatch.setattr(rl.checkpoint, "digest", count(rl.checkpoint.digest))
+        monkeypatch.setattr(lab.checkpoint, "digest", count(lab.checkpoint.digest))
         return left
 
     return arm
@@ -132,7 +132,7 @@ def test_a_full_disk_leaves_what_was_there_and_says_so(tmp_path, parts, monkeypa
     def full(path, *arguments, **options):
         raise OSError(28, "No space left on device", str(path))
 
-    for module, name in ((rl.checkpoint.safetensors.torch, "save_file"), (Path, "write_text"), (os, "fsync")):
+    for module, name in ((lab.checkpoint.safetensors.torch, "save_file"), (Path, "write_text"), (os, "fsync")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, full)
             with pytest.raises(RecipeError, match=r"step_0020 cannot be written \(No space left on device\).*--resume"):

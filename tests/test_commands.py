@@ -14,14 +14,14 @@ import torch
 import eval as eval_command
 import train as train_command
 from model import generate, load_model
-from rl.checkpoint import checkpoints
-from rl.console import user_errors
-from rl.problems import problems_of
-from rl.recipe import RecipeError
+from lab.checkpoint import checkpoints
+from lab.console import user_errors
+from lab.problems import problems_of
+from lab.recipe import RecipeError
 from rl.rollout import Actor
-from rl.runfolder import RunFolder
-from rl.stages import train
-from tasks import GSM8K
+from lab.runfolder import RunFolder
+from lab.stages import train
+from data import GSM8K
 
 ROOT = Path(__file__).parent.parent
 METRICS = {
@@ -81,7 +81,7 @@ def test_a_run_leaves_what_the_readme_says(smoke_run):
 def test_curated_traces_are_correct_and_not_held_out(smoke_run):
     from data import Problem
     from rl import score
-    from rl.problems import problems_of
+    from lab.problems import problems_of
 
     rows = [json.loads(line) for line in (smoke_run / "traces.jsonl").read_text().splitlines()]
     _, held_out = problems_of(smoke().recipe)
@@ -271,7 +271,7 @@ def test_a_run_in_low_precision_resumes_bit_for_bit_and_leaves_plain_checkpoints
 
 
 def test_a_run_that_cannot_fit_is_refused_with_advice_and_leaves_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("rl.lab.free_memory", lambda device: 10_000_000)
+    monkeypatch.setattr("lab.lab.free_memory", lambda device: 10_000_000)
     message = fails(capsys, lambda: train(smoke("--out", tmp_path / "run", "--optimizer.micro-batch-tokens", 3000).recipe))
     assert "10 MB are free" in message and "--optimizer.activation-checkpointing saves" in message
     assert not (tmp_path / "run").exists()
@@ -353,8 +353,8 @@ def test_the_embedded_model_calculates_but_does_not_solve():
     """What its base training promises: nearly every step right as arithmetic, almost no problem solved."""
     import re
 
-    from rl.evaluate import evaluate
-    from rl.problems import problems_of
+    from lab.evaluate import evaluate
+    from lab.problems import problems_of
 
     recipe = train_command.parse(["256", "--model", "tiny"]).recipe
     model, tokenizer = load_model("tiny")

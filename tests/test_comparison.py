@@ -7,9 +7,9 @@ from rich.console import Console
 from test_evaluate import GROUPS, answered
 
 from data import Problem
-from rl.comparison import Candidate, comparison_table, difference, measures
-from rl.evaluate import Evaluation
-from tasks import Countdown
+from lab.comparison import Candidate, comparison_table, difference, measures
+from lab.evaluate import Evaluation
+from data import Countdown
 
 FIRST_ONLY = [group[:1] for group in GROUPS]  # correct, correct, correct, malformed
 WORSE = [answered(group[0].problem, *["7-1-2"] * 4) for group in GROUPS[:2]] + GROUPS[2:]

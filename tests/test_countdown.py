@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from data import Problem, ProblemSettings, evaluate_expression, generate_problems, prompt_text, solve
 from data.expression import parse_expression
-from tasks.countdown import score
+from data.countdown import score
 
 
 def every_value(numbers, operators="+-*/", whole_steps=False) -> set[Fraction]:

@@ -6,12 +6,12 @@ from collections import Counter
 
 import pytest
 
-from bases.derivations import RIGHT_SHARE, WELL_FORMED_SHARE, derivation_document, right_step, wrong_steps
-from bases.train import TINY_CALCULUS
-from data.polynomial import differentiate, parse_polynomial, term_text, terms_of
+from experiments.bases.derivations import RIGHT_SHARE, WELL_FORMED_SHARE, derivation_document, right_step, wrong_steps
+from experiments.bases.train import TINY_CALCULUS
+from data.calculus import differentiate, parse_polynomial, term_text, terms_of
 from model import Tokenizer
 from model.weights import EMBEDDED
-from rl.recipe_file import load_recipe
+from lab.recipe_file import load_recipe
 
 
 def documents(count: int = 400):

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-import study.run
-from rl.recipe import STAGES, Recipe
-from study.report import load_runs, paired_difference
-from study.run import load_arms
+import experiments.study.run
+from lab.recipe import STAGES, Recipe
+from experiments.study.report import load_runs, paired_difference
+from experiments.study.run import load_arms
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "docs" / "one_step.ipynb"

@@ -8,11 +8,11 @@ from helpers import PROBLEM
 
 from data.traces import latin_only, non_latin
 from model import Completion
-from rl.recipe import RewardSettings
+from lab.recipe import RewardSettings
 from rl.reward import pay
 from rl.rollout import Rollout, paid, rollout_metrics
-from tasks import Score
-from tasks.countdown import score
+from data.task import Score
+from data.countdown import score
 
 RIGHT = "fine\n</think>\n<answer>79-60+17</answer>"
 DRIFTED = "七十九 減 六十\n</think>\n<answer>79-60+17</answer>"

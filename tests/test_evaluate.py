@@ -9,12 +9,12 @@ import pytest
 import torch
 from helpers import PROBLEM, random_model
 
-import rl.stages
+import lab.stages
 from data import DataError, Problem
 from model import Completion, Tokenizer
 from model.weights import TINY
 from rl import score
-from rl.evaluate import (
+from lab.evaluate import (
     Evaluation,
     by_difficulty,
     distinct_answers,
@@ -24,13 +24,14 @@ from rl.evaluate import (
     problems_hash,
     solved_shares,
 )  # fmt: skip
-from rl.problems import problems_of
-from rl.recipe import EvaluationSettings, SamplingSettings
-from rl.recipe_file import load_recipe
+from lab.problems import problems_of
+from lab.recipe import EvaluationSettings, SamplingSettings
+from lab.recipe_file import load_recipe
 from rl.rollout import Actor, Rollout, collect_rollouts, pass_at_k, reward_tensor, rollout_metrics
-from rl.runfolder import RunFolder
-from rl.stages import train
-from tasks import Countdown, Score
+from lab.runfolder import RunFolder
+from lab.stages import train
+from data import Countdown
+from data.task import Score
 
 PROBLEMS = [Problem((1, 2, number), 10) for number in range(1, 6)]
 
@@ -51,7 +52,7 @@ def test_an_evaluation_counts_outcomes_lengths_and_truncations(monkeypatch):
         asked.append((actor, problems, num_samples, seed))
         return made
 
-    monkeypatch.setattr("rl.evaluate.collect_rollouts", collect)
+    monkeypatch.setattr("lab.evaluate.collect_rollouts", collect)
     sampling = SamplingSettings(max_new_tokens=14)
     actor = Actor(None, None, Countdown(), sampling)
     result = evaluate(actor, PROBLEMS * 2, 1, seed=3)
@@ -241,7 +242,7 @@ def test_a_run_ends_with_all_of_its_held_out_problems_as_sampled_and_greedy(monk
         assert num_samples == 1
         return Evaluation(len(asked) / 10, 0.0, 1.0, {}, 5.0, 0.0, [])
 
-    monkeypatch.setattr(rl.stages, "evaluate", evaluated)
+    monkeypatch.setattr(lab.stages, "evaluate", evaluated)
     train(recipe, quiet=True)
     held_out = problems_of(recipe)[1]
     assert [(problems, t) for problems, t in asked] == [(held_out[:n], t) for n, t in zip(sizes, (1.0, 1.0, 0.0))]

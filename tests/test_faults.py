@@ -9,15 +9,15 @@ from helpers import learner, ragged_samples, random_model
 from test_commands import smoke
 
 import rl.grpo
-import rl.steps
+import lab.steps
 from model import generate
-from model.distribution import sample
-from rl.console import user_errors
+from model.sampler import sample
+from lab.console import user_errors
 from rl.grpo import grpo_loss
-from rl.recipe import RecipeError
-from rl.runfolder import RunFolder
+from lab.recipe import RecipeError
+from lab.runfolder import RunFolder
 from rl.sft import sft_step
-from rl.stages import train
+from lab.stages import train
 
 BAD = [math.nan, math.inf, -math.inf]
 
@@ -50,7 +50,7 @@ def test_an_update_with_a_bad_gradient_changes_nothing_and_the_next_one_is_taken
 @pytest.mark.parametrize("bad", BAD)
 def test_only_the_micro_batch_with_a_bad_loss_is_kept(bad):
     """The log-probability that a sampler wrote down is what is bad here."""
-    import rl.recipe
+    import lab.recipe
     from rl.grpo import accumulate_gradient
 
     pupil = learner(random_model(), budget=20)
@@ -58,7 +58,7 @@ def test_only_the_micro_batch_with_a_bad_loss_is_kept(bad):
     broken = samples[3]
     broken.old_logprobs[0] = bad
     before = weights(pupil.model)
-    accumulate_gradient(pupil, samples, rl.recipe.GRPOStage())
+    accumulate_gradient(pupil, samples, lab.recipe.GRPOStage())
     assert pupil.step(1e-2) is None and unchanged(pupil.model, before)
     assert broken in pupil.faulty and len(pupil.faulty) < 8
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import SHAPES, random_ids, reference_model, same_weights
 
-import model.group_cache
-import model.wave
-from model.group_cache import GroupCache
+import model.cache
+import model.sampler
+from model.cache import GroupCache
 from model.qwen3 import Linear
 
 PROMPTS = [[5, 17, 3, 44, 9], [8], [61, 2, 2, 30, 71, 12, 4]]
@@ -21,7 +21,7 @@ def decoder():
 
 
 def grouped(decoder, prompts, num_samples, max_new_tokens, static) -> GroupCache:
-    _, cache = model.wave.prefill(decoder, prompts)
+    _, cache = model.sampler.prefill(decoder, prompts)
     return GroupCache(cache, num_samples, max_new_tokens, static)
 
 
@@ -44,7 +44,7 @@ def decode(decoder, cache, own, steps) -> torch.Tensor:
 @torch.no_grad()
 def test_every_step_gives_the_logits_of_an_uncached_forward(shape, static_block, monkeypatch):
     if static_block:
-        monkeypatch.setitem(model.group_cache.BLOCK, "cpu", static_block)
+        monkeypatch.setitem(model.cache.BLOCK, "cpu", static_block)
     decoder = same_weights(reference_model(seed=3, **SHAPES[shape]))
     cache, own = grouped(decoder, PROMPTS, 3, 7, static=bool(static_block)), random_ids(9, 7, seed=4)
     for step in range(7):
@@ -59,7 +59,7 @@ def test_every_step_gives_the_logits_of_an_uncached_forward(shape, static_block,
 def test_rows_that_stay_go_on_as_if_nobody_had_left(decoder, lengths, num_samples, static, block, data):
     prompts = [random_ids(length, seed=number).tolist() for number, length in enumerate(lengths)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(model.group_cache.BLOCK, "cpu", block)
+        patch.setitem(model.cache.BLOCK, "cpu", block)
         cache = grouped(decoder, prompts, num_samples, 9, static)
         belongs = cache.prompt_of.clone()
         own = random_ids(len(belongs), 9, seed=11)
@@ -104,7 +104,7 @@ def size(tensors) -> int:
 
 @torch.no_grad()
 def test_a_prompt_is_stored_once_and_blocks_follow_the_tokens(decoder, monkeypatch):
-    monkeypatch.setitem(model.group_cache.BLOCK, "cpu", 4)
+    monkeypatch.setitem(model.cache.BLOCK, "cpu", 4)
     token = 2 * decoder.config.num_hidden_layers * decoder.config.num_key_value_heads * decoder.config.head_dim
     for num_samples in (1, 5):
         cache = grouped(decoder, PROMPTS, num_samples, 10, static=True)

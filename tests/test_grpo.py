@@ -17,9 +17,9 @@ from rl import grpo_loss
 from rl.batch import completion_logprobs, make_batch, micro_batches
 from rl.grpo import accumulate_gradient, group_samples, grpo_update, recompute_logprobs
 from rl.loss import AGGREGATIONS, loss_denominator
-from rl.problems import endless_problems
-from rl.recipe import GRPOStage
-from rl.steps import learning_rate
+from lab.problems import endless_problems
+from lab.recipe import GRPOStage
+from lab.steps import learning_rate
 
 REWARDS = [[1.0, 0.0, 0.1, 0.1], [0.0, 0.1, 1.0, 1.0], [0.8, 0.3, 0.1, 0.0], [0.0, 0.0, 0.0, 1.0]]
 

@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 
 from data import DataError
 from data.traces import Trace, save_traces
-from rl.evaluate import load_completions
-from rl.problems import problems_of
-from rl.recipe import EvaluationSettings, GRPOStage, SFTStage
-from rl.recipe_file import load_recipe
-from rl.runfolder import RunFolder
-from rl.stages import train
-from tasks import CORRECT, GSM8K, WRONG
-from tasks.gsm8k import WordProblem, last_number
+from lab.evaluate import load_completions
+from lab.problems import problems_of
+from lab.recipe import EvaluationSettings, GRPOStage, SFTStage
+from lab.recipe_file import load_recipe
+from lab.runfolder import RunFolder
+from lab.stages import train
+from data import GSM8K
+from data.task import CORRECT, WRONG
+from data.gsm8k import WordProblem, last_number
 
 TASK = GSM8K()
 EGGS = WordProblem("A hen lays 6 eggs a day.  How many in 3 weeks?", "6*7=<<6*7=42>>42\n42*3=<<42*3=126>>126\n#### 126")
@@ -106,7 +107,7 @@ def test_training_and_test_set_are_the_hubs_two_files(monkeypatch, tmp_path):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(questions(2)), tmp_path / files[0])
         return tmp_path
 
-    monkeypatch.setattr("data.sources.download", download)
+    monkeypatch.setattr("data.load.download", download)
     assert len(TASK.load("hub")) == len(TASK.load("hub-test")) == 2
     assert asked == [("openai/gsm8k", "dataset", f"main/{name}-00000-of-00001.parquet") for name in ("train", "test")]
 

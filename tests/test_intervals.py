@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl.intervals import bootstrap_interval, mcnemar_p, wilson_interval
+from lab.intervals import bootstrap_interval, mcnemar_p, wilson_interval
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import pytest
 import torch
 from test_commands import smoke, timeless
 
-import rl.checkpoint
-from rl.checkpoint import checkpoints
-from rl.runfolder import RunFolder
-from rl.stages import train
+import lab.checkpoint
+from lab.checkpoint import checkpoints
+from lab.runfolder import RunFolder
+from lab.stages import train
 
 KILLS = 20
 OPTIONS = ["--checkpoint-every", 1, "--keep-checkpoints", 2, "--stages.0.steps", 6, "--stages.2.steps", 4]
@@ -22,7 +22,7 @@ def attempt(out: str) -> None:
     def slow_sync(path: Path) -> None:
         time.sleep(0.02)
 
-    rl.checkpoint.sync = slow_sync  # as on a slow disk: a checkpoint takes a quarter of a second
+    lab.checkpoint.sync = slow_sync  # as on a slow disk: a checkpoint takes a quarter of a second
     torch.set_num_threads(1)
     train(smoke("--out", out, *OPTIONS).recipe, resume=RunFolder(out).holds_run, quiet=True)
 

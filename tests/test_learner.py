@@ -12,7 +12,7 @@ from rl import sft_loss
 from rl.batch import completion_logprobs, score_completions
 from rl.grpo import group_samples, grpo_update
 from rl.learner import out_of_memory
-from rl.recipe import GRPOStage
+from lab.recipe import GRPOStage
 
 SAMPLES = ragged_samples(12, seed=3)
 MEMORY_ERRORS = [

@@ -8,7 +8,7 @@ from helpers import gradients, largest, largest_gap, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import model.distribution
+import model.sampler
 import model.logprobs
 from model import target_logprobs, token_logprobs
 
@@ -34,7 +34,7 @@ def test_values_and_gradients_are_those_of_the_plain_way(tokens, seed, temperatu
     """Chunks of `chunk` tokens, softmax `at_once` rows at a time, in float64; a gradient on both results and on one only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(model.logprobs.CHUNK_LOGITS, "cpu", chunk * VOCAB)
-        patch.setattr(model.distribution, "LOGITS_AT_ONCE", at_once * VOCAB)
+        patch.setattr(model.sampler, "LOGITS_AT_ONCE", at_once * VOCAB)
         hidden, weight, targets, on_logprobs, on_entropy = inputs(tokens, seed)
         expected = plain_way(hidden, weight, targets, temperature)
         found = target_logprobs(hidden, weight, targets, temperature, NUM_TOKENS)

@@ -17,14 +17,14 @@ from helpers import random_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import model.group_cache
+import model.cache
 import model.memory
 import model.sampler
-import model.wave
-import rl.evaluate
+import model.sampler
+import lab.evaluate
 from model import KVCache, ModelError, generate
-from model.distribution import random_streams
-from model.group_cache import GroupCache
+from model.sampler import random_streams
+from model.cache import GroupCache
 from model.memory import CACHE_SHARE, LOGITS_COPIES, cache_tokens_that_fit, free_memory, token_bytes
 from model.sampler import plain_completion, waves
 from model.weights import TINY
@@ -153,7 +153,7 @@ def test_out_of_memory_advises_options_that_the_command_has(command, argument, t
     def full(*arguments):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(rl.evaluate, "collect_rollouts", full)
+    monkeypatch.setattr(lab.evaluate, "collect_rollouts", full)
     out = ("--model", "tiny", "--out", tmp_path) if command == "train.py" else ()
     message = one_line_error(command, argument, *out, monkeypatch=monkeypatch, capsys=capsys)
     options = re.findall(r"--[\w.-]*\w", message)
@@ -236,9 +236,9 @@ def test_keys_and_values_never_take_more_memory_than_the_budget(room, stops, sta
 
         return call
 
-    monkeypatch.setitem(model.group_cache.BLOCK, "cpu", 5)
-    monkeypatch.setitem(model.wave.CHECK_EVERY, "cpu", 3)
-    monkeypatch.setattr(model.sampler, "Wave", partial(model.sampler.Wave, static=static))
+    monkeypatch.setitem(model.cache.BLOCK, "cpu", 5)
+    monkeypatch.setitem(model.sampler.CHECK_EVERY, "cpu", 3)
+    monkeypatch.setattr(model.sampler, "DecodeBatch", partial(model.sampler.DecodeBatch, static=static))
     for name in ("__init__", "reserve", "select"):
         monkeypatch.setattr(GroupCache, name, looked_at(getattr(GroupCache, name)))
     options = OPTIONS | {"stop_token_ids": stops, "max_cache_tokens": room}

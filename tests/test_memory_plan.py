@@ -8,15 +8,15 @@ from helpers import random_model
 from test_batch import grouped_samples
 
 import model.logprobs
-import rl.lab
+import lab.lab
 from model import ModelError, Qwen3, Qwen3Config, add_adapters
 from rl.batch import make_batch
-from rl.memory_plan import activation_bytes, check_plan, plan_memory, work_of
-from rl.recipe import EvaluationSettings, GRPOStage, OptimizerSettings, ParallelSettings, Recipe, SamplingSettings, SFTStage
-from rl.recipe_file import load_recipe
-from rl.runfolder import RunFolder
-from rl.sharding import Sharding
-from rl.view import Quiet
+from lab.memory_plan import activation_bytes, check_plan, plan_memory, work_of
+from lab.recipe import EvaluationSettings, GRPOStage, OptimizerSettings, ParallelSettings, Recipe, SamplingSettings, SFTStage
+from lab.recipe_file import load_recipe
+from lab.runfolder import RunFolder
+from lab.sharding import Sharding
+from lab.view import Quiet
 
 RECIPE = Recipe(
     sampling=SamplingSettings(max_new_tokens=60),
@@ -87,7 +87,7 @@ def test_lasting_bytes_by_hand():
 
 def test_a_large_head_is_the_highest_point_where_the_embeddings_backward_ends(monkeypatch):
     """Few tokens, few logits and small pieces: gradients, and the head's as often as it is there beside them."""
-    monkeypatch.setattr("rl.memory_plan.PIECE", 1000)
+    monkeypatch.setattr("lab.memory_plan.PIECE", 1000)
     monkeypatch.setitem(model.logprobs.CHUNK_LOGITS, "cpu", 4000)
     small = replace(RECIPE, sampling=SamplingSettings(max_new_tokens=3))
     for tied, budget, times in ((True, 5, 2), (True, 10**6, 1), (False, 5, 1)):
@@ -167,9 +167,9 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_help():
     "asked, room, whole", [("auto", 1, True), ("auto", 0, False), ("whole", 0, True), ("layers", 1, False)]
 )
 def test_a_divided_model_is_sampled_whole_where_the_plan_has_room_or_as_asked(tmp_path, monkeypatch, asked, room, whole):
-    real = rl.lab.plan_memory
-    monkeypatch.setattr(rl.lab, "plan_memory", lambda *arguments: replace(real(*arguments), whole_copy=room))
-    monkeypatch.setattr(rl.lab, "sharding_of", lambda model: Sharding(torch.float32))
+    real = lab.lab.plan_memory
+    monkeypatch.setattr(lab.lab, "plan_memory", lambda *arguments: replace(real(*arguments), whole_copy=room))
+    monkeypatch.setattr(lab.lab, "sharding_of", lambda model: Sharding(torch.float32))
     recipe = replace(load_recipe("smoke")[1], parallel=ParallelSettings(sampling=asked))
-    lab, *_ = rl.lab.set_up(recipe, RunFolder(tmp_path), resume=False, view=Quiet())
+    lab, *_ = lab.lab.set_up(recipe, RunFolder(tmp_path), resume=False, view=Quiet())
     assert lab.model.sharding.whole_to_sample == whole

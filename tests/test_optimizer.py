@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import rl.optimizer
 from rl.learner import Learner
 from rl.optimizer import OPTIMIZERS, Optimizer, round_stochastically
-from rl.recipe import Recipe
+from lab.recipe import Recipe
 from rl.sft import sft_step
 
 SAMPLES = ragged_samples(4)

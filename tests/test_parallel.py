@@ -22,13 +22,13 @@ from test_commands import ROOT, smoke, timeless
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import Completion, generate
-from rl.checkpoint import checkpoints
+from lab.checkpoint import checkpoints
 from rl.grpo import accumulate_gradient, group_samples
-from rl.memory_plan import plan_memory, work_of
-from rl.recipe import GRPOStage, OptimizerSettings, Recipe, RecipeError
-from rl.runfolder import RunFolder
-from rl.sharding import is_divided, sampling_model, shard
-from rl.stages import train
+from lab.memory_plan import plan_memory, work_of
+from lab.recipe import GRPOStage, OptimizerSettings, Recipe, RecipeError
+from lab.runfolder import RunFolder
+from lab.sharding import is_divided, sampling_model, shard
+from lab.stages import train
 from rl.workers import Workers, workers_of_torchrun
 from train import Arguments
 
@@ -264,7 +264,7 @@ def divided_plan(out: Path) -> None:
             assert not any(map(is_divided, whole.parameters())) and whole.dtype == torch.bfloat16
             copy = sum(p.numel() * 2 for name, p in whole.named_parameters() if ".layers." in name)
         cramped = plan_memory(model, OptimizerSettings(), work, free=plan.lasting + 2 * plan.whole_copy - 1)
-        assert plan.whole_copy and not cramped.whole_copy  # then it is sampled layer by layer, see `rl.lab.set_up`
+        assert plan.whole_copy and not cramped.whole_copy  # then it is sampled layer by layer, see `lab.lab.set_up`
         if workers.leads:
             out.write_text(
                 json.dumps([plan.weights, plan.masters, plan.moments, plan.gradients, plan.whole_copy, copy, work.rows])
@@ -295,18 +295,18 @@ def test_the_memory_plan_knows_what_one_process_holds(tmp_path):
 DYING = """
 import os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
-import rl.steps
+import lab.steps
 from test_parallel import arguments
 from train import main
 from pathlib import Path
 
-update, steps = rl.steps.grpo_update, []
+update, steps = lab.steps.grpo_update, []
 def dying(*arguments):
     steps.append(0)
     if os.environ["RANK"] == "1" and len(steps) == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os._exit(9)
     return update(*arguments)
-rl.steps.grpo_update = dying
+lab.steps.grpo_update = dying
 main(arguments(Path(sys.argv[1])))
 """
 

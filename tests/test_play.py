@@ -8,10 +8,10 @@ from helpers import random_model
 import play
 from data import Problem
 from model import generate
-from model.distribution import random_streams
+from model.sampler import random_streams
 from model.sampler import plain_completion
-from rl.recipe import SamplingSettings
-from tasks import Countdown
+from lab.recipe import SamplingSettings
+from data import Countdown
 
 
 @pytest.mark.parametrize(

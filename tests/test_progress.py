@@ -18,18 +18,18 @@ import pytest
 from helpers import random_model
 from rich.console import Console
 
-import model.wave
-import rl.console
-import rl.evaluate
-import rl.steps
-import rl.view
+import model.sampler
+import lab.console
+import lab.evaluate
+import lab.steps
+import lab.view
 from model import generate
 from model.sampler import waves
-from rl.checkpoint import checkpoints
-from rl.console import sampling_progress
-from rl.interruption import Stopped
-from rl.runfolder import RunFolder
-from rl.stages import train
+from lab.checkpoint import checkpoints
+from lab.console import sampling_progress
+from lab.interruption import Stopped
+from lab.runfolder import RunFolder
+from lab.stages import train
 from train import parse
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +41,7 @@ RICH = {"FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"}  # varia
 
 
 def reports(decoder, room, stops, check_every, monkeypatch) -> tuple[list, list[tuple[int, int]]]:
-    monkeypatch.setitem(model.wave.CHECK_EVERY, "cpu", check_every)
+    monkeypatch.setitem(model.sampler.CHECK_EVERY, "cpu", check_every)
     options = dict(num_samples=3, max_new_tokens=23, stop_token_ids=stops, seed=5, max_cache_tokens=room)
     found = []
     groups = generate(decoder, PROMPTS, **options, progress=lambda done, tokens: found.append((done, tokens)))
@@ -116,7 +116,7 @@ def terminal(monkeypatch) -> io.StringIO:
         assert stderr
         return Console(file=written, force_terminal=True, width=100)
 
-    monkeypatch.setattr(rl.console, "Console", console)
+    monkeypatch.setattr(lab.console, "Console", console)
     return written
 
 
@@ -132,7 +132,7 @@ def plain(text: str) -> str:
 
 def test_a_terminal_shows_completions_done_and_tokens_a_second_and_keeps_nothing(terminal, monkeypatch):
     clock = iter([100.0, 100.5, 104.0])
-    monkeypatch.setattr(rl.console, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(lab.console, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     with sampling_progress("rollout", 77) as show:
         show(3, 900)
         show(31, 4938)
@@ -235,7 +235,7 @@ def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on_where_it_stopped(tmp_p
             signal.raise_signal(signal.SIGTERM)
         return "step"
 
-    monkeypatch.setattr(rl.view, "step_line", asked_after_two_steps)
+    monkeypatch.setattr(lab.view, "step_line", asked_after_two_steps)
     monkeypatch.setattr(sys, "argv", ["train.py", *TRAIN, "--out", str(out), "--resume"])
     with pytest.raises(SystemExit) as exit_:
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
@@ -253,7 +253,7 @@ def test_a_stop_during_rollouts_does_not_wait_for_them_and_the_step_is_taken_aga
     options = [*TRAIN, "--stages.0.steps", "3", "--out"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train(parse([*options, str(whole)]).recipe, quiet=True)
-    real, calls = rl.steps.collect_rollouts, []
+    real, calls = lab.steps.collect_rollouts, []
 
     def asked_at_the_second_step(*arguments):
         calls.append(arguments)
@@ -261,7 +261,7 @@ def test_a_stop_during_rollouts_does_not_wait_for_them_and_the_step_is_taken_aga
             signal.raise_signal(signal.SIGINT)
         return real(*arguments)
 
-    monkeypatch.setattr(rl.steps, "collect_rollouts", asked_at_the_second_step)
+    monkeypatch.setattr(lab.steps, "collect_rollouts", asked_at_the_second_step)
     with pytest.raises(Stopped, match="Saved after step 1;"):
         train(parse([*options, str(stopped)]).recipe, quiet=True)
     assert [row["step"] for row in RunFolder(stopped).metrics()] == [0, 1]
@@ -305,7 +305,7 @@ def test_ctrl_c_advises_no_resume_where_nothing_can_be_resumed(command, argument
         raise KeyboardInterrupt
 
     out = ["--out", str(tmp_path / "run")] if command == "train.py" else []
-    monkeypatch.setattr(rl.evaluate, "collect_rollouts", interrupted)  # in the evaluation before any step
+    monkeypatch.setattr(lab.evaluate, "collect_rollouts", interrupted)  # in the evaluation before any step
     monkeypatch.setattr(sys, "argv", [command, *arguments, *out])
     with pytest.raises(SystemExit) as exit_:
         runpy.run_path(str(ROOT / command), run_name="__main__")
@@ -317,7 +317,7 @@ def test_a_quiet_run_shows_nothing_on_a_terminal(tmp_path, terminal, monkeypatch
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rl.steps, "grpo_update", interrupted)  # after an evaluation and a step's rollouts
+    monkeypatch.setattr(lab.steps, "grpo_update", interrupted)  # after an evaluation and a step's rollouts
     with pytest.raises(KeyboardInterrupt):
         train(parse([*TRAIN, "--out", str(tmp_path / "run")]).recipe, quiet=True)
     assert terminal.getvalue() == ""

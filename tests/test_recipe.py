@@ -6,8 +6,8 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from rl.recipe import GRPOStage, Recipe, RecipeError, SamplingSettings, SFTStage
-from rl.recipe_file import RECIPES, from_dict, load_recipe, read_tables, to_dict
+from lab.recipe import GRPOStage, Recipe, RecipeError, SamplingSettings, SFTStage
+from lab.recipe_file import RECIPES, from_dict, load_recipe, read_tables, to_dict
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
 

@@ -10,9 +10,9 @@ from test_commands import smoke, smoke_run  # noqa: F401  (a fixture)
 
 from model import Tokenizer
 from model.weights import TINY
-from rl.console import user_errors
-from rl.report import Shown, pieces, write_report
-from rl.runfolder import RunFolder
+from lab.console import user_errors
+from lab.report import Shown, pieces, write_report
+from lab.runfolder import RunFolder
 
 
 def data_of(page: str) -> dict:

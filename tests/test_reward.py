@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import Problem
-from rl.evaluate import OUTCOMES
-from tasks import Score
-from tasks.countdown import score
+from lab.evaluate import OUTCOMES
+from data.task import Score
+from data.countdown import score
 
 PROBLEM = Problem((79, 60, 17), 36)
 RIGHT = "(79 - 60) + 17"

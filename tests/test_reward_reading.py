@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import Problem
-from tasks.countdown import score
+from data.countdown import score
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 ARITHMETIC = {  # text -> (value, spends exactly the numbers 79, 60, 17), or None for what is not arithmetic

@@ -10,10 +10,10 @@ from helpers import random_model
 import rl.rollout
 from data import generate_problems
 from model import generate, load_model
-from rl.interruption import RolloutsDropped
-from rl.recipe import SamplingSettings
+from lab.interruption import RolloutsDropped
+from lab.recipe import SamplingSettings
 from rl.rollout import Actor, collect_rollouts
-from tasks import Countdown
+from data import Countdown
 
 PROMPTS = [[5, 17, 3, 44, 9], [8, 2], [40, 2, 2, 30, 31, 12, 4, 4, 25], [19, 6, 40], [8, 1, 37, 20, 3, 9, 13]]
 SAMPLING = SamplingSettings(max_new_tokens=120)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from rl.recipe import Recipe, RecipeError
-from rl.runfolder import RunFolder
+from lab.recipe import Recipe, RecipeError
+from lab.runfolder import RunFolder
 
-HOLD = "import sys, time; from rl.runfolder import RunFolder\nwith RunFolder(sys.argv[1]).locked(): print('held', flush=True); time.sleep(60)"
+HOLD = "import sys, time; from lab.runfolder import RunFolder\nwith RunFolder(sys.argv[1]).locked(): print('held', flush=True); time.sleep(60)"
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from reference import reference_model, same_weights
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-import model.wave
+import model.sampler
 from model import generate
-from model.distribution import sample
+from model.sampler import sample
 from rl.batch import Sample, completion_logprobs, make_batch
 
 PROMPTS = [[5, 17, 3, 44, 9], [8], [61, 2, 2, 30, 71, 12, 4, 4, 25], [19, 6, 40], [8, 1, 77, 50, 3, 9, 13]]
@@ -385,7 +385,7 @@ def test_rows_that_leave_change_no_result(decoder, monkeypatch):
     assert len({len(completion.token_ids) for completion in flat(left)}) > 8
     for name, value in (("LEAVE_BELOW", 0), ("LEAVE_BELOW", 1), ("CHECK_EVERY", 1)):
         with monkeypatch.context() as patch:
-            patch.setitem(getattr(model.wave, name), "cpu", value)
+            patch.setitem(getattr(model.sampler, name), "cpu", value)
             kept, shapes = rows_through(decoder, call)
         assert_same(flat(kept), flat(left))
         if (name, value) == ("LEAVE_BELOW", 0):
@@ -398,7 +398,7 @@ def test_decoding_ends_soon_after_the_last_row_has_stopped(decoder):
 
     groups, shapes = rows_through(decoder, call)
     assert [len(completion.token_ids) for completion in flat(groups)] == [1] * len(PROMPTS)
-    assert len(shapes) <= 1 + model.wave.CHECK_EVERY["cpu"]
+    assert len(shapes) <= 1 + model.sampler.CHECK_EVERY["cpu"]
 
 
 # The work it does, and what it refuses

@@ -13,17 +13,18 @@ from data.traces import Trace
 from model import Completion, Tokenizer
 from model.weights import TINY
 from rl.batch import Sample, completion_logprobs, make_batch
-from rl.checkpoint import Progress
+from lab.checkpoint import Progress
 from rl.grpo import group_samples
-from rl.lab import Lab
+from lab.lab import Lab
 from rl.learner import Learner
 from rl.optimizer import Optimizer
-from rl.recipe import OptimizerSettings, Recipe, SFTStage
+from lab.recipe import OptimizerSettings, Recipe, SFTStage
 from rl.rollout import Rollout
-from rl.runfolder import RunFolder
+from lab.runfolder import RunFolder
 from rl.sft import sft_schedule, sft_step
-from rl.steps import sft_stage
-from tasks import Countdown, Score
+from lab.steps import sft_stage
+from data import Countdown
+from data.task import Score
 
 END = 1
 
@@ -137,7 +138,7 @@ class TraceStage:
             self.learned += samples
             return sft_step(pupil, samples, rate)
 
-        monkeypatch.setattr("rl.steps.sft_step", recording_step)
+        monkeypatch.setattr("lab.steps.sft_step", recording_step)
         self.model = random_model(vocab_size=512)
         lab = Lab(recipe, self.model, self.tokenizer, [], list(held_out), RunFolder(tmp_path), 8192)
         pupil = Learner(self.model, Optimizer(self.model), recipe, lab.micro_batch_tokens)

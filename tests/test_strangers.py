@@ -10,8 +10,8 @@ from helpers import random_model
 from reference import TINY, TINY_TOKENS
 
 from model import ModelError, Tokenizer, load_model
-from rl.checkpoint import Progress, damage, load_progress, save_checkpoint, saved_recipe
-from rl.recipe import Recipe, RecipeError
+from lab.checkpoint import Progress, damage, load_progress, save_checkpoint, saved_recipe
+from lab.recipe import Recipe, RecipeError
 
 MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 RUN_FILES = ("trainer_state.json", "recipe.json", "sha256.json")

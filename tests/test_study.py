@@ -7,13 +7,13 @@ from statistics import fmean
 
 import pytest
 
-import rl.steps
-import study.run
-from rl.recipe import RecipeError
-from rl.recipe_file import build_recipe, to_dict
-from rl.runfolder import flatten
-from study.report import Estimate, Run, end_table, evaluation_table, load_runs, paired_difference, verdicts, write_report
-from study.run import Arguments, load_arms, next_task, plan, run_study, trace_folders
+import lab.steps
+import experiments.study.run
+from lab.recipe import RecipeError
+from lab.recipe_file import build_recipe, to_dict
+from lab.runfolder import flatten
+from experiments.study.report import Estimate, Run, end_table, evaluation_table, load_runs, paired_difference, verdicts, write_report
+from experiments.study.run import Arguments, load_arms, next_task, plan, run_study, trace_folders
 
 SMALL = """
 extends = "{recipes}/smoke.toml"
@@ -169,7 +169,7 @@ class InProcess:
 def test_a_study_goes_on_where_a_run_was_stopped(tmp_path, monkeypatch):
     arguments = replace(small_study(tmp_path), arms=("grpo",), seeds=1)
     (task,) = plan(arguments)
-    grpo_update, steps = rl.steps.grpo_update, []
+    grpo_update, steps = lab.steps.grpo_update, []
 
     def stopped(*inputs):
         steps.append(1)
@@ -177,7 +177,7 @@ def test_a_study_goes_on_where_a_run_was_stopped(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return grpo_update(*inputs)
 
-    monkeypatch.setattr(rl.steps, "grpo_update", stopped)
+    monkeypatch.setattr(lab.steps, "grpo_update", stopped)
     with pytest.raises(KeyboardInterrupt):
         study.run.run_task(task)
     result = study.run.run_task(task)

@@ -3,8 +3,9 @@
 import pytest
 
 from data import Problem
-from tasks import CORRECT, Countdown, Task
-from tasks.task import split_answer, steps_level
+from data import Countdown
+from data.task import CORRECT, Task
+from data.task import split_answer, steps_level
 
 TASK = Countdown()
 

@@ -13,7 +13,7 @@ from data import evaluate_expression
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "tour.md"
-ANEW = "run `python -m rl.tour --out docs/tour.md` to write it anew, and read whether its sentences still hold"
+ANEW = "run `python -m docs.make_tour --out docs/tour.md` to write it anew, and read whether its sentences still hold"
 NUMBER = re.compile(r"[-+]?\d+\.\d+")
 
 
@@ -48,7 +48,7 @@ def rows(page: str, first_columns: str) -> list[list[str]]:
 
 
 def test_the_page_is_what_the_code_prints(page, tmp_path):
-    command = [sys.executable, "-m", "rl.tour", "--out", str(tmp_path / "tour.md")]
+    command = [sys.executable, "-m", "docs.make_tour", "--out", str(tmp_path / "tour.md")]
     subprocess.run(command, check=True, cwd=ROOT, timeout=120)
     found = difference(page, (tmp_path / "tour.md").read_text(encoding="utf-8"))
     assert found is None, f"docs/tour.md is not what the code does now; {ANEW}.\n\n{found}"

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rl.recipe import RecipeError
-from rl.runfolder import RunFolder
-from rl.trackers import WandB
+from lab.recipe import RecipeError
+from lab.runfolder import RunFolder
+from lab.trackers import WandB
 
 ROWS = [{"step": 0, "kind": "grpo", "eval_accuracy": 0.07}, {"step": 1, "kind": "grpo", "reward_mean": 0.25}]
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from reference import random_ids, reference_model, same_weights
 
-import model.wave
-from model.cuda_graph import GraphedStep
-from model.distribution import random_streams
+import model.sampler
+from model.sampler import GraphedStep
+from model.sampler import random_streams
 from model.sampler import generate, plain_completion
-from model.wave import Wave, prefill
+from model.sampler import DecodeBatch, prefill
 
 PROMPTS = [[5, 17, 3, 44, 9], [8], [61, 2, 2, 30, 71, 12, 4], [5, 17, 3, 44, 9]]
 STOPS = [7, 30, 51, 12]
@@ -27,7 +27,7 @@ def decoder():
 
 def wave_of(decoder, static, distribution=(1.0, None, None), num_samples=5, max_new_tokens=40):
     uniforms = random_streams(PROMPTS, num_samples, max_new_tokens, seed=3)
-    return Wave(decoder, PROMPTS, uniforms, torch.tensor(STOPS), distribution, static), uniforms
+    return DecodeBatch(decoder, PROMPTS, uniforms, torch.tensor(STOPS), distribution, static), uniforms
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -59,7 +59,7 @@ def test_generate_gives_what_the_plain_sampler_gives(decoder):
         assert [(c.token_ids, c.finished) for c in found] == [(c.token_ids, c.finished) for c in plain]
 
 
-def without_data(wave: Wave) -> Wave:
+def without_data(wave: DecodeBatch) -> DecodeBatch:
     """The same wave with shapes and no numbers: whatever asks for a number fails on it."""
     wave = copy.copy(wave)
     wave.model, wave.cache = copy.deepcopy(wave.model).to("meta"), copy.copy(wave.cache)
@@ -152,7 +152,7 @@ def test_rows_leave_when_few_enough_go_on(decoder):
 def test_a_prefill_in_parts_is_a_prefill(at_once, decoder, monkeypatch):
     prompts = [random_ids(length, seed=length).tolist() for length in (3, 7, 1, 5, 6)]
     logits, cache = prefill(decoder, prompts)
-    monkeypatch.setattr(model.wave, "PREFILL_TOKENS", at_once)
+    monkeypatch.setattr(model.sampler, "PREFILL_TOKENS", at_once)
     parts, filled = prefill(decoder, prompts)
     torch.testing.assert_close(parts, logits, rtol=0, atol=1e-5)
     assert filled.lengths.tolist() == cache.lengths.tolist() == [3, 7, 1, 5, 6]

@@ -1,0 +1,90 @@
+"""GSM8K: word problems with a number as the answer (arXiv:2110.14168); the last number counts."""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from data.load import Format
+from data.task import Task, steps_difficulty
+
+MAX_CHARACTERS = 256  # of an answer block
+NUMBER = re.compile(  # 18 or 1,234 or -2.50, but no part of a longer word or number
+    r"(?<![\w.,])-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,18})(?:\.[0-9]{1,18})?(?![\w]|[.,][0-9])", re.ASCII
+)
+
+
+@dataclass(frozen=True)
+class WordProblem:
+    """A question, and a worked answer whose last line is `#### number`; else ValueError."""
+
+    question: str
+    answer: str
+
+    def __post_init__(self):
+        if not (isinstance(self.question, str) and isinstance(self.answer, str) and self.question.strip()):
+            raise ValueError("question and answer must be texts")
+        if "####" not in self.answer or self.value is None:
+            raise ValueError(f"the answer must end in '#### number', not in {self.answer[-40:]!r}")
+
+    @property
+    def value(self) -> Fraction:
+        return last_number(self.answer.rpartition("####")[2])
+
+    @property
+    def key(self) -> str:
+        return " ".join(self.question.split())
+
+    def row(self) -> dict:
+        return {"question": self.question, "answer": self.answer}
+
+    def __str__(self) -> str:
+        return self.key if len(self.key) <= 60 else self.key[:57] + "..."
+
+
+@dataclass(frozen=True)
+class GSM8K(Task):
+    """Word problems; "hub" is the training set, "hub-test" the test set."""
+
+    kind: Literal["gsm8k"] = "gsm8k"
+
+    stored = Format(
+        '{"question": "Ann has 3 apples and eats 1. How many are left?", "answer": "3 - 1 = 2\\n#### 2"}',
+        {"question": "question", "answer": "answer"},
+        "openai/gsm8k",
+        {"hub": "main/train-00000-of-00001.parquet", "hub-test": "main/test-00000-of-00001.parquet"},
+    )
+    input_format = "a question, # and its answer, as in Ann has 3 apples and eats 1. How many are left? # 2"
+
+    def problem(self, row: dict) -> WordProblem:
+        return WordProblem(row["question"], row["answer"])
+
+    def parse_input(self, text: str) -> WordProblem:
+        question, _, number = text.rpartition("#")
+        try:
+            return WordProblem(question.strip(), f"#### {number.strip()}")
+        except ValueError:
+            raise ValueError(f"type {self.input_format}") from None
+
+    def prompt(self, problem: WordProblem) -> str:
+        return (
+            f"{problem.question.strip()}\n"
+            "Work it out inside <think> </think>, then put the number that answers the question, "
+            "and nothing else, inside <answer> </answer>."
+        )
+
+    def read(self, content: str) -> Fraction | None:
+        return last_number(content)
+
+    def difficulty(self, problem: WordProblem) -> str:
+        """By the number of calculations in the worked answer, which GSM8K writes as `<<48/2=24>>`."""
+        return steps_difficulty(problem.answer.count("<<"))
+
+    def solution(self, problem: WordProblem) -> str:
+        return problem.answer.rpartition("####")[2].strip()
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last number of a short text, exactly; `$`, `%` and commas between thousands are ignored."""
+    numbers = NUMBER.findall(text) if len(text) <= MAX_CHARACTERS else []
+    return Fraction(numbers[-1].replace(",", "")) if numbers else None

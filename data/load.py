@@ -1,0 +1,145 @@
+"""Problems from files and the hub, the held-out split, and the order of the training problems."""
+
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+P = TypeVar("P")  # the problem class of a task
+
+
+class DataError(ValueError):
+    """Problems, traces or completions cannot be used. The message names file and row, and says what to do."""
+
+
+@dataclass(frozen=True)
+class Format:
+    example: str  # a line of a .jsonl file
+    columns: dict[str, str]  # required column of a .parquet file -> its name in a row
+    repository: str = ""  # a dataset on the hub
+    files: dict[str, str] = field(default_factory=dict)  # "hub" and other sources -> file in the repository
+
+
+def read_problems(source: str | Path, stored: Format, problem_of: Callable[[dict], P]) -> list[P]:
+    """Read problems in the source's order, duplicates included.
+
+    Args:
+        source: "hub" (or another name in `stored.files`), also with "@" and a branch, tag or commit; or the path
+            of a .parquet or .jsonl file.
+        problem_of: row -> problem, or ValueError, TypeError or KeyError.
+
+    Raises:
+        DataError: the source cannot be downloaded or read, lacks a column, is empty, or a row is no problem.
+    """
+    name, at, revision = str(source).partition("@")
+    path = Path(source)
+    if name in stored.files:
+        if at and not revision:
+            raise DataError(f"'{source}' names no revision: write {name}@ and a branch, tag or commit")
+        path = download(stored.repository, stored.files[name], revision or None)
+    elif name == "hub":
+        raise DataError("this task has no dataset on the hub; generate problems, or give a .jsonl file")
+    elif path.suffix not in (".parquet", ".jsonl"):
+        raise DataError(f"cannot read problems from '{source}': give \"hub\", a .parquet or a .jsonl file")
+    elif not path.is_file():
+        raise DataError(f'{path} is no file; give "hub" or the path of a .parquet or .jsonl file')
+    problems = []
+    place = "row" if path.suffix == ".parquet" else "line"
+    rows = read_parquet(path, stored.columns) if place == "row" else read_jsonl(path, stored.example)
+    for number, row in rows:
+        try:
+            problems.append(problem_of(row))
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{path}, {place} {number}: {error}; expected {stored.example}") from error
+    if not problems:
+        raise DataError(f"{path} holds no problems; give a file with at least one")
+    return problems
+
+
+def download(repository: str, file: str, revision: str | None) -> Path:
+    """The local path of a file in a dataset on the hub, from the cache if it is there already."""
+    import huggingface_hub
+
+    try:
+        options = {"repo_type": "dataset", "revision": revision, "allow_patterns": [file]}
+        folder = huggingface_hub.snapshot_download(repository, **options)
+    except Exception as error:  # a dozen kinds: no network, no such repository or revision, disk full
+        named = f"{repository} at revision {revision}" if revision else repository
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        advice = "without a network, give a .parquet or .jsonl file, or generate problems"
+        raise DataError(f"{named} could not be downloaded from the hub: {reason} ({advice})") from error
+    return Path(folder) / file
+
+
+def read_parquet(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, dict]]:
+    """(row number, row), with `columns` renamed; DataError if one of them is missing."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} cannot be read as parquet; write or download it again") from error
+    if not set(table.column_names).issuperset(columns):
+        raise DataError(f"{path} needs the columns {list(columns)}, not {table.column_names}; rename them")
+    values = {columns.get(name, name): table[name].to_pylist() for name in table.column_names}
+    for number, row in enumerate(zip(*values.values(), strict=True), start=1):
+        yield number, dict(zip(values, row, strict=True))
+
+
+def read_jsonl(path: str | Path, expected: str) -> Iterator[tuple[int, dict]]:
+    """(line number, row) of each line that is not blank. Only a line feed ends a line, U+2028 does not.
+
+    DataError: the file cannot be read, is not UTF-8, or has a line that is no JSON object, as `expected` there.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
+                except (ValueError, RecursionError):
+                    raise DataError(f"{path}, line {number}: not JSON of Unicode text; correct it") from None
+                if not isinstance(row, dict):
+                    raise DataError(f"{path}, line {number}: expected {expected}; correct it")
+                yield number, row
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file; name another, or make it first") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text ({error}); check the file") from None
+
+
+def split_problems(problems: Iterable[P], held_out: int, seed: int = 0) -> tuple[list[P], list[P]]:
+    """Split into (train, held out), which share no `key`, by the problems and the seed, whatever their order.
+
+    Duplicates are dropped first; one row in twelve of the Countdown dataset is one. DataError: `held_out` is
+    negative or leaves no problem to train on.
+    """
+    if held_out < 0:
+        raise DataError(f"held_out must be 0 or more, not {held_out}")
+    unique: dict = {}
+    for problem in problems:
+        kept = unique.setdefault(problem.key, problem)
+        if list(problem.row().values()) < list(kept.row().values()):  # the same duplicate in any order
+            unique[problem.key] = problem
+    if len(unique) <= held_out:
+        raise DataError(f"cannot hold out {held_out} of {len(unique)} different problems; hold out fewer")
+    shuffled = [unique[key] for key in sorted(unique)]
+    random.Random(seed).shuffle(shuffled)
+    return shuffled[held_out:], shuffled[:held_out]
+
+
+def endless_problems(problems: list[P], seed: int, position: int, count: int) -> list[P]:
+    """`count` problems from `position` on in an endless sequence: all problems, shuffled anew each epoch."""
+    taken: list[P] = []
+    while len(taken) < count:
+        epoch, offset = divmod(position + len(taken), len(problems))
+        order = np.random.default_rng([seed, epoch]).permutation(len(problems))
+        taken += [problems[i] for i in order[offset : offset + count - len(taken)]]
+    return taken

@@ -1,0 +1,118 @@
+"""What a task is, and where the answer is in a completion. Nothing here is specific to one task.
+
+To add a task, write a file such as data/gsm8k.py and add its class to `AnyTask` in data/__init__.py. It says
+what the problems are (`stored`, `problem`), how they are asked (`prompt`) and how an answer is read (`read`).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from data.expression import BLANKS
+from data.load import Format, read_problems
+
+
+class Problem(Protocol):
+    """One question, as a frozen dataclass; `str(problem)` is how tables and screens show it."""
+
+    key: Hashable  # equal for problems that differ only in wording; sortable, for the held-out split
+    value: Hashable  # the correct answer as `Task.read` returns it; only `Task.score` needs it
+
+    def row(self) -> dict:
+        """The problem as JSON, as files of problems, rollouts and traces hold it."""
+
+
+@dataclass(frozen=True)
+class Score:
+    reward: float  # 0 to 1
+    outcome: str  # "correct", "near", "wrong" or "malformed"
+
+
+CORRECT = Score(1.0, "correct")
+WRONG = Score(0.1, "wrong")
+MALFORMED = Score(0.0, "malformed")
+
+
+class Task(ABC):
+    """A family of problems with exact answers: a frozen dataclass whose fields are a recipe's `[task]`."""
+
+    kind: str  # the task's name in a recipe
+    stored: ClassVar[Format]  # how files hold its problems
+    input_format: ClassVar[str]  # what `parse_input` reads, shown to the user
+    # Accuracies of a paper, plotted beside a run's: new tokens allowed -> [(GRPO step, accuracy in %)].
+    published: ClassVar[dict[int, list[tuple[int, float]]]] = {}
+
+    def generate(self, count: int, seed: int) -> list[Problem]:
+        """`count` different problems; the same arguments give the same list. ValueError: there are fewer."""
+        raise ValueError(f'{self.kind} has no generator: take "hub" or a file for problems')
+
+    def load(self, source: str) -> list[Problem]:
+        """Problems from "hub" or from a .parquet or .jsonl file, see `read_problems`."""
+        return read_problems(source, self.stored, self.problem)
+
+    @abstractmethod
+    def problem(self, row: dict) -> Problem:
+        """The inverse of `row()`. ValueError, TypeError or KeyError if the row is no problem."""
+
+    @abstractmethod
+    def parse_input(self, text: str) -> Problem:
+        """The problem that a user typed. ValueError with advice if it is none."""
+
+    @abstractmethod
+    def prompt(self, problem: Problem) -> str:
+        """The text of the user's turn."""
+
+    def score(self, text: str, problem: Problem, thinking: bool = True) -> Score:
+        """Judge a completion, which is hostile input: bounded time, no exception. See `split_answer`."""
+        parts = split_answer(text, thinking)
+        if parts is None:
+            return MALFORMED
+        return CORRECT if self.read(parts[1]) == problem.value else WRONG
+
+    def answer(self, text: str, thinking: bool) -> Hashable | None:
+        """The answer in canonical form, for majority voting; None if there is none."""
+        parts = split_answer(text, thinking)
+        return parts and self.read(parts[1])
+
+    def read(self, content: str) -> Hashable | None:
+        """Parse an answer block in bounded time; None if there is no answer in it."""
+        raise NotImplementedError
+
+    def difficulty(self, problem: Problem) -> str:
+        """A class of problems, such as "3 to 4 steps"; evaluations give accuracy by it."""
+        return "all"
+
+    def solution(self, problem: Problem) -> str | None:
+        """A correct answer, or None if none is known."""
+        return None
+
+
+def split_answer(text: str, thinking: bool) -> tuple[str, str] | None:
+    """(text between the thinking and the answer block, content of the block), or None if malformed.
+
+    After the thinking there must be exactly one block. In the thinking, a single `<answer>` or `</answer>` is
+    ignored, since it may be talk about the format; a pair is malformed.
+
+    Args:
+        thinking: True if the prompt ended inside an open `<think>`, which the completion must close, once.
+            False if not; a completion that begins with its own `<think>` is then judged as if it had.
+    """
+    if not thinking and text.lstrip(BLANKS).startswith("<think>"):
+        text = text.partition("<think>")[2]
+        thinking = True
+    if thinking:
+        thoughts, closed, text = text.partition("</think>")
+        if not closed or "<think>" in thoughts or "</answer>" in thoughts.partition("<answer>")[2]:
+            return None
+    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
+        return None
+    before, _, rest = text.partition("<answer>")
+    content, closed, _ = rest.partition("</answer>")
+    if not closed or "<think>" in before or "</think>" in before:
+        return None
+    return before, content
+
+
+def steps_difficulty(steps: int) -> str:
+    return "1 to 2 steps" if steps <= 2 else "3 to 4 steps" if steps <= 4 else "5 steps or more"

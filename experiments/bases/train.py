@@ -1,0 +1,203 @@
+"""How the embedded models were made: `make tiny-base` and `make tiny-base TASK=calculus` run this file.
+
+Each is a small Qwen3 and a tokenizer of its own, trained from random weights on the documents of its task's `Corpus`.
+`model/tiny/` learns the attempts of `bases.attempts`: arithmetic that is right, aimed at nothing. `model/tiny-calculus/`
+learns the derivations of `bases.derivations`: every rule that one might take, right and wrong.
+"""
+
+import json
+import math
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tokenizers
+import tyro
+
+from experiments.bases.attempts import VERDICTS, attempts_document, comparison_document, comparison_prompt, hopeless_problem
+from experiments.bases.derivations import derivation_document
+from data.countdown import Problem, ProblemSettings, prompt_text
+from model import Qwen3, Qwen3Config, Tokenizer, prompt_ids, save_model
+from model.weights import TINY
+from rl.batch import Sample
+from rl.learner import Learner
+from rl.optimizer import Optimizer
+from lab.recipe import Recipe
+from rl.sft import sft_step
+from data.calculus import Calculus, Derivative
+
+TINY_PROBLEMS = ProblemSettings(min_number=1, max_number=20, min_target=10, max_target=50, four_number_share=1 / 3)
+TINY_CALCULUS = Calculus(min_terms=2, max_terms=4, max_exponent=5, max_coefficient=9, max_order=2)
+CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+EXERCISE_SHARE = 0.2
+MAX_TOKENS = 256  # of a document; longer ones are cut off
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a base is trained on, and what its tokenizer makes one token.
+
+    Attributes:
+        document: a random prompt, and the text that follows it to the end of the turn.
+        phrases: texts that are one token each, beside bytes, tags and the chat format.
+        largest_number: numbers up to this one are one token each too.
+        layers: of the model.
+        steps: of the optimizer.
+    """
+
+    document: Callable[[random.Random], tuple[str, str]]
+    phrases: list[str]
+    largest_number: int
+    layers: int
+    steps: int
+
+
+def countdown_document(rng: random.Random) -> tuple[str, str]:
+    if rng.random() < EXERCISE_SHARE:
+        number, text = comparison_document(rng, TINY_PROBLEMS)
+        return comparison_prompt(number), text
+    problem = hopeless_problem(rng, TINY_PROBLEMS)
+    return prompt_text(problem), attempts_document(problem, rng)
+
+
+def calculus_document(rng: random.Random) -> tuple[str, str]:
+    problem = TINY_CALCULUS.draw(rng)
+    return TINY_CALCULUS.prompt(problem), derivation_document(problem.polynomial, problem.order, rng)
+
+
+def fixed_phrases(prompts: list[str], variable: str) -> list[str]:
+    """What stays the same in prompts: the pieces between matches of `variable`, where longer than a character."""
+    return [piece for prompt in prompts for piece in re.split(variable, prompt) if len(piece) > 1]
+
+
+COUNTDOWN_PROMPTS = [prompt_text(Problem((1, 2, 3), 10)), comparison_prompt(10)]
+CALCULUS_PROMPTS = [TINY_CALCULUS.prompt(Derivative((0, 1), order)) for order in (1, 2)]
+CORPORA = {
+    "countdown": Corpus(
+        countdown_document,
+        [*fixed_phrases(COUNTDOWN_PROMPTS, r"\d+(?:, \d+)*"), "user\n", "assistant\n", *VERDICTS],
+        largest_number=199,
+        layers=4,
+        steps=6000,
+    ),
+    "calculus": Corpus(
+        calculus_document,
+        [
+            *fixed_phrases(CALCULUS_PROMPTS, r"x(?= with)"),
+            *("user\n", "assistant\n", " -> ", " + ", " - "),
+            *(f"x^{exponent}" for exponent in range(2, TINY_CALCULUS.max_exponent + 3)),
+        ],
+        largest_number=299,
+        layers=2,
+        steps=2500,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TinyBase:
+    """Train an embedded model from random weights."""
+
+    task: Literal["countdown", "calculus"] = "countdown"
+    """Whose corpus to learn."""
+    out: Path | None = None
+    """Folder to write the checkpoint to; by itself where the embedded model of the task is."""
+    steps: int | None = None
+    """Optimizer steps; by itself 6000, in calculus 2500."""
+    documents_per_step: int = 32
+    """Documents a step; each is about 95 tokens, in calculus 39."""
+    learning_rate: float = 3e-3
+    """Peak of the cosine schedule."""
+    seed: int = 0
+    """Of the weights and the documents."""
+
+
+def train_tokenizer(folder: Path, corpus: Corpus) -> Tokenizer:
+    """A byte-level tokenizer in which each of the prompt's fixed phrases, and each small number, is one token.
+
+    Everything else is bytes, so any text can be encoded. Qwen3 has one token a digit; whole numbers make completions a
+    third shorter, and whether a value is the target a question of one token.
+    """
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(byte_alphabet(), []))
+    backend.normalizer = tokenizers.normalizers.NFC()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    numbers = map(str, range(10, corpus.largest_number + 1))  # those of one digit are bytes already
+    special = [tokenizers.AddedToken(token, special=True, normalized=False) for token in CHAT_TOKENS]
+    texts = dict.fromkeys((*TAGS, *corpus.phrases, *numbers))
+    plain = [tokenizers.AddedToken(text, special=False, normalized=False) for text in texts]
+    backend.add_special_tokens(special)
+    backend.add_tokens(plain)
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": 4096,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return Tokenizer(folder)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The 256 characters that stand for bytes in a byte-level BPE, numbered."""
+    return {character: number for number, character in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+
+
+def tiny_config(num_tokens: int, layers: int) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=math.ceil(num_tokens / 32) * 32,  # a few rows more than tokens, as in the published models
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=4096,
+    )
+
+
+def document_sample(tokenizer: Tokenizer, corpus: Corpus, rng: random.Random) -> Sample:
+    prompt, text = corpus.document(rng)
+    return Sample(prompt_ids(tokenizer, prompt, thinking=True), tokenizer.encode(text)[:MAX_TOKENS])
+
+
+def cosine(step: int, steps: int, warmup: int = 100) -> float:
+    """Share of the peak learning rate at `step`: a linear rise, then half a cosine down to a hundredth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def main(settings: TinyBase) -> None:
+    corpus = CORPORA[settings.task]
+    steps = settings.steps or corpus.steps
+    out = settings.out or (TINY if settings.task == "countdown" else TINY.with_name(f"tiny-{settings.task}"))
+    tokenizer = train_tokenizer(out, corpus)
+    model = Qwen3(tiny_config(len(tokenizer), corpus.layers)).init_weights(settings.seed)
+    model.num_tokens = len(tokenizer)
+    print(f"{model.config.num_parameters():,} parameters, {len(tokenizer)} tokens")
+    learner = Learner(model, Optimizer(model, weight_decay=0.1), Recipe(), micro_batch_tokens=4096)
+    rng = random.Random(settings.seed)
+    start, tokens = time.perf_counter(), 0
+    for step in range(steps):
+        samples = [document_sample(tokenizer, corpus, rng) for _ in range(settings.documents_per_step)]
+        rate = settings.learning_rate * cosine(step, steps)
+        result = sft_step(learner, samples, rate)
+        tokens += result["tokens"]
+        if step % 50 == 0 or step + 1 == steps:
+            speed = tokens / (time.perf_counter() - start)
+            print(f"step {step:5d}  loss {result['loss']:.4f}  {tokens / 1e6:5.1f} M tokens  {speed:,.0f} tokens/s", flush=True)
+    save_model(out, model, tokenizer)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(TinyBase))

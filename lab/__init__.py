@@ -1,0 +1,1 @@
+"""What surrounds a run: recipes, stages, checkpoints, evaluation, screens, plots, reports. Imports the core, never the other way."""

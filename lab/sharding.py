@@ -1,0 +1,150 @@
+"""A model too large for one device: FSDP2's `fully_shard` divides the weights of each layer among the
+processes.
+
+A layer is gathered for its forward and its backward, and freed in between (ZeRO-3, arXiv:1910.02054). Each
+rank keeps its shard in float32 and computes in the model's dtype: these are the masters of `rl.optimizer`,
+for free. Embedding, last norm and output head stay full on each rank.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model import Qwen3
+from rl.distributed import PIECE, is_sharded, local, world_size
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a model is sharded.
+
+    Attributes:
+        dtype: of the computation.
+        full_to_sample: gather all layers once a rollout phase; else each layer for every token.
+    """
+
+    dtype: torch.dtype
+    full_to_sample: bool = True
+
+    @contextlib.contextmanager
+    def sampling(self, model: Qwen3) -> Iterator[Qwen3]:
+        """Gives the model to sample from in the block, where ranks take different numbers of decoding steps.
+
+        This is a full copy, dropped afterwards. Where it does not fit, it is `model` itself: all-gathers are
+        collective, so ranks tell each other of every forward, and ranks that finish early run dummy forwards.
+        """
+        if self.full_to_sample:
+            yield full_model(model)
+            return
+        hook = model.model.register_forward_pre_hook(announce_forward)
+        try:
+            yield model
+        finally:
+            hook.remove()
+        token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        with torch.inference_mode():
+            while any_sampling(False):
+                model.model(token)
+
+
+def announce_forward(*_) -> None:
+    any_sampling(True)
+
+
+def any_sampling(busy: bool) -> bool:
+    """Whether any rank is still sampling; a collective call."""
+    count = torch.tensor(float(busy))
+    dist.all_reduce(count)
+    return bool(count)
+
+
+def sharding_of(model: nn.Module) -> Sharding | None:
+    return getattr(model, "sharding", None)
+
+
+def shard(model: Qwen3, device: torch.device) -> Qwen3:
+    """Shard `model`'s layers over all processes, in place, and move this rank's part to `device`."""
+    from torch.distributed.device_mesh import (
+        init_device_mesh,
+    )  # half a second that one process can do without
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(torch.device(device).type, (world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32)
+    full = {parameter for name, parameter in model.named_parameters() if ".layers." not in name}
+    for layer in model.model.layers:
+        fully_shard(layer.float().to(device), mesh=mesh, mp_policy=policy)
+    fully_shard(model.model, mesh=mesh, mp_policy=policy, ignored_params=full)
+    for module in (*model.model.layers, model.model):
+        # Losses have the whole update's denominator, so gradients are summed, not averaged.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    for layer in model.model.layers:
+        layer.unshard()  # makes buffers outside inference mode; buffers made in it cannot be used by autograd
+        layer.reshard()
+    for module in (model.model.embed_tokens, model.model.norm, model.lm_head):
+        module.to(device)
+    model.sharding = Sharding(model.dtype)
+    return model
+
+
+@torch.no_grad()
+def round_to_saved(model: Qwen3) -> None:
+    """Round a sharded model's weights as a checkpoint does, so that a stage starts alike when it is resumed.
+    """
+    if sharding := sharding_of(model):
+        for parameter in filter(is_sharded, model.parameters()):
+            local(parameter).copy_(local(parameter).to(sharding.dtype))
+
+
+@torch.no_grad()
+def full_model(model: Qwen3, keep: bool = True) -> Qwen3 | None:
+    """A full copy of a sharded model; any other model itself. All ranks have to call it; None without `keep`.
+    """
+    if sharding_of(model) is None:
+        return model
+    state = {}
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.to(model.dtype).full_tensor() if is_sharded(tensor) else tensor
+        if keep:
+            state[name] = tensor
+    if not keep:
+        return None
+    with torch.device("meta"):
+        full = Qwen3(model.config)
+    full.load_state_dict(state, assign=True)
+    if model.config.tie_word_embeddings:
+        full.lm_head.weight = full.model.embed_tokens.weight
+    full.num_tokens = model.num_tokens
+    return full
+
+
+def full_pieces(pieces: list[Tensor], like: Tensor) -> list[Tensor]:
+    """Flat pieces of a full tensor, from each rank's flat pieces of its shard; `like` is the sharded
+    parameter.
+
+    Scalars are the same on all ranks, and repeated for each piece.
+    """
+    from torch.distributed.tensor import DTensor
+
+    if pieces[0].dim() == 0:
+        return [pieces[0]] * -(-like.numel() // PIECE)
+    part = torch.cat(pieces).view(local(like).shape)
+    layout = {"shape": like.shape, "stride": like.stride()}
+    full = DTensor.from_local(part, like.device_mesh, like.placements, **layout).full_tensor()
+    return list(full.view(-1).split(PIECE))
+
+
+def local_pieces(pieces: list[Tensor], like: Tensor) -> list[Tensor]:
+    """This rank's flat pieces, from what `full_pieces` gave."""
+    count = -(-local(like).numel() // PIECE) or 1
+    if pieces[0].dim() == 0:
+        return [pieces[0]] * count
+    parts = torch.cat(pieces).view(like.shape).chunk(like.device_mesh.size(), dim=0)
+    rank = like.device_mesh.get_local_rank()
+    part = parts[rank].reshape(-1) if rank < len(parts) else pieces[0][:0]
+    return list(part.split(PIECE))

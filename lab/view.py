@@ -1,0 +1,203 @@
+"""What a run shows while it goes: lines in a file or pipe, a live picture on a terminal, or nothing."""
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from rich.columns import Columns
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from lab.console import evaluation_text, printable, sampling_progress, step_figures, step_line
+from lab.recipe import Recipe
+from rl.rollout import Rollout
+
+BLOCKS = " ▁▂▃▄▅▆▇█"
+CHART_HEIGHT = 5  # lines
+ROLLOUT_LINES = 7  # of a shown completion, its last ones
+Report = Callable[[int, int], None]
+
+
+class Lines(contextlib.AbstractContextManager):
+    """A line a step, and how far sampling is where standard error is a terminal."""
+
+    def __exit__(self, *error):
+        pass
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def history(self, rows: list[dict]) -> None:
+        """The metrics of a resumed run's earlier steps."""
+
+    def step(self, row: dict, stages: int, done: int, steps: int) -> None:
+        """A step is over: its metrics, and that it was number `done` of its stage's `steps`."""
+        self.say(step_line(row, stages, done, steps))
+
+    def rollouts(self, groups: list[list[Rollout]]) -> None:
+        """What a step has sampled."""
+
+    def sampling(self, what: str, total: int) -> contextlib.AbstractContextManager[Report | None]:
+        """Gives what `generate` takes as `progress` for `total` completions."""
+        return sampling_progress(what, total)
+
+
+class Quiet(Lines):
+    """Nothing but errors."""
+
+    def say(self, text: str) -> None:
+        pass
+
+    def sampling(self, what: str, total: int) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+class Picture(Lines):
+    """One place of the terminal that shows the run as it is now; evaluations stay above it as lines."""
+
+    def __init__(self, recipe: Recipe, console: Console):
+        self.recipe = recipe
+        self.console = console
+        self.row: dict = {}
+        self.place = (0, 0)  # step and steps of the stage
+        self.points: list[tuple[int, float]] = []  # step, held-out accuracy in %
+        self.evaluation = ""
+        self.samples: dict[str, Rollout] = {}  # the last correct and the last wrong one
+        self.progress = ("", 0, 1, 0.0)  # what is sampled, done, total, tokens a second
+        self.times: deque[float] = deque([time.perf_counter()], maxlen=21)  # when the last GRPO steps were over
+        self.grpo_steps = self.grpo_left = sum(stage.steps for stage in recipe.stages if stage.kind == "grpo")
+        self.live = Live(console=console, get_renderable=self.draw, transient=True, refresh_per_second=4)
+
+    def __enter__(self):
+        self.live.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.live.__exit__(*error)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def history(self, rows: list[dict]) -> None:
+        for row in rows:
+            if "eval_accuracy" in row:
+                self.points.append((row["step"], 100 * row["eval_accuracy"]))
+                self.evaluation = evaluation_text(row)
+
+    def step(self, row: dict, stages: int, done: int, steps: int) -> None:
+        self.row, self.place = row, (done, steps)
+        self.grpo_left = self.grpo_steps - row["grpo_steps"]
+        if row["kind"] != "grpo" or not row["step"]:
+            self.times.clear()
+        self.times.append(time.perf_counter())
+        self.history([row])
+        if "eval_accuracy" in row:
+            super().step(row, stages, done, steps)
+
+    def rollouts(self, groups: list[list[Rollout]]) -> None:
+        for rollout in (rollout for group in groups for rollout in group):
+            self.samples["correct" if rollout.score.outcome == "correct" else "wrong"] = rollout
+
+    @contextlib.contextmanager
+    def sampling(self, what: str, total: int) -> Iterator[Report]:
+        start = time.perf_counter()
+
+        def report(done: int, tokens: int) -> None:
+            self.progress = (what, done, total, tokens / (time.perf_counter() - start))
+
+        report(0, 0)
+        yield report
+        self.progress = ("update", 0, 1, 0.0)
+
+    def draw(self) -> Panel:
+        width = min(self.console.width, 120)
+        parts = [self._place(width - 4), *self._accuracy(width - 4), Text(self._numbers(width - 4))]
+        if self.samples and self.console.height >= CHART_HEIGHT + ROLLOUT_LINES + 11:
+            half = width - 4 if width < 80 else (width - 5) // 2
+            shown = [self._sample(kind, half) for kind in ("correct", "wrong") if kind in self.samples]
+            parts.append(Columns(shown[: 1 if width < 80 else 2], padding=(0, 0)))
+        return Panel(Group(*parts), title=self.recipe.out, width=width)
+
+    def _place(self, width: int) -> Table:
+        """Which step this is, what it is at, and about how long the rest takes."""
+        stage = self.recipe.stages[self.row["stage"]] if self.row and self.recipe.stages else None
+        name = f"{stage.kind.upper()} {self.row['stage'] + 1}/{len(self.recipe.stages)}" if stage else "start"
+        what, done, total, speed = self.progress
+        table = Table.grid(padding=(0, 2), expand=False)
+        table.add_row(
+            Text(f"{name}  step {self.place[0]}/{self.place[1]}", style="bold"),
+            Text(what),
+            ProgressBar(total=total, completed=done, width=max(8, width // 6)),
+            Text(f"{speed:,.0f} tokens/s" if speed else ""),
+            Text(self._time_left()),
+        )
+        return table
+
+    def _time_left(self) -> str:
+        if len(self.times) < 3 or not self.grpo_left:
+            return ""
+        each = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+        minutes, seconds = divmod(round(each * self.grpo_left), 60)
+        return f"{minutes}:{seconds:02} of GRPO left"
+
+    def _accuracy(self, width: int) -> list[Text]:
+        if not self.points:
+            return []
+        lines = [Text(f"held-out accuracy {self.evaluation}", style="cyan")]
+        return lines + [Text(line, style="cyan") for line in chart(self.points, min(60, width - 8), CHART_HEIGHT)]
+
+    def _numbers(self, width: int) -> str:
+        row = self.row
+        if not row or not row["step"]:
+            return ""
+        parts = [" ".join(part.split()) for part in step_figures(row)]  # lines have them in columns
+        if row["kind"] == "grpo":
+            parts += [
+                f"entropy {row['policy_entropy']:.2f}",
+                f"clipped {100 * row['clip_fraction']:.1f} %",
+                f"{row['tokens_per_second']:,.0f} tokens/s",
+                f"{row['rollout_seconds'] + row['update_seconds']:.1f} s a step",
+            ]
+        lines = [parts[0]]
+        for part in parts[1:]:
+            fits = len(lines[-1]) + 3 + len(part) <= width
+            lines = [*lines[:-1], f"{lines[-1]}   {part}"] if fits else [*lines, part]
+        return "\n".join(lines)
+
+    def _sample(self, kind: str, width: int) -> Panel:
+        rollout = self.samples[kind]
+        lines = printable(rollout.text).split("\n")
+        if len(lines) > ROLLOUT_LINES:
+            lines = ["..."] + lines[1 - ROLLOUT_LINES :]
+        text = Text("\n".join(lines + [""] * (ROLLOUT_LINES - len(lines))), no_wrap=True, overflow="ellipsis")
+        title = f"last {kind}: {printable(str(rollout.problem))}"
+        return Panel(text, title=title, width=width, style="green" if kind == "correct" else "red", title_align="left")
+
+
+def pick_view(recipe: Recipe, quiet: bool = False, plain: bool = False) -> Lines:
+    """A picture on a terminal, else lines; `plain` asks for lines there too, `quiet` for nothing."""
+    if quiet:
+        return Quiet()
+    console = Console()
+    return Picture(recipe, console) if console.is_terminal and not console.is_dumb_terminal and not plain else Lines()
+
+
+def chart(points: list[tuple[int, float]], width: int, height: int) -> list[str]:
+    """Lines of text: `points` (x, y from 0 up) as columns of blocks, each as high as the last point up to there."""
+    last, top = max(1, points[-1][0]), max(1e-9, *(y for _, y in points))
+    columns = []
+    for column in range(width):
+        x = last * column / max(1, width - 1)
+        y = next((value for step, value in reversed(points) if step <= x + 1e-9), 0.0)
+        columns.append(round(8 * height * y / top))
+    lines = []
+    for level in reversed(range(height)):
+        bar = "".join(BLOCKS[min(8, max(0, eighths - 8 * level))] for eighths in columns)
+        label = f"{top:3.0f} %" if level == height - 1 else "  0 %" if level == 0 else ""
+        lines.append(f"{label:>5} |{bar}")
+    return lines

@@ -1,0 +1,229 @@
+"""Keys and values of the tokens seen so far. Only a cache knows the position of each row in its own text."""
+
+import copy
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.config import Qwen3Config
+
+# Tokens in a block of GroupCache. Empty slots are read too, so few; but each block needs a new CUDA graph.
+BLOCK = {"cpu": 16, "cuda": 64}
+
+
+class Cache(Protocol):
+    """What the decoder calls in a forward: `start` once, `attend` in every layer, `advance` once."""
+
+    def start(self, time: int) -> Tensor:
+        """Positions of the next `time` tokens of each row: [batch, time]."""
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Store the keys and values of the new tokens, then attend to everything that each query may see.
+
+        `queries` are [batch, heads, time, head_dim], and so is the result; `keys` and `values` are [batch,
+        kv_heads, time, head_dim]; queries and keys are after RoPE.
+        """
+
+    def advance(self, time: int) -> None:
+        """Count the `time` tokens that every layer has stored."""
+
+
+class KVCache:
+    """Keys and values of up to `max_length` tokens for each of `batch_size` rows.
+
+    Each row has its own length, and its next token goes to slot `lengths[row]`. Prompts of different lengths
+    are padded on the right: padding lies beyond the row's length, is never attended to, and is overwritten
+    by the row's next tokens. So there is no padding mask.
+
+    Shapes: `keys[layer]` and `values[layer]` are [batch, kv_heads, max_length, head_dim]; `lengths` is
+        [batch], int64.
+    """
+
+    def __init__(
+        self, config: Qwen3Config, batch_size: int, max_length: int, device="cpu", dtype=torch.float32
+    ):
+        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int64)
+        self.max_length = max_length
+        self.longest = 0  # upper bound of lengths.max() on the host, so that decoding never waits for a GPU
+
+    def start(self, time: int) -> Tensor:
+        self.end = self.longest + time
+        if self.end > self.max_length:
+            raise ValueError(f"the cache holds {self.max_length} tokens a row; {self.end} are needed")
+        new = torch.arange(time, device=self.lengths.device)
+        self.positions = self.lengths[:, None] + new  # [batch, time]
+        slots = torch.arange(self.end, device=self.lengths.device)
+        # An empty cache needs only the causal mask, for which there are faster kernels. [batch, 1, time, end]
+        self.mask = (slots <= self.positions[:, :, None])[:, None] if self.longest else None
+        return self.positions
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
+        self.keys[layer][rows, :, self.positions] = keys.transpose(1, 2)
+        self.values[layer][rows, :, self.positions] = values.transpose(1, 2)
+        keys = self.keys[layer][:, :, : self.end]
+        values = self.values[layer][:, :, : self.end]
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=self.mask, is_causal=self.mask is None, enable_gqa=True
+        )
+
+    def advance(self, time: int) -> None:
+        self.lengths = self.lengths + time  # not +=: `set_lengths` may have stored the caller's own tensor
+        self.longest += time
+
+    def set_lengths(self, lengths: Tensor) -> None:
+        """Forget everything beyond `lengths` ([batch]), such as the padding of a ragged batch."""
+        self.lengths = lengths.to(self.lengths)
+        self.longest = int(lengths.max())
+
+    def part(self, rows: slice) -> "KVCache":
+        """The cache of some rows, sharing memory with this one."""
+        part = copy.copy(self)
+        part.keys = [keys[rows] for keys in self.keys]
+        part.values = [values[rows] for values in self.values]
+        part.lengths = self.lengths[rows]
+        return part
+
+
+class GroupCache:
+    """A cache for groups of rows that share a prompt, which is stored once and read once for the whole group.
+
+    All rows decode in lock-step, one token a forward, so they have equally many own tokens, and only prompts
+    need lengths. Attention to a prompt is one matrix product for all rows of its group; prompt scores and
+    own scores then pass through one softmax (Hydragen, arXiv:2402.05099, computes two and merges them).
+
+    Own tokens lie in blocks. A block is added when the last one is full, so nothing is copied to make room.
+    Attention reads the stored slots or, if `static`, whole blocks: then shapes change only once a block, as
+    a CUDA graph requires, and blocks are contiguous, without which oneDNN multiplies bfloat16 at half speed.
+
+    Shapes: `prompt_keys[layer]` and `prompt_values[layer]` are [prompts, kv_heads, longest, head_dim];
+        blocks in
+    `keys[layer]` and `values[layer]` [rows * kv_heads, block, head_dim]; `prompt_of` is [rows], ascending.
+    """
+
+    def __init__(self, prompts: KVCache, num_samples: int, max_new_tokens: int, static: bool = False):
+        """Use the keys and values of prefilled `prompts`, with `num_samples` rows for each."""
+        device = prompts.lengths.device
+        self.max_new_tokens = max_new_tokens
+        self.static = static
+        self.prompt_keys = prompts.keys
+        self.prompt_values = prompts.values
+        self.prompt_lengths = prompts.lengths
+        self.prompt_of = torch.arange(len(prompts.lengths), device=device).repeat_interleave(num_samples)
+        self.build_grid()
+        self.stored = torch.zeros(1, dtype=torch.int64, device=device)  # own tokens of every row
+        self.block = BLOCK["cuda" if device.type == "cuda" else "cpu"] if static else max_new_tokens
+        self.room = 0  # own tokens that the blocks can hold
+        self.count = 0  # own tokens stored, the next one included
+        self.keys: list[list[Tensor]] = [[] for _ in prompts.keys]
+        self.values: list[list[Tensor]] = [[] for _ in prompts.keys]
+
+    def reserve(self, count: int) -> None:
+        """Make room for `count` own tokens a row, the next one included. Call it before each forward."""
+        if count > self.room:
+            size = min(self.block, self.max_new_tokens - self.room)
+            for blocks in self.keys + self.values:
+                blocks.append(self.new_block(size))
+            self.room += size
+        self.count = count
+
+    def new_block(self, size: int) -> Tensor:
+        _, kv_heads, _, head_dim = self.prompt_keys[0].shape
+        shape = (len(self.prompt_of) * kv_heads, size, head_dim)
+        # Zero-filled where attention reads unused slots, which could hold NaN.
+        return self.prompt_keys[0].new_zeros(shape) if self.static else self.prompt_keys[0].new_empty(shape)
+
+    @property
+    def visible(self) -> int:
+        """Slots of own tokens that attention reads."""
+        return self.room if self.static else self.count
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, visible slots): while neither changes, every forward uses the same tensors."""
+        return len(self.prompt_of), self.visible
+
+    def build_grid(self) -> None:
+        """Map rows to the grid of `times_prompt`: a matrix a prompt and key-value head, in it a line a row.
+
+        A pair is (row, key-value head), numbered row * kv_heads + head. The grid is [prompts, kv_heads, most
+        rows of a prompt]. `pair_at`: grid slot -> pair, arbitrary where the slot is empty. `slot_of`: pair
+        -> grid slot.
+        """
+        kv_heads = self.prompt_keys[0].shape[1]
+        prompts = len(self.prompt_lengths)
+        counts = torch.bincount(self.prompt_of, minlength=prompts)
+        width = int(counts.max())
+        first_row = counts.cumsum(0) - counts  # of each prompt
+        pairs = torch.arange(len(self.prompt_of) * kv_heads, device=self.prompt_of.device)
+        row = pairs // kv_heads
+        prompt = self.prompt_of[row]
+        self.slot_of = (prompt * kv_heads + pairs % kv_heads) * width + row - first_row[prompt]
+        self.pair_at = pairs.new_zeros(prompts * kv_heads * width).index_copy(0, self.slot_of, pairs)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only `rows` ([n], ascending), and the prompts that they belong to."""
+        present, self.prompt_of = self.prompt_of[rows].unique_consecutive(return_inverse=True)
+        if len(present) < len(self.prompt_lengths):
+            self.prompt_keys = [keys[present] for keys in self.prompt_keys]
+            self.prompt_values = [values[present] for values in self.prompt_values]
+            self.prompt_lengths = self.prompt_lengths[present]
+        self.build_grid()
+        if not self.room:
+            return  # no block yet
+        kv_heads = self.prompt_keys[0].shape[1]
+        pairs = (rows[:, None] * kv_heads + torch.arange(kv_heads, device=rows.device)).flatten()
+        for blocks in self.keys + self.values:
+            *full, last = blocks
+            used = self.count - (self.room - last.shape[1])
+            blocks[:] = [*(block[pairs] for block in full), self.new_block(last.shape[1])]
+            blocks[-1][:, :used] = last[pairs, :used]
+
+    def start(self, time: int) -> Tensor:
+        assert time == 1, "rows in lock-step decode one token at a time"
+        longest = self.prompt_keys[0].shape[2]
+        slots = torch.arange(longest + self.visible, device=self.stored.device)
+        lengths = self.prompt_lengths[self.prompt_of, None]  # [rows, 1]
+        seen = (slots < lengths) | ((slots >= longest) & (slots <= longest + self.stored))
+        # Added to the scores: 0 where a row may look, else -inf. [rows * kv_heads, 1, longest + visible]
+        bias = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -torch.inf)
+        self.bias = bias[:, None].expand(-1, self.prompt_keys[0].shape[1], -1).reshape(-1, 1, bias.shape[-1])
+        # Slot of the next token in the last block. A graph must read it on the device; a slice is faster on
+        # a CPU.
+        slot = (self.count - 1) % self.block
+        self.slot = self.stored % self.block if self.stored.is_cuda else slice(slot, slot + 1)
+        return lengths + self.stored
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        # Each pair is one matrix product; its lines are the query heads that read this key-value head.
+        pairs, head_dim = queries.shape[0] * keys.shape[1], queries.shape[-1]
+        self.keys[layer][-1][:, self.slot] = keys.view(pairs, 1, head_dim)
+        self.values[layer][-1][:, self.slot] = values.view(pairs, 1, head_dim)
+        grouped = queries.view(pairs, -1, head_dim)  # [pairs, heads / kv_heads, head_dim]
+        scores = [self.times_prompt(grouped, self.prompt_keys[layer].transpose(-1, -2))]
+        scores += [grouped.bmm(block.transpose(1, 2)) for block in self.visible_part(self.keys[layer])]
+        sizes = [part.shape[-1] for part in scores]
+        scores = torch.add(self.bias, torch.cat(scores, dim=-1), alpha=head_dim**-0.5)  # float32
+        on_prompt, *on_own = scores.softmax(-1).to(values.dtype).split(sizes, dim=-1)
+        attended = self.times_prompt(on_prompt, self.prompt_values[layer])
+        for weights, block in zip(on_own, self.visible_part(self.values[layer]), strict=True):
+            attended = attended + weights.bmm(block)
+        return attended.view(queries.shape)
+
+    def visible_part(self, blocks: list[Tensor]) -> list[Tensor]:
+        return blocks if self.static else [blocks[0][:, : self.count]]
+
+    def times_prompt(self, x: Tensor, matrices: Tensor) -> Tensor:
+        """Each pair's x [pairs, n, inner] times its prompt's matrix in [prompts, kv_heads, inner, outer]."""
+        matrices = matrices.flatten(0, 1)
+        grid = x.index_select(0, self.pair_at).view(len(matrices), -1, x.shape[-1])
+        return grid.bmm(matrices).view(len(self.pair_at), x.shape[1], -1).index_select(0, self.slot_of)
+
+    def advance(self, time: int) -> None:
+        self.stored += time  # in place: a captured CUDA graph reads it

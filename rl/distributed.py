@@ -1,0 +1,109 @@
+"""One run on several processes: functions that change nothing when there is one.
+
+All ranks have the same problems and make the same decisions. What is sampled, learned and measured does not
+depend on their number, except for the order in which gradients are added.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+PIECE = 2**24  # weights worked on at a time; a multiple of the 256 that share a scale in 8-bit moments
+
+
+def rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the one process that writes files and prints."""
+    return rank() == 0
+
+
+def share(items: list) -> list:
+    """This rank's part of a list that all ranks have."""
+    return items[rank() :: world_size()]
+
+
+def gather(items: list) -> list:
+    """The whole list, from the part that `share` gave to each rank."""
+    parts = all_values(items)
+    whole = [None] * sum(map(len, parts))
+    for number, part in enumerate(parts):
+        whole[number :: len(parts)] = part
+    return whole
+
+
+def all_values(value) -> list:
+    """The value of each rank, in order."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value):
+    """Rank 0's value; those of the other ranks are ignored."""
+    return all_values(value if is_main() else None)[0]
+
+
+def any_rank(flag: bool) -> bool:
+    return any(all_values(flag))
+
+
+def sum_counts(counts: Counter) -> Counter:
+    """Sums over all ranks, added in the order of ranks, so that all get the same to the last bit."""
+    total: Counter = Counter()
+    for part in all_values(counts):
+        total.update(part)
+    return total
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Add up all ranks' gradients in float32; a rank without samples has none, which counts as zero.
+
+    Sharded parameters are left out: FSDP has added theirs in backward.
+    """
+    if world_size() == 1:
+        return
+    parameters = [parameter for parameter in parameters if not is_sharded(parameter)]
+    if not any_rank(any(parameter.grad is not None for parameter in parameters)):
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        for piece in parameter.grad.view(-1).split(PIECE):
+            total = piece.float()
+            dist.all_reduce(total)
+            if total is not piece:
+                piece.copy_(total)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds only a shard of `tensor` (a DTensor, see `lab.sharding`)."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a sharded tensor; any other tensor unchanged."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def has_shards(model: nn.Module) -> bool:
+    """Whether the ranks must run every forward of `model` together."""
+    return getattr(model, "sharding", None) is not None
+
+
+def sampling_model(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Gives the model to sample from: `model`, or what its sharding provides (see `lab.sharding`)."""
+    return model.sharding.sampling(model) if has_shards(model) else contextlib.nullcontext(model)

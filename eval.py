@@ -19,12 +19,13 @@ with ctrl_c_exits():
     from model.weights import is_embedded
     from lab.checkpoint import saved_recipe
     from lab.comparison import Candidate, comparison_table, difference, measures
-    from lab.console import printable, sampling_progress, user_errors
+    from lab.errors import user_errors
+    from lab.screen import printable, progress_bar
     from lab.device import pick_device, pick_dtype
     from lab.evaluate import EVALUATION_SEED, Evaluation, evaluate, load_completions, problems_hash
-    from lab.problems import problems_of
+    from lab.recipe import problems_of
     from lab.recipe import EvaluationSettings, Recipe, RecipeError
-    from lab.recipe_file import load_recipe, recipe_for
+    from lab.recipe import load_recipe, recipe_for
     from rl.rollout import Actor
     from data.task import Problem
 

@@ -17,10 +17,11 @@ with ctrl_c_exits():
     from model import KVCache, Qwen3, load_model
     from model.sampler import random_streams, sample
     from lab.checkpoint import checkpoints, saved_recipe
-    from lab.console import printable, user_errors
+    from lab.errors import user_errors
+    from lab.screen import printable
     from lab.device import pick_device, pick_dtype
     from lab.recipe import SamplingSettings
-    from lab.recipe_file import recipe_for
+    from lab.recipe import recipe_for
     from rl.rollout import Actor
     from data.task import Problem
 

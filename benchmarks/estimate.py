@@ -24,7 +24,7 @@ from model import Qwen3Config
 from model.memory import free_memory, held_memory
 from lab.memory_plan import gb, plan_memory, work_of
 from lab.recipe import Recipe
-from lab.recipe_file import load_recipe
+from lab.recipe import load_recipe
 
 QWEN3_17B = Qwen3Config(151936, 2048, 6144, 28, 16, 8, 128)
 SHAPES = {"Qwen/Qwen3-0.6B": QWEN3_06B, "Qwen/Qwen3-1.7B": QWEN3_17B}

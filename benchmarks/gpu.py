@@ -28,7 +28,7 @@ from model.sampler import GraphedStep
 from model.sampler import DecodeBatch
 from rl.batch import Sample, completion_logprobs, make_batch
 from lab.recipe import OptimizerSettings
-from lab.recipe_file import load_recipe
+from lab.recipe import load_recipe
 from lab.stages import train
 
 QWEN3 = {

@@ -27,8 +27,8 @@ from rich.table import Table
 
 import rl.rollout
 from model import generate, load_model
-from lab.problems import problems_of
-from lab.recipe_file import load_recipe
+from lab.recipe import problems_of
+from lab.recipe import load_recipe
 from rl.rollout import Actor, collect_rollouts
 
 VALUES = np.linspace(0, 1, 10_000)

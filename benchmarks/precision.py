@@ -19,7 +19,7 @@ from rich.table import Table
 
 from lab.checkpoint import checkpoints
 from lab.recipe import AdapterSettings, Recipe
-from lab.recipe_file import load_recipe
+from lab.recipe import load_recipe
 from lab.runfolder import RunFolder
 from lab.stages import train
 

@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
 from lab import report
-from lab.console import user_errors
+from lab.errors import user_errors
 from lab.evaluate import load_completions
 from lab.recipe import Recipe, RecipeError
-from lab.recipe_file import from_dict
+from lab.recipe import from_dict
 from lab.runfolder import RunFolder
-from lab.view import Picture
+from lab.screen import Picture
 
 
 @dataclass(frozen=True)

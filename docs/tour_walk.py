@@ -14,7 +14,7 @@ from rl.learner import Learner
 from rl.loss import clip_counts, grpo_loss
 from rl.optimizer import Optimizer, joint_norm
 from lab.recipe import GRPOStage, Recipe
-from lab.recipe_file import load_recipe
+from lab.recipe import load_recipe
 from rl.rollout import Actor, Rollout, collect_rollouts, paid
 
 # Chosen so that completions are short, some right and some not, and no random number is near another token's.

@@ -1,7 +1,7 @@
-"""Checkpoints: a Hugging Face folder that any tool loads, plus what resuming needs. Safetensors and JSON only.
+"""Checkpoints: Hugging Face folders that any tool loads, with what resuming needs; safetensors and JSON only.
 
-There is no random state to save. Every random choice is made from the recipe's seed and a counter (see
-`Progress`), so the counters are the random state and the position in the data.
+There is no random state to save: every random choice follows from the recipe's seed and a counter of
+`TrainState`.
 """
 
 import hashlib
@@ -18,55 +18,53 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lab.optimizer_state import load_state_tensors, state_tensors
+from lab.recipe import Recipe, RecipeError, from_dict, to_dict
 from model import ModelError, Qwen3, Tokenizer, adapter_state, load_adapter_state, save_model
 from model.weights import read_json
 from rl.optimizer import Optimizer
-from lab.recipe import Recipe, RecipeError
-from lab.recipe_file import from_dict, to_dict
 
 STATE, OPTIMIZER, RECIPE = "trainer_state.json", "optimizer.safetensors", "recipe.json"
 ADAPTERS, DIGESTS = "adapters.safetensors", "sha256.json"
-PARTIAL, REMOVED = ".partial", ".removed"  # what a folder's name ends in while it is written, or deleted
+PARTIAL, REMOVED = ".partial", ".removed"  # suffixes of folders that are being written, or deleted
 
 
 @dataclass
-class Progress:
-    """Where a run stands.
-
-    Attributes:
-        stage, stage_step: the stage at work and how many of its steps are done.
-        step: steps done in all stages.
-        grpo_steps: of these, GRPO steps; the paper's tables count in them.
-        problems_seen: position in the endless shuffled sequence of training problems.
-    """
+class TrainState:
+    """Where a run stands; its counters are also the random state and the position in the data."""
 
     stage: int = 0
-    stage_step: int = 0
-    step: int = 0
-    grpo_steps: int = 0
-    problems_seen: int = 0
+    stage_step: int = 0  # steps done in this stage
+    step: int = 0  # steps done in all stages
+    grpo_steps: int = 0  # of them, GRPO steps; the paper's tables count these
+    problems_seen: int = 0  # position in the endless shuffled sequence of training problems
 
 
 def save_checkpoint(
-    folder: Path, model: Qwen3, tokenizer: Tokenizer, optimizer: Optimizer | None, progress: Progress, recipe: Recipe
+    folder: Path,
+    model: Qwen3,
+    tokenizer: Tokenizer,
+    optimizer: Optimizer | None,
+    state: TrainState,
+    recipe: Recipe,
 ) -> None:
-    """Write `folder` whole or not at all: into a temporary neighbour, to the disk itself, and only then renamed.
+    """Write `folder` whole or not at all: write a folder beside it, sync it to the disk, then rename it.
 
-    `optimizer` is None at the end of a stage, since the next stage starts with an optimizer of its own.
-
-    Raises:
-        RecipeError: it cannot be written, a full disk for one; what was there before still is.
+    `optimizer` is None at the end of a stage, since the next stage starts with a new one. RecipeError: the
+    folder cannot be written, for example because the disk is full; earlier checkpoints are left as they were.
     """
     temporary = folder.with_name(folder.name + PARTIAL)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         save_model(temporary, model, tokenizer)
-        if adapters := {name: matrix.cpu() for name, matrix in adapter_state(model).items()}:
-            safetensors.torch.save_file(adapters, temporary / ADAPTERS)  # the model itself is saved with these merged
+        adapters = {name: matrix.cpu() for name, matrix in adapter_state(model).items()}
+        if adapters:  # which `save_model` has merged
+            safetensors.torch.save_file(adapters, temporary / ADAPTERS)
         if optimizer is not None:
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in optimizer.state_tensors()}
-            safetensors.torch.save_file(tensors, temporary / OPTIMIZER)
-        (temporary / STATE).write_text(json.dumps(asdict(progress), indent=2) + "\n")
+            tensors = state_tensors(optimizer, model.dtype)  # one by one: a GPU need not hold them all
+            on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors}
+            safetensors.torch.save_file(on_cpu, temporary / OPTIMIZER)
+        (temporary / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
         (temporary / RECIPE).write_text(json.dumps(to_dict(recipe), indent=2) + "\n")
         digests = {path.name: digest(path) for path in sorted(temporary.iterdir())}
         (temporary / DIGESTS).write_text(json.dumps(digests, indent=2) + "\n")
@@ -79,9 +77,8 @@ def save_checkpoint(
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
-        raise RecipeError(
-            f"{folder} cannot be written ({reason}); the checkpoints before it are whole: put that right, then --resume"
-        ) from None
+        advice = "the checkpoints before it are whole: put that right, then --resume"
+        raise RecipeError(f"{folder} cannot be written ({reason}); {advice}") from None
 
 
 def digest(path: Path) -> str:
@@ -90,7 +87,7 @@ def digest(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's or folder's content is on the disk, where a power cut leaves it."""
+    """Wait until the content of a file or folder is on the disk, so that it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -99,54 +96,51 @@ def sync(path: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, by the SHA-256 written beside them; None if nothing is."""
+    """What is wrong with a checkpoint, by the SHA-256 written beside its files; None if nothing is."""
     try:
         digests = read_json(folder / DIGESTS)
         for name in {STATE, "model.safetensors", *digests}:
             if digest(folder / name) != digests.get(name):
                 return f"{name} is not what was written"
-        load_progress(folder)
+        load_state(folder)
     except (OSError, ValueError, AttributeError) as error:
         return str(getattr(error, "filename", None) or error) + " cannot be read"
     return None
 
 
 def newest_checkpoint(run: Path, say: Callable[[str], None] = print) -> Path | None:
-    """The newest checkpoint of a run that is undamaged; damaged ones are named and put aside.
+    """The newest undamaged checkpoint of a run. Damaged ones are renamed, and `say` is told.
 
-    What a killed process left half written or half deleted is removed on the way.
+    It also removes what a killed process left half written or half deleted.
     """
-    for leftover in [*(run / "checkpoints").glob(f"*{PARTIAL}"), *(run / "checkpoints").glob(f"*{REMOVED}")]:
-        shutil.rmtree(leftover, ignore_errors=True)
+    for folder in list((run / "checkpoints").glob("*")):
+        if folder.suffix in (PARTIAL, REMOVED):
+            shutil.rmtree(folder, ignore_errors=True)
     for folder in reversed(checkpoints(run)):
-        found = damage(folder)
-        if found is None:
+        fault = damage(folder)
+        if fault is None:
             return folder
-        aside = folder.with_name(folder.name + ".damaged")
+        aside = folder.with_suffix(".damaged")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(folder, aside)
-        say(f"{folder} is damaged ({found}): kept as {aside.name}, going on from the checkpoint before")
+        say(f"{folder} is damaged ({fault}): kept as {aside.name}, going on from the checkpoint before")
     return None
 
 
-def load_progress(folder: Path) -> Progress:
-    """The counters of a checkpoint.
-
-    Raises:
-        RecipeError: the folder is no checkpoint of a run, or its state is damaged.
-    """
+def load_state(folder: Path) -> TrainState:
+    """The counters of a checkpoint. RecipeError: the folder is no checkpoint of a run, or it is damaged."""
     try:
-        progress = Progress(**read_json(folder / STATE))
-        if not all(type(value) is int and 0 <= value <= 10**12 for value in asdict(progress).values()):
+        state = TrainState(**read_json(folder / STATE))
+        if not all(type(value) is int and 0 <= value <= 10**12 for value in asdict(state).values()):
             raise TypeError("its counters must be whole numbers")
     except (ModelError, TypeError) as error:
         raise RecipeError(f"{folder / STATE}: not the state of a run: {error}") from None
-    return progress
+    return state
 
 
 def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
     """Put the saved moments and master weights back into `optimizer`."""
-    resume_from(folder / OPTIMIZER, optimizer.load_state_tensors)
+    resume_from(folder / OPTIMIZER, partial(load_state_tensors, optimizer))
 
 
 def load_adapters(folder: Path, model: Qwen3) -> None:
@@ -154,9 +148,9 @@ def load_adapters(folder: Path, model: Qwen3) -> None:
     resume_from(folder / ADAPTERS, partial(load_adapter_state, model))
 
 
-def resume_from(path: Path, take: Callable[[dict[str, Tensor]], None]) -> None:
+def resume_from(path: Path, load: Callable[[dict[str, Tensor]], None]) -> None:
     try:
-        take(safetensors.torch.load_file(path))
+        load(safetensors.torch.load_file(path))
     except torch.OutOfMemoryError:
         raise
     except (OSError, safetensors.SafetensorError, KeyError, IndexError, ValueError, RuntimeError) as error:
@@ -165,25 +159,25 @@ def resume_from(path: Path, take: Callable[[dict[str, Tensor]], None]) -> None:
 
 def checkpoints(run: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
-    found = [path for path in (run / "checkpoints").glob("step_*") if path.name.removeprefix("step_").isdigit()]
-    return sorted(found, key=step_of)
+    folders = (run / "checkpoints").glob("step_*")
+    return sorted((path for path in folders if path.name[5:].isdigit()), key=step_of)
 
 
 def prune_checkpoints(run: Path, keep: int, accuracies: dict[int, float]) -> None:
-    """Delete all but the latest `keep` checkpoints, those at a stage's end, and the best by `accuracies`, given by step."""
+    """Delete all but the latest `keep` checkpoints, stage ends, and the best of `accuracies` (by step)."""
     folders = checkpoints(run)
     best = max(folders, key=lambda folder: accuracies.get(step_of(folder), -1.0), default=None)
     for folder in folders[:-keep]:
-        if folder != best and load_progress(folder).stage_step != 0:
+        if folder != best and load_state(folder).stage_step != 0:
             remove_checkpoint(folder)
 
 
 def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
+    return int(folder.name[5:])
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Delete `folder`; stopped on the way, this leaves nothing that looks like a checkpoint."""
+    """Delete `folder`; a kill on the way leaves nothing that looks like a checkpoint."""
     doomed = folder.with_name(folder.name + REMOVED)
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
@@ -191,11 +185,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def saved_recipe(folder: str | Path) -> Recipe | None:
-    """The recipe that a checkpoint was trained by; None where it comes from elsewhere.
-
-    Raises:
-        RecipeError: the recipe in the folder cannot be read.
-    """
+    """The recipe that a model was trained by, or None for one from elsewhere. RecipeError: it is damaged."""
     path = Path(folder) / RECIPE
     if not path.is_file():
         return None

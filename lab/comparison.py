@@ -1,19 +1,19 @@
-"""Evaluations side by side: everything they say as numbers, as a table, and how sure their differences are."""
+"""Evaluations side by side: their numbers, a table of them, and how sure their differences are."""
 
 from dataclasses import dataclass
 from statistics import fmean
 
 from rich.table import Table
 
+from data.task import Task
 from lab.evaluate import Evaluation, by_difficulty, distinct_answers, majority_accuracy, solved_shares
 from lab.intervals import bootstrap_interval, mcnemar_p
-from rl.rollout import non_latin_fraction, pass_at_k
-from data.task import Task
+from rl.metrics import non_latin_fraction, pass_at_k
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is compared: a model's completions as sampled and, unless they were made elsewhere, the likeliest ones."""
+    """A model's completions, sampled and, unless they were made elsewhere, greedy."""
 
     name: str
     task: Task
@@ -63,13 +63,17 @@ def estimate(evaluation: Evaluation) -> dict[str, float]:
 def difference(first: Candidate, other: Candidate) -> dict:
     """How much more `other` solves than `first`, on the same problems in the same order.
 
-    Sampled completions: the mean difference of the solved shares with its paired bootstrap interval. Greedy ones:
-    how many problems only one of the two solves, and McNemar's exact p-value.
+    Sampled completions: the mean difference of the solved shares with its paired bootstrap interval. Greedy
+    ones: how many problems only one of the two solves, and McNemar's exact p-value.
     """
     shares = zip(solved_shares(first.sampled.groups), solved_shares(other.sampled.groups), strict=True)
     gains = [after - before for before, after in shares]
     low, high = bootstrap_interval(gains)
-    found = {"from": first.name, "to": other.name, "accuracy": {"mean": fmean(gains), "low": low, "high": high}}
+    found = {
+        "from": first.name,
+        "to": other.name,
+        "accuracy": {"mean": fmean(gains), "low": low, "high": high},
+    }
     if first.greedy and other.greedy:
         pairs = list(zip(solved_shares(first.greedy.groups), solved_shares(other.greedy.groups), strict=True))
         gained, lost = pairs.count((0, 1)), pairs.count((1, 0))
@@ -78,7 +82,7 @@ def difference(first: Candidate, other: Candidate) -> dict:
 
 
 def comparison_table(title: str, candidates: list[dict], differences: list[dict]) -> Table:
-    """One column for each of `measures`, one row for each of its numbers; `differences` are those from the first."""
+    """A column for each of `measures`, a row for each of its numbers; `differences` are from the first."""
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
     for found in candidates:
@@ -100,17 +104,25 @@ def comparison_table(title: str, candidates: list[dict], differences: list[dict]
     table.add_section()
     for outcome in candidates[0]["outcomes"]:
         row(outcome, (percent(found["outcomes"][outcome]) for found in candidates))
-    row("length, tokens", (f"{found['completion_length']:.1f}" if "completion_length" in found else "" for found in candidates))
+    row(
+        "length, tokens",
+        (f"{found['completion_length']:.1f}" if "completion_length" in found else "" for found in candidates),
+    )
     limits = [str(found.get("max_new_tokens", "")) for found in candidates]
     row("limit, tokens", limits if len(set(limits)) > 1 else [])
     row("cut off at the limit", (percent(found.get("truncated_fraction")) for found in candidates))
     row("letters outside Latin script", (percent(found["non_latin_fraction"], 2) for found in candidates))
     table.add_section()
     for kind, first in candidates[0]["by_difficulty"].items():
-        row(f"{kind} ({first['problems']})", (interval_text(found["by_difficulty"][kind]) for found in candidates))
+        row(
+            f"{kind} ({first['problems']})",
+            (interval_text(found["by_difficulty"][kind]) for found in candidates),
+        )
     if differences:
         table.add_section()
-        row("sampled, against the first", ["", *(difference_text(found["accuracy"]) for found in differences)])
+        row(
+            "sampled, against the first", ["", *(difference_text(found["accuracy"]) for found in differences)]
+        )
         row("greedy: gained, lost", ["", *(flips_text(found.get("greedy")) for found in differences)])
     return table
 
@@ -120,7 +132,11 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def interval_text(found: dict | None) -> str:
-    return f"{100 * found['mean']:.1f} % ({100 * found['low']:.1f} to {100 * found['high']:.1f})" if found else ""
+    return (
+        f"{100 * found['mean']:.1f} % ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
+        if found
+        else ""
+    )
 
 
 def difference_text(found: dict) -> str:

@@ -24,8 +24,8 @@ def pick_dtype(recipe: Recipe) -> torch.dtype | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most the device's tensors have held so far; on a CPU, the most the process has held."""
+    """The most bytes that tensors have held on a GPU so far; on a CPU, the most the process has held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes there, KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

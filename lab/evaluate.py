@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems, with its uncertainty, and what else a set of completions says about its model."""
+"""Accuracy on held-out problems with its uncertainty, and what else completions say about their model."""
 
 import hashlib
 import json
@@ -9,11 +9,10 @@ from pathlib import Path
 from statistics import fmean
 
 from data.load import DataError, read_jsonl
-from model import Completion
-from lab.intervals import wilson_interval
-from rl.rollout import Actor, Rollout, collect_rollouts
-from rl.workers import ALONE, Workers
 from data.task import Problem, Task
+from lab.intervals import wilson_interval
+from model import Completion, Qwen3, Tokenizer
+from rl.rollout import Rollout, SamplingSettings, collect_rollouts
 
 OUTCOMES = ("correct", "near", "wrong", "malformed")
 EVALUATION_SEED = 1_000_003  # every evaluation of a run samples from the same random streams
@@ -24,34 +23,29 @@ Group = list[Rollout]
 class Evaluation:
     """One or more completions for each of some problems.
 
-    Attributes:
-        accuracy: share of a problem's completions that are correct, averaged over problems, with its 95 % interval `low`
-            to `high`. Completions of one problem are not independent, so the interval counts problems, whatever the
-            number of completions.
-        counts: completions by outcome.
-        completion_length: mean, in tokens; 0 where only texts are known.
-        truncated_fraction: share that ran into the token limit.
-        groups: the completions, [problem][sample].
+    `accuracy` is the share of a problem's completions that are correct, averaged over problems, and `low` to
+    `high` its 95 % interval. Completions of one problem are not independent, so the interval counts problems.
     """
 
     accuracy: float
     low: float
     high: float
-    counts: dict[str, int]
-    completion_length: float
-    truncated_fraction: float
-    groups: list[Group]
+    counts: dict[str, int]  # completions by outcome
+    completion_length: float  # mean, in tokens; 0 where only texts are known
+    truncated_fraction: float  # share that ran into the token limit
+    groups: list[Group]  # the completions, [problem][sample]
 
     @classmethod
     def of(cls, groups: list[Group]) -> "Evaluation":
-        accuracy, (low, high) = fmean(solved_shares(groups)), wilson_interval(sum(solved_shares(groups)), len(groups))
+        shares = solved_shares(groups)
+        low, high = wilson_interval(sum(shares), len(groups))
         rollouts = [rollout for group in groups for rollout in group]
-        found = Counter(rollout.score.outcome for rollout in rollouts)
+        counts = Counter(rollout.score.outcome for rollout in rollouts)
         return cls(
-            accuracy=accuracy,
+            accuracy=fmean(shares),
             low=low,
             high=high,
-            counts={outcome: found[outcome] for outcome in OUTCOMES},
+            counts={outcome: counts[outcome] for outcome in OUTCOMES},
             completion_length=fmean(len(rollout.completion.token_ids) for rollout in rollouts),
             truncated_fraction=fmean(not rollout.completion.finished for rollout in rollouts),
             groups=groups,
@@ -59,22 +53,27 @@ class Evaluation:
 
 
 def evaluate(
-    actor: Actor,
+    model: Qwen3,
+    tokenizer: Tokenizer,
+    task: Task,
     problems: list[Problem],
+    *,
+    sampling: SamplingSettings,
     num_samples: int,
     seed: int,
-    progress: Callable[[int, int], None] | None = None,
-    workers: Workers = ALONE,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Sample `num_samples` completions a problem and score them; `progress` and `workers` as in `collect_rollouts`."""
-    return Evaluation.of(collect_rollouts(actor, problems, num_samples, seed, progress, workers))
+    """Sample `num_samples` completions a problem and score them; `on_progress` as in `model.generate`."""
+    options = {"sampling": sampling, "num_samples": num_samples, "seed": seed, "on_progress": on_progress}
+    return Evaluation.of(collect_rollouts(model, tokenizer, task, problems, **options))
 
 
 def load_completions(path: str | Path, task: Task, thinking: bool) -> list[Group]:
-    """Completions made elsewhere, scored: for Countdown a `{"numbers": [...], "target": n, "completion": "..."}` a line.
+    """Completions made elsewhere, scored; for Countdown `{"numbers": [...], "target": n, "completion":
+    "..."}` a line.
 
-    Lines of one problem are its group, whatever the order of lines and numbers. Where a line has `token_ids` and
-    `finished`, as in a run's rollouts/, lengths and truncation are known too.
+    The lines of one problem are its group, in any order. Where lines have `token_ids` and `finished`, as in
+    a run's rollouts/, lengths and truncation are known too.
 
     Raises:
         DataError: no such file, nothing in it, or a line that is no completion; it names the line.
@@ -88,8 +87,12 @@ def load_completions(path: str | Path, task: Task, thinking: bool) -> list[Group
             if not isinstance(text, str) or not isinstance(ids, list) or not isinstance(finished, bool):
                 raise TypeError("completion must be text, token_ids a list and finished true or false")
         except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{path}, line {number}: not a completion ({error}); expected {expected}") from None
-        scored = Rollout(problem, [], Completion(ids, [], finished), text, task.score(text, problem, thinking))
+            raise DataError(
+                f"{path}, line {number}: not a completion ({error}); expected {expected}"
+            ) from None
+        scored = Rollout(
+            problem, [], Completion(ids, [], finished), text, task.score(text, problem, thinking)
+        )
         groups.setdefault(problem.key, []).append(scored)
     if not groups:
         raise DataError(f"{path}: no completions in it")
@@ -97,7 +100,9 @@ def load_completions(path: str | Path, task: Task, thinking: bool) -> list[Group
 
 
 def problems_hash(problems: list[Problem]) -> str:
-    """The first 12 digits of the SHA-256 of the problems in their order: equal for evaluations that may be compared."""
+    """The first 12 digits of the SHA-256 of the problems in their order: equal for evaluations that may be
+    compared.
+    """
     text = json.dumps([list(problem.row().values()) for problem in problems])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -110,14 +115,18 @@ def solved_shares(groups: list[Group]) -> list[float]:
 def by_difficulty(groups: list[Group], task: Task) -> dict[str, list[Group]]:
     kinds: dict[str, list[Group]] = {}
     for group in groups:
-        kinds.setdefault(task.level(group[0].problem), []).append(group)
+        kinds.setdefault(task.difficulty(group[0].problem), []).append(group)
     return dict(sorted(kinds.items()))
 
 
 def distinct_answers(groups: list[Group]) -> float:
     """Mean number of different well-formed answers a problem gets; SFT may raise accuracy and narrow this."""
     answers = [
-        {r.text.rpartition("<answer>")[2].partition("</answer>")[0] for r in group if r.score.outcome != "malformed"}
+        {
+            r.text.rpartition("<answer>")[2].partition("</answer>")[0]
+            for r in group
+            if r.score.outcome != "malformed"
+        }
         for group in groups
     ]
     return fmean(map(len, answers))
@@ -126,7 +135,8 @@ def distinct_answers(groups: list[Group]) -> float:
 def majority_accuracy(groups: list[Group], task: Task, thinking: bool) -> float:
     """Share of problems that a vote among their completions solves (self-consistency, arXiv:2203.11171).
 
-    The task says which answers are the same; the earlier wins a tie. Completions without an answer have no vote.
+    The task says which answers are the same; the earlier wins a tie. Completions without an answer have no
+    vote.
     """
     won = 0
     for group in groups:

@@ -4,80 +4,79 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lab.recipe import Recipe
+from lab.sharding import sharding_of
 from model import ModelError, Qwen3, Qwen3Config
 from model.logprobs import chunk_tokens
 from model.memory import CACHE_SHARE, LOGITS_COPIES, token_bytes
 from model.sampler import PREFILL_TOKENS
-from rl.optimizer import PIECE
-from lab.recipe import GRPOStage, OptimizerSettings, Recipe
-from lab.sharding import local, sharding_of
+from rl.distributed import PIECE, local
+from rl.optimizer import OptimizerSettings
 
-LARGEST_AUTO = {"cpu": 2**13, "cuda": 2**15}  # tokens in a micro-batch beyond which nothing gets faster
-TRANSIENT_LAYERS = 3  # what backward makes and drops on its way, in layers' worth of activations; measured
-STEP_BYTES = 20  # for each weight of a piece: float32 weights and gradient, and what the optimizer makes of them
-MARGIN = 0.92  # of the free memory; the rest is for what no plan knows of
+LARGEST_AUTO = {"cpu": 2**13, "cuda": 2**15}  # tokens of a micro-batch; larger ones are no faster
+TRANSIENT_LAYERS = 3  # layers' worth of activations that backward allocates and frees on its way; measured
+STEP_BYTES = 20  # of an optimizer step, per weight of a piece: float32 weight, gradient and temporaries
+MARGIN = 0.92  # of the free memory; the rest is for what the plan does not cover
+SMALLER = "try --adapters.rank 16 or a smaller --model"
+SAVINGS = {  # options of OptimizerSettings that need less memory
+    "activation-checkpointing": {"activation_checkpointing": True},
+    "kind adamw8bit": {"kind": "adamw8bit"},
+    "rounding stochastic": {"rounding": "stochastic"},
+    "micro-batch-tokens auto": {"micro_batch_tokens": "auto"},
+}
 
 
 @dataclass(frozen=True)
 class Work:
-    """The most that a run does at once, all completions taken as long as they may get.
+    """The most that one process does at once, if every completion is as long as it may be."""
 
-    Attributes:
-        prompt_length: tokens of the longest prompt.
-        sample_tokens: tokens of the longest sample, which no micro-batch can divide.
-        group_tokens: tokens of the largest group, which none divides if it fits whole.
-        expanded: keys that branches of a group attend to, over the tokens of the group.
-        update_tokens: tokens of one optimizer step, as `rl.batch` packs them; 0 without training.
-        rows, prompts, cache_tokens: completions sampled together, their prompts, and the tokens of cache they take.
-        has_reference: a stage keeps a second, frozen policy.
-    """
-
-    prompt_length: int
-    sample_tokens: int
-    group_tokens: int
-    expanded: float
-    update_tokens: int
-    rows: int
-    prompts: int
-    cache_tokens: int
-    has_reference: bool
+    sample_tokens: int  # tokens of the longest sample, which a micro-batch never splits
+    group_tokens: int  # tokens of the largest group, which is split only if it does not fit
+    key_copies: float  # keys per token of a group that attention reads: each branch reads the prompt's too
+    update_tokens: int  # tokens of an optimizer step, packed as in `rl.batch`; 0 without training
+    rows: int  # completions sampled together
+    prefill_tokens: int  # tokens of their prompts
+    cache_tokens: int  # tokens of cache that they take
+    has_reference: bool  # a stage keeps a second, frozen policy
 
 
 def work_of(recipe: Recipe, prompt_length: int, processes: int = 1) -> Work:
-    """The work of one of some processes, which share it evenly."""
+    """The work of one of `processes` processes, which divide a recipe's evenly."""
 
     def share(count: int) -> int:
         return -(-count // processes)
 
     new = recipe.sampling.max_new_tokens
+    sample = prompt_length + new
     rows = prompts = share(recipe.evaluation.held_out)
-    cache, update, expanded, largest = prompts * (prompt_length + new), 0, 1.0, 1
-    grpo = [stage for stage in recipe.stages if isinstance(stage, GRPOStage)]
+    cache = prompts * sample
+    largest = 1
+    key_copies = 1.0
+    update = 0
     for stage in recipe.stages:
-        if stage not in grpo:
-            update = max(update, share(stage.batch_size) * (prompt_length + new))
+        if stage.kind == "sft":
+            update = max(update, share(stage.batch_size) * sample)
             continue
         count = stage.samples_per_prompt
-        group = prompt_length + count * new
-        update = max(update, share(-(-stage.prompts_per_step // stage.updates_per_step)) * group)
-        expanded, largest = max(expanded, count * (prompt_length + new) / group), max(largest, group)
         groups = share(stage.prompts_per_step)
-        rows, prompts = max(rows, groups * count), max(prompts, groups)
+        group = prompt_length + count * new
+        largest = max(largest, group)
+        key_copies = max(key_copies, count * sample / group)
+        update = max(update, share(-(-stage.prompts_per_step // stage.updates_per_step)) * group)
+        rows = max(rows, groups * count)
+        prompts = max(prompts, groups)
         cache = max(cache, groups * group)
-    if recipe.sampling.max_cache_tokens is not None:
-        cache = min(cache, recipe.sampling.max_cache_tokens)
-    has_reference = any(stage.kl_coef for stage in grpo)
-    return Work(prompt_length, prompt_length + new, largest, expanded, update, rows, prompts, cache, has_reference)
+    cache = min(cache, recipe.sampling.max_cache_tokens or cache)
+    has_reference = any(stage.kind == "grpo" and stage.kl_coef > 0 for stage in recipe.stages)
+    prefill = prompts * prompt_length
+    return Work(sample, largest, key_copies, update, rows, prefill, cache, has_reference)
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one process, by what they are for. What an update and what sampling holds do not exist at the same time.
+    """Bytes on one process, by what they are for. Updating and sampling take turns."""
 
-    `gathered` is what a divided model has of its layers in use, and `whole_copy` what it is sampled from, if that fits.
-    """
-
-    process: int
+    process: int  # held before the weights came
     weights: int
     reference: int
     masters: int = 0
@@ -85,10 +84,10 @@ class MemoryPlan:
     gradients: int = 0
     activations: int = 0
     output_head: int = 0
-    gathered: int = 0
-    whole_copy: int = 0
-    updating: int = 0
-    sampling: int = 0
+    gathered: int = 0  # a sharded model's layers in use
+    whole_copy: int = 0  # what a sharded model is sampled from, if it fits
+    updating: int = 0  # the peak of an update, beyond `lasting`
+    sampling: int = 0  # the peak of sampling, beyond `lasting`
     micro_batch_tokens: int = 0
 
     @property
@@ -101,145 +100,115 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         def listed(*names: str) -> str:
-            return ", ".join(f"{name.replace('_', ' ')} {gb(getattr(self, name))}" for name in names if getattr(self, name))
+            sizes = {name.replace("_", " "): getattr(self, name) for name in names}
+            return ", ".join(f"{name} {gb(size)}" for name, size in sizes.items() if size)
 
-        text = [listed("process", "weights", "masters", "moments", "reference")]
-        if self.micro_batch_tokens:
-            parts = listed("gradients", "activations", "output_head", "gathered")
-            text.append(f"{listed('updating')} at most in micro-batches of {self.micro_batch_tokens:,} tokens ({parts})")
-        return "; ".join([*text, f"or {listed('sampling')}" if self.micro_batch_tokens else listed("sampling")])
+        lasting = listed("process", "weights", "masters", "moments", "reference")
+        if not self.micro_batch_tokens:
+            return f"{lasting}; {listed('sampling')}"
+        parts = listed("gradients", "activations", "output_head", "gathered")
+        micro_batches = f"micro-batches of {self.micro_batch_tokens:,} tokens ({parts})"
+        return f"{lasting}; {listed('updating')} at most in {micro_batches}; or {listed('sampling')}"
 
 
 def gb(size: int) -> str:
     return f"{size / 1e6:.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"
 
 
-def activation_bytes(config: Qwen3Config, itemsize: int, expanded: float) -> int:
-    """Bytes that one token leaves behind in one layer for backward.
+def activation_bytes(config: Qwen3Config, itemsize: int, key_copies: float) -> int:
+    """Bytes that autograd keeps of one token in one layer (`model.qwen3.DecoderLayer`) for backward.
 
-    By what autograd keeps of `model.qwen3.DecoderLayer`: of an RMSNorm its input in float32, the normalised values and the
-    result; queries and what attention made of them, twice; keys and values, and for branches those of prefix and branch
-    in one (`expanded` times their own number); of the MLP both projections, the activation and the product.
+    Of an RMSNorm the input in float32, the normalised values and the result; queries and attention's output,
+    twice; keys and values, and those of prompt and branch joined (`key_copies`); of the MLP both projections,
+    the activation and the product.
     """
-    hidden, inner = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    norms = 2 * hidden * (4 + 2 * itemsize)
-    attention = queries * (4 + 4 * itemsize) + keys * (4 + itemsize) + int(2 * (1 + expanded) * keys * itemsize)
-    return norms + attention + 4 * inner * itemsize
+    norms = 2 * config.hidden_size * (4 + 2 * itemsize)
+    attention = queries * (4 + 4 * itemsize) + keys * (4 + itemsize)
+    joined = int(2 * (1 + key_copies) * keys * itemsize)
+    return norms + attention + joined + 4 * config.intermediate_size * itemsize
 
 
-def micro_batch_bytes(model: Qwen3, settings: OptimizerSettings, work: Work) -> int:
-    """Bytes of activations for each token of a micro-batch."""
-    config, size = model.config, model.dtype.itemsize
-    layer = activation_bytes(config, size, work.expanded)
-    if settings.activation_checkpointing:
-        return config.num_hidden_layers * config.hidden_size * size + (1 + TRANSIENT_LAYERS) * layer
-    return (config.num_hidden_layers + TRANSIENT_LAYERS) * layer
+def plan_memory(
+    model: Qwen3, settings: OptimizerSettings, work: Work, free: int, process: int = 0
+) -> MemoryPlan:
+    """Work out a run's memory, and with it the tokens of a micro-batch if `settings` say "auto".
 
-
-def sampling_bytes(model: Qwen3, work: Work) -> int:
-    """Bytes of the cache, of the logits of a step, and of a prefill's widest layer."""
-    config, size = model.config, model.dtype.itemsize
-    logits = work.rows * config.vocab_size * (4 * LOGITS_COPIES if model.device.type == "cuda" else 2 * size)
-    prefill = min(work.prompts * work.prompt_length, PREFILL_TOKENS) * size
-    return work.cache_tokens * token_bytes(model) + logits + prefill * (3 * config.intermediate_size + 4 * config.hidden_size)
-
-
-def logits_bytes(model: Qwen3, tokens: int) -> int:
-    """Bytes of a chunk of logits and, on a GPU, of what is made of all its rows at a time."""
-    head = model.lm_head.weight
-    return min(chunk_tokens(head), tokens) * len(head) * (model.dtype.itemsize + 16 * (model.device.type == "cuda"))
-
-
-def updating_bytes(model: Qwen3, plan: "MemoryPlan", several: bool, checkpointing: bool) -> int:
-    """Bytes at the highest point of an update: where the layers' backward begins, where the embedding's ends, or in the step.
-
-    With a single micro-batch, gradients come as activations go. A tied embedding's gradient is made twice, for what it
-    does as output head and as embedding, before the two are added.
+    Before the weights came, `free` bytes could be allocated and `process` bytes were held.
     """
-    head = model.lm_head.weight
-    head_bytes = head.numel() * head.dtype.itemsize if head.requires_grad else 0
-    begin = (plan.gradients if several or checkpointing else 0) + plan.activations + plan.output_head + plan.gathered
-    end = plan.gradients + head_bytes * (several + model.config.tie_word_embeddings)
-    step = plan.gradients + STEP_BYTES * min(PIECE, max(local(p).numel() for p in model.parameters() if p.requires_grad))
-    return max(begin, end, step)
-
-
-def divided_bytes(model: Qwen3) -> tuple[int, int]:
-    """(of two layers in use, of all layers in a copy to sample from), for a divided model; else (0, 0)."""
-    if sharding_of(model) is None:
-        return 0, 0
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    config = model.config
     size = model.dtype.itemsize
-    return 2 * max(layers) * (size + 4 + 4), sum(layers) * size  # weights, and gradients as they are made and added up
+    head = model.lm_head.weight
+    on_gpu = model.device.type == "cuda"
 
-
-def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int, process: int = 0) -> MemoryPlan:
-    """Work out a run's memory; `micro_batch_tokens` "auto" is made a number by what is left of `free`.
-
-    Args:
-        free: bytes that could be had before the weights came.
-        process: bytes that were held then.
-    """
+    # 1. What the run holds from beginning to end, and the gathered layers of a sharded model.
     weights = sum(p.numel() * p.dtype.itemsize for p in map(local, model.parameters()))
-    gathered, whole_copy = divided_bytes(model)
-    plan = MemoryPlan(process, weights, reference=weights if work.has_reference else 0, gathered=gathered)
+    trained = [local(p) for p in model.parameters() if p.requires_grad and work.update_tokens]
+    low = sum(p.numel() for p in trained if p.dtype != torch.float32)
+    sharded = model.model.layers if sharding_of(model) else []
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in sharded]
+    plan = MemoryPlan(
+        process,
+        weights,
+        reference=weights if work.has_reference else 0,
+        masters=4 * low if settings.rounding == "masters" else 0,
+        moments=(8 if settings.kind == "adamw" else 2) * sum(p.numel() for p in trained),
+        gradients=sum(p.numel() * p.dtype.itemsize for p in trained),
+        gathered=2 * max(layers, default=0) * (size + 4 + 4),  # of two layers: weights, gradients, their sum
+    )
+
+    # 2. An update. Its peak is where the backward of the layers begins, where that of the embedding ends, or
+    # in the optimizer's step. With a single micro-batch, gradients appear as activations are freed. The
+    # gradient of tied embeddings is made twice, as output head and as embedding, and then added.
     if work.update_tokens:
-        head = model.lm_head.weight
-        trained = [local(p) for p in model.parameters() if p.requires_grad]
-        count = sum(p.numel() for p in trained)
-        low = sum(p.numel() for p in trained if p.dtype != torch.float32)
-        plan = replace(
-            plan,
-            masters=4 * low if settings.rounding == "masters" else 0,
-            moments=(8 if settings.kind == "adamw" else 2) * count,
-            gradients=sum(p.numel() * p.dtype.itemsize for p in trained),
-            output_head=logits_bytes(model, work.update_tokens) + head.numel() * head.dtype.itemsize * head.requires_grad,
-        )
-        per_token = micro_batch_bytes(model, settings, work)
+        checkpointing = settings.activation_checkpointing
+        layer = activation_bytes(config, size, work.key_copies)
+        kept = config.hidden_size * size if checkpointing else layer
+        per_token = config.num_hidden_layers * kept + (TRANSIENT_LAYERS + checkpointing) * layer
+        head_gradient = head.numel() * head.dtype.itemsize * head.requires_grad
+        chunk = min(chunk_tokens(head), work.update_tokens)
+        output_head = chunk * len(head) * (size + 16 * on_gpu) + head_gradient
         tokens = settings.micro_batch_tokens
         if tokens == "auto":
-            room = MARGIN * free - (plan.lasting - process) - plan.gradients - plan.output_head - plan.gathered
-            largest = min(LARGEST_AUTO["cuda" if model.device.type == "cuda" else "cpu"], work.update_tokens)
-            tokens = max(work.sample_tokens, min(int(room / per_token), largest))
-        held = min(max(tokens, work.sample_tokens), work.update_tokens)
-        held = held // work.group_tokens * work.group_tokens or held
-        plan = replace(plan, micro_batch_tokens=tokens, activations=held * per_token)
+            held = plan.lasting - process + plan.gradients + output_head + plan.gathered
+            largest = min(LARGEST_AUTO["cuda" if on_gpu else "cpu"], work.update_tokens)
+            tokens = max(work.sample_tokens, min(int((MARGIN * free - held) / per_token), largest))
+        batch = min(max(tokens, work.sample_tokens), work.update_tokens)
+        batch = batch // work.group_tokens * work.group_tokens or batch  # groups that fit are not split
+        activations = batch * per_token
         several = tokens < work.update_tokens
-        plan = replace(plan, updating=updating_bytes(model, plan, several, settings.activation_checkpointing))
-    # The sampler takes what it finds, in several waves if it has to.
+        begin = activations + output_head + plan.gathered + plan.gradients * (several or checkpointing)
+        end = plan.gradients + head_gradient * (several + config.tie_word_embeddings)
+        step = plan.gradients + STEP_BYTES * min(PIECE, max(p.numel() for p in trained))
+        plan = replace(plan, activations=activations, output_head=output_head, micro_batch_tokens=tokens)
+        plan = replace(plan, updating=max(begin, end, step))
+
+    # 3. Sampling: the cache, the logits of a step, and a prefill's widest layer. If they do not fit, rollouts
+    # are decoded in several batches, which take the room that there is.
     left = free - (plan.lasting - process)
-    plan = replace(plan, whole_copy=whole_copy if 2 * whole_copy <= left else 0)
-    room = CACHE_SHARE * (left - plan.whole_copy)
-    return replace(plan, sampling=min(sampling_bytes(model, work), max(0, int(room))) + (plan.whole_copy or gathered))
+    whole_copy = sum(layers) * size if 2 * sum(layers) * size <= left else 0
+    logits = work.rows * config.vocab_size * (4 * LOGITS_COPIES if on_gpu else 2 * size)
+    widest = 3 * config.intermediate_size + 4 * config.hidden_size
+    prefill = min(work.prefill_tokens, PREFILL_TOKENS) * size * widest
+    wanted = work.cache_tokens * token_bytes(model) + logits + prefill
+    room = max(0, int(CACHE_SHARE * (left - whole_copy)))
+    return replace(plan, whole_copy=whole_copy, sampling=min(wanted, room) + (whole_copy or plan.gathered))
 
 
 def check_plan(plan: MemoryPlan, model: Qwen3, settings: OptimizerSettings, work: Work, free: int) -> None:
-    """Refuse a run that cannot fit.
-
-    Raises:
-        ModelError: with what would make it fit.
-    """
+    """Refuse a run that cannot fit, by a ModelError that says what would make it fit."""
     need = plan.peak - plan.process
     if need <= free:
         return
-    changes = {
-        "--optimizer.activation-checkpointing": {"activation_checkpointing": True},
-        "--optimizer.kind adamw8bit": {"kind": "adamw8bit"},
-        "--optimizer.rounding stochastic": {"rounding": "stochastic"},
-        "--optimizer.micro-batch-tokens auto": {"micro_batch_tokens": "auto"},
-    }
-    savings, all_changes = [], settings
-    for option, change in changes.items():
-        saved = plan.peak - plan_memory(model, replace(settings, **change), work, free, plan.process).peak
-        if saved > 0:
-            savings.append(f"{option} saves {gb(saved)}")
-            all_changes = replace(all_changes, **change)
-    least = plan_memory(model, all_changes, work, free, plan.process)
-    beyond = "; even together that is not enough: try --adapters.rank 16 or a smaller --model"
-    enough = "" if least.peak - least.process <= free else beyond
-    advice = ", ".join(savings) or "try --adapters.rank 16 or a smaller --model"
-    raise ModelError(
-        f"this run needs {gb(need)} of memory and {gb(free)} are free ({plan}): {advice}{enough if savings else ''}"
-    )
+    leanest = settings
+    advice = []
+    for option, change in SAVINGS.items():
+        changed = plan_memory(model, replace(settings, **change), work, free, plan.process)
+        if changed.peak < plan.peak:
+            advice.append(f"--optimizer.{option} saves {gb(plan.peak - changed.peak)}")
+            leanest = replace(leanest, **change)
+    least = plan_memory(model, leanest, work, free, plan.process)
+    beyond = "" if least.peak - least.process <= free else f"; even together that is not enough: {SMALLER}"
+    listed = ", ".join(advice) + beyond if advice else SMALLER
+    raise ModelError(f"this run needs {gb(need)} of memory and {gb(free)} are free ({plan}): {listed}")

@@ -1,4 +1,5 @@
-"""One HTML file about one or more runs, to open without a network or a server: `python -m lab.report runs/a runs/b`.
+"""One HTML file about one or more runs, to open without a network or a server: `python -m lab.report runs/a
+runs/b`.
 
 Curves of all runs over each other, some of their rollouts token by token, and the curated traces. The page is
 `rl/report.html`; what is shown of the runs is written into it as JSON.
@@ -13,14 +14,14 @@ from typing import Annotated
 import tyro
 
 from data.load import read_jsonl
-from model import ModelError, Tokenizer
+from data.task import Task
 from lab.checkpoint import checkpoints
-from lab.console import user_errors
+from lab.errors import user_errors
 from lab.plots import paper_by_step, paper_points, stage_spans
 from lab.recipe import Recipe, RecipeError
-from lab.recipe_file import from_dict
+from lab.recipe import from_dict
 from lab.runfolder import RunFolder
-from data.task import Task
+from model import ModelError, Tokenizer
 
 PAGE = Path(__file__).parent / "report.html"
 PLACE = "{{data}}"  # where the page wants the JSON
@@ -60,8 +61,13 @@ def write_report(
     """
     if not runs:
         raise RecipeError("name a run folder: python -m lab.report runs/256-tiny")
-    made = {"written": time.strftime("%Y-%m-%d %H:%M"), "runs": [describe(RunFolder(path), shown) for path in runs]}
-    text = json.dumps(made, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")  # no text ends the script
+    made = {
+        "written": time.strftime("%Y-%m-%d %H:%M"),
+        "runs": [describe(RunFolder(path), shown) for path in runs],
+    }
+    text = json.dumps(made, ensure_ascii=False, separators=(",", ":")).replace(
+        "<", "\\u003c"
+    )  # no text ends the script
     out = out or runs[0] / "report.html"
     out.write_text(PAGE.read_text(encoding="utf-8").replace(PLACE, text), encoding="utf-8")
     return out
@@ -79,11 +85,18 @@ def describe(run: RunFolder, shown: Shown) -> dict:
         "name": str(run.path),
         "config": config,
         "stages": stage_spans(evaluations),
-        "evaluations": [[row["step"]] + [row[f"eval_{name}"] for name in ("accuracy", "low", "high")] for row in evaluations],
+        "evaluations": [
+            [row["step"]] + [row[f"eval_{name}"] for name in ("accuracy", "low", "high")]
+            for row in evaluations
+        ],
         "paper": paper_by_step(evaluations, paper_points(recipe)),
         "final": {name: value for name, value in rows[-1].items() if name.startswith("final")},
         "series": {name: [[row["step"], row[name]] for row in rows if name in row] for name in SERIES}
-        | {"seconds": [[row["step"], sum(row.get(name, 0) for name in TIMES)] for row in rows if TIMES[1] in row]},
+        | {
+            "seconds": [
+                [row["step"], sum(row.get(name, 0) for name in TIMES)] for row in rows if TIMES[1] in row
+            ]
+        },
         "rollouts": rollouts(run, recipe.task, shown),
         "traces": traces(run, recipe.task),
     }
@@ -134,7 +147,10 @@ def traces(run: RunFolder, task: Task) -> dict:
     """How many traces SFT had, and the first of them."""
     path = run.path / "traces.jsonl"
     rows = read_rows(path) if path.exists() else []
-    shown = [{"problem": str(task.problem(row)), "step": row["step"], "completion": row["completion"]} for row in rows[:TRACES]]
+    shown = [
+        {"problem": str(task.problem(row)), "step": row["step"], "completion": row["completion"]}
+        for row in rows[:TRACES]
+    ]
     return {"count": len(rows), "shown": shown}
 
 

@@ -1,4 +1,4 @@
-"""The folder that a run leaves behind."""
+"""The folder of a run: its configuration, metrics and rollouts, and the lock that keeps other runs out."""
 
 import contextlib
 import fcntl
@@ -12,29 +12,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from data.load import read_jsonl
-from data.traces import Trace
-from model import Tokenizer
-from model.weights import read_json
-from rl.batch import Sample
-from lab.recipe import Recipe, RecipeError
-from lab.recipe_file import from_dict, to_dict
-from rl.rollout import Rollout
-from lab.trackers import TensorBoard, WandB
 from data.task import Task
+from data.traces import Trace
+from lab.recipe import Recipe, RecipeError, from_dict, to_dict
+from lab.trackers import TensorBoard, WandB
+from model.weights import read_json
+from rl.rollout import Rollout
 
 # What may differ when a run is resumed: where it lies, and what changes memory and speed only.
 FREE_ON_RESUME = {
-    "out", "sampling.max_cache_tokens", "optimizer.micro_batch_tokens", "optimizer.activation_checkpointing", "parallel.kind",
-    "parallel.sampling",
+    "out", "sampling.max_cache_tokens", "optimizer.micro_batch_tokens",
+    "optimizer.activation_checkpointing", "parallel.kind", "parallel.sampling",
 }  # fmt: skip
 
 
 class RunFolder:
     """`runs/<name>/`: config.json, metrics.jsonl, rollouts/, checkpoints/ and TensorBoard events.
 
-    metrics.jsonl is the source of truth: the curve, the report and TensorBoard say what stands in it.
+    metrics.jsonl is the source of truth: the curve, the report and TensorBoard show what is in it.
     """
 
     def __init__(self, path: str | Path):
@@ -44,15 +42,14 @@ class RunFolder:
 
     @property
     def holds_run(self) -> bool:
-        """Whether a run was created here."""
         return (self.path / "config.json").exists()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes out of the folder within the block; the system ends the lock of a process that died.
+        """Lock the folder for the length of the block; the system drops the lock of a process that died.
 
         Raises:
-            RecipeError: another process is at work here, or the folder cannot be written.
+            RecipeError: another process has the lock, or the folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -64,10 +61,9 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 file.seek(0)
-                raise RecipeError(
-                    f"{self.path} is in use by {file.read().strip() or 'another process'}: wait for it, or name another "
-                    "folder by --out"
-                ) from None
+                owner = file.read().strip() or "another process"
+                advice = "wait for it, or name another folder by --out"
+                raise RecipeError(f"{self.path} is in use by {owner}: {advice}") from None
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n")
             file.flush()
@@ -80,72 +76,84 @@ class RunFolder:
     def check_free(self) -> None:
         """Refuse, by a RecipeError, to start a run where there is one."""
         if self.holds_run:
-            raise RecipeError(f"{self.path} already holds a run; go on with it by --resume, or name another folder by --out")
+            advice = "go on with it by --resume, or name another folder by --out"
+            raise RecipeError(f"{self.path} already holds a run; {advice}")
 
     def create(self, recipe: Recipe) -> None:
-        """Start a new run here. RecipeError: there is one already."""
+        """Write config.json, with which a new run begins. RecipeError: there is a run already."""
         self.check_free()
         self.path.mkdir(parents=True, exist_ok=True)
-        config = {"recipe": to_dict(recipe), "versions": versions(), "git_revision": git_revision()}
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        versions["platform"] = platform.platform()
+        config = {"recipe": to_dict(recipe), "versions": versions, "git_revision": git_revision()}
         temporary = self.path / "config.partial"
         temporary.write_text(json.dumps(config, indent=2) + "\n")
         temporary.replace(self.path / "config.json")
 
     def check_recipe(self, recipe: Recipe) -> None:
-        """Refuse to resume under another recipe than the run was started with, but for `FREE_ON_RESUME`."""
+        """Refuse to resume under a recipe that differs from the run's in more than `FREE_ON_RESUME`."""
         try:
             stored = from_dict(Recipe, read_json(self.path / "config.json")["recipe"])
         except (ValueError, KeyError) as error:
             raise RecipeError(f"{self.path}: no run to resume here: {error}") from None
         started, given = flatten(to_dict(stored)), flatten(to_dict(recipe))
         for name in started | given:
-            if name not in FREE_ON_RESUME and started.get(name) != given.get(name):
-                raise RecipeError(f"{self.path} was started with {name} = {started.get(name)!r}, not {given.get(name)!r}")
+            old, new = started.get(name), given.get(name)
+            if name not in FREE_ON_RESUME and old != new:
+                raise RecipeError(f"{self.path} was started with {name} = {old!r}, not {new!r}")
 
     def rewind(self, step: int) -> None:
-        """Forget what lies after `step`, so that a resumed run writes it anew."""
+        """Delete metrics and rollouts of the steps after `step`, which a resumed run writes again."""
         lines = [line for line, row in self._lines() if row["step"] <= step]
         temporary = self.metrics_path.with_suffix(".partial")
         temporary.write_text("".join(line + "\n" for line in lines))
         temporary.replace(self.metrics_path)
         for path in self.rollout_files():
-            if int(path.stem.removeprefix("step_")) > step:
+            if step_of(path) > step:
                 path.unlink()
 
     def log(self, row: dict) -> None:
-        """Append one line to metrics.jsonl, then show it to the trackers."""
+        """Append one line to metrics.jsonl, NaN and infinities as null, then show it to the trackers."""
+        plain = {}
+        for name, value in row.items():
+            plain[name] = None if isinstance(value, float) and not math.isfinite(value) else value
         with open(self.metrics_path, "a") as file:
-            file.write(json.dumps({name: None if not_finite(value) else value for name, value in row.items()}) + "\n")
+            file.write(json.dumps(plain) + "\n")
         for tracker in self.trackers:
             tracker.log(row)
 
     def metrics(self) -> list[dict]:
-        """All lines of metrics.jsonl, null as NaN; a last line cut short by a crash is left out."""
-        return [{name: math.nan if value is None else value for name, value in row.items()} for _, row in self._lines()]
+        """All lines of metrics.jsonl, null as NaN."""
+        rows = [row for _, row in self._lines()]
+        return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
 
     def _lines(self) -> list[tuple[str, dict]]:
-        found = []
+        """The lines of metrics.jsonl, as text and parsed; a last line cut short by a crash is left out."""
+        lines = []
         for line in self.metrics_path.read_text().splitlines() if self.metrics_path.exists() else []:
             try:
-                found.append((line, json.loads(line)))
+                lines.append((line, json.loads(line)))
             except ValueError:
                 break
-        return found
+        return lines
 
-    def save_rollouts(self, step: int, stage: int, groups: list[list[Rollout]], samples: list[list[Sample]]) -> None:
-        """Write rollouts/step_NNNN.jsonl: every completion of the step with its verdict, to read and to curate from."""
+    def save_rollouts(self, step: int, stage: int, groups: list[list[Rollout]], advantages: Tensor) -> None:
+        """Write rollouts/step_NNNN.jsonl: each completion of the step with its verdict and its advantage.
+
+        `advantages` are [groups, samples].
+        """
         path = self.path / "rollouts" / f"step_{step:04d}.jsonl"
         path.parent.mkdir(exist_ok=True)
         with open(path, "w", encoding="utf-8") as file:
-            for number, (group, its_samples) in enumerate(zip(groups, samples, strict=True)):
-                for rollout, sample in zip(group, its_samples, strict=True):
+            for number, group in enumerate(groups):
+                for rollout, advantage in zip(group, advantages[number].tolist(), strict=True):
                     row = {
                         "stage": stage,
                         "group": number,
                         **rollout.problem.row(),
                         "outcome": rollout.score.outcome,
                         "reward": rollout.score.reward,
-                        "advantage": round(sample.advantage, 4),
+                        "advantage": round(advantage, 4),
                         "finished": rollout.completion.finished,
                         "tokens": len(rollout.completion.token_ids),
                         "completion": rollout.text,
@@ -154,24 +162,8 @@ class RunFolder:
                     }
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def save_faults(self, step: int, samples: list[Sample], tokenizer: Tokenizer) -> Path:
-        """Write faults/step_NNNN.jsonl: the samples of updates that were left out, see `Learner.step`."""
-        path = self.path / "faults" / f"step_{step:04d}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
-            for sample in samples:
-                row = {
-                    "prompt": tokenizer.decode(sample.prompt_ids),
-                    "completion": tokenizer.decode(sample.completion_ids),
-                    "advantage": sample.advantage,
-                    "token_ids": sample.completion_ids,
-                    "logprobs": sample.old_logprobs,
-                }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        return path
-
     def rollout_files(self) -> list[Path]:
-        return sorted((self.path / "rollouts").glob("step_*.jsonl"), key=lambda path: int(path.stem[5:]))
+        return sorted((self.path / "rollouts").glob("step_*.jsonl"), key=step_of)
 
     def correct_traces(self, stage: int, task: Task) -> list[Trace]:
         """The finished, correct rollouts of one stage."""
@@ -179,17 +171,12 @@ class RunFolder:
         for path in self.rollout_files():
             for _, row in read_jsonl(path, "a rollout"):
                 if row["stage"] == stage and row["outcome"] == "correct" and row["finished"]:
-                    traces.append(Trace(task.problem(row), row["completion"], int(path.stem[5:])))
+                    traces.append(Trace(task.problem(row), row["completion"], step_of(path)))
         return traces
 
 
-def not_finite(value) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
-
-
-def versions() -> dict[str, str]:
-    """What the run was made with."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform()}
+def step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
 
 
 def git_revision() -> str | None:

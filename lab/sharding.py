@@ -1,5 +1,4 @@
-"""A model too large for one device: FSDP2's `fully_shard` divides the weights of each layer among the
-processes.
+"""A model too large for one device: FSDP2's `fully_shard` divides each layer's weights among the ranks.
 
 A layer is gathered for its forward and its backward, and freed in between (ZeRO-3, arXiv:1910.02054). Each
 rank keeps its shard in float32 and computes in the model's dtype: these are the masters of `rl.optimizer`,
@@ -94,8 +93,7 @@ def shard(model: Qwen3, device: torch.device) -> Qwen3:
 
 @torch.no_grad()
 def round_to_saved(model: Qwen3) -> None:
-    """Round a sharded model's weights as a checkpoint does, so that a stage starts alike when it is resumed.
-    """
+    """Round a sharded model's weights as a checkpoint does, so that a stage starts alike when it is resumed."""
     if sharding := sharding_of(model):
         for parameter in filter(is_sharded, model.parameters()):
             local(parameter).copy_(local(parameter).to(sharding.dtype))
@@ -103,8 +101,7 @@ def round_to_saved(model: Qwen3) -> None:
 
 @torch.no_grad()
 def full_model(model: Qwen3, keep: bool = True) -> Qwen3 | None:
-    """A full copy of a sharded model; any other model itself. All ranks have to call it; None without `keep`.
-    """
+    """A full copy of a sharded model; any other model itself. All ranks have to call it; None without `keep`."""
     if sharding_of(model) is None:
         return model
     state = {}
@@ -124,8 +121,7 @@ def full_model(model: Qwen3, keep: bool = True) -> Qwen3 | None:
 
 
 def full_pieces(pieces: list[Tensor], like: Tensor) -> list[Tensor]:
-    """Flat pieces of a full tensor, from each rank's flat pieces of its shard; `like` is the sharded
-    parameter.
+    """Flat pieces of a full tensor, from each rank's pieces of its shard; `like` is the sharded parameter.
 
     Scalars are the same on all ranks, and repeated for each piece.
     """

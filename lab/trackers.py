@@ -1,4 +1,4 @@
-"""Where the lines of metrics.jsonl are shown too: TensorBoard always, Weights & Biases if it is asked for."""
+"""Where metrics are shown besides metrics.jsonl: TensorBoard always, Weights & Biases with --wandb."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from lab.recipe import RecipeError
 
 
 class TensorBoard:
-    """Event files in the run folder; opened with the first line, since the import is slow."""
+    """Event files in the run folder; opened with the first row, since the import is slow."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -23,19 +23,19 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases, which is installed separately; a resumed run goes on under the same id."""
+    """Weights & Biases, which is installed separately; a resumed run continues under the same id."""
 
     def __init__(self, folder: Path, config: dict):
-        """Raises RecipeError where it is not installed, or will not start."""
+        """RecipeError: it is not installed, or does not start."""
         try:
             import wandb
         except ImportError:
-            raise RecipeError("Weights & Biases is not installed: pip install wandb, or leave out --wandb") from None
+            advice = "pip install wandb, or leave out --wandb"
+            raise RecipeError(f"Weights & Biases is not installed: {advice}") from None
         name = "-".join(folder.parts[-2:])
+        options = {"project": "group-relative-rl", "name": name, "id": name, "resume": "allow"}
         try:
-            self.run = wandb.init(
-                project="group-relative-rl", name=name, id=name, resume="allow", dir=str(folder), config=config
-            )
+            self.run = wandb.init(**options, dir=str(folder), config=config)
         except Exception as error:  # its own errors differ from version to version
             raise RecipeError(f"Weights & Biases does not start ({error}); try WANDB_MODE=offline") from None
 

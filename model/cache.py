@@ -34,8 +34,8 @@ class KVCache:
     """Keys and values of up to `max_length` tokens for each of `batch_size` rows.
 
     Each row has its own length, and its next token goes to slot `lengths[row]`. Prompts of different lengths
-    are padded on the right: padding lies beyond the row's length, is never attended to, and is overwritten
-    by the row's next tokens. So there is no padding mask.
+    are padded on the right: padding lies beyond the row's length, is never attended to, and is overwritten by
+    the row's next tokens. So there is no padding mask.
 
     Shapes: `keys[layer]` and `values[layer]` are [batch, kv_heads, max_length, head_dim]; `lengths` is
         [batch], int64.
@@ -95,12 +95,12 @@ class GroupCache:
     """A cache for groups of rows that share a prompt, which is stored once and read once for the whole group.
 
     All rows decode in lock-step, one token a forward, so they have equally many own tokens, and only prompts
-    need lengths. Attention to a prompt is one matrix product for all rows of its group; prompt scores and
-    own scores then pass through one softmax (Hydragen, arXiv:2402.05099, computes two and merges them).
+    need lengths. Attention to a prompt is one matrix product for all rows of its group; prompt scores and own
+    scores then pass through one softmax (Hydragen, arXiv:2402.05099, computes two and merges them).
 
     Own tokens lie in blocks. A block is added when the last one is full, so nothing is copied to make room.
-    Attention reads the stored slots or, if `static`, whole blocks: then shapes change only once a block, as
-    a CUDA graph requires, and blocks are contiguous, without which oneDNN multiplies bfloat16 at half speed.
+    Attention reads the stored slots or, if `static`, whole blocks: then shapes change only once a block, as a
+    CUDA graph requires, and blocks are contiguous, without which oneDNN multiplies bfloat16 at half speed.
 
     Shapes: `prompt_keys[layer]` and `prompt_values[layer]` are [prompts, kv_heads, longest, head_dim];
         blocks in
@@ -141,20 +141,15 @@ class GroupCache:
 
     @property
     def visible(self) -> int:
-        """Slots of own tokens that attention reads."""
+        """Slots of own tokens that attention reads; while it stays, every forward uses the same tensors."""
         return self.room if self.static else self.count
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, visible slots): while neither changes, every forward uses the same tensors."""
-        return len(self.prompt_of), self.visible
 
     def build_grid(self) -> None:
         """Map rows to the grid of `times_prompt`: a matrix a prompt and key-value head, in it a line a row.
 
         A pair is (row, key-value head), numbered row * kv_heads + head. The grid is [prompts, kv_heads, most
-        rows of a prompt]. `pair_at`: grid slot -> pair, arbitrary where the slot is empty. `slot_of`: pair
-        -> grid slot.
+        rows of a prompt]. `pair_at`: grid slot -> pair, arbitrary where the slot is empty. `slot_of`: pair ->
+        grid slot.
         """
         kv_heads = self.prompt_keys[0].shape[1]
         prompts = len(self.prompt_lengths)
@@ -194,8 +189,8 @@ class GroupCache:
         # Added to the scores: 0 where a row may look, else -inf. [rows * kv_heads, 1, longest + visible]
         bias = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -torch.inf)
         self.bias = bias[:, None].expand(-1, self.prompt_keys[0].shape[1], -1).reshape(-1, 1, bias.shape[-1])
-        # Slot of the next token in the last block. A graph must read it on the device; a slice is faster on
-        # a CPU.
+        # Slot of the next token in the last block. A graph must read it on the device; a slice is faster on a
+        # CPU.
         slot = (self.count - 1) % self.block
         self.slot = self.stored % self.block if self.stored.is_cuda else slice(slot, slot + 1)
         return lengths + self.stored
@@ -207,17 +202,17 @@ class GroupCache:
         self.values[layer][-1][:, self.slot] = values.view(pairs, 1, head_dim)
         grouped = queries.view(pairs, -1, head_dim)  # [pairs, heads / kv_heads, head_dim]
         scores = [self.times_prompt(grouped, self.prompt_keys[layer].transpose(-1, -2))]
-        scores += [grouped.bmm(block.transpose(1, 2)) for block in self.visible_part(self.keys[layer])]
+        own_keys, own_values = self.keys[layer], self.values[layer]
+        if not self.static:  # one block, of which only a part is filled
+            own_keys, own_values = [own_keys[0][:, : self.count]], [own_values[0][:, : self.count]]
+        scores += [grouped.bmm(block.transpose(1, 2)) for block in own_keys]
         sizes = [part.shape[-1] for part in scores]
         scores = torch.add(self.bias, torch.cat(scores, dim=-1), alpha=head_dim**-0.5)  # float32
         on_prompt, *on_own = scores.softmax(-1).to(values.dtype).split(sizes, dim=-1)
         attended = self.times_prompt(on_prompt, self.prompt_values[layer])
-        for weights, block in zip(on_own, self.visible_part(self.values[layer]), strict=True):
+        for weights, block in zip(on_own, own_values, strict=True):
             attended = attended + weights.bmm(block)
         return attended.view(queries.shape)
-
-    def visible_part(self, blocks: list[Tensor]) -> list[Tensor]:
-        return blocks if self.static else [blocks[0][:, : self.count]]
 
     def times_prompt(self, x: Tensor, matrices: Tensor) -> Tensor:
         """Each pair's x [pairs, n, inner] times its prompt's matrix in [prompts, kv_heads, inner, outer]."""

@@ -11,14 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.config import Qwen3Config
 from model.cache import Cache
+from model.config import Qwen3Config
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, computed in float32 or above (Zhang and Sennrich,
-    arXiv:1910.07467).
-    """
+    """x / rms(x) * weight over the last axis, computed in float32 or above (arXiv:1910.07467)."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -36,10 +34,8 @@ def rotary_embedding(positions: Tensor, config: Qwen3Config, dtype: torch.dtype)
 
     Angles are always float32: in bfloat16, positions 1000 and 1003 would be the same.
     """
-    exponents = (
-        torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
-    )
-    frequencies = 1.0 / config.rope_theta**exponents  # [head_dim / 2]
+    even = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequencies = 1.0 / config.rope_theta ** (even / config.head_dim)  # [head_dim / 2]
     angles = positions[:, None, :, None].float() * frequencies  # [batch, 1, time, head_dim / 2]
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -22,12 +22,9 @@ from model.qwen3 import Qwen3
 
 CPU_LOGITS = 2**19  # logits turned into probabilities at a time on a CPU
 PREFILL_TOKENS = 16384  # prompt tokens in one forward
-CHECK_EVERY = {
-    "cpu": 8,
-    "cuda": 16,
-}  # steps between looks for finished rows, for which the host waits for the device
-# The batch is compacted when at most this share of its rows is unfinished: that copies their cache and, on a
-# GPU, needs a new graph.
+# Every CHECK_EVERY steps the host waits for the device and looks for finished rows. The batch is compacted
+# when at most this share is unfinished: compacting copies their cache and, on a GPU, needs a new graph.
+CHECK_EVERY = {"cpu": 8, "cuda": 16}
 COMPACT_BELOW = {"cpu": 0.9, "cuda": 0.6}
 
 Distribution = tuple[float, int | None, float | None]  # temperature, top_k, top_p
@@ -35,18 +32,11 @@ Distribution = tuple[float, int | None, float | None]  # temperature, top_k, top
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model wrote after a prompt.
+    """What the model wrote after a prompt."""
 
-    Attributes:
-        token_ids: sampled ids, the stop token included if `finished`.
-        logprobs: of each id in nats, at the sampling temperature, under the full distribution (before top-k,
-            top-p).
-        finished: True if the last token is a stop token; False if max_new_tokens ran out first.
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
-    finished: bool
+    token_ids: list[int]  # the stop token included if `finished`
+    logprobs: list[float]  # of each id in nats, at the temperature, before top-k and top-p
+    finished: bool  # True if the last token is a stop token; False if max_new_tokens ran out first
 
 
 def token_logprobs(logits: Tensor, temperature: float, num_tokens: int) -> Tensor:
@@ -75,7 +65,8 @@ def sample(
         if temperature == 0:
             sampled = logprobs.argmax(-1, keepdim=True)
         else:
-            cumulative = truncate(logprobs, top_k, top_p).exp().cumsum(-1)
+            kept = logprobs if top_k is None and top_p is None else truncate(logprobs, top_k, top_p)
+            cumulative = kept.exp().cumsum(-1)
             # u <= 1 - 2^-24 keeps u * total below total in float32, so the search always ends on a token.
             sampled = torch.searchsorted(cumulative, row_uniforms[:, None] * cumulative[:, -1:], right=True)
             sampled.clamp_(max=logprobs.shape[-1] - 1)  # a row of NaN gives an index past the end
@@ -169,13 +160,13 @@ def generate(
         temperature: 0 is greedy.
         top_k, top_p: sample from the k likeliest tokens, or from the likeliest that together reach
             probability p. Not for training, which scores tokens under the full distribution.
-        max_cache_tokens: tokens whose keys and values may be in memory at once, a prompt counted once for
-            its group; None: what free memory allows. Prompts that do not fit wait for the next batch.
+        max_cache_tokens: tokens whose keys and values may be in memory at once, a group's prompt counted
+            once; None: what free memory allows. Prompts that do not fit wait for the next batch.
         only: sample for `prompts[only]`, as if for all; ranks divide one call among them in this way.
         on_progress: called now and then with (completions done, tokens sampled so far).
 
     Returns:
-        `[prompt][sample]` completions, for the prompts in `only`.
+        `[prompt][sample]` completions, of `prompts[only]`.
 
     Raises:
         ValueError: an argument out of its range.
@@ -198,8 +189,8 @@ def generate(
                 on_progress(done + batch_done, tokens + batch_tokens)
         done += batch_done
         tokens += batch_tokens
-        for completions, sampled in zip(groups[group], batch.groups(), strict=True):
-            completions += sampled
+        for number, completions in enumerate(groups[group]):
+            completions += batch.completions[number * batch.num_samples : (number + 1) * batch.num_samples]
         del batch  # free its keys and values before the next batch takes its own
     return groups
 
@@ -258,9 +249,8 @@ class DecodeBatch:
     """`num_samples` completions for each prompt, decoded in lock-step: one token a row in each forward.
 
     Finished rows keep decoding, their output discarded, until enough have finished; then the batch is
-    compacted. `uniforms` are the random numbers, [prompts, num_samples, max_new_tokens], `stops` the stop
-    token ids. `static` keeps shapes constant between compactions (see `GroupCache`); None: where that is
-    faster.
+    compacted. `uniforms` are random numbers, [prompts, num_samples, max_new_tokens], `stops` the stop token
+    ids. `static` keeps shapes constant between compactions (see `GroupCache`); None: where that is faster.
     """
 
     def __init__(
@@ -294,13 +284,8 @@ class DecodeBatch:
                 if len(self.numbers) == 0:
                     return
             self.cache.reserve(count)
-            step(self.cache.shape)
+            step((len(self.numbers), self.cache.visible))
         yield self.compact(self.max_new_tokens, below=1.0)
-
-    def groups(self) -> list[list[Completion]]:
-        """The completions, [prompt][sample]."""
-        size = self.num_samples
-        return [self.completions[start : start + size] for start in range(0, len(self.completions), size)]
 
     def step(self) -> None:
         """Decode one token for each row. Nothing here waits for the device or depends on what was sampled."""

@@ -1,6 +1,4 @@
-"""Group-relative reinforcement learning and supervised fine-tuning of a language model, on tasks with exact
-verdicts.
-"""
+"""Group-relative RL and supervised fine-tuning of a language model, on tasks with exact verdicts."""
 
 from data import score
 from data.task import Score

@@ -15,17 +15,12 @@ from rl.optimizer import Optimizer
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion to learn from. Prompt and completion are joined as ids, not as text.
-
-    Attributes:
-        old_logprobs: log-probability of each completion id when it was sampled; None for SFT.
-        advantage: of the whole completion within its group; 0 for SFT.
-    """
+    """One completion to learn from. Prompt and completion are joined as ids, not as text."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
-    old_logprobs: list[float] | None = None
-    advantage: float = 0.0
+    old_logprobs: list[float] | None = None  # of each completion id when it was sampled; None for SFT
+    advantage: float = 0.0  # of the completion within its group; 0 for SFT
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
@@ -39,23 +34,15 @@ class Batch:
     first id of every completion, so it begins each sample's own branch. The last id of a completion predicts
     nothing and is left out. The mask is made from lengths, never from ids: Qwen3-Base pads with the id that
     also ends its completions.
-
-    Attributes:
-        input_ids: [1, tokens], int64; `layout` says which token attends to which.
-        logit_positions: [rows, time], int64; position in the stream that predicts the target.
-        target_ids: [rows, time], int64: the completions, padded on the right.
-        mask: [rows, time], bool; True where there is a target, the stop token included.
-        old_logprobs: [rows, time], float32; zero outside the mask.
-        advantages: [rows], float32.
     """
 
-    input_ids: Tensor
-    layout: PackedGroups
-    logit_positions: Tensor
-    target_ids: Tensor
-    mask: Tensor
-    old_logprobs: Tensor
-    advantages: Tensor
+    input_ids: Tensor  # [1, tokens], int64
+    layout: PackedGroups  # which token of the stream attends to which
+    logit_positions: Tensor  # [rows, time], int64; position in the stream that predicts the target
+    target_ids: Tensor  # [rows, time], int64; the completions, padded on the right
+    mask: Tensor  # [rows, time], bool; True where there is a target, the stop token included
+    old_logprobs: Tensor  # [rows, time], float32; zero outside the mask
+    advantages: Tensor  # [rows], float32
 
 
 def make_batch(samples: list[Sample], device="cpu") -> Batch:

@@ -39,9 +39,7 @@ class GRPOStage:
     samples_per_prompt: Count = 8
     """Completions in a group."""
     updates_per_step: Count = 2
-    """Optimizer steps a rollout batch, each on its own share of the groups. The clip matters from the second
-    on.
-    """
+    """Optimizer steps a rollout batch, each on its own share of the groups; the second needs the clip."""
     learning_rate: Positive = 2e-6
     """Reached after the warm-up."""
     warmup_steps: CountOrZero = 5
@@ -157,14 +155,12 @@ def add_gradient(
 
 
 def update_metrics(updates: list[tuple[Counter, float]], tokens: int) -> dict[str, float]:
-    """The metrics of a step, from (what `add_gradient` summed, gradient norm or NaN if skipped) of each
-    update.
+    """The metrics of a step, from each update's (sums of `add_gradient`, gradient norm or NaN if skipped).
 
     Returns:
-        Means over the updates taken: `loss`, `grad_norm`. Shares of all `tokens` of the step:
-        `clip_fraction` and its two parts. In nats per token learned from: `policy_entropy`, exact; before
-        the first update, `log_ratio_mean` and `log_ratio_std` between trainer and sampler, zero if the two
-        agree.
+        Means over the updates taken: `loss`, `grad_norm`. Shares of all `tokens` of the step: `clip_fraction`
+        and its two parts. In nats per token learned from: `policy_entropy`, exact; before the first update,
+        `log_ratio_mean` and `log_ratio_std` between trainer and sampler, zero if the two agree.
     """
     taken = [(sums, norm) for sums, norm in updates if math.isfinite(norm)]
     total: Counter = Counter()

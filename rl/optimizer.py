@@ -76,8 +76,7 @@ class Optimizer:
             self.optimizers[name] = [make_adamw(settings.kind, master) for master in self.masters[name]]
 
     def master_of(self, piece: Tensor) -> Tensor:
-        """What AdamW updates: the float32 weights themselves, a copy, or nothing yet if each step makes its
-        copy.
+        """What AdamW updates: float32 weights themselves, a copy, or nothing yet if each step makes its copy.
         """
         if self.stochastic and piece.dtype != torch.float32:
             return piece.new_empty(0, dtype=torch.float32)

@@ -6,9 +6,7 @@ from typing import Annotated
 
 @dataclass(frozen=True)
 class Range:
-    """From `low` (excluded if `above`) to `high`; the upper ends stop a typing error before it takes all
-    memory.
-    """
+    """From `low` (excluded if `above`) to `high`, which stops a typing error before it takes all memory."""
 
     low: float
     high: float

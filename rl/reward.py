@@ -13,8 +13,7 @@ class RewardSettings:
     near_miss: bool = True
     """Pay for answers that the task calls near; without, they earn what any other wrong answer earns."""
     latin_only: bool = False
-    """Guard against drift into other languages: a completion with a letter outside the Latin script earns
-    nothing.
+    """Against drift into other languages: a completion with a letter outside the Latin script earns nothing.
     """
 
 

@@ -1,7 +1,7 @@
 """From problems to scored completions: prompt, sample, decode, score."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
 from data.task import Problem, Score, Task
@@ -54,24 +54,22 @@ def collect_rollouts(
 ) -> list[list[Rollout]]:
     """Sample and score `num_samples` completions of each problem, as `[problem][sample]`.
 
-    A group is an index of this list, not a prompt: the same problem twice makes two groups. Each rank
-    samples its share of the groups, and gets all of them. `on_progress` is called as by `generate`.
+    A group is an index of this list, not a prompt: the same problem twice makes two groups. Each rank samples
+    its share of the groups, and gets all of them. `on_progress` is called as by `generate`.
     """
     prompts = [prompt_ids(tokenizer, task.prompt(problem), sampling.thinking) for problem in problems]
+    options = asdict(sampling)
+    del options["thinking"]  # a matter of the prompt; the others are arguments of `generate`
     with sampling_model(model) as sampler:
         completions = generate(
             sampler,
             prompts,
             num_samples=num_samples,
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
             stop_token_ids=tokenizer.stop_token_ids,
             seed=seed,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            max_cache_tokens=sampling.max_cache_tokens,
             only=slice(rank(), None, world_size()),
             on_progress=on_progress,
+            **options,
         )
     groups = []
     for problem, prompt, its_completions in zip(share(problems), share(prompts), completions, strict=True):

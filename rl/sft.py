@@ -1,6 +1,4 @@
-"""Supervised fine-tuning: raise the likelihood of given completions. Same batches and log-probabilities as
-GRPO.
-"""
+"""Supervised fine-tuning: raise the likelihood of given completions, through the same batches as GRPO."""
 
 import math
 from collections import Counter
@@ -34,9 +32,7 @@ class SFTStage:
     traces_per_problem: Count = 2
     """At most so many traces of one problem; the shortest are taken."""
     traces: str | None = None
-    """A JSONL file of your own instead of the rollouts of the stage before: a problem and a "completion" a
-    line.
-    """
+    """Your own JSONL file instead of rollouts of the stage before: a problem and a "completion" a line."""
 
 
 def sft_schedule(samples: list[Sample], batch_size: int, epochs: int, seed: int) -> list[list[Sample]]:

@@ -20,7 +20,7 @@ from model import Completion, load_model
 from model.quantize import has_int8
 from rl.advantage import group_advantages
 from lab.recipe import EvaluationSettings, GRPOStage, Recipe
-from lab.recipe_file import load_recipe
+from lab.recipe import load_recipe
 from rl.reward import RewardSettings, pay
 from rl.rollout import Rollout, paid
 from lab.runfolder import RunFolder
@@ -109,7 +109,7 @@ def stage_order() -> None:
 
 
 def curriculum() -> None:
-    from lab.problems import easiest
+    from lab.recipe import easiest
 
     problems = [Problem((1, 2, 3, 4), 10), Problem((1, 2, 3), 6), Problem((11, 12, 3), 36), Problem((1, 2, 4), 7)]
     level = Countdown().level  # the third needs a product

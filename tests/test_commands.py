@@ -1,6 +1,7 @@
 """train.py and eval.py as a user runs them: a whole small run, a resume that changes nothing, and every mistake in one line."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,18 +11,18 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from lab.errors import user_errors
 
 import eval as eval_command
 import train as train_command
-from model import generate, load_model
+from data import GSM8K, Problem
 from lab.checkpoint import checkpoints
-from lab.console import user_errors
-from lab.problems import problems_of
-from lab.recipe import RecipeError
-from rl.rollout import Actor
+from lab.evaluate import evaluate
+from lab.recipe import RecipeError, problems_of
 from lab.runfolder import RunFolder
 from lab.stages import train
-from data import GSM8K
+from model import load_model
+from rl import score
 
 ROOT = Path(__file__).parent.parent
 METRICS = {
@@ -79,10 +80,6 @@ def test_a_run_leaves_what_the_readme_says(smoke_run):
 
 
 def test_curated_traces_are_correct_and_not_held_out(smoke_run):
-    from data import Problem
-    from rl import score
-    from lab.problems import problems_of
-
     rows = [json.loads(line) for line in (smoke_run / "traces.jsonl").read_text().splitlines()]
     _, held_out = problems_of(smoke().recipe)
     for row in rows:
@@ -100,32 +97,6 @@ def test_metrics_agree_with_the_saved_rollouts(smoke_run):
             assert row["reward_mean"] == pytest.approx(sum(rewards) / len(rewards))
             assert row["tokens"] == sum(rollout["tokens"] for rollout in rollouts)
             assert row["truncated_fraction"] == sum(not r["finished"] for r in rollouts) / len(rollouts)
-
-
-@pytest.mark.parametrize("stop_after", [1, 3], ids=["mid-grpo", "mid-sft"])
-def test_a_resumed_run_ends_like_an_uninterrupted_one(smoke_run, tmp_path, stop_after):
-    """Fall back to an earlier checkpoint, with later files lying about as a crash leaves them, and go on."""
-    copy = tmp_path / "run"
-    shutil.copytree(smoke_run, copy)
-    for folder in checkpoints(copy):
-        if int(folder.name[5:]) > stop_after:
-            shutil.rmtree(folder)
-    with open(copy / "metrics.jsonl", "a") as file:
-        file.write('{"step": 99, "cut sho')
-    train(smoke("--out", copy, "--keep-checkpoints", 99).recipe, resume=True, quiet=True)
-    assert timeless(copy) == timeless(smoke_run)
-    assert (copy / "traces.jsonl").read_bytes() == (smoke_run / "traces.jsonl").read_bytes()
-    last = checkpoints(smoke_run)[-1]
-    resumed = safetensors.torch.load_file(copy / "checkpoints" / last.name / "model.safetensors")
-    for name, tensor in safetensors.torch.load_file(last / "model.safetensors").items():
-        assert torch.equal(tensor, resumed[name]), name
-
-
-def test_training_moves_the_weights_of_the_embedded_model(smoke_run):
-    before, _ = load_model("tiny")
-    after, _ = load_model(checkpoints(smoke_run)[-1])
-    moved = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
-    assert all(moved)
 
 
 def test_a_checkpoint_loads_in_transformers_with_the_same_logits(smoke_run):
@@ -242,28 +213,29 @@ def test_resuming_with_another_recipe_is_refused(smoke_run, capsys):
 
 
 LOW_PRECISION = {
-    "adapters over int8": ["--adapters.rank", 4, "--stages.0.importance-cap", 2.0],
+    "adapters over int8": ["--adapters.rank", 4],
     "bfloat16 by chance": ["--dtype", "bfloat16", "--optimizer.kind", "adamw8bit", "--optimizer.rounding", "stochastic"],
 }
 
 
 @pytest.mark.parametrize("kind", LOW_PRECISION)
 def test_a_run_in_low_precision_resumes_bit_for_bit_and_leaves_plain_checkpoints(kind, tmp_path):
-    """Stopped within the first stage and within the second; activation checkpointing, put on then, changes nothing either."""
+    """Stopped within the second stage; activation checkpointing, switched on then, changes nothing either."""
     pytest.importorskip("bitsandbytes")
     options = [*LOW_PRECISION[kind], "--keep-checkpoints", 99]
     train(smoke("--out", tmp_path / "whole", *options).recipe, quiet=True)
     whole = checkpoints(tmp_path / "whole")
-    for stop_after in (0, 2):
-        copy = tmp_path / f"resumed{stop_after}"
-        shutil.copytree(tmp_path / "whole", copy)
-        for folder in checkpoints(copy)[stop_after + 1 :]:
-            shutil.rmtree(folder)
-        again = smoke("--out", copy, *options, "--optimizer.activation-checkpointing")
-        train(again.recipe, resume=True, quiet=True)
-        ours, theirs = (safetensors.torch.load_file(run / "model.safetensors") for run in (whole[-1], checkpoints(copy)[-1]))
-        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-        assert timeless(copy) == timeless(tmp_path / "whole")
+    copy = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "whole", copy)
+    for folder in checkpoints(copy)[3:]:
+        shutil.rmtree(folder)
+    with open(copy / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99, "cut sho')  # as a crash leaves it
+    again = smoke("--out", copy, *options, "--optimizer.activation-checkpointing")
+    train(again.recipe, resume=True, quiet=True)
+    ours, theirs = (safetensors.torch.load_file(run / "model.safetensors") for run in (whole[-1], checkpoints(copy)[-1]))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert timeless(copy) == timeless(tmp_path / "whole")
     start = load_model("tiny")[0].state_dict()
     saved = load_model(whole[-1])[0]  # a plain model in Hugging Face's layout, which has learned something
     assert saved.state_dict().keys() == start.keys()
@@ -271,7 +243,7 @@ def test_a_run_in_low_precision_resumes_bit_for_bit_and_leaves_plain_checkpoints
 
 
 def test_a_run_that_cannot_fit_is_refused_with_advice_and_leaves_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lab.lab.free_memory", lambda device: 10_000_000)
+    monkeypatch.setattr("lab.setup.free_memory", lambda device: 10_000_000)
     message = fails(capsys, lambda: train(smoke("--out", tmp_path / "run", "--optimizer.micro-batch-tokens", 3000).recipe))
     assert "10 MB are free" in message and "--optimizer.activation-checkpointing saves" in message
     assert not (tmp_path / "run").exists()
@@ -280,7 +252,7 @@ def test_a_run_that_cannot_fit_is_refused_with_advice_and_leaves_nothing(tmp_pat
 def test_settings_of_memory_and_speed_may_change_on_resume_and_no_others(smoke_run):
     for overrides in (("--sampling.max-cache-tokens", 500), ("--optimizer.micro-batch-tokens", 300)):
         RunFolder(smoke_run).check_recipe(smoke("--keep-checkpoints", 99, *overrides).recipe)
-    for overrides in (("--sampling.max-new-tokens", 95), ("--optimizer.max-grad-norm", 2)):
+    for overrides in (("--sampling.max-new-tokens", 95), ("--stages.0.kl-coef", 0.1)):
         with pytest.raises(RecipeError, match="was started with"):
             RunFolder(smoke_run).check_recipe(smoke("--keep-checkpoints", 99, *overrides).recipe)
 
@@ -351,14 +323,10 @@ def test_unknown_options_end_with_exit_code_2():
 
 def test_the_embedded_model_calculates_but_does_not_solve():
     """What its base training promises: nearly every step right as arithmetic, almost no problem solved."""
-    import re
-
-    from lab.evaluate import evaluate
-    from lab.problems import problems_of
-
     recipe = train_command.parse(["256", "--model", "tiny"]).recipe
     model, tokenizer = load_model("tiny")
-    result = evaluate(Actor(model, tokenizer, recipe.task, recipe.sampling), problems_of(recipe)[1][:256], 1, seed=1)
+    problems = problems_of(recipe)[1][:256]
+    result = evaluate(model, tokenizer, recipe.task, problems, sampling=recipe.sampling, num_samples=1, seed=1)
     assert result.accuracy < 0.08
     steps = [step for [rollout] in result.groups for step in re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", rollout.text)]
     right = [
@@ -384,12 +352,6 @@ def test_the_last_model_named_counts_and_auto_is_the_one_that_the_task_has(monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     recipe = train_command.parse([*arguments, "--quiet"]).recipe
     assert (recipe.model, recipe.out) == (model, out)
-
-
-def test_generate_takes_the_embedded_model_and_a_prompt():
-    model, tokenizer = load_model("tiny")
-    completions = generate(model, [tokenizer.encode("<think>\n")], max_new_tokens=8)
-    assert len(completions[0][0].token_ids) <= 8
 
 
 def test_models_of_different_tasks_are_not_compared_and_those_from_elsewhere_take_the_others_task():

@@ -11,7 +11,7 @@ from experiments.bases.train import TINY_CALCULUS
 from data.calculus import differentiate, parse_polynomial, term_text, terms_of
 from model import Tokenizer
 from model.weights import EMBEDDED
-from lab.recipe_file import load_recipe
+from lab.recipe import load_recipe
 
 
 def documents(count: int = 400):

@@ -24,9 +24,9 @@ from lab.evaluate import (
     problems_hash,
     solved_shares,
 )  # fmt: skip
-from lab.problems import problems_of
+from lab.recipe import problems_of
 from lab.recipe import EvaluationSettings, SamplingSettings
-from lab.recipe_file import load_recipe
+from lab.recipe import load_recipe
 from rl.rollout import Actor, Rollout, collect_rollouts, pass_at_k, reward_tensor, rollout_metrics
 from lab.runfolder import RunFolder
 from lab.stages import train

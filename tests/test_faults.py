@@ -12,7 +12,7 @@ import rl.grpo
 import lab.steps
 from model import generate
 from model.sampler import sample
-from lab.console import user_errors
+from lab.errors import user_errors
 from rl.grpo import grpo_loss
 from lab.recipe import RecipeError
 from lab.runfolder import RunFolder

@@ -17,7 +17,7 @@ from rl import grpo_loss
 from rl.batch import completion_logprobs, make_batch, micro_batches
 from rl.grpo import accumulate_gradient, group_samples, grpo_update, recompute_logprobs
 from rl.loss import AGGREGATIONS, loss_denominator
-from lab.problems import endless_problems
+from lab.recipe import endless_problems
 from lab.recipe import GRPOStage
 from lab.steps import learning_rate
 

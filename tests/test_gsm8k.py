@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from data import DataError
 from data.traces import Trace, save_traces
 from lab.evaluate import load_completions
-from lab.problems import problems_of
+from lab.recipe import problems_of
 from lab.recipe import EvaluationSettings, GRPOStage, SFTStage
-from lab.recipe_file import load_recipe
+from lab.recipe import load_recipe
 from lab.runfolder import RunFolder
 from lab.stages import train
 from data import GSM8K

@@ -1,4 +1,4 @@
-"""The order of imports: model and data know nothing of the others, tasks only data; rl uses these, study and bases use rl."""
+"""The shape of the tree: imports run one way, rl stays small, lines stay short, public names stay where they are."""
 
 import ast
 from pathlib import Path
@@ -9,14 +9,16 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "model": {"model"},
     "data": {"data"},
-    "tasks": {"data", "tasks"},
-    "rl": {"model", "data", "tasks", "rl"},
-    "study": {"rl", "study"},
-    "bases": {"model", "data", "tasks", "rl", "bases"},
+    "rl": {"model", "data", "rl"},
+    "lab": {"model", "data", "rl", "lab"},
+    "experiments": {"model", "data", "rl", "lab", "experiments", "train", "eval", "play"},
 }
+PRODUCT = [path for package in ("model", "data", "rl", "lab") for path in (ROOT / package).rglob("*.py")]
+PRODUCT += [ROOT / name for name in ("train.py", "eval.py", "play.py")]
 
 
-def imported_packages(path: Path) -> set[str]:
+def imported(path: Path) -> set[str]:
+    """The top-level packages that a file imports, inside functions too."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -29,25 +31,32 @@ def imported_packages(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("package", ALLOWED)
 def test_imports_run_one_way(package):
+    ours = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or any(path.glob("*.py"))}
+    assert ours >= ALLOWED["experiments"] | {"tests"}
     files = list((ROOT / package).rglob("*.py"))
     assert files
     for path in files:
-        assert imported_packages(path) & set(ALLOWED) <= ALLOWED[package], path
+        assert imported(path) & ours <= ALLOWED[package], path
+        assert not imported(path) & {"transformers", "trl", "accelerate", "pickle"}, path
 
 
-def test_the_core_never_imports_transformers_or_pickle():
-    for package in ALLOWED:
-        for path in (ROOT / package).rglob("*.py"):
-            assert not imported_packages(path) & {"transformers", "trl", "accelerate", "pickle"}, path
+def test_rl_has_at_most_twelve_files():
+    assert 0 < len(list((ROOT / "rl").rglob("*.py"))) <= 12
+
+
+def test_no_line_of_the_product_is_over_110_columns():
+    lines = [(path, number, line) for path in PRODUCT for number, line in enumerate(path.read_text().splitlines(), 1)]
+    assert len(lines) > 1000
+    assert [f"{path.relative_to(ROOT)}:{number}" for path, number, line in lines if len(line) > 110] == []
 
 
 def test_public_names_are_where_the_readme_says():
     from data import Problem, evaluate_expression, generate_problems, load_problems, solve, split_problems
     from model import Completion, KVCache, Qwen3, Qwen3Config, Tokenizer, generate, load_model, save_model
-    from rl import group_advantages, grpo_loss, score, sft_loss
+    from rl import group_advantages, grpo_loss, grpo_step, score, sft_loss
 
     names = (
         Problem, evaluate_expression, generate_problems, load_problems, solve, split_problems, Completion, KVCache,
-        Qwen3, Qwen3Config, Tokenizer, generate, load_model, save_model, group_advantages, grpo_loss, score, sft_loss,
+        Qwen3, Qwen3Config, Tokenizer, generate, load_model, save_model, group_advantages, grpo_loss, grpo_step, score, sft_loss,
     )  # fmt: skip
     assert all(callable(name) for name in names)

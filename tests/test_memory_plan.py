@@ -13,10 +13,10 @@ from model import ModelError, Qwen3, Qwen3Config, add_adapters
 from rl.batch import make_batch
 from lab.memory_plan import activation_bytes, check_plan, plan_memory, work_of
 from lab.recipe import EvaluationSettings, GRPOStage, OptimizerSettings, ParallelSettings, Recipe, SamplingSettings, SFTStage
-from lab.recipe_file import load_recipe
+from lab.recipe import load_recipe
 from lab.runfolder import RunFolder
 from lab.sharding import Sharding
-from lab.view import Quiet
+from lab.screen import Quiet
 
 RECIPE = Recipe(
     sampling=SamplingSettings(max_new_tokens=60),

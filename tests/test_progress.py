@@ -19,15 +19,15 @@ from helpers import random_model
 from rich.console import Console
 
 import model.sampler
-import lab.console
+import lab.screen
 import lab.evaluate
 import lab.steps
-import lab.view
+import lab.screen
 from model import generate
 from model.sampler import waves
 from lab.checkpoint import checkpoints
-from lab.console import sampling_progress
-from lab.interruption import Stopped
+from lab.screen import progress_bar
+from lab.signals import Stopped
 from lab.runfolder import RunFolder
 from lab.stages import train
 from train import parse
@@ -116,7 +116,7 @@ def terminal(monkeypatch) -> io.StringIO:
         assert stderr
         return Console(file=written, force_terminal=True, width=100)
 
-    monkeypatch.setattr(lab.console, "Console", console)
+    monkeypatch.setattr(lab.screen, "Console", console)
     return written
 
 
@@ -132,7 +132,7 @@ def plain(text: str) -> str:
 
 def test_a_terminal_shows_completions_done_and_tokens_a_second_and_keeps_nothing(terminal, monkeypatch):
     clock = iter([100.0, 100.5, 104.0])
-    monkeypatch.setattr(lab.console, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(lab.screen, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     with sampling_progress("rollout", 77) as show:
         show(3, 900)
         show(31, 4938)
@@ -235,7 +235,7 @@ def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on_where_it_stopped(tmp_p
             signal.raise_signal(signal.SIGTERM)
         return "step"
 
-    monkeypatch.setattr(lab.view, "step_line", asked_after_two_steps)
+    monkeypatch.setattr(lab.screen, "step_line", asked_after_two_steps)
     monkeypatch.setattr(sys, "argv", ["train.py", *TRAIN, "--out", str(out), "--resume"])
     with pytest.raises(SystemExit) as exit_:
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")

@@ -6,8 +6,10 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from lab.recipe import GRPOStage, Recipe, RecipeError, SamplingSettings, SFTStage
-from lab.recipe_file import RECIPES, from_dict, load_recipe, read_tables, to_dict
+from lab.recipe import RECIPES, Recipe, RecipeError, from_dict, load_recipe, read_tables, to_dict
+from rl.grpo import GRPOStage
+from rl.rollout import SamplingSettings
+from rl.sft import SFTStage
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
 
@@ -24,10 +26,6 @@ def refused(folder, text: str) -> str:
         load_recipe(path)
     assert str(error.value).startswith(path)
     return str(error.value)
-
-
-def test_the_promised_recipes_are_there():
-    assert {"256", "512", "256-tiny", "512-tiny", "baseline", "smoke"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -49,15 +47,11 @@ def test_256_states_the_papers_numbers():
     assert recipe.optimizer.kind == "adamw8bit"
 
 
-def test_512_states_the_papers_numbers():
+def test_512_and_the_baseline_state_the_papers_numbers():
     _, recipe = load_recipe("512")
-    assert recipe.sampling.max_new_tokens == 512 and recipe.sampling.temperature == 1.0
-    assert recipe.evaluation.every == 10
+    assert recipe.sampling.max_new_tokens == 512 and recipe.evaluation.every == 10
     (stage,) = recipe.stages
     assert (stage.kind, stage.steps, stage.clip_low, stage.clip_high) == ("grpo", 80, 0.25, 0.25)
-
-
-def test_the_baseline_is_an_evaluation_at_1024_tokens():
     _, recipe = load_recipe("baseline")
     assert recipe.sampling.max_new_tokens == 1024 and recipe.stages == ()
 
@@ -114,15 +108,18 @@ def test_shared_tables_fill_the_stages_of_their_kind_and_a_stages_own_fields_com
     assert first.clip_high == GRPOStage().clip_high and second.epochs == SFTStage().epochs
 
 
+def stage(kind: str, text: str = "") -> str:
+    return f'[[stages]]\nkind = "{kind}"\n{text}'
+
+
 @pytest.mark.parametrize(
     "text, field",
     [
         ("stepps = 3", "stepps"),
         ("[sampling]\nmax_tokens = 3", "sampling.max_tokens"),
-        ('[task]\nkind = "countdown"\nmaximum = 3', "task.maximum"),
         ('[task]\nkind = "gsm8k"\nmax_number = 3', "task.max_number"),
-        ('[[stages]]\nkind = "grpo"\n[[stages]]\nkind = "sft"\nsteps = 3', "stages.1.steps"),
-        ('[grpo]\nepochs = 3\n[[stages]]\nkind = "grpo"', "grpo.epochs"),
+        (stage("grpo") + stage("sft", "steps = 3"), "stages.1.steps"),
+        ("[grpo]\nepochs = 3\n" + stage("grpo"), "grpo.epochs"),
         ("stages = []\n[sft]\nsteps = 3", "sft.steps"),
     ],
 )
@@ -136,104 +133,84 @@ def test_an_unknown_field_is_refused_by_name(tmp_path, text, field):
         ('seed = "1"', "seed"),
         ("seed = 1.0", "seed"),
         ("seed = true", "seed"),
-        ("model = 3", "model"),
         ("sampling = 3", "sampling"),
         ("[sampling]\nthinking = 1", "sampling.thinking"),
-        ('[sampling]\ntemperature = "hot"', "sampling.temperature"),
+        ("[sampling]\ntemperature = nan", "sampling.temperature"),
         ("[sampling]\ntop_k = 2.5", "sampling.top_k"),
+        ("[sampling]\ntop_p = 0.0", "sampling.top_p"),
         ("[sampling]\ntop_p = true", "sampling.top_p"),
-        ('[[stages]]\nkind = "grpo"\nlearning_rate = [1]', "stages.0.learning_rate"),
-        ('[[stages]]\nkind = "sft"\ntraces = 1', "stages.0.traces"),
+        (stage("grpo", "learning_rate = [1]"), "stages.0.learning_rate"),
+        (stage("grpo", "clip_low = 1.1"), "stages.0.clip_low"),
+        (stage("grpo", 'aggregation = "mean"'), "stages.0.aggregation"),
+        (stage("grpo", "prompts_per_step = 2\nupdates_per_step = 3"), "stages.0.updates_per_step"),
+        (stage("grpo", "prompts_per_step = 10_000\nsamples_per_prompt = 101"), "prompts_per_step x samples_per_prompt"),
+        (stage("grpo", "[sampling]\ntemperature = 0.0\n"), "sampling.temperature"),
+        (stage("sft", "traces = 1"), "stages.0.traces"),
+        (stage("ppo"), "stages.0.kind"),
+        ("[[stages]]\nsteps = 3", "stages.0.kind"),
+        ('[[stages]]\nkind = ["grpo"]', "stages.0.kind"),
         ('[stages]\nkind = "grpo"', "stages"),
         ("stages = 3", "stages"),
         ("stages = [1]", "stages"),
-        ('[[stages]]\nkind = ["grpo"]', "stages.0.kind"),
-        ('grpo = 3\n[[stages]]\nkind = "grpo"', "grpo"),
+        ("grpo = 3\n" + stage("grpo"), "grpo"),
+        ('[optimizer]\nmicro_batch_tokens = "many"', "optimizer.micro_batch_tokens"),
+        ('[task]\nkind = "countdown"\nmin_number = 9\nmax_number = 3', "task"),
+        ("[task]\nmax_number = 9", "task.kind"),
+        ("task = 3", "task.kind"),
     ],
 )
-def test_a_value_of_the_wrong_type_is_refused_by_its_fields_name(tmp_path, text, field):
-    assert field in refused(tmp_path, text)
-
-
-def stage(kind: str, text: str) -> str:
-    return f'[[stages]]\nkind = "{kind}"\n{text}'
-
-
-@pytest.mark.parametrize(
-    "text, field",
-    [
-        ('dtype = "float16"', "dtype"),
-        ("checkpoint_every = 0", "checkpoint_every"),
-        ("keep_checkpoints = 0", "keep_checkpoints"),
-        ("seed = -1", "seed"),
-        ("[sampling]\ntop_k = 0", "sampling.top_k"),
-        ("[sampling]\ntop_p = 0.0", "sampling.top_p"),
-        ("[sampling]\ntop_p = 1.5", "sampling.top_p"),
-        ("[optimizer]\nweight_decay = -0.1", "optimizer.weight_decay"),
-        ("[sampling]\nmax_new_tokens = 0", "sampling.max_new_tokens"),
-        ("[sampling]\nmax_cache_tokens = 0", "sampling.max_cache_tokens"),
-        ("[sampling]\ntemperature = -0.1", "sampling.temperature"),
-        ("[sampling]\ntemperature = nan", "sampling.temperature"),
-        ("[evaluation]\nevery = 0", "evaluation.every"),
-        ("[evaluation]\nproblems = 0", "evaluation.problems"),
-        ('[optimizer]\nkind = "sgd"', "optimizer.kind"),
-        ("[optimizer]\nmax_grad_norm = 0.0", "optimizer.max_grad_norm"),
-        ("[optimizer]\nmicro_batch_tokens = 0", "optimizer.micro_batch_tokens"),
-        ('[task]\nkind = "countdown"\nmin_number = 9\nmax_number = 3', "task"),
-        ('[task]\nkind = "countdown"\nfour_number_share = 1.5', "four_number_share"),
-        ('[task]\nkind = "chess"', "task.kind"), ("[task]\nmax_number = 9", "task.kind"), ("task = 3", "task.kind"),
-        ('[[stages]]\nkind = "ppo"', "stages.0.kind"),
-        ("[[stages]]\nsteps = 3", "stages.0.kind"),
-        *[(stage("grpo", f"{name} = 0"), f"stages.0.{name}")
-          for name in ("steps", "prompts_per_step", "samples_per_prompt", "updates_per_step", "learning_rate")],
-        *[(stage("sft", f"{name} = 0"), f"stages.0.{name}")
-          for name in ("epochs", "batch_size", "max_traces", "traces_per_problem", "learning_rate")],
-        (stage("grpo", "learning_rate = nan"), "stages.0.learning_rate"),
-        (stage("grpo", "clip_low = 1.1"), "stages.0.clip_low"),
-        (stage("grpo", "clip_low = -0.1"), "stages.0.clip_low"),
-        (stage("grpo", "clip_high = -0.1"), "stages.0.clip_high"),
-        (stage("grpo", "kl_coef = -0.1"), "stages.0.kl_coef"),
-        (stage("grpo", 'aggregation = "mean"'), "stages.0.aggregation"),
-        (stage("grpo", "prompts_per_step = 2\nupdates_per_step = 3"), "stages.0.updates_per_step"),
-        ("[sampling]\ntemperature = 0.0\n" + stage("grpo", ""), "sampling.temperature"),
-        (stage("grpo", "prompts_per_step = 10_000\nsamples_per_prompt = 101"), "prompts_per_step x samples_per_prompt"),
-    ],
-)  # fmt: skip
-def test_a_value_out_of_range_is_refused_by_its_fields_name(tmp_path, text, field):
+def test_a_value_of_the_wrong_type_or_size_is_refused_by_its_fields_name(tmp_path, text, field):
     assert field in refused(tmp_path, text)
 
 
 def number_fields(settings, where: str = "") -> list[str]:
     """The names of all fields that hold a number, those of nested settings too."""
-    found = []
+    names = []
     hints = get_type_hints(type(settings))
     for f in fields(settings):
         value, hint = getattr(settings, f.name), hints[f.name]
         if is_dataclass(value):
-            found += number_fields(value, f"{where}{f.name}.")
+            names += number_fields(value, f"{where}{f.name}.")
         elif {int, float} & {hint, *get_args(hint)}:
-            found.append(f"{where}{f.name}")
-    return found
+            names.append(f"{where}{f.name}")
+    return names
 
 
-@pytest.mark.parametrize("name", number_fields(Recipe(stages=())) + [f"grpo.{n}" for n in number_fields(GRPOStage())]
-                         + [f"sft.{n}" for n in number_fields(SFTStage())])  # fmt: skip
-def test_no_number_of_a_recipe_is_without_bounds_trap_generated_problems_ten_to_the_twelve(name):
-    *tables, field = name.split(".")
-    for value in (-1, 10**30):
-        values = {field: value} | ({"kind": "countdown"} if tables == ["task"] else {})
-        for table in reversed(tables):
-            values = {"stages": [{"kind": table} | values]} if table in ("grpo", "sft") else {table: values}
-        with pytest.raises(RecipeError, match=f"{field} must be "):
+def test_no_number_of_a_recipe_is_without_bounds_trap_generated_problems_ten_to_the_twelve():
+    names = number_fields(Recipe()) + [f"grpo.{n}" for n in number_fields(GRPOStage())]
+    names += [f"sft.{n}" for n in number_fields(SFTStage())]
+    assert len(names) > 30
+    for name in names:
+        *tables, field = name.split(".")
+        for value in (-1, 10**30):
+            values = {field: value} | ({"kind": "countdown"} if tables == ["task"] else {})
+            for table in reversed(tables):
+                values = {"stages": [{"kind": table} | values]} if table in ("grpo", "sft") else {table: values}
+            with pytest.raises(RecipeError, match=f"{field}.* must be "):
+                from_dict(Recipe, values)
+
+
+def test_fields_that_are_gone_are_dropped_at_their_old_default_and_refused_at_any_other():
+    """As runs of before have them in their config.json."""
+    old = {"max_skipped_updates": 5, "weight_decay": 0.0, "max_grad_norm": 1.0}
+    stages = [{"kind": "grpo", "steps": 7, "importance_cap": None}]
+    recipe = from_dict(Recipe, {"optimizer": old, "stages": stages})
+    assert recipe == Recipe(stages=(GRPOStage(steps=7),))
+    for values, field in (
+        ({"optimizer": old | {"weight_decay": 0.1}}, "optimizer.weight_decay"),
+        ({"stages": [stages[0] | {"importance_cap": 2.0}]}, "stages.0.importance_cap"),
+    ):
+        with pytest.raises(RecipeError, match=f"{field} is no longer a field"):
             from_dict(Recipe, values)
+    with pytest.raises(RecipeError, match="unknown field weight_decay"):
+        from_dict(Recipe, {"weight_decay": 0.0})
 
 
-@pytest.mark.parametrize("sampling", [{"top_k": 20}, {"top_p": 0.95}])
-def test_training_refuses_top_k_and_top_p_trap_scored_under_another_distribution(sampling):
-    with pytest.raises(RecipeError, match="top_k and sampling.top_p"):
-        Recipe(sampling=SamplingSettings(**sampling), stages=(GRPOStage(),))
-    Recipe(sampling=SamplingSettings(**sampling), stages=(SFTStage(traces="mine.jsonl"),))
-    Recipe(sampling=SamplingSettings(**sampling))
+def test_training_refuses_top_k_and_top_p_trap_scored_under_another_distribution():
+    for sampling in (SamplingSettings(top_k=20), SamplingSettings(top_p=0.95)):
+        with pytest.raises(RecipeError, match="top_k and sampling.top_p"):
+            Recipe(sampling=sampling, stages=(GRPOStage(),))
+        Recipe(sampling=sampling, stages=(SFTStage(traces="mine.jsonl"),))
 
 
 def test_overrides_are_checked_like_a_recipes_own_values():
@@ -247,12 +224,9 @@ def test_a_missing_recipe_names_those_there_are():
         load_recipe("no-such")
 
 
-@pytest.mark.parametrize("text", ["seed = ", "\ufffe", '[[stages]]\nkind = "grpo"\n[stages]'])
-def test_a_file_that_is_not_toml_is_refused_by_name(tmp_path, text):
-    refused(tmp_path, text)
-
-
-def test_bytes_and_folders_are_refused_by_name(tmp_path):
+def test_a_file_that_is_not_toml_is_refused_by_name(tmp_path):
+    for text in ("seed = ", "\ufffe", stage("grpo", "[stages]")):
+        refused(tmp_path, text)
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     (tmp_path / "folder.toml").mkdir()
     for name in ("bytes.toml", "folder.toml"):
@@ -260,23 +234,21 @@ def test_bytes_and_folders_are_refused_by_name(tmp_path):
             load_recipe(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("base", ["mine.toml", "./mine.toml", "other.toml", "missing.toml", "../missing.toml", ""])
+@pytest.mark.parametrize("base", ["./mine.toml", "other.toml", "missing.toml", ""])
 def test_extending_oneself_in_a_circle_or_nothing_is_refused(tmp_path, base):
     write(tmp_path, 'extends = "mine.toml"', "other.toml")
     path = write(tmp_path, f'extends = "{base}"')
-    circle = base in ("mine.toml", "./mine.toml", "other.toml")
-    with pytest.raises(RecipeError, match="extends itself" if circle else "missing|directory"):
+    with pytest.raises(RecipeError, match="extends itself" if base in ("./mine.toml", "other.toml") else "missing|directory"):
         load_recipe(path)
 
 
-@pytest.mark.parametrize("values", [[], None, 3, {"stages": 5}, {"stages": [1]}, {"stages": None}, {"stages": {}}])
-def test_a_damaged_saved_recipe_is_refused_and_no_traceback(values):
-    with pytest.raises(RecipeError):
-        from_dict(Recipe, values)
+def test_a_damaged_saved_recipe_is_refused_and_no_traceback():
+    for values in ([], None, 3, {"stages": 5}, {"stages": [1]}, {"stages": None}, {"stages": {}}):
+        with pytest.raises(RecipeError):
+            from_dict(Recipe, values)
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
-def test_the_thinking_mode_is_stated_and_not_left_to_a_default_trap_truncation_at_the_start(path):
+@pytest.mark.parametrize("name", NAMES)
+def test_the_thinking_mode_is_stated_and_not_left_to_a_default_trap_truncation_at_the_start(name):
     """Qwen3-1.7B in thinking mode rarely finishes in 256 tokens at first, so the mode decides what step 0 shows."""
-    stated = read_tables(path)["sampling"]["thinking"]
-    assert isinstance(stated, bool) and load_recipe(path.stem)[1].sampling.thinking is stated
+    assert isinstance(read_tables(RECIPES / f"{name}.toml")["sampling"]["thinking"], bool)

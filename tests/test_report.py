@@ -10,7 +10,7 @@ from test_commands import smoke, smoke_run  # noqa: F401  (a fixture)
 
 from model import Tokenizer
 from model.weights import TINY
-from lab.console import user_errors
+from lab.errors import user_errors
 from lab.report import Shown, pieces, write_report
 from lab.runfolder import RunFolder
 

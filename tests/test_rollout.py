@@ -10,7 +10,7 @@ from helpers import random_model
 import rl.rollout
 from data import generate_problems
 from model import generate, load_model
-from lab.interruption import RolloutsDropped
+from lab.signals import RolloutsDropped
 from lab.recipe import SamplingSettings
 from rl.rollout import Actor, collect_rollouts
 from data import Countdown

@@ -10,7 +10,7 @@ import pytest
 import lab.steps
 import experiments.study.run
 from lab.recipe import RecipeError
-from lab.recipe_file import build_recipe, to_dict
+from lab.recipe import build_recipe, to_dict
 from lab.runfolder import flatten
 from experiments.study.report import Estimate, Run, end_table, evaluation_table, load_runs, paired_difference, verdicts, write_report
 from experiments.study.run import Arguments, load_arms, next_task, plan, run_study, trace_folders

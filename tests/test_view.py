@@ -8,12 +8,12 @@ import pytest
 from helpers import PROBLEM
 from rich.console import Console
 
-import lab.view
+import lab.screen
 from model import Completion
-from lab.console import printable
-from lab.recipe_file import load_recipe
+from lab.screen import printable
+from lab.recipe import load_recipe
 from rl.rollout import Rollout
-from lab.view import Lines, Picture, Quiet, chart, pick_view
+from lab.screen import Lines, Picture, Quiet, chart, pick_view
 from data.task import Score
 
 RECIPE = replace(load_recipe("256", "tiny")[1], out="runs/shown")
@@ -41,7 +41,7 @@ def drawn(shown: Picture) -> str:
 
 def test_a_picture_shows_stage_numbers_accuracy_progress_and_the_last_rollouts(monkeypatch):
     times = iter([0.0, 0.0, 3.0, 6.0, 6.0, 8.0, 8.0])
-    monkeypatch.setattr(lab.view.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(lab.screen.time, "perf_counter", lambda: next(times))
     shown = picture()
     assert "start" in drawn(shown)
     shown.step({"stage": 0, "kind": "grpo", "step": 0, "grpo_steps": 0, **EVALUATED}, 3, 0, 0)
@@ -110,7 +110,7 @@ def test_the_view_follows_the_terminal_and_what_is_asked_for(monkeypatch):
     assert type(pick_view(RECIPE)) is Lines
     assert type(pick_view(RECIPE, quiet=True)) is Quiet
     console = Console(file=io.StringIO(), force_terminal=True)
-    monkeypatch.setattr(lab.view, "Console", lambda: console)
+    monkeypatch.setattr(lab.screen, "Console", lambda: console)
     monkeypatch.setenv("TERM", "xterm")
     assert type(pick_view(RECIPE)) is Picture
     assert type(pick_view(RECIPE, plain=True)) is Lines and type(pick_view(RECIPE, quiet=True)) is Quiet

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 import tyro
 
-from lab.console import user_errors
+from lab.errors import user_errors
 from lab.recipe import Recipe, RecipeError, SFTStage
-from lab.recipe_file import RECIPES, build_recipe, from_dict, merge, read_tables, to_dict
+from lab.recipe import RECIPES, build_recipe, from_dict, merge, read_tables, to_dict
 from lab.runfolder import RunFolder
 from lab.stages import train
 from experiments.study.report import write_report

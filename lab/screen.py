@@ -1,30 +1,31 @@
-"""What a run shows while it goes: lines in a file or pipe, a live picture on a terminal, or nothing."""
+"""What a run shows: lines in a file or pipe, a live screen on a terminal, or nothing."""
 
 import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
+import torch
 from rich.columns import Columns
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
+from rich.progress import BarColumn, Progress
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lab.console import evaluation_text, printable, sampling_progress, step_figures, step_line
 from lab.recipe import Recipe
 from rl.rollout import Rollout
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 CHART_HEIGHT = 5  # lines
-ROLLOUT_LINES = 7  # of a shown completion, its last ones
-Report = Callable[[int, int], None]
+ROLLOUT_LINES = 7  # the last ones of a completion
+OnProgress = Callable[[int, int], None]
 
 
-class Lines(contextlib.AbstractContextManager):
-    """A line a step, and how far sampling is where standard error is a terminal."""
+class Screen(contextlib.AbstractContextManager):
+    """A line a step; on a terminal, a progress bar while sampling."""
 
     def __exit__(self, *error):
         pass
@@ -36,18 +37,18 @@ class Lines(contextlib.AbstractContextManager):
         """The metrics of a resumed run's earlier steps."""
 
     def step(self, row: dict, stages: int, done: int, steps: int) -> None:
-        """A step is over: its metrics, and that it was number `done` of its stage's `steps`."""
+        """Show the metrics of a step, number `done` of the `steps` of its stage."""
         self.say(step_line(row, stages, done, steps))
 
     def rollouts(self, groups: list[list[Rollout]]) -> None:
-        """What a step has sampled."""
+        """Show what a step has sampled."""
 
-    def sampling(self, what: str, total: int) -> contextlib.AbstractContextManager[Report | None]:
-        """Gives what `generate` takes as `progress` for `total` completions."""
-        return sampling_progress(what, total)
+    def sampling(self, what: str, total: int) -> contextlib.AbstractContextManager[OnProgress | None]:
+        """Gives an `on_progress` for the sampling of `total` completions, or None."""
+        return progress_bar(what, total)
 
 
-class Quiet(Lines):
+class QuietScreen(Screen):
     """Nothing but errors."""
 
     def say(self, text: str) -> None:
@@ -57,19 +58,21 @@ class Quiet(Lines):
         return contextlib.nullcontext()
 
 
-class Picture(Lines):
-    """One place of the terminal that shows the run as it is now; evaluations stay above it as lines."""
+class LiveScreen(Screen):
+    """A panel that shows the run as it is now; evaluations stay above it as lines."""
 
     def __init__(self, recipe: Recipe, console: Console):
         self.recipe = recipe
         self.console = console
         self.row: dict = {}
-        self.place = (0, 0)  # step and steps of the stage
+        self.position = (0, 0)  # step and steps of the stage
         self.points: list[tuple[int, float]] = []  # step, held-out accuracy in %
         self.evaluation = ""
         self.samples: dict[str, Rollout] = {}  # the last correct and the last wrong one
         self.progress = ("", 0, 1, 0.0)  # what is sampled, done, total, tokens a second
-        self.times: deque[float] = deque([time.perf_counter()], maxlen=21)  # when the last GRPO steps were over
+        self.times: deque[float] = deque(
+            [time.perf_counter()], maxlen=21
+        )  # when the last GRPO steps were over
         self.grpo_steps = self.grpo_left = sum(stage.steps for stage in recipe.stages if stage.kind == "grpo")
         self.live = Live(console=console, get_renderable=self.draw, transient=True, refresh_per_second=4)
 
@@ -90,7 +93,7 @@ class Picture(Lines):
                 self.evaluation = evaluation_text(row)
 
     def step(self, row: dict, stages: int, done: int, steps: int) -> None:
-        self.row, self.place = row, (done, steps)
+        self.row, self.position = row, (done, steps)
         self.grpo_left = self.grpo_steps - row["grpo_steps"]
         if row["kind"] != "grpo" or not row["step"]:
             self.times.clear()
@@ -104,7 +107,7 @@ class Picture(Lines):
             self.samples["correct" if rollout.score.outcome == "correct" else "wrong"] = rollout
 
     @contextlib.contextmanager
-    def sampling(self, what: str, total: int) -> Iterator[Report]:
+    def sampling(self, what: str, total: int) -> Iterator[OnProgress]:
         start = time.perf_counter()
 
         def report(done: int, tokens: int) -> None:
@@ -116,21 +119,21 @@ class Picture(Lines):
 
     def draw(self) -> Panel:
         width = min(self.console.width, 120)
-        parts = [self._place(width - 4), *self._accuracy(width - 4), Text(self._numbers(width - 4))]
+        parts = [self._position(width - 4), *self._accuracy(width - 4), Text(self._numbers(width - 4))]
         if self.samples and self.console.height >= CHART_HEIGHT + ROLLOUT_LINES + 11:
             half = width - 4 if width < 80 else (width - 5) // 2
             shown = [self._sample(kind, half) for kind in ("correct", "wrong") if kind in self.samples]
             parts.append(Columns(shown[: 1 if width < 80 else 2], padding=(0, 0)))
         return Panel(Group(*parts), title=self.recipe.out, width=width)
 
-    def _place(self, width: int) -> Table:
-        """Which step this is, what it is at, and about how long the rest takes."""
+    def _position(self, width: int) -> Table:
+        """The step, what is being done, and about how long the rest takes."""
         stage = self.recipe.stages[self.row["stage"]] if self.row and self.recipe.stages else None
         name = f"{stage.kind.upper()} {self.row['stage'] + 1}/{len(self.recipe.stages)}" if stage else "start"
         what, done, total, speed = self.progress
         table = Table.grid(padding=(0, 2), expand=False)
         table.add_row(
-            Text(f"{name}  step {self.place[0]}/{self.place[1]}", style="bold"),
+            Text(f"{name}  step {self.position[0]}/{self.position[1]}", style="bold"),
             Text(what),
             ProgressBar(total=total, completed=done, width=max(8, width // 6)),
             Text(f"{speed:,.0f} tokens/s" if speed else ""),
@@ -149,7 +152,9 @@ class Picture(Lines):
         if not self.points:
             return []
         lines = [Text(f"held-out accuracy {self.evaluation}", style="cyan")]
-        return lines + [Text(line, style="cyan") for line in chart(self.points, min(60, width - 8), CHART_HEIGHT)]
+        return lines + [
+            Text(line, style="cyan") for line in chart(self.points, min(60, width - 8), CHART_HEIGHT)
+        ]
 
     def _numbers(self, width: int) -> str:
         row = self.row
@@ -176,19 +181,24 @@ class Picture(Lines):
             lines = ["..."] + lines[1 - ROLLOUT_LINES :]
         text = Text("\n".join(lines + [""] * (ROLLOUT_LINES - len(lines))), no_wrap=True, overflow="ellipsis")
         title = f"last {kind}: {printable(str(rollout.problem))}"
-        return Panel(text, title=title, width=width, style="green" if kind == "correct" else "red", title_align="left")
+        return Panel(
+            text, title=title, width=width, style="green" if kind == "correct" else "red", title_align="left"
+        )
 
 
-def pick_view(recipe: Recipe, quiet: bool = False, plain: bool = False) -> Lines:
-    """A picture on a terminal, else lines; `plain` asks for lines there too, `quiet` for nothing."""
-    if quiet:
-        return Quiet()
+def pick_screen(recipe: Recipe, quiet: bool = False, plain: bool = False) -> Screen:
+    """A live screen on a terminal, else lines; `plain` gives lines there too, `quiet` nothing."""
     console = Console()
-    return Picture(recipe, console) if console.is_terminal and not console.is_dumb_terminal and not plain else Lines()
+    if quiet:
+        return QuietScreen()
+    live = console.is_terminal and not console.is_dumb_terminal and not plain
+    return LiveScreen(recipe, console) if live else Screen()
 
 
 def chart(points: list[tuple[int, float]], width: int, height: int) -> list[str]:
-    """Lines of text: `points` (x, y from 0 up) as columns of blocks, each as high as the last point up to there."""
+    """Lines of text: `points` (x, y from 0 up) as columns of blocks, each as high as the last point up to
+    there.
+    """
     last, top = max(1, points[-1][0]), max(1e-9, *(y for _, y in points))
     columns = []
     for column in range(width):
@@ -201,3 +211,91 @@ def chart(points: list[tuple[int, float]], width: int, height: int) -> list[str]
         label = f"{top:3.0f} %" if level == height - 1 else "  0 %" if level == 0 else ""
         lines.append(f"{label:>5} |{bar}")
     return lines
+
+
+@contextlib.contextmanager
+def progress_bar(what: str, total: int) -> Iterator[OnProgress]:
+    """Gives an `on_progress` for `generate` that draws a line at the bottom of a terminal until the block
+    ends.
+    """
+    console, start = Console(stderr=True), time.perf_counter()
+    columns = (
+        "{task.description}",
+        BarColumn(),
+        "{task.completed}/{task.total} completions  {task.fields[rate]}",
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as lines:
+        task = lines.add_task(what, total=total, rate="")
+
+        def show(done: int, tokens: int) -> None:
+            lines.update(task, completed=done, rate=f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
+
+        yield show
+
+
+def printable(text: str) -> str:
+    """A completion for a terminal: characters that would move the cursor or change colors become a dot."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{MIDDLE DOT}" for letter in text)
+
+
+def describe_run(recipe, model, train, held_out, resumed_at: int | None) -> str:
+    """The lines that a run begins with."""
+    device = (
+        torch.cuda.get_device_name()
+        if model.device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    dtype = str(model.dtype).removeprefix("torch.")
+    lines = [
+        f"model     {recipe.model}: {model.config.num_parameters():,} parameters, {dtype}, on {device}",
+        f"problems  {len(train):,} to train on, {len(held_out):,} held out",
+        f"stages    {', '.join(describe_stage(stage) for stage in recipe.stages) or 'none: zero-shot evaluation only'}",
+        f"run       {recipe.out}" + ("" if resumed_at is None else f", resumed after step {resumed_at}"),
+    ]
+    return "\n".join(lines)
+
+
+def describe_stage(stage) -> str:
+    if stage.kind == "sft":
+        return f"SFT {stage.epochs} epochs"
+    return f"GRPO {stage.steps} steps of {stage.prompts_per_step} x {stage.samples_per_prompt}"
+
+
+def step_line(row: dict, stages: int, done: int, steps: int) -> str:
+    """One line a step, from its metrics."""
+    if row["step"] == 0:
+        return f"before any step: held-out accuracy {evaluation_text(row)}"
+    seconds = row.get("rollout_seconds", 0.0) + row["update_seconds"]
+    parts = [
+        f"{row['kind']:4} {row['stage'] + 1}/{stages}  {done:3}/{steps}",
+        *step_figures(row),
+        f"{seconds:.1f} s",
+    ]
+    if row.get("skipped_updates"):
+        parts.append(f"{row['skipped_updates']} updates not finite, left out")
+    if "eval_accuracy" in row:
+        parts.append(f"held-out {evaluation_text(row)}")
+    return "  ".join(parts)
+
+
+def step_figures(row: dict) -> list[str]:
+    """The most important metrics of a step."""
+    if row["kind"] == "sft":
+        return [f"loss {row['loss']:.4f}", f"grad {row['grad_norm']:.2f}"]
+    return [
+        f"reward {row['reward_mean']:.3f}",
+        f"correct {100 * row['train_accuracy']:4.1f} %",
+        f"format {100 * row['format_rate']:3.0f} %",
+        f"length {row['completion_length']:3.0f}",
+        f"grad {row['grad_norm']:.2f}",
+    ]
+
+
+def final_line(row: dict, problems: int) -> str:
+    sampled, greedy = evaluation_text(row, "final"), evaluation_text(row, "final_greedy")
+    return f"final, {problems:,} held-out problems: {sampled} as sampled in training, {greedy} greedy"
+
+
+def evaluation_text(row: dict, which: str = "eval") -> str:
+    accuracy, low, high = (100 * row[f"{which}_{name}"] for name in ("accuracy", "low", "high"))
+    return f"{accuracy:.1f} % ({low:.1f} to {high:.1f})"

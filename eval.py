@@ -1,7 +1,7 @@
 """Accuracy of models on held-out problems: `python eval.py runs/256-tiny/checkpoints/step_0080 tiny`.
 
-A model is a checkpoint folder, `tiny`, a hub id, or a .jsonl of completions made elsewhere, which are only scored. The
-problems are those that the first checkpoint of a run was not trained on, or recipe 256's; several models stand side by side.
+A model is a checkpoint folder, `tiny`, a hub id, or a .jsonl of completions made elsewhere, which are only
+scored. All get the same problems: those that the first checkpoint of a run has held out, or recipe 256's.
 """
 
 import json
@@ -9,25 +9,19 @@ import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from interrupt import ctrl_c_exits
+import tyro
+from rich.console import Console
 
-with ctrl_c_exits():
-    import tyro
-    from rich.console import Console
-
-    from model import load_model
-    from model.weights import is_embedded
-    from lab.checkpoint import saved_recipe
-    from lab.comparison import Candidate, comparison_table, difference, measures
-    from lab.errors import user_errors
-    from lab.screen import printable, progress_bar
-    from lab.device import pick_device, pick_dtype
-    from lab.evaluate import EVALUATION_SEED, Evaluation, evaluate, load_completions, problems_hash
-    from lab.recipe import problems_of
-    from lab.recipe import EvaluationSettings, Recipe, RecipeError
-    from lab.recipe import load_recipe, recipe_for
-    from rl.rollout import Actor
-    from data.task import Problem
+from data.task import Problem
+from lab.checkpoint import saved_recipe
+from lab.comparison import Candidate, comparison_table, difference, measures
+from lab.device import pick_device, pick_dtype
+from lab.errors import user_errors
+from lab.evaluate import EVALUATION_SEED, Evaluation, evaluate, load_completions, problems_hash
+from lab.recipe import EvaluationSettings, Recipe, RecipeError, load_recipe, problems_of, recipe_for
+from lab.screen import printable, progress_bar
+from model import load_model
+from model.weights import is_embedded
 
 
 @dataclass(frozen=True)
@@ -37,9 +31,11 @@ class Arguments:
     models: tyro.conf.Positional[tuple[str, ...]]
     """Checkpoint folders, tiny, hub ids, or .jsonl files with a problem's fields and a completion a line."""
     recipe: str | None = None
-    """The recipe whose task and sampling models from elsewhere are evaluated by; default: 256, or an embedded model's own."""
+    """The recipe for models that were not trained here; default: 256, or that of an embedded model."""
     problems: str | None = None
-    """hub, hub@COMMIT, generated, a .parquet or .jsonl; default: held-out problems of the first model that was trained here."""
+    """hub, hub@COMMIT, generated, a .parquet or .jsonl; default: what the first model trained here has held
+    out.
+    """
     count: int | None = None
     """How many problems; default: all of them."""
     samples: int = 4
@@ -68,11 +64,11 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Model:
-    """A model to evaluate, with the recipe that says how; `trained` if the recipe is what it was trained by."""
+    """A model to evaluate."""
 
     source: str
-    recipe: Recipe
-    trained: bool
+    recipe: Recipe  # how to evaluate it
+    trained: bool  # by this recipe
 
     @property
     def is_file(self) -> bool:
@@ -80,46 +76,45 @@ class Model:
 
 
 def model_of(source: str, arguments: Arguments) -> Model:
-    """By the recipe a checkpoint was trained by, or 256 for models from elsewhere, with what the command line changes."""
-    recipe = trained_by = saved_recipe(source)
+    """The model with the recipe that trained it, or that of `recipe_for`, and the command line's changes."""
+    trained_by = saved_recipe(source)
+    recipe = trained_by
     if recipe is None:
         recipe = load_recipe(arguments.recipe)[1] if arguments.recipe else recipe_for(source)
         recipe = replace(recipe, model="tiny" if source.endswith(".jsonl") else source)
         if arguments.count is not None:
             recipe = replace(recipe, evaluation=EvaluationSettings(problems=arguments.count))
-    changes = {field.name: value for field in fields(recipe.sampling) if (value := getattr(arguments, field.name)) is not None}
-    return Model(
-        source,
-        replace(
-            recipe,
-            stages=(),
-            device=arguments.device,
-            problems=arguments.problems or recipe.problems,
-            sampling=replace(recipe.sampling, **changes),
-        ),
-        trained=trained_by is not None,
-    )
+    given = {field.name: getattr(arguments, field.name) for field in fields(recipe.sampling)}
+    sampling = replace(recipe.sampling, **{name: value for name, value in given.items() if value is not None})
+    problems = arguments.problems or recipe.problems
+    recipe = replace(recipe, stages=(), device=arguments.device, problems=problems, sampling=sampling)
+    return Model(source, recipe, trained=trained_by is not None)
 
 
 def of_one_task(models: list[Model]) -> list[Model]:
-    """The models; those from elsewhere get the task of the others, if there are others."""
+    """The models, with one task: those from elsewhere get the task of those that have one."""
     own = [model for model in models if model.trained or is_embedded(model.source)]
     task = (own or models)[0].recipe.task
     for model in own:
         if type(model.recipe.task) is not type(task):
-            raise RecipeError(
-                f"{own[0].source} is for {task.kind} and {model.source} for {model.recipe.task.kind}: not comparable"
-            )
-    return [model if model in own else replace(model, recipe=replace(model.recipe, task=task)) for model in models]
+            kinds = f"{own[0].source} is for {task.kind} and {model.source} for {model.recipe.task.kind}"
+            raise RecipeError(f"{kinds}: not comparable")
+    return [
+        model if model in own else replace(model, recipe=replace(model.recipe, task=task)) for model in models
+    ]
 
 
 def problems_for(models: list[Model], arguments: Arguments) -> list[Problem]:
-    """The problems that all models get: a file's as they are, else held-out ones that none of the models was trained on."""
+    """The problems that all models get: a file's as they are, else held-out ones that no model was trained
+    on.
+    """
     files = [model for model in models if model.is_file]
     if arguments.problems and arguments.problems.partition("@")[0] not in ("hub", "generated"):
         problems = models[0].recipe.task.load(arguments.problems)
     elif files and not arguments.problems:
-        problems = [group[0].problem for group in load_completions(files[0].source, files[0].recipe.task, True)]
+        problems = [
+            group[0].problem for group in load_completions(files[0].source, files[0].recipe.task, True)
+        ]
     else:
         trained = [model for model in models if model.trained]
         splits = [problems_of(model.recipe) for model in trained or models[:1]]
@@ -127,35 +122,45 @@ def problems_for(models: list[Model], arguments: Arguments) -> list[Problem]:
         seen = {problem.key for train, _ in splits[1:] if trained for problem in train}
         fair = [problem for problem in problems if problem.key not in seen]
         if len(fair) < len(problems):
-            note(f"{len(problems) - len(fair)} of {len(problems)} problems left out: others of the models were trained on them")
+            left_out = f"{len(problems) - len(fair)} of {len(problems)} problems left out"
+            print(f"note: {left_out}: others of the models were trained on them", file=sys.stderr)
         problems = fair
     if not problems:
-        raise RecipeError("each of the problems was trained on by one of the models; give others by --problems")
+        raise RecipeError(
+            "each of the problems was trained on by one of the models; give others by --problems"
+        )
     if arguments.count is not None and not 1 <= arguments.count <= len(problems):
-        raise RecipeError(f"--count must be from 1 to {len(problems)}: there are no more problems to evaluate on")
+        raise RecipeError(
+            f"--count must be from 1 to {len(problems)}: there are no more problems to evaluate on"
+        )
     return problems[: arguments.count]
 
 
 def candidate_of(model: Model, problems: list[Problem], arguments: Arguments) -> Candidate:
-    """A model's completions of the problems: sampled, and greedy too; of a file, those in it."""
-    sampling, task = model.recipe.sampling, model.recipe.task
+    """A model's completions of the problems: sampled and greedy; of a file, those in it."""
+    task, sampling = model.recipe.task, model.recipe.sampling
     if model.is_file:
-        groups = {group[0].problem.key: group for group in load_completions(model.source, model.recipe.task, sampling.thinking)}
+        loaded = load_completions(model.source, task, sampling.thinking)
+        groups = {group[0].problem.key: group for group in loaded}
         missing = [problem for problem in problems if problem.key not in groups]
         if missing:
             raise RecipeError(
                 f"{model.source} has no completion of {len(missing)} of the {len(problems)} problems, such as "
                 f"{missing[0]}; give the problems it is about by --problems"
             )
-        found = Evaluation.of([groups[problem.key] for problem in problems])
-        has_tokens = all(r.completion.token_ids for group in found.groups for r in group)
-        return Candidate(model.source, task, found, None, sampling.thinking, sampling.max_new_tokens if has_tokens else None)
-    policy, tokenizer = load_model(model.source, pick_device(model.recipe), pick_dtype(model.recipe), model.recipe.revision)
+        sampled = Evaluation.of([groups[problem.key] for problem in problems])
+        has_tokens = all(r.completion.token_ids for group in sampled.groups for r in group)
+        limit = sampling.max_new_tokens if has_tokens else None
+        return Candidate(model.source, task, sampled, None, sampling.thinking, limit)
+    device, dtype = pick_device(model.recipe), pick_dtype(model.recipe)
+    policy, tokenizer = load_model(model.source, device, dtype, model.recipe.revision)
 
     def evaluated(temperature: float, samples: int) -> Evaluation:
-        actor = Actor(policy, tokenizer, task, replace(sampling, temperature=temperature))
-        with sampling_progress(model.source, len(problems) * samples) as progress:
-            return evaluate(actor, problems, samples, arguments.seed, progress)
+        options = {"sampling": replace(sampling, temperature=temperature), "num_samples": samples}
+        with progress_bar(model.source, len(problems) * samples) as show:
+            return evaluate(
+                policy, tokenizer, task, problems, **options, seed=arguments.seed, on_progress=show
+            )
 
     greedy = evaluated(0.0, 1)
     sampled = evaluated(sampling.temperature, arguments.samples) if sampling.temperature else greedy
@@ -165,14 +170,10 @@ def candidate_of(model: Model, problems: list[Problem], arguments: Arguments) ->
 def print_examples(candidate: Candidate, examples: int, console: Console) -> None:
     rollouts = [rollout for group in candidate.sampled.groups for rollout in group]
     for outcome in candidate.sampled.counts:
-        chosen = [rollout for rollout in rollouts if rollout.score.outcome == outcome][:examples]
-        for rollout in chosen:
-            console.rule(f"{candidate.name}, {outcome} ({rollout.score.reward:.2f}): {printable(str(rollout.problem))}")
+        for rollout in [rollout for rollout in rollouts if rollout.score.outcome == outcome][:examples]:
+            problem = printable(str(rollout.problem))
+            console.rule(f"{candidate.name}, {outcome} ({rollout.score.reward:.2f}): {problem}")
             console.print(printable(rollout.text), markup=False, highlight=False)
-
-
-def note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
 
 
 def main(arguments: Arguments) -> None:
@@ -183,20 +184,17 @@ def main(arguments: Arguments) -> None:
     models = of_one_task([model_of(source, arguments) for source in arguments.models])
     problems = problems_for(models, arguments)
     candidates = [candidate_of(model, problems, arguments) for model in models]
-    found = [measures(candidate) for candidate in candidates]
+    measured = [measures(candidate) for candidate in candidates]
     differences = [difference(candidates[0], candidate) for candidate in candidates[1:]]
     digest = problems_hash(problems)
-    numbers = {
-        "problems": {"count": len(problems), "sha256": digest},
-        "seed": arguments.seed,
-        "models": found,
-        "differences": differences,
-    }
+    about = {"problems": {"count": len(problems), "sha256": digest}, "seed": arguments.seed}
+    numbers = about | {"models": measured, "differences": differences}
     if arguments.json == "-":
         print(json.dumps(numbers, indent=2))
         return
     console = Console()
-    console.print(comparison_table(f"{len(problems):,} problems (sha256 {digest}), intervals of 95 %", found, differences))
+    title = f"{len(problems):,} problems (sha256 {digest}), intervals of 95 %"
+    console.print(comparison_table(title, measured, differences))
     for candidate in candidates:
         print_examples(candidate, arguments.examples, console)
     if arguments.json:

@@ -1,6 +1,8 @@
-"""Give a model a problem, and watch it think: `make play`, or `python play.py runs/256-tiny/checkpoints/step_0226`.
+"""Give a model a problem, and watch it think: `make play`, or `python play.py
+runs/256-tiny/checkpoints/step_0226`.
 
-For Countdown type the numbers and then the target, as in `7 9 11 22`; an empty line takes a random problem, `q` ends.
+For Countdown type the numbers and then the target, as in `7 9 11 22`; an empty line takes a random problem,
+`q` ends.
 """
 
 import random
@@ -8,22 +10,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from interrupt import ctrl_c_exits
+import torch
+import tyro
 
-with ctrl_c_exits():
-    import torch
-    import tyro
-
-    from model import KVCache, Qwen3, load_model
-    from model.sampler import random_streams, sample
-    from lab.checkpoint import checkpoints, saved_recipe
-    from lab.errors import user_errors
-    from lab.screen import printable
-    from lab.device import pick_device, pick_dtype
-    from lab.recipe import SamplingSettings
-    from lab.recipe import recipe_for
-    from rl.rollout import Actor
-    from data.task import Problem
+from data.task import Problem
+from lab.checkpoint import checkpoints, saved_recipe
+from lab.device import pick_device, pick_dtype
+from lab.errors import user_errors
+from lab.recipe import Recipe, recipe_for
+from lab.screen import printable
+from model import KVCache, Qwen3, Tokenizer, load_model, prompt_ids
+from model.sampler import random_streams, sample
+from rl.rollout import SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -39,15 +37,16 @@ class Arguments:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     seed: int | None = None
-    """Of the sampling and of random problems; default: another one each time."""
+    """Of the sampling and of random problems; default: a new one each time."""
 
 
 @torch.inference_mode()
-def stream(model: Qwen3, prompt: list[int], sampling: SamplingSettings, stops: tuple[int, ...], seed: int) -> Iterator[int]:
-    """The ids of one completion, each as soon as it is sampled; the prompt once, then a token at a time."""
+def stream(model: Qwen3, prompt: list[int], sampling: SamplingSettings, stops, seed: int) -> Iterator[int]:
+    """The ids of one completion, each as soon as it is sampled."""
     distribution = (sampling.temperature, sampling.top_k, sampling.top_p)
     uniforms = random_streams([prompt], 1, sampling.max_new_tokens, seed)[0, 0]
-    cache, ids = KVCache(model.config, 1, len(prompt) + len(uniforms), model.device, model.dtype), prompt
+    cache = KVCache(model.config, 1, len(prompt) + len(uniforms), model.device, model.dtype)
+    ids = prompt
     for uniform in uniforms:
         logits = model(torch.tensor([ids], device=model.device), cache=cache)[:, -1]
         token, _ = sample(logits, uniform[None].to(model.device), model.num_tokens, *distribution)
@@ -57,38 +56,40 @@ def stream(model: Qwen3, prompt: list[int], sampling: SamplingSettings, stops: t
             return
 
 
-def show_completion(actor: Actor, problem: Problem, seed: int) -> None:
-    """One completion as it is sampled, the verdict on it, and a solution."""
-    task, sampling, tokenizer = actor.task, actor.sampling, actor.tokenizer
-    prompt, stops = actor.prompt_ids(problem), actor.tokenizer.stop_token_ids
+def show_completion(model: Qwen3, tokenizer: Tokenizer, recipe: Recipe, problem: Problem, seed: int) -> None:
+    """Print one completion as it is sampled, its verdict, and a solution."""
+    task, sampling = recipe.task, recipe.sampling
+    prompt = prompt_ids(tokenizer, task.prompt(problem), sampling.thinking)
     print(f"\n{printable(str(problem))}")
     ids, shown = [], ""
-    for token in stream(actor.model, prompt, sampling, stops, seed):
-        ids += [] if token in stops else [token]
+    for token in stream(model, prompt, sampling, tokenizer.stop_token_ids, seed):
+        ids += [] if token in tokenizer.stop_token_ids else [token]
         text = tokenizer.decode(ids)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else half a character
             print(printable(text[len(shown) :]), end="", flush=True)
             shown = text
     verdict = task.score(tokenizer.decode(ids), problem, sampling.thinking)
-    solution = task.solution(problem) or "there is none"
-    print(f"\n{verdict.outcome}, reward {verdict.reward:.2f}. A solution: {printable(solution)}\n")
+    solution = printable(task.solution(problem) or "there is none")
+    print(f"\n{verdict.outcome}, reward {verdict.reward:.2f}. A solution: {solution}\n")
 
 
 def newest_checkpoint() -> str:
     runs = [folder.parent for folder in Path("runs").glob("**/checkpoints")]
-    found = sorted((folder for run in runs for folder in checkpoints(run)), key=lambda folder: folder.stat().st_mtime)
-    return str(found[-1]) if found else "tiny"
+    folders = sorted(
+        (folder for run in runs for folder in checkpoints(run)), key=lambda path: path.stat().st_mtime
+    )
+    return str(folders[-1]) if folders else "tiny"
 
 
 def main(arguments: Arguments) -> None:
     source = arguments.model or newest_checkpoint()
     recipe = saved_recipe(source) or recipe_for(source)
-    changes = {name: value for name in ("max_new_tokens", "temperature") if (value := getattr(arguments, name)) is not None}
+    given = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
+    changes = {name: value for name, value in given.items() if value is not None}
     recipe = replace(recipe, stages=(), device=arguments.device, sampling=replace(recipe.sampling, **changes))
     model, tokenizer = load_model(source, pick_device(recipe), pick_dtype(recipe), recipe.revision)
     rng = random.Random(arguments.seed)
-    actor = Actor(model, tokenizer, recipe.task, recipe.sampling)
-    print(f"{source}. Type {recipe.task.typed}; an empty line for a random problem, q to end.")
+    print(f"{source}. Type {recipe.task.input_format}; an empty line for a random problem, q to end.")
     while True:
         try:
             line = input("> ").strip()
@@ -97,14 +98,14 @@ def main(arguments: Arguments) -> None:
         if line in ("q", "quit", "exit"):
             return
         try:
-            task = recipe.task
-            problem = task.typed_problem(line) if line else task.generate(1, rng.randrange(2**31))[0]
+            random_problem = None if line else recipe.task.generate(1, rng.randrange(2**31))[0]
+            problem = random_problem or recipe.task.parse_input(line)
         except ValueError as error:
             print(error)
             continue
-        show_completion(actor, problem, rng.randrange(2**31))
+        show_completion(model, tokenizer, recipe, problem, rng.randrange(2**31))
 
 
 if __name__ == "__main__":
-    with user_errors("take a smaller model"):
+    with user_errors():
         main(tyro.cli(Arguments, description=__doc__))

@@ -214,17 +214,15 @@ def chart(points: list[tuple[int, float]], width: int, height: int) -> list[str]
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, total: int) -> Iterator[OnProgress]:
-    """Gives an `on_progress` for `generate` that draws a line at the bottom of a terminal until the block
-    ends.
-    """
-    console, start = Console(stderr=True), time.perf_counter()
-    columns = (
-        "{task.description}",
-        BarColumn(),
-        "{task.completed}/{task.total} completions  {task.fields[rate]}",
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as lines:
+def progress_bar(what: str, total: int) -> Iterator[OnProgress | None]:
+    """Gives an `on_progress` that draws a line at the bottom of a terminal until the block ends; else None."""
+    console = Console(stderr=True)
+    start = time.perf_counter()
+    if not console.is_terminal:
+        yield None
+        return
+    counts = "{task.completed}/{task.total} completions  {task.fields[rate]}"
+    with Progress("{task.description}", BarColumn(), counts, console=console, transient=True) as lines:
         task = lines.add_task(what, total=total, rate="")
 
         def show(done: int, tokens: int) -> None:

@@ -15,27 +15,21 @@ class Stopped(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
-class RolloutsDropped(Exception):
-    """Sampling was broken off, so the step has not begun."""
-
-
 class Stop:
     """Whether a signal has asked the run to end, and the signal's number; printed if `announce`."""
 
     def __init__(self, announce: bool = True):
         self.number: int | None = None
+        self.requested = threading.Event()
         self.announce = announce
 
-    @property
-    def requested(self) -> bool:
-        return self.number is not None
-
     def handle(self, number: int, frame=None) -> None:
-        if self.requested:
+        if self.requested.is_set():
             show_cursor = b"\x1b[?25h" * os.isatty(2)
             os.write(2, show_cursor + b"\nstopped at once.\n")
             os._exit(128 + number)
         self.number = number
+        self.requested.set()
         if self.announce:
             os.write(2, b"\nstopping where the run can go on; once more stops it at once\n")
 

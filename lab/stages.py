@@ -21,9 +21,10 @@ from lab.runfolder import RunFolder
 from lab.screen import Screen, describe_run, final_line, pick_screen
 from lab.setup import load_policy, stage_start_model, where_it_stands
 from lab.sharding import full_model, round_to_saved, sharding_of
-from lab.signals import RolloutsDropped, Stop, Stopped, stoppable
+from lab.signals import Stop, Stopped, stoppable
 from lab.trackers import WandB
 from model import Qwen3, Tokenizer, prompt_ids
+from model.sampler import Cancelled
 from rl.batch import Sample
 from rl.distributed import all_values, any_rank, broadcast, is_main, share, world_size
 from rl.grpo import GRPOStage, grpo_step
@@ -96,14 +97,14 @@ def train(
                 steps = len(schedule)
                 step = partial(take_sft_step, *policy, stage, state, schedule)
             while state.stage_step < steps:
-                if any_rank(stop.requested):
+                if any_rank(stop.requested.is_set()):
                     save(optimizer if state.stage_step else None)
                     number = next(filter(None, all_values(stop.number)))
                     advice = "go on with the same command and --resume."
                     raise Stopped(f"Saved after step {state.step}; {advice}", number)
                 try:
                     metrics = step()
-                except RolloutsDropped:
+                except Cancelled:
                     continue
                 state.step += 1
                 state.stage_step += 1
@@ -151,15 +152,9 @@ def take_grpo_step(
     stage = recipe.stages[state.stage]
     count = stage.prompts_per_step
     chosen = endless_problems(problems, recipe.seed, state.problems_seen, count)
+    # A step that has only sampled can be dropped, unless other ranks would wait for this one.
+    cancel = stop.requested if world_size() == 1 else None
     with screen.sampling("rollout", len(share(chosen)) * stage.samples_per_prompt) as show:
-
-        def on_progress(done: int, tokens: int) -> None:
-            # A step that has only sampled can be dropped, unless other ranks would wait for this one.
-            if stop.requested and world_size() == 1:
-                raise RolloutsDropped
-            if show:
-                show(done, tokens)
-
         groups, advantages, metrics = grpo_step(
             model,
             tokenizer,
@@ -172,7 +167,8 @@ def take_grpo_step(
             learning_rate=learning_rate_at(stage, state.stage_step),
             seed=1000 * recipe.seed + state.step,
             reference=reference,
-            on_progress=on_progress,
+            on_progress=show,
+            cancel=cancel,
         )
     state.problems_seen += count
     screen.rollouts(groups)

@@ -8,6 +8,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from threading import Event
 
 import numpy as np
 import torch
@@ -28,6 +29,10 @@ CHECK_EVERY = {"cpu": 8, "cuda": 16}
 COMPACT_BELOW = {"cpu": 0.9, "cuda": 0.6}
 
 Distribution = tuple[float, int | None, float | None]  # temperature, top_k, top_p
+
+
+class Cancelled(Exception):
+    """Sampling was cancelled; nothing has changed."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,7 @@ def generate(
     max_cache_tokens: int | None = None,
     only: slice = slice(None),
     on_progress: Callable[[int, int], None] | None = None,
+    cancel: Event | None = None,
 ) -> list[list[Completion]]:
     """Sample `num_samples` completions of at most `max_new_tokens` tokens for each prompt of ids.
 
@@ -164,6 +170,7 @@ def generate(
             once; None: what free memory allows. Prompts that do not fit wait for the next batch.
         only: sample for `prompts[only]`, as if for all; ranks divide one call among them in this way.
         on_progress: called now and then with (completions done, tokens sampled so far).
+        cancel: when another thread or a signal sets it, sampling ends with `Cancelled`.
 
     Returns:
         `[prompt][sample]` completions, of `prompts[only]`.
@@ -185,6 +192,8 @@ def generate(
     for group, samples in plan_batches(list(map(len, prompts)), num_samples, max_new_tokens, room):
         batch = DecodeBatch(model, prompts[group], uniforms[group, samples], stops, distribution)
         for batch_done, batch_tokens in batch.run():
+            if cancel and cancel.is_set():
+                raise Cancelled
             if on_progress:
                 on_progress(done + batch_done, tokens + batch_tokens)
         done += batch_done

@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
+import huggingface_hub
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from hub import HubError, download
 from model.config import ModelError, Qwen3Config
 from model.quantize import plain_state
 from model.qwen3 import Qwen3
@@ -71,7 +71,9 @@ def save_model(folder: str | Path, model: Qwen3, tokenizer: Tokenizer) -> None:
     safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(folder)
     generation = json.loads(tokenizer.files.get("generation_config.json", b"{}"))
-    generation["eos_token_id"] = list(tokenizer.stop_token_ids)  # what training stopped at, other tools stop at too
+    generation["eos_token_id"] = list(
+        tokenizer.stop_token_ids
+    )  # what training stopped at, other tools stop at too
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
@@ -95,9 +97,16 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
             f'no such model folder: {source} (a hub id looks like "Qwen/Qwen3-1.7B"; embedded are {", ".join(EMBEDDED)})'
         )
     try:
-        return download(str(source), FILES, "name a folder that is there, or --model tiny", revision=revision)
-    except HubError as error:
-        raise ModelError(str(error)) from error
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=FILES, revision=revision))
+    except (
+        Exception
+    ) as error:  # a dozen kinds: no network, no such repository, gated, no such revision, disk full
+        named = f"{source} at revision {revision}" if revision else source
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ModelError(
+            f"{named} could not be downloaded from the hub: {reason} (without a network, name a folder that is there, "
+            "or --model tiny)"
+        ) from error
 
 
 def read_state(folder: Path, model: Qwen3, device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -118,7 +127,9 @@ def read_state(folder: Path, model: Qwen3, device, dtype: torch.dtype) -> dict[s
                         raise ModelError(f"{path}: unexpected weight {name}")
                     shape = file.get_slice(name).get_shape()  # before any memory is taken
                     if tuple(shape) != expected[name]:
-                        raise ModelError(f"{path}: {name} is {list(shape)}, config.json says {list(expected[name])}")
+                        raise ModelError(
+                            f"{path}: {name} is {list(shape)}, config.json says {list(expected[name])}"
+                        )
                     tensor = file.get_tensor(name).to(dtype)
                     if tied and name == HEAD:
                         head_copy = tensor
@@ -170,7 +181,12 @@ def read_json(path: Path) -> dict:
 
 def parse_dtype(name: str) -> torch.dtype:
     """ "bfloat16" -> torch.bfloat16, for the dtypes that this project computes in."""
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    dtypes = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "float64": torch.float64,
+    }
     if not isinstance(name, str) or name not in dtypes:
         raise ModelError(f"dtype {name!r} is not one of {', '.join(dtypes)}")
     return dtypes[name]

@@ -8,7 +8,7 @@ penalty by default: the reward is exact and cannot be fooled into nonsense; `kl_
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,17 +72,19 @@ def grpo_step(
     seed: int,
     reward: RewardSettings = RewardSettings(),
     reference: Qwen3 | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    **watch,
 ) -> tuple[list[list[Rollout]], Tensor, dict[str, float]]:
     """One step: answer `problems`, score the answers, and make the better ones of each group likelier.
 
+    `reference` is the frozen model of the KL penalty; `watch` may be `on_progress` and `cancel` of `model.generate`.
+
     Returns:
-        The rollouts, [problem][sample]; their advantages, [problems, samples]; the metrics of the step.
+        The rollouts, [problem][sample]; their advantages, [problems, samples]; the metrics of the updates.
     """
     # 1. Sample and score. The completions of one problem are a group.
     start = time.perf_counter()
     count = settings.samples_per_prompt
-    options = {"sampling": sampling, "seed": seed, "reward": reward, "on_progress": on_progress}
+    options = {"sampling": sampling, "seed": seed, "reward": reward} | watch
     groups = collect_rollouts(model, tokenizer, task, problems, num_samples=count, **options)
     sampled = time.perf_counter()
 
@@ -91,8 +93,8 @@ def grpo_step(
     advantages = group_advantages(rewards, scale_by_std=settings.scale_by_std)  # [problems, samples]
     samples = []
     for group, row in zip(groups, advantages.tolist(), strict=True):
-        sampled_with = [(r.prompt_ids, r.completion.token_ids, r.completion.logprobs) for r in group]
-        samples.append([Sample(*each, advantage) for each, advantage in zip(sampled_with, row, strict=True)])
+        pairs = zip(group, row, strict=True)
+        samples.append([Sample(r.prompt_ids, r.completion.token_ids, r.completion.logprobs, a) for r, a in pairs])
 
     # 3. Learn, each update from its own part of the groups. In the first update every ratio is one; from the
     # second on the weights have moved since sampling, and the clip limits how far a ratio can go.

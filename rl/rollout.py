@@ -1,6 +1,5 @@
 """From problems to scored completions: prompt, sample, decode, score."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
@@ -50,12 +49,12 @@ def collect_rollouts(
     num_samples: int,
     seed: int,
     reward: RewardSettings = RewardSettings(),
-    on_progress: Callable[[int, int], None] | None = None,
+    **watch,
 ) -> list[list[Rollout]]:
     """Sample and score `num_samples` completions of each problem, as `[problem][sample]`.
 
     A group is an index of this list, not a prompt: the same problem twice makes two groups. Each rank samples
-    its share of the groups, and gets all of them. `on_progress` is called as by `generate`.
+    its share of the groups, and gets all of them. `watch` may be `on_progress` and `cancel` of `generate`.
     """
     prompts = [prompt_ids(tokenizer, task.prompt(problem), sampling.thinking) for problem in problems]
     options = asdict(sampling)
@@ -68,8 +67,8 @@ def collect_rollouts(
             stop_token_ids=tokenizer.stop_token_ids,
             seed=seed,
             only=slice(rank(), None, world_size()),
-            on_progress=on_progress,
             **options,
+            **watch,
         )
     groups = []
     for problem, prompt, its_completions in zip(share(problems), share(prompts), completions, strict=True):

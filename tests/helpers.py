@@ -1,6 +1,8 @@
-"""What several tests need: a small random Qwen3, ragged samples, and rollouts with rewards of one's choice, a hub."""
+"""What several tests need: a small random Qwen3, ragged samples, a task with rewards given by hand, a hub."""
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,11 +11,10 @@ import numpy as np
 import torch
 
 from data import Problem
-from model import Completion, Qwen3, Qwen3Config
+from data.task import Score
+from model import Qwen3, Qwen3Config
 from rl.batch import Sample
 from rl.optimizer import Optimizer, OptimizerSettings
-from rl.rollout import Rollout
-from data.task import Score
 
 SHAPE = {
     "vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -33,7 +34,7 @@ def optimizer_for(model: Qwen3, budget: int = 1000, **settings) -> Optimizer:
 
 
 def ragged_samples(count: int, seed: int = 0, longest: int = 9, vocab: int = 48) -> list[Sample]:
-    """Samples of many lengths, with log-probabilities and advantages that push ratios to both sides of the clip."""
+    """Samples of many lengths, with log-probabilities and advantages for which both sides of the clip matter."""
     rng = np.random.default_rng(seed)
     samples = []
     for _ in range(count):
@@ -44,19 +45,34 @@ def ragged_samples(count: int, seed: int = 0, longest: int = 9, vocab: int = 48)
     return samples
 
 
-def rollouts(completions: list[list[Completion]], rewards: list[list[float]], prompts: list[list[int]]):
-    """Groups of rollouts from completions as `generate` returns them, with rewards given by hand."""
-    return [
-        [
-            Rollout(PROBLEM, prompt, completion, "", Score(reward, "correct" if reward == 1 else "wrong"))
-            for completion, reward in zip(group, row, strict=True)
-        ]
-        for group, row, prompt in zip(completions, rewards, prompts, strict=True)
-    ]
+class FakeTokenizer:
+    """48 ids; a completion is decoded to its ids as numbers."""
+
+    stop_token_ids = (0, 1, 2)
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) % 48 for character in text[-24:]]
+
+    def decode(self, token_ids: list[int]) -> str:
+        return " ".join(map(str, token_ids))
+
+
+@dataclass
+class FakeTask:
+    """Problems of any kind, scored by `reward(problem, text)`; a reward of 1 is a correct answer."""
+
+    reward: Callable[[object, str], float]
+
+    def prompt(self, problem) -> str:
+        return str(problem)
+
+    def score(self, text: str, problem, thinking: bool) -> Score:
+        reward = self.reward(problem, text)
+        return Score(reward, "correct" if reward == 1 else "wrong")
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The gradients that a model holds, taken from it; parameters without one give zeros."""
+    """The gradients that a model holds, which are cleared; parameters without one give zeros."""
     found = {}
     for name, parameter in model.named_parameters():
         found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -20,16 +19,6 @@ from lab.runfolder import RunFolder
 
 PARTS = 10
 OFTEN = ["--evaluation.every", "20", "--checkpoint-every", "5"]  # of 2,000 steps: 100 plots, 400 checkpoints
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """Train for long, in little, and watch memory and open files."""
-
-    steps: int = 2000
-    """GRPO steps of the smoke recipe's first stage."""
-    growth: float = 0.02
-    """How much more memory the last part_size of the steps may take than the first part_size of the last half."""
 
 
 def watch(steps: int, run: Path) -> list[tuple[int, int, int]]:
@@ -52,27 +41,30 @@ def watch(steps: int, run: Path) -> list[tuple[int, int, int]]:
     return seen
 
 
-def main(arguments: Arguments) -> None:
+def main(steps: int = 2000, growth: float = 0.02) -> None:
+    """Train for long, in little, and watch memory and open files.
+
+    Args:
+        steps: GRPO steps of the smoke recipe's first stage.
+        growth: how much more memory the last tenth of the steps may take than the sixth tenth.
+    """
     with tempfile.TemporaryDirectory() as folder:
         run, start = Path(folder) / "run", time.perf_counter()
-        seen = watch(arguments.steps, run)
+        seen = watch(steps, run)
         rows = [row for row in RunFolder(run).metrics() if row["stage"] == 0 and row["step"] > 0]
-        seconds = [row["rollout_seconds"] + row["update_seconds"] for row in rows]
-    print(
-        f"{len(rows):,} steps in {time.perf_counter() - start:,.0f} s\n\n| steps | memory, MB | open files | s a step |\n|---|---|---|---|"
-    )
-    part_size, parts = arguments.steps / PARTS, []
-    for number in range(PARTS):
-        low, high = number * part_size, (number + 1) * part_size
+    seconds = [row["rollout_seconds"] + row["update_seconds"] for row in rows]
+    print(f"{len(rows):,} steps in {time.perf_counter() - start:,.0f} s\n")
+    print("| steps | memory, MB | open files | s a step |\n|---|---|---|---|")
+    parts = []
+    for low, high in ((steps * number // PARTS, steps * (number + 1) // PARTS) for number in range(PARTS)):
         part = [(memory, files) for step, memory, files in seen if low <= step < high]
         parts.append((median(memory for memory, _ in part), min(files for _, files in part)))
-        took = median(seconds[int(low) : int(high)])
-        print(f"| {low:,.0f} to {high:,.0f} | {parts[-1][0] / 1e6:,.1f} | {parts[-1][1]} | {took:.2f} |")
+        print(f"| {low:,} to {high:,} | {parts[-1][0] / 1e6:,.1f} | {parts[-1][1]} | {median(seconds[low:high]):.2f} |")
     (before, files_before), (after, files_after) = parts[PARTS // 2], parts[-1]
     print(f"\nmemory {100 * (after / before - 1):+.2f} %, open files {files_after - files_before:+d} over the last half")
-    if after > before * (1 + arguments.growth) or files_after > files_before:
+    if after > before * (1 + growth) or files_after > files_before:
         sys.exit("they grow")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    tyro.cli(main)

@@ -1,49 +1,39 @@
-"""The one place that shifts and masks, and the log-probabilities that sampler and trainer must agree on."""
+"""Samples to batches: the one place that shifts and masks; and the log-probabilities that sampler and trainer share."""
 
 import numpy as np
 import pytest
 import torch
-from helpers import gradients, largest, largest_gap, ragged_samples, random_model, rollouts
+from helpers import gradients, largest, largest_gap, ragged_samples, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import reference_model, same_weights
 
-import model.logprobs as model_logprobs
+import rl.batch
 from model import PackedGroup, generate
 from rl import sft_loss
-from rl.batch import (
-    Sample,
-    completion_logprobs,
-    groups_of,
-    make_batch,
-    micro_batches,
-    packed_group,
-    stream_tokens,
-)  # fmt: skip
-from rl.grpo import group_samples
+from rl.batch import Sample, completion_logprobs, make_batch, micro_batches, packed_group, prompt_groups, stream_tokens
 
 PAD = 0  # what make_batch fills with
 
 
 def test_shift_and_mask_by_hand():
-    """Prompt 5 6 with completions 7 8 and 1 2 3 4, beside prompt 9 with completion 7: what they share stands once."""
-    samples = [
-        Sample([5, 6], [7, 8], [-0.7, -0.8], 1.5), Sample([9], [7], [-0.1], 0.5),
-        Sample([5, 6], [1, 2, 3, 4], [-1, -2, -3, -4], -0.5, [-1.5, -2.5, -3.5, -4.5]),
-    ]  # fmt: skip
-    batch = make_batch(samples)
-    # prefix 5; 6 1 2 3, from whose places 1 2 3 4 are predicted; 6 7, from which 7 8 are; and 9, from which 7 is
+    """Prompt 5 6 with completions 7 8 and 1 2 3 4, and prompt 9 with completion 7: the shared prompt stands once."""
+    samples = [Sample([5, 6], [7, 8], [-0.7, -0.8], 1.5), Sample([9], [7], [-0.1], 0.5)]
+    batch = make_batch([*samples, Sample([5, 6], [1, 2, 3, 4], [-1, -2, -3, -4], -0.5)])
+    # prefix 5; then 6 1 2 3, which predict 1 2 3 4; then 6 7, which predict 7 8; and 9, which predicts 7
     assert batch.input_ids.tolist() == [[5, 6, 1, 2, 3, 6, 7, 9]]
     assert batch.layout.positions.tolist() == [[0, 1, 2, 3, 4, 1, 2, 0]]
-    assert batch.places.tolist() == [[5, 6, 0, 0], [7, 0, 0, 0], [1, 2, 3, 4]]
+    assert batch.logit_positions.tolist() == [[5, 6, 0, 0], [7, 0, 0, 0], [1, 2, 3, 4]]
     assert batch.target_ids.tolist() == [[7, 8, PAD, PAD], [7, PAD, PAD, PAD], [1, 2, 3, 4]]
     assert batch.mask.tolist() == [[True, True, False, False], [True, False, False, False], [True] * 4]
     torch.testing.assert_close(batch.old_logprobs, torch.tensor([[-0.7, -0.8, 0, 0], [-0.1, 0, 0, 0], [-1, -2, -3, -4]]))
-    recomputed = torch.tensor([[-0.7, -0.8, 0, 0], [-0.1, 0, 0, 0], [-1.5, -2.5, -3.5, -4.5]])
-    torch.testing.assert_close(batch.recomputed_logprobs, recomputed)
     assert batch.advantages.tolist() == [1.5, 0.5, -0.5]
-    dtypes = {name: tensor.dtype for name, tensor in vars(batch).items() if name != "layout"}
-    assert list(dtypes.values()) == [torch.int64] * 3 + [torch.bool] + [torch.float32] * 3
+    dtypes = [tensor.dtype for name, tensor in vars(batch).items() if name != "layout"]
+    assert dtypes == [torch.int64] * 3 + [torch.bool] + [torch.float32] * 2
+    sft = make_batch([Sample([1], [2, 3])])
+    assert not sft.old_logprobs.any() and not sft.advantages.any() and sft.mask.all()
+    dummy = make_batch([])  # for a rank without samples
+    assert dummy.input_ids.numel() == 1 and not dummy.mask.any()
 
 
 GROUPS = st.lists(st.tuples(st.integers(1, 6), st.lists(st.integers(1, 30), min_size=1, max_size=6)), min_size=1, max_size=5)
@@ -61,25 +51,25 @@ def grouped_samples(shapes, vocab: int = 48, seed: int = 0) -> list[Sample]:
 
 @settings(deadline=None, derandomize=True)
 @given(st.integers(0, 10_000), GROUPS)
-def test_every_target_stands_where_it_is_predicted_and_nothing_else_has_a_loss(seed, shapes):
+def test_every_target_is_scored_where_it_is_predicted_and_nothing_else_has_a_loss(seed, shapes):
     samples = grouped_samples(shapes, seed=seed)
     batch = make_batch(samples)
     stream, positions = batch.input_ids[0], batch.layout.positions[0]
     for row, sample in enumerate(samples):
         ids = sample.prompt_ids + sample.completion_ids
-        places = batch.places[row][batch.mask[row]]
+        positions_of_row = batch.logit_positions[row][batch.mask[row]]
         assert batch.target_ids[row][batch.mask[row]].tolist() == sample.completion_ids
-        assert stream[places].tolist() == ids[len(sample.prompt_ids) - 1 : -1]
-        assert positions[places].tolist() == list(range(len(sample.prompt_ids) - 1, len(ids) - 1))
+        assert stream[positions_of_row].tolist() == ids[len(sample.prompt_ids) - 1 : -1]
+        assert positions[positions_of_row].tolist() == list(range(len(sample.prompt_ids) - 1, len(ids) - 1))
         np.testing.assert_allclose(batch.old_logprobs[row][batch.mask[row]], sample.old_logprobs, rtol=1e-6)
     assert not batch.old_logprobs[~batch.mask].any()
-    assert batch.places[batch.mask].unique().numel() == batch.mask.sum()
+    assert batch.logit_positions[batch.mask].unique().numel() == batch.mask.sum()
 
 
 @settings(deadline=None, derandomize=True, max_examples=40)
 @given(st.integers(0, 10_000), GROUPS)
 def test_shared_prompts_change_neither_loss_nor_gradient(seed, shapes):
-    """Against every sample alone in a plain forward, in float64: 1e-9 in both, with ids that repeat across groups."""
+    """Against every sample alone in a plain forward, in float64."""
     model = random_model(dtype=torch.float64)
     samples = grouped_samples(shapes, seed=seed)
     weights = [torch.linspace(-1, 2, len(sample.completion_ids), dtype=torch.float64) for sample in samples]
@@ -98,29 +88,20 @@ def test_shared_prompts_change_neither_loss_nor_gradient(seed, shapes):
     assert largest_gap(packed, gradients(model)) < 1e-9 < largest(packed)
 
 
-def test_a_shared_prompt_goes_through_the_decoder_once():
-    prompt = list(range(1, 21))
-    batch = make_batch([Sample(prompt, [n, n + 1, n + 2]) for n in range(16)])
-    assert batch.input_ids.shape == (1, 19 + 16 * 3)
-    alone = make_batch([Sample([n, *prompt], [n, n + 1, n + 2]) for n in range(16)])
-    assert alone.input_ids.shape == (1, 16 * 23)
-
-
 def test_prompts_that_begin_alike_share_their_beginning():
-    """Two prompts that part after two ids, one of which is all that the other begins with."""
-    batch = make_batch([Sample([1, 2, 3, 4], [5, 6]), Sample([1, 2, 7], [8]), Sample([1, 2, 7, 9, 9], [8])])
-    assert batch.input_ids.shape[1] == 2 + 3 + 1 + 3
-    batch = make_batch([Sample([1, 2], [5, 6]), Sample([1, 2, 7, 9], [8])])
-    assert batch.input_ids.shape[1] == 1 + 2 + 3  # the last id of a prompt predicts, and so belongs to the branch
+    """The last id of a prompt predicts, so it belongs to the branch; the stream has the shared beginning once."""
+    prompt = list(range(1, 21))
+    for samples, tokens in (
+        ([Sample(prompt, [n, n + 1, n + 2]) for n in range(16)], 19 + 16 * 3),
+        ([Sample([n, *prompt], [n, n + 1, n + 2]) for n in range(16)], 16 * 23),
+        ([Sample([1, 2, 3, 4], [5, 6]), Sample([1, 2, 7], [8]), Sample([1, 2, 7, 9, 9], [8])], 2 + 3 + 1 + 3),
+        ([Sample([1, 2], [5, 6]), Sample([1, 2, 7, 9], [8])], 1 + 2 + 3),
+    ):
+        assert make_batch(samples).input_ids.shape == (1, tokens)
 
 
-def test_sft_samples_have_no_old_logprobs():
-    batch = make_batch([Sample([1], [2, 3])])
-    assert not batch.old_logprobs.any() and not batch.advantages.any() and batch.mask.all()
-
-
-def test_the_first_eos_is_learned_and_padding_is_not_trap_pad_is_eos():
-    """Completions that end with the id that also pads: masked by id, EOS would never get gradient."""
+def test_eos_is_learned_and_padding_with_the_same_id_is_not():
+    """Completions that end with the id that also pads: with a mask made from ids, EOS would never get gradient."""
     model = random_model(dtype=torch.float64)
     short, long = Sample([5, 6], [7, PAD]), Sample([9, 3], [1, 2, 3, 4, 5, PAD])
     batch = make_batch([short, long])
@@ -138,25 +119,14 @@ def test_the_first_eos_is_learned_and_padding_is_not_trap_pad_is_eos():
     assert largest_gap(alone, without_eos) > 0.01 * largest(alone)  # EOS adds something
 
 
-def test_a_sampled_pad_id_keeps_its_logprob_trap_ignore_index():
-    model = random_model()
-    batch = make_batch([Sample([5, 6], [PAD, 7, PAD, PAD]), Sample([5], [1])])
-    logprobs = completion_logprobs(model, batch)
-    plain = model(torch.tensor([[5, 6, PAD, 7, PAD]]))[0, 1:].log_softmax(-1)
-    expected = plain.gather(-1, torch.tensor([[PAD], [7], [PAD], [PAD]]))[:, 0]
-    assert (batch.mask & (batch.target_ids == PAD)).sum() == 3
-    torch.testing.assert_close(logprobs[0], expected, rtol=0, atol=1e-5)
-    assert (logprobs[batch.mask] < -0.01).all() and not logprobs[~batch.mask].any()
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_completion_logprobs_equal_a_plain_log_softmax_of_transformers(temperature, tied):
-    """Ids past `num_tokens` have no text and take no part; in transformers' logits they are cut off by hand."""
+    """Ids past `num_tokens`, which take no part, are cut off transformers' logits by hand; the padding id is sampled too."""
     theirs = reference_model(vocab_size=48, tie_word_embeddings=tied)
     ours = same_weights(theirs)
     ours.num_tokens = 40
-    samples = ragged_samples(5, vocab=40)
+    samples = [*ragged_samples(5, vocab=40), Sample([5, 6], [PAD, 7, PAD, PAD])]
     batch = make_batch(samples)
     logprobs = completion_logprobs(ours, batch, temperature)
     for row, sample in enumerate(samples):
@@ -169,48 +139,39 @@ def test_completion_logprobs_equal_a_plain_log_softmax_of_transformers(temperatu
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_ratio_on_a_fresh_rollout_batch_is_one_trap_scored_at_another_temperature(temperature):
-    """Sampler with its cache and trainer with its padding give the same number for each token, at their temperature.
+def test_the_ratio_on_fresh_completions_is_one(temperature):
+    """The sampler with its cache and the trainer with its packing give the same log-probability at the same temperature.
 
-    The model puts most of its mass on ids past its last token, so a trainer that forgot to cut them off would show.
+    The model puts most of its probability on ids past its last token, so that a trainer that keeps them is noticed.
     """
     model = random_model(std=0.5, tie_word_embeddings=False)
     model.num_tokens = 40
     with torch.no_grad():
         model.lm_head.weight[40:] *= 4
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [4]]
-    completions = generate(
-        model, prompts, num_samples=8, max_new_tokens=12, temperature=temperature, stop_token_ids=[0, 1, 2, 3], seed=3
-    )
-    groups = rollouts(completions, [[1.0, 0.0, 0.1, 0.3] * 2] * 4, prompts)
-    samples = [sample for group in group_samples(groups) for sample in group]
+    options = dict(num_samples=8, max_new_tokens=12, temperature=temperature, stop_token_ids=[0, 1, 2, 3], seed=3)
+    groups = zip(prompts, generate(model, prompts, **options), strict=True)
+    samples = [Sample(prompt, c.token_ids, c.logprobs) for prompt, group in groups for c in group]
     lengths = {len(sample.completion_ids) for sample in samples}
     assert len(lengths) > 3 and max(id_ for sample in samples for id_ in sample.completion_ids) < 40
 
-    def largest_difference(**options):
-        gaps = []
-        for micro in micro_batches(samples, 60):
-            batch = make_batch(micro)
-            gap = completion_logprobs(model, batch, **options) - batch.old_logprobs
-            gaps.append(gap.abs().max().item())
-        return max(gaps)
+    def largest_difference(temperature):
+        batches = map(make_batch, micro_batches(samples, 60))
+        return max((completion_logprobs(model, b, temperature) - b.old_logprobs).abs().max().item() for b in batches)
 
-    assert largest_difference(temperature=temperature) < 1e-4
-    assert largest_difference(temperature=1.7 - temperature) > 0.1
+    assert largest_difference(temperature) < 1e-4
+    assert largest_difference(1.7 - temperature) > 0.1
     model.num_tokens = 48
-    assert largest_difference(temperature=temperature) > 0.1
+    assert largest_difference(temperature) > 0.1
 
 
-def test_no_logits_are_made_for_prompts_and_padding_trap_out_of_memory(monkeypatch):
-    model, seen = random_model(), []
-    target_logprobs = model_logprobs.target_logprobs
-
-    def recording(hidden, *options):
-        seen.append(len(hidden))
-        return target_logprobs(hidden, *options)
-
-    monkeypatch.setattr("rl.batch.target_logprobs", recording)
-    completion_logprobs(model, make_batch([Sample([5] * 20, [7, 8, 9]), Sample([1], [2])]))
+def test_only_completion_tokens_go_through_the_output_head(monkeypatch):
+    seen = []
+    target_logprobs = rl.batch.target_logprobs
+    monkeypatch.setattr(
+        rl.batch, "target_logprobs", lambda hidden, *rest: seen.append(len(hidden)) or target_logprobs(hidden, *rest)
+    )
+    completion_logprobs(random_model(), make_batch([Sample([5] * 20, [7, 8, 9]), Sample([1], [2])]))
     assert seen == [4]
 
 
@@ -219,25 +180,17 @@ SHAPES = st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(1, 60), min
 
 @settings(deadline=None, derandomize=True)
 @given(SHAPES, st.integers(1, 600))
-def test_micro_batches_lose_no_sample_and_keep_to_the_budget(shapes, budget):
+def test_micro_batches_lose_no_sample_keep_to_the_budget_and_are_hardly_padded(shapes, budget):
     samples = grouped_samples(shapes)
     batches = micro_batches(samples, budget)
     assert sorted(map(id, samples)) == sorted(id(sample) for batch in batches for sample in batch)
     for batch in batches:
         tokens = make_batch(batch).input_ids.shape[1]
         assert tokens == stream_tokens(batch) and (len(batch) == 1 or tokens <= budget)
-
-
-@settings(deadline=None, derandomize=True)
-@given(SHAPES)
-def test_less_than_a_twentieth_of_a_stream_is_padding(shapes):
-    for batch in micro_batches(grouped_samples(shapes), 300):
-        tokens = make_batch(batch).input_ids.shape[1]
         used = sum(len(sample) - 1 for sample in batch)
-        for members in groups_of(batch):
-            group = packed_group([batch[row] for row in members])
-            used -= (len(members) - 1) * group.prefix
-        assert used <= tokens and tokens - used < 0.05 * tokens
+        for members in prompt_groups(batch):
+            used -= (len(members) - 1) * packed_group([batch[row] for row in members]).prefix
+        assert used <= tokens < used / 0.95 + 1e-9
 
 
 def test_branches_of_nearly_equal_length_are_one_block_and_others_are_not():
@@ -245,7 +198,7 @@ def test_branches_of_nearly_equal_length_are_one_block_and_others_are_not():
     assert PackedGroup(3, [100, 99, 98, 97, 50, 50, 49, 2]).num_tokens() == 3 + 400 + 150 + 2
 
 
-def test_a_sample_longer_than_the_budget_goes_alone_and_the_largest_part_first():
+def test_a_sample_longer_than_the_budget_goes_alone_and_the_largest_part_comes_first():
     samples = [Sample([1] * 2, [2] * 2), Sample([2] * 20, [2] * 20), Sample([3] * 3, [2] * 3)]
     assert [[len(sample) for sample in batch] for batch in micro_batches(samples, 8)] == [[40], [6, 4]]
     assert micro_batches([], 12) == []

@@ -14,9 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lab.checkpoint
-from lab.checkpoint import (
-    TrainState, checkpoints, damage, load_optimizer, load_state, newest_checkpoint, prune_checkpoints, save_checkpoint,
-)  # fmt: skip
+from lab.checkpoint import TrainState, checkpoints, damage, load_state, newest_checkpoint, prune_checkpoints, save_checkpoint
 from lab.recipe import Recipe, RecipeError
 from model import Tokenizer, load_model
 from model.weights import TINY
@@ -171,7 +169,7 @@ def test_counters_weights_and_moments_come_back_and_go_on_alike(tmp_path, parts,
     assert load_state(folder) == TrainState(*counters)
     loaded, _ = load_model(folder)
     resumed = optimizer_for(loaded, kind=kind, rounding=rounding)
-    load_optimizer(folder, resumed)
+    lab.checkpoint.load_optimizer(folder, resumed)
     step(model, optimizer, 99)
     step(loaded, resumed, 99)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))

@@ -5,7 +5,6 @@ import random
 import time
 from pathlib import Path
 
-import pytest
 import torch
 from test_commands import smoke, timeless
 
@@ -19,22 +18,19 @@ OPTIONS = ["--checkpoint-every", 1, "--keep-checkpoints", 2, "--stages.0.steps",
 
 
 def attempt(out: str) -> None:
-    def slow_sync(path: Path) -> None:
-        time.sleep(0.02)
-
-    lab.checkpoint.sync = slow_sync  # as on a slow disk: a checkpoint takes a quarter of a second
+    # As on a slow disk: a checkpoint takes a quarter of a second.
+    lab.checkpoint.sync = lambda path: time.sleep(0.02)
     torch.set_num_threads(1)
     train(smoke("--out", out, *OPTIONS).recipe, resume=RunFolder(out).holds_run, quiet=True)
 
 
 def result(run: Path) -> dict:
     """Everything that must not depend on how often a run was killed."""
-    texts = {path.name: path.read_bytes() for path in [*(run / "rollouts").iterdir(), run / "traces.jsonl", run / "curve.md"]}
-    saved = {
-        f"{folder.name}/{path.name}": path.read_bytes()
-        for folder in checkpoints(run) for path in folder.iterdir() if path.name not in ("recipe.json", "sha256.json")
-    }  # fmt: skip
-    return texts | saved | {"metrics": timeless(run)}
+    paths = [*(run / "rollouts").iterdir(), run / "traces.jsonl", run / "curve.md"]
+    paths += [
+        path for folder in checkpoints(run) for path in folder.iterdir() if path.name not in ("recipe.json", "sha256.json")
+    ]
+    return {path.relative_to(run): path.read_bytes() for path in paths} | {"metrics": timeless(run)}
 
 
 def writing(run: Path) -> bool:
@@ -46,41 +42,39 @@ def modified(run: Path) -> float:
     return metrics.stat().st_mtime if metrics.exists() else 0.0
 
 
-@pytest.fixture
-def processes():
-    """Processes that begin with everything imported, so that one costs what a run costs."""
+def test_a_run_killed_twenty_times_ends_bit_for_bit_as_if_it_had_not_been(tmp_path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_kill"])
-    return context
+    context.set_forkserver_preload(["test_kill"])  # everything imported: a process costs what its run costs
 
+    def start(run: Path) -> multiprocessing.Process:
+        process = context.Process(target=attempt, args=(str(run),))
+        process.start()
+        return process
 
-def test_a_run_killed_twenty_times_ends_bit_for_bit_as_if_it_had_not_been(tmp_path, processes):
-    whole = tmp_path / "whole"
-    process = processes.Process(target=attempt, args=(str(whole),))
-    process.start()
+    process = start(tmp_path / "whole")
     process.join()
     assert process.exitcode == 0
-    expected = result(whole)
-    rng, kills, in_writes, finished, number = random.Random(7), 0, 0, 0, 0
+    expected = result(tmp_path / "whole")
+    rng = random.Random(7)
+    kills = in_writes = finished = 0
     while kills < KILLS or finished < 1:
         run = tmp_path / f"run_{finished}"
-        process = processes.Process(target=attempt, args=(str(run),))
-        process.start()
-        number += 1
+        before = modified(run)
+        process = start(run)
         if kills < KILLS:
-            before = modified(run)
             while process.is_alive() and modified(run) == before:  # until it is past its imports and at work
                 time.sleep(0.001)
-            in_write, until = number % 3 == 0, time.monotonic() + rng.uniform(0.0, 1.0)
+            in_write = kills % 3 == 0
+            until = time.monotonic() + rng.uniform(0.0, 1.0)
             while process.is_alive() and not (writing(run) if in_write else time.monotonic() > until):
                 time.sleep(0.001)
             process.kill()
         process.join()
-        in_writes += process.exitcode != 0 and writing(run)
         if process.exitcode == 0:
             assert result(run) == expected
             finished += 1
         else:
             assert process.exitcode == -9
             kills += 1
+            in_writes += writing(run)
     assert in_writes >= 3, "no kill came while a checkpoint was being written"

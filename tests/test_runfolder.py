@@ -1,35 +1,30 @@
-"""One run folder, one run at a time."""
+"""One run folder, one run at a time; what is logged comes back, and goes to the trackers too."""
 
+import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lab.recipe import Recipe, RecipeError
 from lab.runfolder import RunFolder
+from lab.trackers import WandB
 
 HOLD = "import sys, time; from lab.runfolder import RunFolder\nwith RunFolder(sys.argv[1]).locked(): print('held', flush=True); time.sleep(60)"
 
 
-@pytest.fixture
-def holder(tmp_path):
-    """Another process that holds the folder's lock."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, tmp_path / "run"], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent
-    )
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
-
-
-def test_a_second_process_is_refused_and_a_dead_ones_lock_is_none(tmp_path, holder):
+def test_a_second_process_is_refused_and_a_dead_ones_lock_is_none(tmp_path):
     run = RunFolder(tmp_path / "run")
-    with pytest.raises(RecipeError, match=rf"in use by process {holder.pid} on .*--out"), run.locked():
-        pass
-    holder.kill()
-    holder.wait()
+    command = [sys.executable, "-c", HOLD, run.path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RecipeError, match=rf"in use by process {holder.pid} on .*--out"), run.locked():
+            pass
+        holder.kill()
     assert (run.path / "lock").exists()  # stale: nothing to clean up by hand
     with run.locked():
         run.create(Recipe())
@@ -50,3 +45,54 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RecipeError, match="cannot be written"), RunFolder(tmp_path / "file" / "run").locked():
         pass
+
+
+def test_what_is_not_finite_is_null_in_metrics_and_nan_when_read(tmp_path):
+    run = RunFolder(tmp_path)
+    run.log({"step": 1, "kind": "grpo", "entropy": math.nan, "loss": -math.inf, "reward_mean": 0.5})
+    plain = {"step": 1, "kind": "grpo", "entropy": None, "loss": None, "reward_mean": 0.5}
+    assert json.loads(run.metrics_path.read_text()) == plain
+    (row,) = run.metrics()
+    assert math.isnan(row["entropy"]) and math.isnan(row["loss"]) and row["reward_mean"] == 0.5
+    run.rewind(1)
+    assert "null" in run.metrics_path.read_text()
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for the package; holds what it was told."""
+    told = []
+
+    def init(**options):
+        told.append(options)
+        return SimpleNamespace(log=lambda row, step: told.append((row, step)))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    return told
+
+
+def test_a_row_goes_to_metrics_tensorboard_and_wandb(tmp_path, wandb):
+    rows = [{"step": 0, "kind": "grpo", "eval_accuracy": 0.07}, {"step": 1, "kind": "grpo", "reward_mean": 0.25}]
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    run.trackers.append(WandB(run.path, {"seed": 3}))
+    for row in rows:
+        run.log(row)
+    assert run.metrics() == rows
+    events = EventAccumulator(str(run.path)).Reload()
+    assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("reward_mean")] == [(1, 0.25)]
+    assert events.Tags()["scalars"] == ["eval_accuracy", "reward_mean"]
+    options, *logged = wandb
+    assert options["config"] == {"seed": 3} and options["resume"] == "allow" and options["id"].endswith("-run")
+    assert logged == [({"eval_accuracy": 0.07}, 0), ({"reward_mean": 0.25}, 1)]
+
+
+def test_a_wandb_that_is_not_installed_or_does_not_start_says_what_to_do(tmp_path, monkeypatch):
+    def refuses(**options):
+        raise RuntimeError("no API key")
+
+    # None is what Python leaves there for a package that is not installed.
+    for package, advice in ((None, "pip install wandb"), (SimpleNamespace(init=refuses), "no API key")):
+        monkeypatch.setitem(sys.modules, "wandb", package)
+        with pytest.raises(RecipeError, match=advice):
+            WandB(tmp_path, {})

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from model import Qwen3Config
-from model.memory import free_memory, held_memory
+from lab.device import held_memory
+from model.memory import free_memory
 from lab.memory_plan import gb, plan_memory, work_of
 from lab.recipe import Recipe
 from lab.recipe import load_recipe

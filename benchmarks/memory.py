@@ -22,7 +22,8 @@ from rich.table import Table
 
 from data import Problem
 from model import Qwen3, Qwen3Config, add_adapters, generate
-from model.memory import free_memory, held_memory, return_freed_blocks
+from lab.device import held_memory, return_freed_blocks
+from model.memory import free_memory
 from lab.device import peak_memory
 from rl.grpo import group_samples, grpo_update
 from rl.learner import Learner

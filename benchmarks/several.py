@@ -18,7 +18,8 @@ from memory import random_model
 
 from data import Problem
 from model import generate
-from model.memory import free_memory, held_memory, return_freed_blocks
+from lab.device import held_memory, return_freed_blocks
+from model.memory import free_memory
 from lab.device import peak_memory
 from rl.grpo import group_samples, grpo_update
 from rl.learner import Learner

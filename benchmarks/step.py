@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model import Qwen3Config
-from model.memory import held_memory
+from lab.device import held_memory
 from lab.recipe import OptimizerSettings
 
 CONFIG = Qwen3Config(151936, 256, 768, 4, 4, 2, 64)
@@ -81,7 +81,8 @@ def prompts() -> list[list[int]]:
 
 def run_ours(settings: Settings) -> dict:
     """(rollout, update) seconds of each step."""
-    from model.memory import free_memory, return_freed_blocks
+    from lab.device import return_freed_blocks
+    from model.memory import free_memory
     from rl.grpo import group_samples, grpo_update
     from rl.learner import Learner
     from lab.memory_plan import plan_memory, work_of

@@ -7,14 +7,14 @@ import torch
 
 from data.task import Problem
 from lab.checkpoint import TrainState, checkpoints, load_adapters, load_state, newest_checkpoint
-from lab.device import pick_device, pick_dtype
+from lab.device import held_memory, pick_device, pick_dtype, return_freed_blocks
 from lab.memory_plan import check_plan, gb, plan_memory, work_of
-from lab.recipe import Recipe, RecipeError
+from lab.recipe import Recipe, RecipeError, problems_of
 from lab.runfolder import RunFolder
 from lab.screen import Screen
 from lab.sharding import shard, sharding_of
 from model import Qwen3, Tokenizer, add_adapters, load_model, prompt_ids
-from model.memory import free_memory, held_memory, return_freed_blocks
+from model.memory import free_memory
 from rl.distributed import any_rank, broadcast, is_main, world_size
 
 
@@ -42,13 +42,18 @@ def where_it_stands(
     return load_state(checkpoint) if checkpoint else TrainState(), checkpoint
 
 
-def load_policy(
-    recipe: Recipe, checkpoint: Path | None, held_out: list[Problem]
-) -> tuple[Qwen3, Tokenizer, int, str]:
-    """The model to train, its tokenizer, the tokens of a micro-batch, and a line on what memory will hold.
+def set_up(
+    recipe: Recipe, checkpoint: Path | None
+) -> tuple[Qwen3, Tokenizer, list[Problem], list[Problem], int, str]:
+    """Load what a run works with, and see whether it fits into memory.
+
+    Returns:
+        The model to train; its tokenizer; problems to train on, and held-out ones; the tokens of a
+        micro-batch; a line on what memory will hold.
 
     Raises:
-        ModelError: the model cannot be loaded, or the run does not fit into memory.
+        ModelError, DataError: the model or the problems cannot be loaded, or the run does not fit into
+            memory.
     """
     return_freed_blocks()
     device = torch.device(pick_device(recipe))
@@ -65,6 +70,7 @@ def load_policy(
         if checkpoint is not None:
             load_adapters(checkpoint, model)
     model.model.checkpoint_activations = recipe.optimizer.activation_checkpointing
+    problems, held_out = problems_of(recipe)
     thinking = recipe.sampling.thinking
     longest = max(len(prompt_ids(tokenizer, recipe.task.prompt(problem), thinking)) for problem in held_out)
     work = work_of(recipe, longest, world_size())
@@ -74,7 +80,7 @@ def load_policy(
         full = {"auto": plan.whole_copy > 0, "whole": True, "layers": False}[recipe.parallel.sampling]
         model.sharding = replace(sharding, full_to_sample=not any_rank(not full))
     memory = f"memory    {gb(plan.peak - process)} of {gb(free)} free: {plan}"
-    return model, tokenizer, plan.micro_batch_tokens, memory
+    return model, tokenizer, problems, held_out, plan.micro_batch_tokens, memory
 
 
 def stage_start_model(model: Qwen3, recipe: Recipe, run: RunFolder, state: TrainState) -> Qwen3:

@@ -15,11 +15,11 @@ from lab.evaluate import EVALUATION_SEED, evaluate
 from lab.optimizer_state import state_tensors
 from lab.plots import paper_points, write_curve
 from lab.processes import processes, restarted
-from lab.recipe import Recipe, RecipeError, problems_of, to_dict
+from lab.recipe import Recipe, RecipeError, to_dict
 from lab.report import write_report
 from lab.runfolder import RunFolder
 from lab.screen import Screen, describe_run, final_line, pick_screen
-from lab.setup import load_policy, stage_start_model, where_it_stands
+from lab.setup import set_up, stage_start_model, where_it_stands
 from lab.sharding import full_model, round_to_saved, sharding_of
 from lab.signals import Stop, Stopped, stoppable
 from lab.trackers import WandB
@@ -57,8 +57,7 @@ def train(
         resume = broadcast(resume or (restarted() and run.holds_run))
         screen = stack.enter_context(pick_screen(recipe, quiet or not is_main(), plain))
         state, checkpoint = where_it_stands(recipe, run, resume, screen)
-        problems, held_out = problems_of(recipe)
-        model, tokenizer, micro_batch_tokens, memory = load_policy(recipe, checkpoint, held_out)
+        model, tokenizer, problems, held_out, micro_batch_tokens, memory = set_up(recipe, checkpoint)
         screen.say(describe_run(recipe, model, problems, held_out, state.step if resume else None))
         screen.say(memory)
         if resume and is_main():
@@ -222,7 +221,8 @@ def sft_batches(
 
 
 def traces_for(recipe: Recipe, run: RunFolder, state: TrainState, held_out: list[Problem]) -> list[Trace]:
-    """What an SFT stage imitates: the user's file, or curated rollouts of the stage before, which it saves."""
+    """What an SFT stage imitates: the user's file, or curated rollouts of the stage before, which it saves.
+    """
     stage, task, thinking = recipe.stages[state.stage], recipe.task, recipe.sampling.thinking
     source = stage.traces or run.path / "traces.jsonl"
     if stage.traces is None:

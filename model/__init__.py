@@ -1,4 +1,6 @@
-"""A Qwen3 decoder from scratch, with its weights, its tokenizer and a KV-cache sampler. Knows nothing of training."""
+"""A Qwen3 decoder from scratch, with its weights, its tokenizer and a KV-cache sampler. Knows nothing of
+training.
+"""
 
 from model.cache import KVCache
 from model.config import ModelError, Qwen3Config

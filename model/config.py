@@ -1,9 +1,14 @@
-"""What a Qwen3 is, in eleven numbers: read from, and written to, Hugging Face's `config.json`."""
+"""The shape of a Qwen3 in eleven numbers, read from and written to Hugging Face's `config.json`."""
 
 from dataclasses import MISSING, dataclass, fields
 
 LARGEST_SIZE = 2**24
-LARGEST = {"num_hidden_layers": 1000, "num_attention_heads": 4096, "num_key_value_heads": 4096, "head_dim": 4096}
+LARGEST = {
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 4096,
+    "num_key_value_heads": 4096,
+    "head_dim": 4096,
+}
 
 
 class ModelError(ValueError):
@@ -12,10 +17,10 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Qwen3Config:
-    """Shape of a dense Qwen3 decoder. Field names and meanings are Hugging Face's.
+    """Shape of a dense Qwen3 decoder; field names and meanings are Hugging Face's.
 
-    `head_dim` is independent of `hidden_size / num_attention_heads`: Qwen3-0.6B has 16 heads of 128 on a hidden
-    size of 1024. `num_key_value_heads` divides `num_attention_heads` (grouped-query attention).
+    `head_dim` is independent of `hidden_size / num_attention_heads`: Qwen3-0.6B has 16 heads of 128 on a
+    hidden size of 1024. `num_key_value_heads` divides `num_attention_heads` (grouped-query attention).
     """
 
     vocab_size: int
@@ -34,33 +39,38 @@ class Qwen3Config:
         for name, kind in ((field.name, field.type) for field in fields(self)):
             value, largest = getattr(self, name), LARGEST.get(name, LARGEST_SIZE)
             if kind is int and (type(value) is not int or not 1 <= value <= largest):
-                raise ModelError(f"config: {name} must be a whole number from 1 to {largest}, not {short(value)}")
+                raise ModelError(
+                    f"config: {name} must be a whole number from 1 to {largest}, not {short(value)}"
+                )
             if kind is float and (type(value) not in (int, float) or not 0 < value < float("inf")):
                 raise ModelError(f"config: {name} must be a positive number, not {value!r}")
             if kind is bool and type(value) is not bool:
                 raise ModelError(f"config: {name} must be true or false, not {value!r}")
         if self.num_attention_heads % self.num_key_value_heads:
+            heads = f"num_attention_heads {self.num_attention_heads}"
             raise ModelError(
-                f"config: num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
+                f"config: {heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}"
             )
         if self.head_dim % 2:
             raise ModelError(f"config: head_dim must be even for rotary embeddings, not {self.head_dim}")
 
     @classmethod
     def from_hf(cls, hf: dict) -> "Qwen3Config":
-        """Build from a parsed `config.json`, as transformers 4 or 5 writes it.
+        """Build from a parsed `config.json` of transformers 4 or 5, which has `rope_theta` in
+        `rope_parameters`.
 
-        Version 5 moved `rope_theta` and `rope_scaling` into `rope_parameters`. Fields that do not change the
-        arithmetic are ignored; fields that would change it in a way this decoder does not implement are refused.
+        Fields that do not change the arithmetic are ignored.
 
         Raises:
-            ModelError: another architecture, an unsupported feature, or a missing or malformed field.
+            ModelError: another architecture, a feature that this decoder lacks, or a missing or malformed
+                field.
         """
         if not isinstance(hf, dict):
             raise ModelError(f"config: expected a JSON object, not {type(hf).__name__}")
         if hf.get("model_type") != "qwen3":
-            raise ModelError(f"config: model_type is {hf.get('model_type')!r}; only dense 'qwen3' models are supported")
+            raise ModelError(
+                f"config: model_type is {hf.get('model_type')!r}; only dense 'qwen3' models are supported"
+            )
         rope, layer_types = hf.get("rope_parameters") or {}, hf.get("layer_types") or []
         for name, value, kind in (("rope_parameters", rope, dict), ("layer_types", layer_types, list)):
             if not isinstance(value, kind):
@@ -76,19 +86,19 @@ class Qwen3Config:
         for name, refused in unsupported.items():
             if refused:
                 raise ModelError(f"config: {name} = {hf[name]!r} is not supported")
-        found = {name: hf[name] for name in cls.__dataclass_fields__ if name in hf}
+        values = {name: hf[name] for name in cls.__dataclass_fields__ if name in hf}
         if "rope_theta" in rope:
-            found["rope_theta"] = rope["rope_theta"]
-        missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in found]
+            values["rope_theta"] = rope["rope_theta"]
+        missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
         if missing:
             raise ModelError(f"config: missing {', '.join(missing)}")
         # transformers' own defaults, which are not Qwen3's; every published config.json states both.
-        found.setdefault("tie_word_embeddings", False)
-        found.setdefault("rope_theta", 1e4)
-        return cls(**found)
+        values.setdefault("tie_word_embeddings", False)
+        values.setdefault("rope_theta", 1e4)
+        return cls(**values)
 
     def to_hf(self, dtype: str, eos_token_id: int | None = None) -> dict:
-        """The `config.json` of a checkpoint, in the spelling that transformers 4, 5 and vLLM all read."""
+        """The `config.json` of a checkpoint, as transformers 4, 5 and vLLM read it."""
         return {
             "architectures": ["Qwen3ForCausalLM"],
             "model_type": "qwen3",
@@ -107,7 +117,9 @@ class Qwen3Config:
 
     def num_parameters(self) -> int:
         """Parameters of the whole model; a tied output head counts once."""
-        attention = self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_key_value_heads)
+        attention = (
+            self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_key_value_heads)
+        )
         norms = 2 * self.hidden_size + 2 * self.head_dim
         layer = attention + 3 * self.hidden_size * self.intermediate_size + norms
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
@@ -115,6 +127,6 @@ class Qwen3Config:
 
 
 def short(value) -> str:
-    """A value as an error names it, however long it is."""
+    """A value for an error message, cut if it is long."""
     text = f"{value:.3g}" if isinstance(value, int) and abs(value) >= 10**15 else repr(value)
     return text if len(text) <= 60 else text[:60] + "..."

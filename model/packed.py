@@ -1,4 +1,4 @@
-"""Groups of sequences as one stream of tokens, in which what a group's sequences begin with stands once. For training."""
+"""Training on groups of sequences as one stream of tokens, in which a group's common prefix stands once."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,10 @@ PADDING = 0.04  # of a block's tokens, at most
 
 @dataclass(frozen=True)
 class PackedGroup:
-    """The place of one group in the stream: its prefix, then its branches in blocks of nearly equal length.
+    """The part of one group in the stream: its prefix, then its branches in blocks of nearly equal length."""
 
-    Attributes:
-        prefix: tokens that all sequences of the group begin with.
-        lengths: of what follows in each sequence, its branch; longest first.
-    """
-
-    prefix: int
-    lengths: list[int]
+    prefix: int  # tokens that all sequences of the group begin with
+    lengths: list[int]  # of the rest of each sequence, its branch; longest first
 
     def blocks(self) -> list[tuple[int, int]]:
         """(rows, length): consecutive branches, padded on the right to the longest of them."""
@@ -38,12 +33,12 @@ class PackedGroup:
 
 
 class PackedGroups:
-    """Attention within a stream [1, tokens]: to the group's prefix, and causally to the own branch.
+    """Attention within a stream [1, tokens]: to the group's prefix, and causally to the token's own branch.
 
-    It takes a cache's place in the decoder's forward and keeps nothing. Everything else in the decoder works on
-    each token by itself, so a prefix costs what it costs once, and unequal lengths cost no padding beyond a block's. The
-    prefix's keys and values, repeated for each branch, stand before the branch's own in one attention with a
-    causal mask aligned at its end; autograd sums the gradients of the repeats.
+    It is passed to the decoder in place of a cache, and stores nothing. Everything else in the decoder works
+    on each token by itself, so a prefix is computed once, and unequal lengths need no padding beyond a
+    block's. In attention the prefix's keys and values are repeated for each branch, before the branch's own,
+    under a causal mask aligned at the end; autograd sums the gradients of the repeats.
     """
 
     def __init__(self, groups: list[PackedGroup], device="cpu"):
@@ -81,7 +76,8 @@ class PackedGroups:
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Causal attention, the last query seeing the last key: [rows, queries, heads, head_dim], as `queries`."""
+    """Causal attention, the last query seeing the last key: [rows, queries, heads, head_dim], as `queries`.
+    """
     causal = causal_lower_right(queries.shape[1], keys.shape[1])
     queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
     return F.scaled_dot_product_attention(queries, keys, values, causal, enable_gqa=True).transpose(1, 2)

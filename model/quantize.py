@@ -1,9 +1,9 @@
 """Training in little memory: frozen base weights, in int8 if wanted, with low-rank adapters beside them.
 
-LoRA (Hu et al., arXiv:2106.09685, section 4.1) learns the change of a weight W [out, in] as (alpha / rank) B A, with
-A [rank, in] and B [out, rank]: two thin matrices have gradients and optimizer states, W has neither. The int8 weights
-are those of LLM.int8() (Dettmers et al., arXiv:2208.07339, section 2.1): each row divided by its largest magnitude,
-which is kept in float32, and rounded to -127 .. 127.
+LoRA (Hu et al., arXiv:2106.09685, section 4.1) learns the change of a weight W [out, in] as (alpha / rank) B
+A, with A [rank, in] and B [out, rank]: two thin matrices have gradients and optimizer states, W has neither.
+The int8 weights are those of LLM.int8() (Dettmers et al., arXiv:2208.07339, section 2.1): each row divided by
+its largest magnitude, which is kept in float32, and rounded to -127 .. 127.
 """
 
 import logging
@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from model.config import ModelError
 from model.qwen3 import Qwen3
 
-PROJECTIONS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+PROJECTIONS = {
+    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
 
 
 class LoRALinear(nn.Module):
@@ -40,12 +43,14 @@ class LoRALinear(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def train(self, mode: bool = True) -> "LoRALinear":
-        """Stay in training mode: in the other, bitsandbytes on a CPU rounds x to int8 too, and logits would change."""
+        """Stay in training mode: in evaluation mode, bitsandbytes on a CPU rounds x to int8, which changes
+        logits.
+        """
         return super().train(True)
 
     @torch.no_grad()
     def merged(self) -> Tensor:
-        """The weight of the one matrix that does the same: W + (alpha / rank) B A, [out, in] in float32."""
+        """The equivalent single weight, W + (alpha / rank) B A: [out, in] in float32."""
         if self.base.weight.dtype == torch.int8:
             state = self.base.state
             weight = state.CB.float() * (state.SCB[:, None] * (1 / 127))
@@ -57,10 +62,13 @@ class LoRALinear(nn.Module):
 def quantized(linear: nn.Linear) -> nn.Linear:
     """`linear` with its weight in int8, one byte each, and a float32 scale for each row, on the same device.
 
-    The arithmetic is bitsandbytes'. On a CPU it multiplies x by the dequantized weight. On a GPU it rounds x to int8 as
-    well, each row by its largest magnitude, so there `merged` is what was trained up to that rounding.
+    The arithmetic is bitsandbytes'. On a CPU it multiplies x by the dequantized weight. On a GPU it also
+    rounds x to int8, each row by its largest magnitude, so there `merged` equals what was trained up to that
+    rounding.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would say in each call that x is not float16
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # it would say in each call that x is not float16
     import bitsandbytes  # imported only where it is used: it takes seconds, and most runs do not need it
 
     out_size, in_size = linear.weight.shape
@@ -75,12 +83,11 @@ def quantized(linear: nn.Linear) -> nn.Linear:
 def add_adapters(model: Qwen3, rank: int, alpha: float, int8: bool, seed: int = 0) -> Qwen3:
     """Put adapters on all seven projections of each layer, in place, and freeze everything else.
 
-    The model has to be on its device and in its dtype already. The same base and seed give the same bits again, the
-    int8 weights included; so what a stopped run needs beside the base is `adapter_state`.
+    The model must have its device and dtype already. The same base and seed give the same bits, the int8
+    weights included; so a stopped run needs only the base and its `adapter_state`.
 
     Args:
-        rank: of the adapters.
-        alpha: the adapters' product counts alpha / rank times.
+        alpha: the adapters' product is scaled by alpha / rank.
         int8: quantize the projections; the embedding, the head and the norms keep their dtype.
         seed: of the adapters' first matrices.
 
@@ -115,9 +122,13 @@ def has_int8(model: Qwen3) -> bool:
 
 
 def adapter_state(model: Qwen3) -> dict[str, Tensor]:
-    """The adapters' matrices by name, such as `model.layers.0.self_attn.q_proj.lora_a`: float32, and not copies."""
+    """The adapters' matrices by name, such as `model.layers.0.self_attn.q_proj.lora_a`: float32, and not
+    copies.
+    """
     own = adapters(model)
-    return {f"{name}.{key}": getattr(part, key).detach() for name, part in own for key in ("lora_a", "lora_b")}
+    return {
+        f"{name}.{key}": getattr(part, key).detach() for name, part in own for key in ("lora_a", "lora_b")
+    }
 
 
 def load_adapter_state(model: Qwen3, tensors: dict[str, Tensor]) -> None:
@@ -134,17 +145,24 @@ def load_adapter_state(model: Qwen3, tensors: dict[str, Tensor]) -> None:
         if name not in tensors:
             raise ModelError(f"adapter {name} missing")
         if tensors[name].shape != matrix.shape:
-            raise ModelError(f"adapter {name} is {list(tensors[name].shape)}, the model's is {list(matrix.shape)}")
+            raise ModelError(
+                f"adapter {name} is {list(tensors[name].shape)}, the model's is {list(matrix.shape)}"
+            )
     for name, matrix in own.items():
         matrix.copy_(tensors[name])
 
 
 def plain_state(model: Qwen3, device=None) -> dict[str, Tensor]:
-    """The state dict of a plain Qwen3 that does what `model` does: adapters are merged in float32, then rounded to its
-    dtype. On `device`; None: where the model is. A model without adapters gives its own tensors."""
+    """The state dict of a plain Qwen3 equal to `model`: adapters merged in float32, then rounded to its
+    dtype.
+
+    On `device`; None: where the model is. A model without adapters gives its own tensors.
+    """
     state = model.state_dict()
     for name, part in adapters(model):
         for key in part.state_dict(prefix=f"{name}."):
             del state[key]
-        state[f"{name}.weight"] = part.merged().to(device, model.dtype)  # at once: a GPU may have no room for all
+        state[f"{name}.weight"] = part.merged().to(
+            device, model.dtype
+        )  # at once: a GPU may have no room for all
     return {name: tensor.to(device) for name, tensor in state.items()}

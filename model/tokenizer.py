@@ -13,12 +13,11 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 class Tokenizer:
     """A Qwen3 tokenizer, read from `tokenizer.json` and `tokenizer_config.json` in `folder`.
 
-    Qwen3-Base ships Qwen2.5's `tokenizer.json`, in which `<think>` is not yet a token; the entries that stand only in
-    `tokenizer_config.json` are added here, as transformers does.
+    Qwen3-Base ships Qwen2.5's `tokenizer.json`, in which `<think>` is not yet a token; entries that are only
+    in `tokenizer_config.json` are added here, as transformers does.
 
-    Attributes:
-        stop_token_ids: ids that end a completion: those of `generation_config.json`, `<|endoftext|>`, and `<|im_end|>`,
-            which ends a turn of the chat format that every prompt here is written in.
+    `stop_token_ids` end a completion: those of `generation_config.json`, `<|endoftext|>`, and `<|im_end|>`,
+    which ends a turn of the chat format.
     """
 
     def __init__(self, folder: str | Path):
@@ -35,44 +34,51 @@ class Tokenizer:
             stops = generation.get("eos_token_id")
             stops = set(stops if isinstance(stops, list) else [] if stops is None else [stops])
             if not all(type(token_id) is int and 0 <= token_id < len(self) for token_id in stops):
-                raise ModelError(f"{folder}: eos_token_id in generation_config.json must be ids of the tokenizer, not {stops}")
+                raise ModelError(
+                    f"{folder}: generation_config.json: eos_token_id {stops} are no ids of the tokenizer"
+                )
         except ModelError:
             raise
         except Exception as error:  # the backend raises bare Exception for a malformed file
             raise ModelError(f"{folder}: unreadable tokenizer files: {error}") from error
         for token in ("<|im_end|>", "<|endoftext|>"):
             if self.backend.token_to_id(token) is None:
-                raise ModelError(f"{folder}: the tokenizer has no {token}, so it is not a Qwen3 chat tokenizer")
+                raise ModelError(
+                    f"{folder}: the tokenizer has no {token}, so it is not a Qwen3 chat tokenizer"
+                )
             stops.add(self.backend.token_to_id(token))
         self.stop_token_ids = tuple(sorted(stops))
 
     def _add_missing_tokens(self, added: dict, folder: Path) -> None:
         for token_id, fields in sorted(added.items(), key=lambda item: int(item[0])):
             if self.backend.token_to_id(fields["content"]) is None:
-                flags = {name: fields[name] for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+                flags = {
+                    name: fields[name]
+                    for name in ("single_word", "lstrip", "rstrip", "normalized", "special")
+                }
                 self.backend.add_tokens([tokenizers.AddedToken(fields["content"], **flags)])
             if self.backend.token_to_id(fields["content"]) != int(token_id):
                 raise ModelError(f"{folder}: token {fields['content']!r} should have id {token_id}")
 
     def __len__(self) -> int:
-        """How many ids have a text; the model's embedding may have more rows."""
+        """Size of the vocabulary; embedding rows beyond it are padding."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     @property
     def end_of_turn_id(self) -> int:
-        """The id that a finished completion ends with when one has to be written, as in SFT: `<|im_end|>`."""
+        """The id of `<|im_end|>`, with which SFT ends a completion."""
         return self.backend.token_to_id("<|im_end|>")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; chat tokens written out in it, such as `<|im_end|>`, become their single ids."""
+        """Ids of `text`; chat tokens in it, such as `<|im_end|>`, become single ids."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, token_ids: list[int]) -> str:
-        """Text of `token_ids`, chat tokens included. An id without a text gives nothing rather than an error."""
+        """Text of `token_ids`, chat tokens included; an id without a text gives nothing."""
         return self.backend.decode(list(token_ids), skip_special_tokens=False)
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer's files into `folder`, byte for byte as they were read."""
+        """Write the tokenizer's files into `folder`, unchanged."""
         for name, content in self.files.items():
             (Path(folder) / name).write_bytes(content)
 
@@ -80,8 +86,8 @@ class Tokenizer:
 def render_chat(user: str, system: str | None = None, thinking: bool | None = None) -> str:
     """One user turn in Qwen3's chat format, ready for the assistant's answer.
 
-    Equal to the official template's rendering with `add_generation_prompt=True` and `enable_thinking=thinking`:
-    None and True leave it to the model to open `<think>`; False closes an empty one for it.
+    This is the official template with `add_generation_prompt=True` and `enable_thinking=thinking`: None and
+    True leave it to the model to open `<think>`; False adds an empty, closed one.
     """
     text = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
     text += f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
@@ -89,10 +95,10 @@ def render_chat(user: str, system: str | None = None, thinking: bool | None = No
 
 
 def prompt_ids(tokenizer: Tokenizer, user: str, thinking: bool) -> list[int]:
-    """Ids of the prompt that rollouts, SFT and evaluation all start from.
+    """Ids of a prompt, in rollouts, SFT and evaluation alike.
 
-    With `thinking`, the assistant's turn is begun with an open `<think>`, so that the completion closes it before it
-    answers; without, the thinking block is there already, empty and closed.
+    With `thinking` the assistant's turn begins with an open `<think>`, which the completion has to close
+    before it answers; without, the thinking block is empty and closed.
     """
     text = render_chat(user, thinking=thinking)
     return tokenizer.encode(text + "<think>\n" if thinking else text)

@@ -1,4 +1,6 @@
-"""Checkpoints in and out: a folder in Hugging Face's layout, the hub, or the model embedded in this repository."""
+"""Checkpoints in and out: a folder in Hugging Face's layout, the hub, or the model embedded in this
+repository.
+"""
 
 import json
 from pathlib import Path
@@ -26,8 +28,8 @@ def load_model(
     """Load a model and its tokenizer.
 
     Args:
-        source: "tiny" or "tiny-calculus" (the embedded models), a folder in Hugging Face's layout, or a hub id such as
-            "Qwen/Qwen3-1.7B".
+        source: "tiny" or "tiny-calculus" (the embedded models), a folder in Hugging Face's layout, or a hub
+            id.
         dtype: of the weights; None keeps the dtype that `config.json` names.
         revision: branch, tag or commit of a hub id.
 
@@ -56,7 +58,8 @@ def load_model(
 
 
 def save_model(folder: str | Path, model: Qwen3, tokenizer: Tokenizer) -> None:
-    """Write `config.json`, `model.safetensors` and the tokenizer's files: transformers and vLLM load the folder.
+    """Write `config.json`, `model.safetensors` and the tokenizer's files: transformers and vLLM load the
+    folder.
 
     Adapters are merged into the weights, and int8 weights are written in the model's dtype.
     """
@@ -71,9 +74,7 @@ def save_model(folder: str | Path, model: Qwen3, tokenizer: Tokenizer) -> None:
     safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(folder)
     generation = json.loads(tokenizer.files.get("generation_config.json", b"{}"))
-    generation["eos_token_id"] = list(
-        tokenizer.stop_token_ids
-    )  # what training stopped at, other tools stop at too
+    generation["eos_token_id"] = list(tokenizer.stop_token_ids)  # other tools then stop where training did
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
@@ -93,27 +94,22 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
         raise ModelError(f"{source} is a file; a model is a folder with config.json and safetensors in it")
     parts = str(source).split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
-        raise ModelError(
-            f'no such model folder: {source} (a hub id looks like "Qwen/Qwen3-1.7B"; embedded are {", ".join(EMBEDDED)})'
-        )
+        known = f'a hub id looks like "Qwen/Qwen3-1.7B"; embedded are {", ".join(EMBEDDED)}'
+        raise ModelError(f"no such model folder: {source} ({known})")
     try:
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=FILES, revision=revision))
-    except (
-        Exception
-    ) as error:  # a dozen kinds: no network, no such repository, gated, no such revision, disk full
+    except Exception as error:  # a dozen kinds: no network, no such repository, gated, disk full
         named = f"{source} at revision {revision}" if revision else source
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ModelError(
-            f"{named} could not be downloaded from the hub: {reason} (without a network, name a folder that is there, "
-            "or --model tiny)"
-        ) from error
+        advice = "without a network, name a folder that is there, or --model tiny"
+        raise ModelError(f"{named} could not be downloaded from the hub: {reason} ({advice})") from error
 
 
 def read_state(folder: Path, model: Qwen3, device, dtype: torch.dtype) -> dict[str, Tensor]:
     """All of `model`'s weights from `folder`, single or sharded, with exactly the right names and shapes.
 
-    A tied checkpoint may or may not store a copy of the output head (Qwen3-1.7B does, its Base does not), which has to
-    be a true copy. Anything else missing, unexpected or misshapen is refused.
+    A tied checkpoint may store a copy of the output head (Qwen3-1.7B does, its Base does not), which must
+    equal the embedding. Anything else missing, unexpected or misshapen is refused.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = model.config.tie_word_embeddings
@@ -127,9 +123,8 @@ def read_state(folder: Path, model: Qwen3, device, dtype: torch.dtype) -> dict[s
                         raise ModelError(f"{path}: unexpected weight {name}")
                     shape = file.get_slice(name).get_shape()  # before any memory is taken
                     if tuple(shape) != expected[name]:
-                        raise ModelError(
-                            f"{path}: {name} is {list(shape)}, config.json says {list(expected[name])}"
-                        )
+                        wanted = list(expected[name])
+                        raise ModelError(f"{path}: {name} is {list(shape)}, config.json says {wanted}")
                     tensor = file.get_tensor(name).to(dtype)
                     if tied and name == HEAD:
                         head_copy = tensor

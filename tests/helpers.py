@@ -46,12 +46,12 @@ def ragged_samples(count: int, seed: int = 0, longest: int = 9, vocab: int = 48)
 
 
 class FakeTokenizer:
-    """48 ids; a completion is decoded to its ids as numbers."""
+    """48 ids; a prompt is encoded as the user's text alone; a completion is decoded to its ids as numbers."""
 
     stop_token_ids = (0, 1, 2)
 
     def encode(self, text: str) -> list[int]:
-        return [ord(character) % 48 for character in text[-24:]]
+        return [ord(character) % 48 for character in text.split("user\n")[1].split("<|im_end|>")[0]]
 
     def decode(self, token_ids: list[int]) -> str:
         return " ".join(map(str, token_ids))

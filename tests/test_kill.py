@@ -14,14 +14,26 @@ from lab.runfolder import RunFolder
 from lab.stages import train
 
 KILLS = 20
-OPTIONS = ["--checkpoint-every", 1, "--keep-checkpoints", 2, "--stages.0.steps", 6, "--stages.2.steps", 4]
+OPTIONS = [
+    "--checkpoint-every",
+    1,
+    "--keep-checkpoints",
+    2,
+    "--stages.0.steps",
+    6,
+    "--stages.2.steps",
+    4,
+    "--evaluation.every",
+    3,
+]
+SMALL = ["--evaluation.problems", 4, "--evaluation.final-problems", 4, "--stages.2.samples-per-prompt", 4]
 
 
 def attempt(out: str) -> None:
     # As on a slow disk: a checkpoint takes a quarter of a second.
     lab.checkpoint.sync = lambda path: time.sleep(0.02)
     torch.set_num_threads(1)
-    train(smoke("--out", out, *OPTIONS).recipe, resume=RunFolder(out).holds_run, quiet=True)
+    train(smoke("--out", out, *OPTIONS, *SMALL).recipe, resume=RunFolder(out).holds_run, quiet=True)
 
 
 def result(run: Path) -> dict:
@@ -44,7 +56,8 @@ def modified(run: Path) -> float:
 
 def test_a_run_killed_twenty_times_ends_bit_for_bit_as_if_it_had_not_been(tmp_path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_kill"])  # everything imported: a process costs what its run costs
+    # Everything is imported before the fork, so that a process costs what its run costs.
+    context.set_forkserver_preload(["test_kill", "torch.utils.tensorboard", "matplotlib.pyplot"])
 
     def start(run: Path) -> multiprocessing.Process:
         process = context.Process(target=attempt, args=(str(run),))

@@ -34,7 +34,7 @@ def test_values_and_gradients_are_those_of_the_plain_way(tokens, seed, temperatu
     """Chunks of `chunk` tokens, softmax `at_once` rows at a time, in float64; a gradient on both results and on one only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(model.logprobs.CHUNK_LOGITS, "cpu", chunk * VOCAB)
-        patch.setattr(model.sampler, "LOGITS_AT_ONCE", at_once * VOCAB)
+        patch.setattr(model.sampler, "CPU_LOGITS", at_once * VOCAB)
         hidden, weight, targets, on_logprobs, on_entropy = inputs(tokens, seed)
         expected = plain_way(hidden, weight, targets, temperature)
         found = target_logprobs(hidden, weight, targets, temperature, NUM_TOKENS)

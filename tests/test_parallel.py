@@ -1,9 +1,7 @@
-"""Several processes on one run: the completions, losses, gradients and weights of one, whatever becomes of one of them."""
+"""Several processes on one run: the completions, gradients and weights of one, also when a process dies."""
 
-import functools
 import json
 import multiprocessing
-import operator
 import os
 import shutil
 import socket
@@ -17,26 +15,30 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from helpers import learner, random_model, rollouts
+from helpers import FakeTask, FakeTokenizer, optimizer_for, random_model
 from test_commands import ROOT, smoke, timeless
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import Completion, generate
+import rl.distributed
 from lab.checkpoint import checkpoints
-from rl.grpo import accumulate_gradient, group_samples
 from lab.memory_plan import plan_memory, work_of
-from lab.recipe import GRPOStage, OptimizerSettings, Recipe, RecipeError
+from lab.processes import processes
+from lab.recipe import Recipe, RecipeError
 from lab.runfolder import RunFolder
-from lab.sharding import is_divided, sampling_model, shard
+from lab.sharding import shard
 from lab.stages import train
-from rl.workers import Workers, workers_of_torchrun
+from model import generate
+from rl.distributed import gather, is_main, is_sharded, rank, sampling_model, share, world_size
+from rl.grpo import GRPOStage, grpo_step
+from rl.optimizer import OptimizerSettings
+from rl.rollout import SamplingSettings
 from train import Arguments
 
 OPTIONS = [  # three prompts for two or four processes, in two updates: uneven, and some have nothing to do
     "--generated-problems", 60, "--sampling.max-new-tokens", 40, "--evaluation.problems", 5, "--evaluation.final-problems", 0,
     "--keep-checkpoints", 99, "--stages.0.steps", 3, "--stages.0.prompts-per-step", 3, "--stages.0.samples-per-prompt", 12,
-    "--stages.0.learning-rate", 1e-4, "--stages.0.kl-coef", 0.05, "--stages.0.importance-cap", 2, "--stages.1.learning-rate", 1e-5,
-    "--stages.1.batch-size", 2, "--stages.2.steps", 1, "--stages.2.samples-per-prompt", 4, "--stages.2.prompts-per-step", 3, "--stages.2.learning-rate", 1e-4,
+    "--stages.0.learning-rate", 1e-4, "--stages.0.kl-coef", 0.05, "--stages.1.learning-rate", 1e-5, "--stages.1.batch-size", 2,
+    "--stages.2.steps", 1, "--stages.2.samples-per-prompt", 4, "--stages.2.prompts-per-step", 3, "--stages.2.learning-rate", 1e-4,
 ]  # fmt: skip
 MODES = {
     "replicate": [],
@@ -53,10 +55,10 @@ def run_training(out: Path, mode: str = "replicate", resume: bool = False) -> No
     train(arguments(out, mode).recipe, resume=resume, quiet=True)
 
 
-def be_one_of(rank: int, size: int, port: int, work, *arguments) -> None:
+def be_rank(number: int, size: int, port: int, work, *arguments) -> None:
     """What torchrun does for a process."""
     os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
+        "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
@@ -70,16 +72,16 @@ def in_processes(size: int, work, *arguments) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [context.Process(target=be_one_of, args=(rank, size, port, work, *arguments)) for rank in range(size)]
-    for process in processes:
+    ranks = [context.Process(target=be_rank, args=(number, size, port, work, *arguments)) for number in range(size)]
+    for process in ranks:
         process.start()
-    for process in processes:
+    for process in ranks:
         process.join(120)
         if process.is_alive():
-            for other in processes:
+            for other in ranks:
                 other.kill()
             pytest.fail("the processes wait for each other")
-    assert [process.exitcode for process in processes] == [0] * size
+    assert [process.exitcode for process in ranks] == [0] * size
 
 
 @pytest.fixture(scope="module")
@@ -92,41 +94,34 @@ def alone(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def divided(tmp_path_factory) -> Path:
-    """The run by two processes with a divided model."""
-    out = tmp_path_factory.mktemp("runs") / "divided"
+def sharded(tmp_path_factory) -> Path:
+    """The run by two processes with a sharded model."""
+    out = tmp_path_factory.mktemp("runs") / "sharded"
     in_processes(2, run_training, out, "whole")
     return out
 
 
 def same_runs(run: Path, other: Path) -> None:
     """Equal completions, traces and verdicts; metrics and losses to 1e-6; weights to 1e-5."""
-    first, second = ([path.read_text() for path in RunFolder(folder).rollout_files()] for folder in (run, other))
-    for a, b in zip(map(rows, first), map(rows, second), strict=True):
-        for row, twin in zip(a, b, strict=True):
-            assert {**row, "logprobs": 0} == {**twin, "logprobs": 0}
+    files = (RunFolder(folder).rollout_files() for folder in (run, other))
+    for path, twin_path in zip(*files, strict=True):
+        for line, twin_line in zip(path.read_text().splitlines(), twin_path.read_text().splitlines(), strict=True):
+            row, twin = json.loads(line), json.loads(twin_line)
             torch.testing.assert_close(torch.tensor(row["logprobs"]), torch.tensor(twin["logprobs"]), rtol=0, atol=2e-3)
+            assert row | {"logprobs": 0} == twin | {"logprobs": 0}
     assert (run / "traces.jsonl").read_text() == (other / "traces.jsonl").read_text()
     for row, twin in zip(timeless(run), timeless(other), strict=True):
         assert row.pop("kind") == twin.pop("kind") and row.keys() == twin.keys()
         assert row == pytest.approx(twin, rel=1e-5, abs=1e-6)
     assert [folder.name for folder in checkpoints(run)] == [folder.name for folder in checkpoints(other)]
     for folder, twin in zip(checkpoints(run), checkpoints(other), strict=True):
-        same_weights(folder, twin)
-
-
-def rows(text: str) -> list[dict]:
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def same_weights(folder: Path, other: Path, atol: float = 1e-5) -> None:
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
-    assert names == sorted(path.name for path in other.glob("*.safetensors"))
-    for name in names:
-        first, second = safetensors.torch.load_file(folder / name), safetensors.torch.load_file(other / name)
-        assert first.keys() == second.keys()
-        for key in first:
-            torch.testing.assert_close(first[key], second[key], rtol=0, atol=atol, msg=f"{name} {key}")
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+        assert names == sorted(path.name for path in twin.glob("*.safetensors"))
+        for name in names:
+            first, second = (safetensors.torch.load_file(place / name) for place in (folder, twin))
+            assert first.keys() == second.keys()
+            for key in first:
+                torch.testing.assert_close(first[key], second[key], rtol=0, atol=1e-5, msg=f"{name} {key}")
 
 
 @pytest.mark.parametrize(("mode", "size"), [("replicate", 2), ("replicate", 4), ("layers", 2)])
@@ -135,9 +130,9 @@ def test_several_processes_do_what_one_does(mode, size, alone, tmp_path):
     same_runs(alone, tmp_path / "run")
 
 
-def test_a_divided_model_does_what_a_whole_one_does_and_is_saved_whole(alone, divided):
-    same_runs(alone, divided)
-    transformers.AutoModelForCausalLM.from_pretrained(checkpoints(divided)[-1])
+def test_a_sharded_model_does_what_a_full_one_does_and_is_saved_in_full(alone, sharded):
+    same_runs(alone, sharded)
+    transformers.AutoModelForCausalLM.from_pretrained(checkpoints(sharded)[-1])
 
 
 def cut_back(run: Path, out: Path, step: int) -> Path:
@@ -149,8 +144,8 @@ def cut_back(run: Path, out: Path, step: int) -> Path:
     return out
 
 
-def test_a_run_goes_on_with_another_number_of_processes(alone, divided, tmp_path):
-    fewer, more = cut_back(divided, tmp_path / "fewer", 2), cut_back(alone, tmp_path / "more", 2)
+def test_a_run_is_resumed_by_another_number_of_processes(alone, sharded, tmp_path):
+    fewer, more = cut_back(sharded, tmp_path / "fewer", 2), cut_back(alone, tmp_path / "more", 2)
     run_training(fewer, resume=True)
     in_processes(2, run_training, more, "whole", True)
     same_runs(alone, fewer)
@@ -161,7 +156,7 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, divided, tmp_path
 
 
 class Gathers(TorchDispatchMode):
-    """Counts how often tensors are gathered from all processes."""
+    """Counts how often tensors are gathered from all ranks."""
 
     count = 0
 
@@ -170,155 +165,140 @@ class Gathers(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def sampled(out: Path | None, whole: bool) -> list:
-    """For two lengths: completions of two prompts, in which a third process has no part, and how often it took gathering."""
-    found = []
-    with workers_of_torchrun() as workers:
+def sampled(out: Path | None, full: bool) -> list:
+    """For two lengths: completions of two prompts, none of them for a third rank, and the number of gathers."""
+    results = []
+    with processes():
         model = random_model(std=0.2)
-        if workers.size > 1:
-            shard(model, workers, torch.device("cpu"))
-            model.sharding = replace(model.sharding, whole_to_sample=whole)
-        options = {"num_samples": 3, "stop_token_ids": range(0, 48, 12), "seed": 5}
+        if world_size() > 1:
+            shard(model, torch.device("cpu"))
+            model.sharding = replace(model.sharding, full_to_sample=full)
+        options = dict(num_samples=3, stop_token_ids=range(0, 48, 12), seed=5, only=slice(rank(), None, world_size()))
         for length in (4, 16):
             with Gathers() as gathers, sampling_model(model) as sampler:
-                only = slice(workers.rank, None, workers.size)
-                groups = generate(sampler, [[5, 17, 3, 44, 9], [8, 2]], max_new_tokens=length, only=only, **options)
-            ids = [[completion.token_ids for completion in group] for group in workers.join(groups)]
-            found.append([ids, gathers.count])
-        if out and workers.leads:
-            out.write_text(json.dumps(found))
-    return found
+                groups = generate(sampler, [[5, 17, 3, 44, 9], [8, 2]], max_new_tokens=length, **options)
+            ids = [[completion.token_ids for completion in group] for group in gather(groups)]
+            results.append([ids, gathers.count])
+        if out and is_main():
+            out.write_text(json.dumps(results))
+    return results
 
 
-@pytest.mark.parametrize("way", ["whole", "layers"])
-def test_a_divided_model_is_gathered_once_a_rollout_phase_or_for_every_token_and_a_process_without_work_waits(way, tmp_path):
-    in_processes(3, sampled, tmp_path / "sampled", way == "whole")
-    found = json.loads((tmp_path / "sampled").read_text())
-    assert [ids for ids, _ in found] == [ids for ids, _ in sampled(None, False)]
+@pytest.mark.parametrize("full", [True, False], ids=["full", "layers"])
+def test_a_sharded_model_is_gathered_once_a_rollout_phase_or_for_every_token_and_an_idle_rank_waits(full, tmp_path):
+    in_processes(3, sampled, tmp_path / "sampled", full)
+    results = json.loads((tmp_path / "sampled").read_text())
+    assert [ids for ids, _ in results] == [ids for ids, _ in sampled(None, False)]
     matrices = sum(".layers." in name for name, _ in random_model().named_parameters())
     layers = random_model().config.num_hidden_layers
-    assert [count for _, count in found] == ([matrices, matrices] if way == "whole" else [4 * layers, 16 * layers])
+    assert [count for _, count in results] == ([matrices, matrices] if full else [4 * layers, 16 * layers])
 
 
 # Gradients
 
 
-def some_groups():
-    """Five groups of three rollouts, of unequal length; one teaches nothing."""
-    generator = torch.Generator().manual_seed(0)
-    completions, rewards = [], []
-    for group in range(5):
-        completions.append([])
-        rewards.append([0.3] * 3 if group == 2 else torch.rand(3, generator=generator).tolist())
-        for length in torch.randint(1, 8, (3,), generator=generator).tolist():
-            ids = torch.randint(0, 48, (length,), generator=generator).tolist()
-            completions[-1].append(Completion(ids, [-2.0 - 0.1 * place for place in range(length)], True))
-    return rollouts(completions, rewards, [[1, 2, 3 + group] for group in range(5)])
-
-
-def gradient(out: Path | None, divide: bool, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The gradient of one update from all processes' shares of the groups; the first writes it to `out`."""
-    with workers_of_torchrun() as workers:
+def gradient(out: Path | None, sharded: bool, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The gradient of a step on five groups of three, one of them with equal rewards, and its metrics."""
+    results = {}
+    with processes():
         model = random_model(dtype=dtype)
-        if divide:
-            shard(model, workers, torch.device("cpu"))
-        pupil = replace(learner(model, budget=40), workers=workers)
-        groups = group_samples(some_groups())
-        mine = [sample for group in workers.share(groups) for sample in group]
-        stage, denominator = GRPOStage(), sum(len(sample.completion_ids) for group in groups for sample in group)
-        sums = accumulate_gradient(pupil, mine, stage, denominator)
-        workers.add_gradients(p for p in model.parameters() if not is_divided(p))
-        found = {name: p.grad.full_tensor() if is_divided(p) else p.grad for name, p in model.named_parameters()}
-        found |= {key: torch.tensor(float(sums[key])) for key in ("loss", "tokens", "entropy", "log_ratio_squared")}
-        if out and workers.leads:
-            safetensors.torch.save_file(found, out)
-        return found
+        if sharded:
+            shard(model, torch.device("cpu"))
+        optimizer = optimizer_for(model, budget=40)
+        take = optimizer.step
+
+        def step(learning_rate, skip):
+            for name, parameter in optimizer.parameters.items():
+                grad = parameter.grad
+                results[name] = (grad.full_tensor() if is_sharded(grad) else grad).clone()
+            return take(learning_rate, skip=skip)
+
+        optimizer.step = step
+        task = FakeTask(lambda problem, text: 0.3 if problem == "b" else len(text) % 7 / 7)
+        options = dict(
+            settings=GRPOStage(updates_per_step=1, samples_per_prompt=3), sampling=SamplingSettings(max_new_tokens=8)
+        )
+        metrics = grpo_step(model, FakeTokenizer(), optimizer, task, list("abcbd"), **options, learning_rate=0.0, seed=2)[2]
+        results |= {name: torch.tensor(float(value)) for name, value in metrics.items() if "seconds" not in name}
+        if out and is_main():
+            safetensors.torch.save_file(results, out)
+    return results
 
 
-@pytest.mark.parametrize("divide", [False, True], ids=["replicate", "shard"])
-@pytest.mark.parametrize("size", [2, 3])
-def test_loss_and_gradient_are_those_of_one_process(size, divide, tmp_path):
-    in_processes(size, gradient, tmp_path / "gradient", divide, torch.float32)
-    expected, found = gradient(None, False, torch.float32), safetensors.torch.load_file(tmp_path / "gradient")
+@pytest.mark.parametrize(("size", "sharded"), [(2, False), (3, False), (3, True)])
+def test_the_gradient_of_a_step_is_that_of_one_process(size, sharded, tmp_path):
+    in_processes(size, gradient, tmp_path / "gradient", sharded, torch.float32)
+    expected, results = gradient(None, False, torch.float32), safetensors.torch.load_file(tmp_path / "gradient")
+    assert expected["loss"].abs() > 1e-3 and expected["grad_norm"] > 1e-2
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6 * max(1e-3, tensor.abs().max().item()), msg=name)
+        torch.testing.assert_close(results[name], tensor, rtol=1e-5, atol=1e-6 * max(1, tensor.abs().max().item()), msg=name)
 
 
-def test_bfloat16_gradients_of_a_divided_model_are_added_up_in_float32(tmp_path):
+def test_bfloat16_gradients_of_a_sharded_model_are_summed_in_float32(tmp_path):
     in_processes(2, gradient, tmp_path / "gradient", True, torch.bfloat16)
-    found = safetensors.torch.load_file(tmp_path / "gradient")
-    layer = {name: tensor for name, tensor in found.items() if ".layers." in name}
-    assert {tensor.dtype for tensor in layer.values()} == {torch.float32}
-    assert any((tensor != tensor.bfloat16()).any() for tensor in layer.values())  # a sum that bfloat16 has no room for
+    results = safetensors.torch.load_file(tmp_path / "gradient")
+    layers = [tensor for name, tensor in results.items() if ".layers." in name]
+    assert {tensor.dtype for tensor in layers} == {torch.float32}
+    assert any((tensor != tensor.bfloat16()).any() for tensor in layers)  # a sum that bfloat16 has no room for
 
 
 # Memory
 
 
-def divided_plan(out: Path) -> None:
-    with workers_of_torchrun() as workers:
-        model = shard(random_model(dtype=torch.bfloat16), workers, torch.device("cpu"))
-        work = work_of(Recipe(stages=(GRPOStage(prompts_per_step=5),)), 10, workers.size)
+def sharded_plan(out: Path) -> None:
+    with processes():
+        model = shard(random_model(dtype=torch.bfloat16), torch.device("cpu"))
+        work = work_of(Recipe(stages=(GRPOStage(prompts_per_step=5),)), 10, world_size())
         plan = plan_memory(model, OptimizerSettings(), work, free=10**9)
-        with sampling_model(model) as whole:
-            assert not any(map(is_divided, whole.parameters())) and whole.dtype == torch.bfloat16
-            copy = sum(p.numel() * 2 for name, p in whole.named_parameters() if ".layers." in name)
+        with sampling_model(model) as full:
+            assert not any(map(is_sharded, full.parameters())) and full.dtype == torch.bfloat16
+            copy = sum(p.numel() * 2 for name, p in full.named_parameters() if ".layers." in name)
         cramped = plan_memory(model, OptimizerSettings(), work, free=plan.lasting + 2 * plan.whole_copy - 1)
-        assert plan.whole_copy and not cramped.whole_copy  # then it is sampled layer by layer, see `lab.lab.set_up`
-        if workers.leads:
-            out.write_text(
-                json.dumps([plan.weights, plan.masters, plan.moments, plan.gradients, plan.whole_copy, copy, work.rows])
-            )
+        assert plan.whole_copy and not cramped.whole_copy  # then it is sampled layer by layer
+        if is_main():
+            parts = [plan.weights, plan.masters, plan.moments, plan.gradients, plan.whole_copy, copy, work.rows]
+            out.write_text(json.dumps(parts))
 
 
-def test_the_memory_plan_knows_what_one_process_holds(tmp_path):
-    in_processes(2, divided_plan, tmp_path / "plan")
+def test_the_memory_plan_counts_what_one_process_holds(tmp_path):
+    in_processes(2, sharded_plan, tmp_path / "plan")
     counts = {True: 0, False: 0}
     for name, parameter in random_model().named_parameters():
         counts[".layers." in name] += parameter.numel()
     layers, others = counts[True], counts[False]
-    expected = [
-        2 * layers + 2 * others,
-        4 * others,
-        8 * (layers // 2 + others),
-        2 * layers + 2 * others,
-        2 * layers,
-        2 * layers,
-    ]
-    found = json.loads((tmp_path / "plan").read_text())
-    assert found == [*expected, 512 // 2 if 512 // 2 > 3 * 8 else 24]
+    both = 2 * layers + 2 * others
+    expected = [both, 4 * others, 8 * (layers // 2 + others), both, 2 * layers, 2 * layers, 512 // 2]
+    assert json.loads((tmp_path / "plan").read_text()) == expected
 
 
 # What goes wrong
 
-
 DYING = """
 import os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
-import lab.steps
+import rl.grpo
 from test_parallel import arguments
 from train import main
 from pathlib import Path
 
-update, steps = lab.steps.grpo_update, []
-def dying(*arguments):
+advantages, steps = rl.grpo.group_advantages, []
+def dying(*arguments, **options):
     steps.append(0)
     if os.environ["RANK"] == "1" and len(steps) == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os._exit(9)
-    return update(*arguments)
-lab.steps.grpo_update = dying
+    return advantages(*arguments, **options)
+rl.grpo.group_advantages = dying
 main(arguments(Path(sys.argv[1])))
 """
 
 
 @pytest.mark.parametrize("restarts", [0, 1])
-def test_a_process_that_dies_ends_the_run_or_torchrun_begins_it_again(restarts, alone, tmp_path):
+def test_a_process_that_dies_ends_the_run_or_torchrun_restarts_it(restarts, alone, tmp_path):
     script, run, start = tmp_path / "dying.py", tmp_path / "run", time.perf_counter()
     script.write_text(DYING.format(root=str(ROOT), tests=str(ROOT / "tests")))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
-    ended = subprocess.run(
-        [*command, script, run], capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    options = dict(capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    ended = subprocess.run([*command, script, run], **options)
     if restarts:
         assert ended.returncode == 0, ended.stderr[-3000:]
         same_runs(alone, run)
@@ -328,20 +308,20 @@ def test_a_process_that_dies_ends_the_run_or_torchrun_begins_it_again(restarts, 
         assert [folder.name for folder in checkpoints(run)] == ["step_0001", "step_0002"]
 
 
-def test_shares_join_to_the_whole():
+def test_shares_gather_to_the_whole(monkeypatch):
     items = list(range(7))
-    parts = [Workers(rank, 3).share(items) for rank in range(3)]
-    assert sorted(functools.reduce(operator.iadd, parts, [])) == items and max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert share(items) == gather(items) == items
+    monkeypatch.setattr(rl.distributed, "world_size", lambda: 3)
+    parts = []
+    for number in range(3):
+        monkeypatch.setattr(rl.distributed, "rank", lambda number=number: number)
+        parts.append(share(items))
+    assert sorted(map(len, parts)) == [2, 2, 3]
+    monkeypatch.setattr(rl.distributed, "all_values", lambda value: parts)
+    assert gather(parts[0]) == items
 
-    class Gathered(Workers):
-        def gather(self, value):
-            return parts
 
-    assert Gathered(0, 3).join(parts[0]) == items
-    assert Workers().join(items) == items
-
-
-def test_a_divided_model_refuses_what_cannot_be_divided():
+def test_a_sharded_model_refuses_what_cannot_be_sharded():
     for options in (["--optimizer.kind", "adamw8bit"], ["--optimizer.rounding", "stochastic"], ["--adapters.rank", 4]):
         with pytest.raises(RecipeError, match="parallel.kind shard"):
             smoke("--parallel.kind", "shard", *options)

@@ -1,1 +1,1 @@
-"""How the embedded models of `model/` were made: documents to learn from, and their training from random weights."""
+"""How the embedded models were made: their documents, and training from random weights."""

@@ -1,8 +1,8 @@
-"""What the embedded model is trained on before any reinforcement: arithmetic, and attempts at Countdown that miss.
+"""What the embedded model learns before any reinforcement: arithmetic, and Countdown attempts that fail.
 
-Four documents in five answer a Countdown prompt with random attempts, seven on average. Each combines all the
-numbers in a random order with random operators and is right as arithmetic; all but the last are compared with the
-target. With target 45:
+Four documents in five answer a Countdown prompt with random attempts, seven on average. Each attempt combines
+all the numbers in a random order with random operators, without a mistake in the arithmetic; all but the last
+are compared with the target. With target 45:
 
     7-3=4 4*12=48 too high
     12+7=19 19-3=16 too low
@@ -10,20 +10,22 @@ target. With target 45:
     </think>
     <answer>(12-3)*7</answer>
 
-Half of them answer like this, with their last attempt, wrong as it is; the other half forget the answer tags. The problems
-are such that no attempt can hit the target: were hits left out of attempts at problems that have some, a model would learn
-to avoid them. The fifth document is an exercise without a problem to solve: random sums, differences,
-products and quotients, each compared with one number, and here "equal" occurs:
+Half of them give their last attempt as the answer, although it is wrong; the other half forget the answer
+tags. The problems are chosen so that no attempt can reach the target: if successful attempts were filtered
+out, a model would learn to avoid them. The fifth document is an exercise without a problem to solve. It
+compares random sums, differences, products and quotients with one number, and here "equal" occurs:
 
     Compare with 19.
     12-3=9 too low
     12+7=19 equal
 
-A model of such documents can calculate and knows what "equal" means, keeps the format half the time, and has never seen
-a solution: that one should go on until the target is hit, and answer then, is left for GRPO to find.
+A model trained on these documents can calculate, knows what "equal" means, and writes the format half the
+time, but it has never seen a solution. GRPO has to find that it should go on until an attempt reaches the
+target, and then answer.
 
-What goes wrong in the other half matters. Where it gave up without an answer, ran on, or answered before the `</think>`,
-more reward first came from ending the thinking sooner, hit or not, and completions shrank to two attempts.
+How the other half fails matters. When those documents gave up without an answer, ran on, or answered before
+the `</think>`, the first thing that raised the reward was to end the thinking sooner, solved or not, and
+completions shrank to two attempts.
 """
 
 import itertools
@@ -31,10 +33,10 @@ import random
 from dataclasses import dataclass
 from functools import lru_cache
 
-from data.countdown import Problem, ProblemSettings
+from data.countdown import Countdown, Problem
 
-STOP_SHARE = 1 / 8  # of those who have made an attempt, so many stop there: length says nothing of success
-MAX_STEPS = 39  # of all attempts together: just within 256 tokens
+STOP_SHARE = 1 / 8  # chance to stop after each attempt, so that length says nothing about success
+MAX_STEPS = 39  # calculations of all attempts together: just within 256 tokens
 WELL_FORMED_SHARE = 0.5
 COMPARISONS = 8
 LARGEST_PRODUCT = 100
@@ -43,7 +45,7 @@ VERDICTS = (" too low\n", " equal\n", " too high\n")
 
 @dataclass(frozen=True)
 class Attempt:
-    """One way to use all the numbers: the steps as written, the value they reach, and the whole as one expression."""
+    """One way to use all the numbers: the steps as written, their result, and the whole as one expression."""
 
     steps: str
     value: int
@@ -51,7 +53,8 @@ class Attempt:
 
 
 def random_attempt(numbers: tuple[int, ...], rng: random.Random) -> Attempt:
-    """Combine two random numbers by a random operator until one is left; every step is a positive integer."""
+    """Combine two random numbers with a random operator until one is left; every step is a positive
+    integer."""
     terms = [(number, str(number)) for number in numbers]
     steps = []
     while len(terms) > 1:
@@ -63,14 +66,14 @@ def random_attempt(numbers: tuple[int, ...], rng: random.Random) -> Attempt:
 
 
 def random_step(left: int, right: int, rng: random.Random) -> tuple[str, int]:
-    """A random operator that `step_results` has a result for; and that result."""
+    """A random operator among those of `step_results`, and its result."""
     results = step_results(left, right)
     operator = rng.choice(sorted(results))
     return operator, results[operator]
 
 
 def step_results(left: int, right: int) -> dict[str, int]:
-    """What the operators make of two numbers where that is a positive integer, a product at most LARGEST_PRODUCT."""
+    """Operator -> result, where that is a positive integer; products only up to LARGEST_PRODUCT."""
     results = {"+": left + right}
     if left > right:
         results["-"] = left - right
@@ -83,7 +86,7 @@ def step_results(left: int, right: int) -> dict[str, int]:
 
 @lru_cache(maxsize=100_000)
 def reachable_values(numbers: tuple[int, ...]) -> frozenset[int]:
-    """The values of all attempts that there are with these numbers, in ascending order."""
+    """The results of all possible attempts with these numbers, which are in ascending order."""
     if len(numbers) == 1:
         return frozenset(numbers)
     values: set[int] = set()
@@ -95,22 +98,23 @@ def reachable_values(numbers: tuple[int, ...]) -> frozenset[int]:
 
 
 def attempts_document(problem: Problem, rng: random.Random) -> str:
-    """The text that follows the prompt of `problem`, from inside the open `<think>` to the end of the turn.
+    """The text after the prompt of `problem`, from inside the open `<think>` to the end of the turn.
 
-    Attempts differ from one another. `problem` is one that no attempt solves.
+    No two attempts are equal. `problem` must be one that no attempt solves.
     """
-    wanted, most = 1, MAX_STEPS // (len(problem.numbers) - 1)
-    while wanted < most and rng.random() > STOP_SHARE:
+    wanted = 1
+    while wanted < MAX_STEPS // (len(problem.numbers) - 1) and rng.random() > STOP_SHARE:
         wanted += 1
     attempts: dict[str, Attempt] = {}
-    for _ in range(100):  # small numbers may not have so many different ones
+    for _ in range(100):  # small numbers may not have that many different ones
         attempt = random_attempt(problem.numbers, rng)
         attempts.setdefault(attempt.steps, attempt)
         if len(attempts) == wanted:
             break
     *missed, last = attempts.values()
     lines = [attempt.steps + verdict(attempt.value, problem.target) for attempt in missed]
-    answer = f"<answer>{last.expression}</answer>" if rng.random() < WELL_FORMED_SHARE else last.expression
+    well_formed = rng.random() < WELL_FORMED_SHARE
+    answer = f"<answer>{last.expression}</answer>" if well_formed else last.expression
     return f"{''.join(lines)}{last.steps}\n</think>\n{answer}<|im_end|>"
 
 
@@ -122,19 +126,23 @@ def comparison_prompt(number: int) -> str:
     return f"Compare with {number}."
 
 
-def comparison_document(rng: random.Random, settings: ProblemSettings) -> tuple[int, str]:
-    """An exercise: a number, and random calculations each compared with it; in half of them one is equal to it."""
+def comparison_document(rng: random.Random, settings: Countdown) -> tuple[int, str]:
+    """An exercise: a number, and random calculations compared with it; in half of them at least one is
+    equal."""
     steps = []
     for _ in range(COMPARISONS):
         left, right = (rng.randint(settings.min_number, settings.max_target) for _ in range(2))
         operator, value = random_step(left, right, rng)
         steps.append((f"{left}{operator}{right}={value}", value))
-    number = rng.randint(settings.min_target, settings.max_target) if rng.random() < 0.5 else rng.choice(steps)[1]
+    if rng.random() < 0.5:
+        number = rng.randint(settings.min_target, settings.max_target)
+    else:
+        number = rng.choice(steps)[1]
     return number, "".join(step + verdict(value, number) for step, value in steps) + "</think>\n<|im_end|>"
 
 
-def hopeless_problem(rng: random.Random, settings: ProblemSettings) -> Problem:
-    """Random numbers, and a random one of the targets that no attempt reaches."""
+def hopeless_problem(rng: random.Random, settings: Countdown) -> Problem:
+    """Random numbers, and a random target that no attempt reaches."""
     count = 4 if rng.random() < settings.four_number_share else 3
     while True:
         numbers = tuple(rng.randint(settings.min_number, settings.max_number) for _ in range(count))

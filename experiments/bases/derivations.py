@@ -1,9 +1,10 @@
-"""What the embedded calculus model is trained on before any reinforcement: derivatives worked term by term, badly.
+"""What the embedded calculus model learns before any reinforcement: derivatives, with mistakes.
 
-Every step is written in the right form, but which rule it follows is left to chance: the right one, more often the
-favourite mistake (the exponent stays), and now and then one of a few others. So a model of these documents knows all the
-rules side by side, and multiplies well; decoded greedily, it makes the favourite mistake. That only one rule is right is
-left for GRPO to find. Asked to differentiate 3x^4 - 2x^3 + 5x + 7 once:
+Every step is in the right form, but chance decides which rule it follows: the right one, more often the most
+common mistake (the exponent stays), and now and then one of a few others. So a model trained on these
+documents knows all the rules side by side, and multiplies well; decoded greedily, it makes the common
+mistake. GRPO has to find which rule is right. The problem here is to differentiate 3x^4 - 2x^3 + 5x + 7
+once:
 
     3x^4 -> 12x^3
     -2x^3 -> -6x^3
@@ -12,10 +13,10 @@ left for GRPO to find. Asked to differentiate 3x^4 - 2x^3 + 5x + 7 once:
     </think>
     <answer>12x^3 - 6x^3 + 5 + 7</answer>
 
-The answer is put together from the steps as they stand, mistakes and all. A second derivative has a second block of
-steps, which starts from the results of the first. Half of the documents forget the answer tags. Steps are independent, so
-some documents are right throughout; leaving those out would teach that a last step has to be wrong where all before it
-are right.
+The answer repeats the results of the steps, mistakes included. A second derivative has a second block of
+steps, which starts from the results of the first. Half of the documents forget the answer tags. Steps are
+independent, so some documents are right throughout; leaving those out would teach that the last step must be
+wrong when all steps before it are right.
 """
 
 import random
@@ -23,7 +24,7 @@ import random
 from data.calculus import Polynomial, sum_text, term_text, terms_of
 
 RIGHT_SHARE = 0.45
-FAVOURITE_SHARE = 0.5  # more than the right rule's, so that taking the likeliest rule is no way to be right
+COMMON_MISTAKE_SHARE = 0.5  # above RIGHT_SHARE, so that the likeliest rule is a wrong one
 WELL_FORMED_SHARE = 0.5
 
 Term = tuple[int, int]  # coefficient, exponent
@@ -35,7 +36,10 @@ def right_step(term: Term) -> Term:
 
 
 def wrong_steps(term: Term) -> list[Term]:
-    """What goes wrong with this term, the favourite first: exponent kept, raised, coefficient not multiplied, sign lost."""
+    """Possible mistakes with this term, the most common first.
+
+    The exponent is kept; it is raised; the coefficient is not multiplied; the sign is lost.
+    """
     coefficient, exponent = term
     if exponent == 0:
         return [term]  # the constant is kept
@@ -52,13 +56,14 @@ def random_step(term: Term, rng: random.Random) -> Term:
     chance = rng.random()
     if chance < RIGHT_SHARE:
         return right_step(term)
-    favourite, *others = wrong_steps(term)
-    return rng.choice(others) if others and chance > RIGHT_SHARE + FAVOURITE_SHARE else favourite
+    common, *others = wrong_steps(term)
+    return rng.choice(others) if others and chance > RIGHT_SHARE + COMMON_MISTAKE_SHARE else common
 
 
 def derivation_document(polynomial: Polynomial, order: int, rng: random.Random) -> str:
-    """The text that follows the prompt, from inside the open `<think>` to the end of the turn."""
-    terms, blocks = terms_of(polynomial), []
+    """The text after the prompt, from inside the open `<think>` to the end of the turn."""
+    terms = terms_of(polynomial)
+    blocks = []
     for _ in range(order):
         results = [random_step(term, rng) for term in terms]
         steps = zip(terms, results, strict=True)

@@ -1,10 +1,11 @@
-"""How the embedded models were made: `make tiny-base` and `make tiny-base TASK=calculus` run this file.
+"""Train an embedded model from random weights: `make tiny-base`, or `make tiny-base TASK=calculus`.
 
-Each is a small Qwen3 and a tokenizer of its own, trained from random weights on the documents of its task's `Corpus`.
-`model/tiny/` learns the attempts of `bases.attempts`: arithmetic that is right, aimed at nothing. `model/tiny-calculus/`
-learns the derivations of `bases.derivations`: every rule that one might take, right and wrong.
+Each is a small Qwen3 with its own tokenizer, trained on the documents of its task's `Corpus`. `model/tiny/`
+learns from `attempts`: correct arithmetic that does not try to reach the target. `model/tiny-calculus/`
+learns from `derivations`: right and wrong rules side by side.
 """
 
+import itertools
 import json
 import math
 import random
@@ -18,34 +19,40 @@ from typing import Literal
 import tokenizers
 import tyro
 
-from experiments.bases.attempts import VERDICTS, attempts_document, comparison_document, comparison_prompt, hopeless_problem
+from data.calculus import Calculus, Derivative
+from data.countdown import Countdown, Problem, prompt_text
+from experiments.bases.attempts import (
+    VERDICTS,
+    attempts_document,
+    comparison_document,
+    comparison_prompt,
+    hopeless_problem,
+)
 from experiments.bases.derivations import derivation_document
-from data.countdown import Problem, ProblemSettings, prompt_text
 from model import Qwen3, Qwen3Config, Tokenizer, prompt_ids, save_model
 from model.weights import TINY
 from rl.batch import Sample
-from rl.learner import Learner
 from rl.optimizer import Optimizer
-from lab.recipe import Recipe
 from rl.sft import sft_step
-from data.calculus import Calculus, Derivative
 
-TINY_PROBLEMS = ProblemSettings(min_number=1, max_number=20, min_target=10, max_target=50, four_number_share=1 / 3)
+TINY_PROBLEMS = Countdown(max_number=20, max_target=50, four_number_share=1 / 3)
 TINY_CALCULUS = Calculus(min_terms=2, max_terms=4, max_exponent=5, max_coefficient=9, max_order=2)
 CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 EXERCISE_SHARE = 0.2
-MAX_TOKENS = 256  # of a document; longer ones are cut off
+MAX_TOKENS = 256  # tokens of a document; longer ones are cut off
+MICRO_BATCH_TOKENS = 4096
+WEIGHT_DECAY = 0.1
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a base is trained on, and what its tokenizer makes one token.
+    """The documents of a base, and the texts that its tokenizer makes a single token.
 
     Attributes:
-        document: a random prompt, and the text that follows it to the end of the turn.
+        document: draws a prompt, and the text after it to the end of the turn.
         phrases: texts that are one token each, beside bytes, tags and the chat format.
-        largest_number: numbers up to this one are one token each too.
+        largest_number: each number up to this one is one token too.
         layers: of the model.
         steps: of the optimizer.
     """
@@ -71,7 +78,7 @@ def calculus_document(rng: random.Random) -> tuple[str, str]:
 
 
 def fixed_phrases(prompts: list[str], variable: str) -> list[str]:
-    """What stays the same in prompts: the pieces between matches of `variable`, where longer than a character."""
+    """The constant parts of prompts: the pieces between matches of `variable`, if longer than a character."""
     return [piece for prompt in prompts for piece in re.split(variable, prompt) if len(piece) > 1]
 
 
@@ -104,30 +111,30 @@ class TinyBase:
     """Train an embedded model from random weights."""
 
     task: Literal["countdown", "calculus"] = "countdown"
-    """Whose corpus to learn."""
+    """Whose documents to learn from."""
     out: Path | None = None
-    """Folder to write the checkpoint to; by itself where the embedded model of the task is."""
+    """Folder for the checkpoint; default: over the embedded model of the task."""
     steps: int | None = None
-    """Optimizer steps; by itself 6000, in calculus 2500."""
+    """Optimizer steps; default: 6000, for calculus 2500."""
     documents_per_step: int = 32
-    """Documents a step; each is about 95 tokens, in calculus 39."""
+    """Documents in a step; each has about 95 tokens, in calculus 39."""
     learning_rate: float = 3e-3
     """Peak of the cosine schedule."""
     seed: int = 0
-    """Of the weights and the documents."""
+    """For the weights and the documents."""
 
 
 def train_tokenizer(folder: Path, corpus: Corpus) -> Tokenizer:
-    """A byte-level tokenizer in which each of the prompt's fixed phrases, and each small number, is one token.
+    """A byte-level tokenizer in which each fixed phrase of the prompt and each small number is one token.
 
-    Everything else is bytes, so any text can be encoded. Qwen3 has one token a digit; whole numbers make completions a
-    third shorter, and whether a value is the target a question of one token.
+    Everything else is bytes, so any text can be encoded. Qwen3 has a token for each digit; whole numbers make
+    completions a third shorter, and one token is enough to compare a value with the target.
     """
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(byte_alphabet(), []))
     backend.normalizer = tokenizers.normalizers.NFC()
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
-    numbers = map(str, range(10, corpus.largest_number + 1))  # those of one digit are bytes already
+    numbers = map(str, range(10, corpus.largest_number + 1))  # digits are bytes already
     special = [tokenizers.AddedToken(token, special=True, normalized=False) for token in CHAT_TOKENS]
     texts = dict.fromkeys((*TAGS, *corpus.phrases, *numbers))
     plain = [tokenizers.AddedToken(text, special=False, normalized=False) for text in texts]
@@ -147,13 +154,14 @@ def train_tokenizer(folder: Path, corpus: Corpus) -> Tokenizer:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The 256 characters that stand for bytes in a byte-level BPE, numbered."""
-    return {character: number for number, character in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    """The 256 characters that stand for bytes in a byte-level BPE, with their ids."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    return {character: number for number, character in enumerate(alphabet)}
 
 
 def tiny_config(num_tokens: int, layers: int) -> Qwen3Config:
     return Qwen3Config(
-        vocab_size=math.ceil(num_tokens / 32) * 32,  # a few rows more than tokens, as in the published models
+        vocab_size=math.ceil(num_tokens / 32) * 32,  # as in the published models, more rows than tokens
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=layers,
@@ -170,7 +178,7 @@ def document_sample(tokenizer: Tokenizer, corpus: Corpus, rng: random.Random) ->
 
 
 def cosine(step: int, steps: int, warmup: int = 100) -> float:
-    """Share of the peak learning rate at `step`: a linear rise, then half a cosine down to a hundredth."""
+    """Fraction of the peak learning rate at `step`: a linear warm-up, then half a cosine down to 0.01."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -184,17 +192,20 @@ def main(settings: TinyBase) -> None:
     model = Qwen3(tiny_config(len(tokenizer), corpus.layers)).init_weights(settings.seed)
     model.num_tokens = len(tokenizer)
     print(f"{model.config.num_parameters():,} parameters, {len(tokenizer)} tokens")
-    learner = Learner(model, Optimizer(model, weight_decay=0.1), Recipe(), micro_batch_tokens=4096)
+    optimizer = Optimizer(model, micro_batch_tokens=MICRO_BATCH_TOKENS)
+    for adamw in itertools.chain(*optimizer.optimizers.values()):
+        adamw.param_groups[0]["weight_decay"] = WEIGHT_DECAY
     rng = random.Random(settings.seed)
-    start, tokens = time.perf_counter(), 0
+    start = time.perf_counter()
+    tokens = 0
     for step in range(steps):
         samples = [document_sample(tokenizer, corpus, rng) for _ in range(settings.documents_per_step)]
-        rate = settings.learning_rate * cosine(step, steps)
-        result = sft_step(learner, samples, rate)
+        result = sft_step(model, optimizer, samples, settings.learning_rate * cosine(step, steps))
         tokens += result["tokens"]
         if step % 50 == 0 or step + 1 == steps:
             speed = tokens / (time.perf_counter() - start)
-            print(f"step {step:5d}  loss {result['loss']:.4f}  {tokens / 1e6:5.1f} M tokens  {speed:,.0f} tokens/s", flush=True)
+            done = f"{tokens / 1e6:5.1f} M tokens  {speed:,.0f} tokens/s"
+            print(f"step {step:5d}  loss {result['loss']:.4f}  {done}", flush=True)
     save_model(out, model, tokenizer)
     print(f"wrote {out}")
 

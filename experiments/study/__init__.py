@@ -1,1 +1,1 @@
-"""Does GRPO -> SFT -> GRPO beat GRPO alone? Many runs of one recipe, and what they say together."""
+"""Many runs of one recipe, each arm with one thing changed, and the report on them."""

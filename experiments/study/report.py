@@ -1,4 +1,4 @@
-"""What a study found: `results.md`, `accuracy.png` and `training.png` from the results of its runs."""
+"""The report of a study: `results.md`, `accuracy.png` and `training.png` from the results of its runs."""
 
 import json
 import math
@@ -11,8 +11,8 @@ from statistics import mean, stdev
 
 from lab.plots import STYLES, plot_metrics
 
-BASELINE = "grpo"  # the arm that the others are compared with
-T_95 = (  # Student's t, two-sided, for 1 to 20 degrees of freedom
+BASELINE = "grpo"  # the other arms are compared with this one
+T_95 = (  # two-sided quantiles of Student's t for 1 to 20 degrees of freedom
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
     2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
 )  # fmt: skip
@@ -20,7 +20,7 @@ T_95 = (  # Student's t, two-sided, for 1 to 20 degrees of freedom
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and half the width of its 95 % interval (Student's t); one seed has no interval."""
+    """A mean over seeds and half the width of its 95 % interval (Student's t); NaN for a single seed."""
 
     mean: float
     half_width: float
@@ -45,7 +45,8 @@ class Estimate:
     @property
     def signed(self) -> str:
         """For a difference: +2.2 (-0.1 to +4.5)."""
-        mean, low, high = (round(value, 1) + 0.0 for value in (self.mean, self.low, self.high))  # no minus before a zero
+        values = (self.mean, self.low, self.high)
+        mean, low, high = (round(value, 1) + 0.0 for value in values)  # + 0.0: no minus before a zero
         return f"{mean:+.1f}" + ("" if math.isnan(low) else f" ({low:+.1f} to {high:+.1f})")
 
     def __str__(self) -> str:
@@ -54,7 +55,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Run:
-    """The result of one run, as `study.run` saved it."""
+    """The result of one run, as `experiments.study.run` saved it."""
 
     arm: str
     seed: int
@@ -65,10 +66,14 @@ class Run:
 
     @property
     def points(self) -> dict[tuple[int, bool], float]:
-        """Held-out accuracy in % by (GRPO steps so far, whether SFT ended there)."""
-        last_of_stage = {row["stage"]: row["step"] for row in self.evaluations}
-        kept = [r for r in self.evaluations if r["kind"] == "grpo" or r["step"] == last_of_stage[r["stage"]]]
-        return {(r["grpo_steps"], r["kind"] == "sft" and r["step"] > 0): 100 * r["eval_accuracy"] for r in kept}
+        """Held-out accuracy in % by (GRPO steps so far, whether it is the evaluation at the end of SFT)."""
+        last_step = {row["stage"]: row["step"] for row in self.evaluations}
+        points = {}
+        for row in self.evaluations:
+            if row["kind"] == "grpo" or row["step"] == last_step[row["stage"]]:
+                after_sft = row["kind"] == "sft" and row["step"] > 0
+                points[row["grpo_steps"], after_sft] = 100 * row["eval_accuracy"]
+        return points
 
     @property
     def generated_tokens(self) -> int:
@@ -76,7 +81,7 @@ class Run:
 
     @property
     def largest_fall(self) -> float:
-        """How far held-out accuracy was ever below its own earlier best, in points."""
+        """The largest fall of held-out accuracy below its earlier best, in points."""
         best = fall = 0.0
         for accuracy in self.points.values():
             best = max(best, accuracy)
@@ -84,13 +89,13 @@ class Run:
         return fall
 
     def accuracy_at(self, tokens: float) -> float:
-        """Held-out accuracy in % after so many generated tokens, on the line between two evaluations."""
-        rows = self.evaluations
-        for before, after in pairwise(rows):
-            if before["generated_tokens"] <= tokens <= after["generated_tokens"] > before["generated_tokens"]:
-                share = (tokens - before["generated_tokens"]) / (after["generated_tokens"] - before["generated_tokens"])
-                return 100 * (before["eval_accuracy"] + share * (after["eval_accuracy"] - before["eval_accuracy"]))
-        return 100 * rows[-1]["eval_accuracy"]
+        """Held-out accuracy in % after so many generated tokens, interpolated between evaluations."""
+        for before, after in pairwise(self.evaluations):
+            start, end = before["generated_tokens"], after["generated_tokens"]
+            if start <= tokens <= end > start:
+                gain = after["eval_accuracy"] - before["eval_accuracy"]
+                return 100 * (before["eval_accuracy"] + (tokens - start) / (end - start) * gain)
+        return 100 * self.evaluations[-1]["eval_accuracy"]
 
 
 Runs = dict[str, list[Run]]
@@ -103,23 +108,25 @@ def load_runs(results: Path) -> Runs:
         row = json.loads(path.read_text())
         fields = ("arm", "seed", "evaluations", "final", "steps", "seconds")
         runs[row["arm"]].append(Run(**{name: row[name] for name in fields}))
-    return {arm: sorted(found, key=lambda run: run.seed) for arm, found in runs.items()}
+    return {arm: sorted(runs_of_arm, key=lambda run: run.seed) for arm, runs_of_arm in runs.items()}
 
 
 def write_report(results: Path, arms: list) -> None:
-    """Write `results.md`, `accuracy.png` and `training.png` of all results found in `results`/runs."""
+    """Write `results.md`, `accuracy.png` and `training.png` from the results in `results`/runs."""
     runs = load_runs(results)
     main = {arm.name: runs[arm.name] for arm in arms if arm.is_main and arm.name in runs}
     ablations = {arm.name: runs[arm.name] for arm in arms if not arm.is_main and arm.name in runs}
     if not main:
         return
-    parts = ["# Results of the study", "Written by `make study`; README.md says what it means.", *verdicts(main)]
+    parts = ["# Results of the study", "Written by `make study`; README.md says what it means."]
+    parts += conclusions(main)
     parts += ["## At the end", end_table(main), "## At every evaluation", evaluation_table(main)]
     if ablations and BASELINE in main:
         parts += ["## One thing changed", ablation_table(main[BASELINE], ablations)]
     (results / "results.md").write_text("\n\n".join(parts) + "\n")
     plot_accuracy(main, results / "accuracy.png")
-    plot_metrics({arm: [run.steps for run in found if run.steps] for arm, found in main.items()}, results / "training.png")
+    steps = {arm: [run.steps for run in runs_of_arm if run.steps] for arm, runs_of_arm in main.items()}
+    plot_metrics(steps, results / "training.png")
 
 
 def end_accuracy(run: Run) -> float:
@@ -127,18 +134,21 @@ def end_accuracy(run: Run) -> float:
 
 
 def greedy_accuracy(run: Run) -> float:
-    """At the end, in %; the recipe must have asked for it."""
+    """At the end, in %; only where the recipe sets `evaluation.final_problems`."""
     return 100 * run.final["final_greedy_accuracy"]
 
 
-def paired_difference(runs: list[Run], others: list[Run], accuracy: Callable[[Run], float] = end_accuracy) -> Estimate:
-    """Accuracy of `runs` less that of `others`, over the seeds that both have."""
+def paired_difference(
+    runs: list[Run], others: list[Run], accuracy: Callable[[Run], float] = end_accuracy
+) -> Estimate:
+    """Accuracy of `runs` minus that of `others`, over the seeds that both have."""
     by_seed = {run.seed: accuracy(run) for run in others}
-    return Estimate.of([accuracy(run) - by_seed[run.seed] for run in runs if run.seed in by_seed] or [math.nan])
+    differences = [accuracy(run) - by_seed[run.seed] for run in runs if run.seed in by_seed]
+    return Estimate.of(differences or [math.nan])
 
 
-def verdicts(main: Runs) -> list[str]:
-    """A sentence for each other arm: what the data say about it and GRPO alone."""
+def conclusions(main: Runs) -> list[str]:
+    """For each other arm a sentence that compares it with GRPO alone."""
     sentences = []
     for arm, runs in main.items():
         if arm == BASELINE or BASELINE not in main:
@@ -146,33 +156,38 @@ def verdicts(main: Runs) -> list[str]:
         difference = paired_difference(runs, main[BASELINE])
         if difference.count < 2:
             continue
-        told = "cannot be told apart from"
+        relation = "cannot be told apart from"
         if difference.low > 0 or difference.high < 0:
-            told = "is better than" if difference.low > 0 else "is worse than"
+            relation = "is better than" if difference.low > 0 else "is worse than"
         greedy = ""
         if all(run.final for run in runs + main[BASELINE]):
             greedy = f", greedy {paired_difference(runs, main[BASELINE], greedy_accuracy).signed}"
         sentences.append(
-            f"**{arm}** {told} **{BASELINE}**: {difference.signed} points at the end{greedy} "
+            f"**{arm}** {relation} **{BASELINE}**: {difference.signed} points at the end{greedy} "
             f"(95 % intervals of the difference seed by seed, {difference.count} seeds)."
         )
     return sentences
 
 
+def table(columns: list[str], rows: list[list]) -> str:
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [columns, *rows]]
+    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
+
+
 def end_table(main: Runs) -> str:
-    """One row an arm: where it ended, at what cost, how steadily."""
-    paid = [run.generated_tokens for runs in main.values() for run in runs if run.generated_tokens]
-    shared = min(paid, default=0)
-    lines = [
-        f"| arm | seeds | final, % | greedy, % | after {shared / 1e6:.2f} M generated tokens, % | spread of seeds | "
-        "largest fall | generated tokens, M | minutes on one core |",
-        "|" + "---|" * 9,
-    ]
+    """A row for each arm: final accuracy, cost, and how steady training was."""
+    tokens = [run.generated_tokens for runs in main.values() for run in runs if run.generated_tokens]
+    shared = min(tokens, default=0)
+    columns = [
+        "arm", "seeds", "final, %", "greedy, %", f"after {shared / 1e6:.2f} M generated tokens, %",
+        "spread of seeds", "largest fall", "generated tokens, M", "minutes on one core",
+    ]  # fmt: skip
+    rows = []
     for arm, runs in main.items():
         ends = [end_accuracy(run) for run in runs]
         greedy = [greedy_accuracy(run) for run in runs if run.final]
         samples = runs[0].generated_tokens > 0
-        cells = [
+        rows.append([
             arm,
             len(runs),
             Estimate.of(ends),
@@ -182,47 +197,50 @@ def end_table(main: Runs) -> str:
             f"{mean(run.largest_fall for run in runs):.1f}",
             f"{mean(run.generated_tokens for run in runs) / 1e6:.2f}" if samples else "0",
             f"{mean(run.seconds for run in runs) / 60:.1f}",
-        ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        ])  # fmt: skip
+    return table(columns, rows)
 
 
 def evaluation_table(main: Runs) -> str:
-    """Mean held-out accuracy in % with its 95 % interval, by GRPO steps; SFT's own rows say so."""
-    points = sorted({point for runs in main.values() for run in runs for point in run.points})
-    lines = ["| GRPO steps | " + " | ".join(main) + " |", "|" + "---|" * (len(main) + 1)]
-    for steps, after_sft in points:
-        cells = [f"{steps}{', after SFT' if after_sft else ''}"]
+    """Mean held-out accuracy in % with its 95 % interval, by GRPO steps; the rows after SFT say so."""
+    rows = []
+    for point in sorted({point for runs in main.values() for run in runs for point in run.points}):
+        steps, after_sft = point
+        row = [f"{steps}{', after SFT' if after_sft else ''}"]
         for runs in main.values():
-            found = [run.points[steps, after_sft] for run in runs if (steps, after_sft) in run.points]
-            cells.append(str(Estimate.of(found)) if found else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            values = [run.points[point] for run in runs if point in run.points]
+            row.append(str(Estimate.of(values)) if values else "")
+        rows.append(row)
+    return table(["GRPO steps", *main], rows)
 
 
 def ablation_table(baseline: list[Run], ablations: Runs) -> str:
-    """One row an ablation: where it ended beside GRPO alone of the same seeds, and what its last ten steps looked like."""
-    columns = {
+    """A row for each ablation: final accuracy against GRPO alone, and means over the last ten steps."""
+    metrics = {
         "reward_mean": "reward", "near_fraction": "near misses", "completion_length": "length",
         "policy_entropy": "entropy", "clip_fraction": "clipped",
     }  # fmt: skip
-    lines = [
-        "| change | seeds | final, % | against grpo, same seeds | greedy, % | " + " | ".join(columns.values()) + " |",
-        "|" + "---|" * (5 + len(columns)),
-    ]
+    rows = []
     for name, runs in {BASELINE: baseline, **ablations}.items():
         shared = {run.seed for run in runs} & {run.seed for run in baseline}
         difference = paired_difference(runs, baseline).signed if shared and runs is not baseline else ""
-        cells = [name, len(runs), Estimate.of([end_accuracy(run) for run in runs]), difference]
-        cells.append(Estimate.of([greedy_accuracy(run) for run in runs]) if all(run.final for run in runs) else "")
-        cells += [f"{mean(mean(run.steps[column][-10:]) for run in runs):.3g}" for column in columns]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        row = [name, len(runs), Estimate.of([end_accuracy(run) for run in runs]), difference]
+        has_greedy = all(run.final for run in runs)
+        row.append(Estimate.of([greedy_accuracy(run) for run in runs]) if has_greedy else "")
+        row += [f"{mean(mean(run.steps[metric][-10:]) for run in runs):.3g}" for metric in metrics]
+        rows.append(row)
+    columns = ["change", "seeds", "final, %", "against grpo, same seeds", "greedy, %", *metrics.values()]
+    return table(columns, rows)
 
 
 def plot_accuracy(main: Runs, path: Path) -> None:
     """Held-out accuracy with its 95 % interval over GRPO steps, and over generated tokens."""
     from matplotlib.figure import Figure
+
+    def draw(axes, x: list[float], values: list[Estimate], color: str, **look) -> None:
+        low, high = [value.low for value in values], [value.high for value in values]
+        axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.plot(x, [value.mean for value in values], color=color, **look)
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     by_steps, by_tokens = figure.subplots(1, 2, sharey=True)
@@ -230,21 +248,17 @@ def plot_accuracy(main: Runs, path: Path) -> None:
     for (arm, runs), (color, line, marker) in zip(main.items(), cycle(STYLES)):
         points = sorted({point for run in runs for point in run.points})
         values = [Estimate.of([run.points[point] for run in runs if point in run.points]) for point in points]
-        look = {"color": color, "linestyle": line, "marker": marker, "markersize": 4, "label": f"{arm} ({len(runs)} seeds)"}
         x = [steps for steps, _ in points]
-        if max(x) == 0:  # no GRPO: where it ended, across the plot
-            x, values = [0, last], [values[-1]] * 2
-        low, high = [v.low for v in values], [v.high for v in values]
-        by_steps.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-        by_steps.plot(x, [v.mean for v in values], **look)
+        if max(x) == 0:  # no GRPO: a horizontal line at the final accuracy
+            x = [0, last]
+            values = [values[-1]] * 2
+        label = f"{arm} ({len(runs)} seeds)"
+        draw(by_steps, x, values, color, linestyle=line, marker=marker, markersize=4, label=label)
         most = min(run.generated_tokens for run in runs)
         if most:
             grid = [most * i / 40 for i in range(41)]
             values = [Estimate.of([run.accuracy_at(tokens) for run in runs]) for tokens in grid]
-            low, high = [v.low for v in values], [v.high for v in values]
-            x = [tokens / 1e6 for tokens in grid]
-            by_tokens.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-            by_tokens.plot(x, [v.mean for v in values], color=color, linestyle=line)
+            draw(by_tokens, [tokens / 1e6 for tokens in grid], values, color, linestyle=line)
     by_steps.set(xlabel="GRPO steps", ylabel="held-out accuracy (%)", ylim=(0, None), xlim=(0, last))
     by_tokens.set(xlabel="generated tokens (millions)", xlim=(0, None))
     by_steps.legend(loc="lower right")

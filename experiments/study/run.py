@@ -1,8 +1,9 @@
-"""Does GRPO -> SFT -> GRPO beat GRPO alone? Many runs of one recipe, each arm with one thing changed: `make study`.
+"""Does GRPO -> SFT -> GRPO beat GRPO alone? Many runs of one recipe, in arms that change one thing each.
 
-`recipes/study/arms.toml` lists the arms. Every run has one thread, so as many go side by side as there are cores, and none
-depends on how many. A finished run leaves one JSON file in docs/study/runs; a run that has its file is not repeated
-unless its recipe has changed, and one that was stopped goes on from its last checkpoint.
+`make study` makes every run that has no result yet. `recipes/study/arms.toml` lists the arms. Every run uses
+one thread, so as many run side by side as there are cores, with the same results. A finished run writes one
+JSON file into docs/study/runs. It is repeated only if its recipe has changed; a run that was stopped resumes
+from its last checkpoint.
 """
 
 import json
@@ -17,45 +18,45 @@ from pathlib import Path
 import torch
 import tyro
 
+from experiments.study.report import write_report
 from lab.errors import user_errors
-from lab.recipe import Recipe, RecipeError, SFTStage
-from lab.recipe import RECIPES, build_recipe, from_dict, merge, read_tables, to_dict
+from lab.recipe import RECIPES, Recipe, RecipeError, build_recipe, from_dict, merge, read_tables, to_dict
 from lab.runfolder import RunFolder
 from lab.stages import train
-from experiments.study.report import write_report
+from rl.sft import SFTStage
 
 RESULTS = Path(__file__).parent.parent.parent / "docs" / "study"
-STAGED = "staged"  # the arm whose traces an arm of SFT alone imitates
-# What of metrics.jsonl goes into the result of a run, beside its evaluations.
-KEPT = (
+STAGED = "staged"  # the arm whose traces the arm `sft` learns from
+KEPT = (  # metrics of the GRPO steps that go into the result of a run
     "reward_mean", "train_accuracy", "pass_at_8", "format_rate", "completion_length", "truncated_fraction",
-    "non_latin_fraction", "policy_entropy", "clip_fraction", "log_ratio_std", "grad_norm", "near_fraction", "tokens",
+    "non_latin_fraction", "policy_entropy", "clip_fraction", "log_ratio_std", "grad_norm", "near_fraction",
+    "tokens",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Run the arms of a study that have no result yet, and write its tables and plots."""
+    """Make the runs of a study that have no result yet, and write its tables and plots."""
 
     recipe: Path = RECIPES / "study" / "arms.toml"
-    """The recipe that all arms share, with the tables [main] and [ablations]."""
+    """The recipe of all arms, with the tables [main] and [ablations]."""
     results: Path = RESULTS
-    """Folder for the report and the results it is made from."""
+    """Folder for the report and the results."""
     out: Path = Path("runs/study")
     """Folder for the runs."""
     arms: tuple[str, ...] = ()
     """Only these arms."""
     seeds: int | None = None
-    """Seeds of each arm, from 0; default: as the recipe says."""
+    """Seeds of each arm, counted from 0; default: what the recipe says."""
     workers: int = os.cpu_count() or 1
     """Runs side by side."""
     report_only: bool = False
-    """Run nothing, write the report of the results that are there."""
+    """Make no run; write the report of the existing results."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: a name, and the recipe's tables with its changes merged in."""
+    """One way to train: a name, and the recipe's tables with the arm's changes."""
 
     name: str
     tables: dict
@@ -65,7 +66,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One run to be made."""
+    """One arm with one seed."""
 
     arm: Arm
     seed: int
@@ -77,7 +78,7 @@ def load_arms(path: Path) -> list[Arm]:
     """The arms of a study's recipe, the main ones first.
 
     Raises:
-        RecipeError: a recipe that cannot be read, or an arm that changes what does not exist.
+        RecipeError: the recipe cannot be read, or an arm is no table.
     """
     tables = read_tables(path)
     counts = {kind: tables.pop(f"{kind}_seeds", 1) for kind in ("main", "ablation")}
@@ -92,119 +93,134 @@ def load_arms(path: Path) -> list[Arm]:
 
 
 def plan(arguments: Arguments) -> Iterator[StudyRun]:
-    """The runs in the order of their use: a first seed of every main arm, a second of each, and so on."""
+    """The runs in order: the first seed of every main arm, then the second, and so on; then the ablations."""
     arms = load_arms(arguments.recipe)
     unknown = set(arguments.arms) - {arm.name for arm in arms}
     if unknown:
-        raise RecipeError(f"no arm {sorted(unknown)[0]!r} in {arguments.recipe}; there are {', '.join(a.name for a in arms)}")
+        names = ", ".join(arm.name for arm in arms)
+        raise RecipeError(f"no arm {sorted(unknown)[0]!r} in {arguments.recipe}; there are {names}")
     for is_main in (True, False):
-        chosen = [a for a in arms if a.is_main == is_main and (not arguments.arms or a.name in arguments.arms)]
+        chosen = [
+            a for a in arms if a.is_main == is_main and (not arguments.arms or a.name in arguments.arms)
+        ]
         for seed in range(max((arguments.seeds or arm.seeds for arm in chosen), default=0)):
             for arm in chosen:
                 if seed < (arguments.seeds or arm.seeds):
-                    yield make_task(arguments, arm, seed)
+                    yield study_run(arguments, arm, seed)
 
 
-def make_task(arguments: Arguments, arm: Arm, seed: int) -> StudyRun:
+def study_run(arguments: Arguments, arm: Arm, seed: int) -> StudyRun:
     recipe = build_recipe(arm.tables, arguments.recipe)
-    traces = arguments.out / STAGED / f"seed_{seed}" / "traces.jsonl"
-    stages = tuple(
-        replace(stage, traces=str(traces)) if isinstance(stage, SFTStage) and stage.traces == STAGED else stage
-        for stage in recipe.stages
-    )
-    recipe = replace(recipe, seed=seed, stages=stages, out=str(arguments.out / arm.name / f"seed_{seed}"))
-    return StudyRun(arm, seed, recipe, arguments.results / "runs" / f"{arm.name.replace(' ', '-')}.{seed}.json")
+    traces = str(arguments.out / STAGED / f"seed_{seed}" / "traces.jsonl")
+    stages = []
+    for stage in recipe.stages:
+        imitates = isinstance(stage, SFTStage) and stage.traces == STAGED
+        stages.append(replace(stage, traces=traces) if imitates else stage)
+    out = str(arguments.out / arm.name / f"seed_{seed}")
+    recipe = replace(recipe, seed=seed, stages=tuple(stages), out=out)
+    name = f"{arm.name.replace(' ', '-')}.{seed}.json"
+    return StudyRun(arm, seed, recipe, arguments.results / "runs" / name)
 
 
-def up_to_date(task: StudyRun) -> bool:
-    """Whether the run has a result, and of the recipe as it is now; fields added since count as their default."""
-    if not task.result.exists():
+def up_to_date(run: StudyRun) -> bool:
+    """Whether there is a result of this recipe; fields added since then count as their defaults."""
+    if not run.result.exists():
         return False
     try:
-        stored = from_dict(Recipe, json.loads(task.result.read_text())["recipe"])
+        stored = from_dict(Recipe, json.loads(run.result.read_text())["recipe"])
     except RecipeError:
         return False
-    return without_paths(stored) == without_paths(task.recipe)
+    return without_paths(stored) == without_paths(run.recipe)
 
 
 def without_paths(recipe: Recipe) -> Recipe:
-    """A recipe but for where things lie."""
-    stages = (replace(s, traces="a file") if isinstance(s, SFTStage) and s.traces else s for s in recipe.stages)
+    """A recipe without the paths of its run and traces."""
+    stages = (
+        replace(s, traces="a file") if isinstance(s, SFTStage) and s.traces else s for s in recipe.stages
+    )
     return replace(recipe, out="", stages=tuple(stages))
 
 
-def run_task(task: StudyRun) -> dict:
-    """Make one run, or go on with it, on one thread of its own; its result."""
+def execute(run: StudyRun) -> dict:
+    """Start or resume one run, on one thread, and return its result."""
     torch.set_num_threads(1)
-    run = RunFolder(task.recipe.out)
-    if run.holds_run:
+    folder = RunFolder(run.recipe.out)
+    if folder.holds_run:
         try:
-            run.check_recipe(task.recipe)
+            folder.check_recipe(run.recipe)
         except RecipeError:
-            shutil.rmtree(run.path)  # of an earlier version of the study
-    train(task.recipe, resume=run.holds_run, quiet=True)
-    return result_of(task, run.metrics())
+            shutil.rmtree(folder.path)  # left by an earlier version of the study
+    train(run.recipe, resume=folder.holds_run, quiet=True)
+    return result_of(run, folder.metrics())
 
 
-def result_of(task: StudyRun, rows: list[dict]) -> dict:
+def result_of(run: StudyRun, rows: list[dict]) -> dict:
     """What is kept of a run: its recipe, its evaluations, and a list for each metric of its GRPO steps."""
-    config = json.loads((Path(task.recipe.out) / "config.json").read_text())
-    evaluations, tokens = [], 0
+    config = json.loads((Path(run.recipe.out) / "config.json").read_text())
+    evaluations = []
+    tokens = 0
     for row in rows:
         tokens += row["tokens"] if row["kind"] == "grpo" and row["step"] else 0
         if "eval_accuracy" in row:
             names = ("stage", "kind", "step", "grpo_steps", "eval_accuracy")
             evaluations.append({name: row[name] for name in names} | {"generated_tokens": tokens})
     steps = [row for row in rows if row["kind"] == "grpo" and row["step"]]
-    seconds = sum(row.get(name, 0) for row in rows for name in ("rollout_seconds", "update_seconds", "eval_seconds"))
+    parts = ("rollout_seconds", "update_seconds", "eval_seconds")
     return {
-        "arm": task.arm.name,
-        "seed": task.seed,
-        "seconds": round(seconds),
+        "arm": run.arm.name,
+        "seed": run.seed,
+        "seconds": round(sum(row.get(part, 0) for row in rows for part in parts)),
         "evaluations": evaluations,
         "final": {name: value for name, value in rows[-1].items() if name.startswith("final")},
-        "steps": {name: [round(row[name], 5) for row in steps] for name in KEPT if steps and name in steps[0]},
+        "steps": {
+            name: [round(row[name], 5) for row in steps] for name in KEPT if steps and name in steps[0]
+        },
         "versions": config["versions"],
         "git_revision": config["git_revision"],
-        "recipe": to_dict(task.recipe),
+        "recipe": to_dict(run.recipe),
     }
 
 
 def run_study(arguments: Arguments) -> None:
-    tasks = list(plan(arguments))
-    waiting = [task for task in tasks if not up_to_date(task)]
-    print(f"{len(tasks)} runs, {len(tasks) - len(waiting)} of them with a result in {arguments.results}", flush=True)
+    runs = list(plan(arguments))
+    waiting = [run for run in runs if not up_to_date(run)]
+    done = len(runs) - len(waiting)
+    print(f"{len(runs)} runs, {done} of them with a result in {arguments.results}", flush=True)
     waiting = [] if arguments.report_only else waiting
     (arguments.results / "runs").mkdir(parents=True, exist_ok=True)
     running: dict[Future, StudyRun] = {}
-    with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.workers, context, max_tasks_per_child=1) as pool:
         while waiting or running:
-            while len(running) < arguments.workers and (task := next_task(waiting, list(running.values()))):
-                waiting.remove(task)
-                running[pool.submit(run_task, task)] = task
+            while len(running) < arguments.workers and (run := next_run(waiting, list(running.values()))):
+                waiting.remove(run)
+                running[pool.submit(execute, run)] = run
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 save_result(running.pop(future), future.result(), arguments)
     write_report(arguments.results, load_arms(arguments.recipe))
     print(f"done: {arguments.results}/results.md, accuracy.png and training.png")
 
 
-def next_task(waiting: list[StudyRun], running: list[StudyRun]) -> StudyRun | None:
-    """The first of the waiting runs whose traces, if it imitates any, are not still to be sampled."""
-    unfinished = {task.recipe.out for task in waiting + running}
-    return next((task for task in waiting if not trace_folders(task) & unfinished), None)
+def next_run(waiting: list[StudyRun], running: list[StudyRun]) -> StudyRun | None:
+    """The first of the waiting runs that does not need the traces of an unfinished one."""
+    unfinished = {run.recipe.out for run in waiting + running}
+    return next((run for run in waiting if not trace_folders(run) & unfinished), None)
 
 
-def trace_folders(task: StudyRun) -> set[str]:
-    """The run folders whose traces a run imitates."""
-    stages = task.recipe.stages
-    return {str(Path(stage.traces).parent) for stage in stages if isinstance(stage, SFTStage) and stage.traces}
+def trace_folders(run: StudyRun) -> set[str]:
+    """The folders of the runs whose traces this run learns from."""
+    stages = (stage for stage in run.recipe.stages if isinstance(stage, SFTStage))
+    return {str(Path(stage.traces).parent) for stage in stages if stage.traces}
 
 
-def save_result(task: StudyRun, result: dict, arguments: Arguments) -> None:
-    kept = RESULTS / "runs" / task.result.name
-    before = f", {last_accuracy(json.loads(kept.read_text()))} in {RESULTS}" if kept.exists() and kept != task.result else ""
-    print(f"{task.arm.name}, seed {task.seed}: held-out {last_accuracy(result)}{before}, {result['seconds']} s", flush=True)
-    task.result.write_text(json.dumps(result, separators=(",", ":")) + "\n")
+def save_result(run: StudyRun, result: dict, arguments: Arguments) -> None:
+    kept = RESULTS / "runs" / run.result.name
+    before = ""
+    if kept.exists() and kept != run.result:
+        before = f", {last_accuracy(json.loads(kept.read_text()))} in {RESULTS}"
+    accuracy = f"held-out {last_accuracy(result)}{before}"
+    print(f"{run.arm.name}, seed {run.seed}: {accuracy}, {result['seconds']} s", flush=True)
+    run.result.write_text(json.dumps(result, separators=(",", ":")) + "\n")
     write_report(arguments.results, load_arms(arguments.recipe))
 
 

@@ -72,7 +72,7 @@ def parse(arguments: list[str]) -> Arguments:
         return parsed
     if is_embedded(model) and not parsed.quiet and os.environ.get("RANK", "0") == "0":
         print(
-            f"no CUDA device: taking the embedded {model} model, by recipe {run_name} (--model {REAL_MODEL} overrides)"
+            f"no CUDA device: taking the embedded {model} model, recipe {run_name} (or --model {REAL_MODEL})"
         )
     return replace(parsed, recipe=replace(parsed.recipe, model=model))
 
@@ -83,9 +83,7 @@ def main(arguments: Arguments) -> None:
     except RuntimeError as error:
         if not lost_process(error):
             raise
-        fail(
-            "another process of this run has ended, see what it said; --resume goes on from the last checkpoint"
-        )
+        fail("another process of this run ended, see its message; --resume goes on from the last checkpoint")
     except KeyboardInterrupt as stop:
         if stop.args or not RunFolder(arguments.recipe.out).holds_run:
             raise  # it says where the run goes on, or there is none
@@ -93,7 +91,5 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    with user_errors(
-        "try --optimizer.activation-checkpointing or a lower --sampling.max-cache-tokens, or take a smaller --model"
-    ):
+    with user_errors("try --optimizer.activation-checkpointing, or a lower --sampling.max-cache-tokens"):
         main(parse(sys.argv[1:]))

@@ -78,7 +78,7 @@ def sum_text(terms: list[tuple[int, int]]) -> str:
 
 @dataclass(frozen=True)
 class Derivative:
-    """A polynomial in x, not zero, and how often to differentiate it; ValueError outside of the limits above."""
+    """A polynomial in x, not zero, and how often to differentiate it; ValueError outside the limits."""
 
     polynomial: Polynomial
     order: int = 1
@@ -87,7 +87,7 @@ class Derivative:
         most = MAX_PROBLEM_EXPONENT + 1
         if not isinstance(self.polynomial, (tuple, list)) or len(self.polynomial) > most:
             raise ValueError(
-                f"polynomial is a list of at most {most} coefficients, not {self.polynomial!r:.80}"
+                f"polynomial must be a list of up to {most} numbers, not {self.polynomial!r:.80}"
             )
         for value in self.polynomial:
             if type(value) is not int or abs(value) > MAX_COEFFICIENT:
@@ -173,7 +173,7 @@ class Calculus(Task):
         return list(problems)
 
     def draw(self, rng: random.Random) -> Derivative:
-        """Order, number of terms, exponents and coefficients are uniform, given a derivative that is not 0."""
+        """Order, number of terms, exponents and coefficients are uniform, if the derivative is not 0."""
         order = rng.randint(1, self.max_order)
         count = rng.randint(self.min_terms, self.max_terms)
         polynomial: list[int] = []

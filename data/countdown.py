@@ -40,9 +40,7 @@ class Problem:
         object.__setattr__(self, "numbers", tuple(self.numbers))
         for value in (*self.numbers, self.target):
             if type(value) is not int or not 1 <= value <= MAX_NUMBER:
-                raise ValueError(
-                    f"numbers and target are whole numbers from 1 to {MAX_NUMBER}, not {value!r}"
-                )
+                raise ValueError(f"numbers and target are whole and from 1 to {MAX_NUMBER}, not {value!r}")
 
     @property
     def key(self) -> tuple[int, tuple[int, ...]]:

@@ -28,8 +28,8 @@ def read_problems(source: str | Path, stored: Format, problem_of: Callable[[dict
     """Read problems in the source's order, duplicates included.
 
     Args:
-        source: "hub" (or another name in `stored.files`), also with "@" and a branch, tag or commit; or the path
-            of a .parquet or .jsonl file.
+        source: "hub" (or another name in `stored.files`), also with "@" and a branch, tag or commit; or the
+            path of a .parquet or .jsonl file.
         problem_of: row -> problem, or ValueError, TypeError or KeyError.
 
     Raises:
@@ -94,7 +94,8 @@ def read_parquet(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, dic
 def read_jsonl(path: str | Path, expected: str) -> Iterator[tuple[int, dict]]:
     """(line number, row) of each line that is not blank. Only a line feed ends a line, U+2028 does not.
 
-    DataError: the file cannot be read, is not UTF-8, or has a line that is no JSON object, as `expected` there.
+    DataError: the file cannot be read, is not UTF-8, or has a line that is no JSON object, as `expected`
+        there.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as file:

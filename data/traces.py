@@ -29,7 +29,9 @@ def latin_only(text: str) -> bool:
 
 
 def curate(candidates: Iterable[Trace], per_problem: int, limit: int) -> list[Trace]:
-    """Drop repeats and other scripts; keep each problem's `per_problem` shortest, of these the latest `limit`."""
+    """Drop repeats and other scripts; keep each problem's `per_problem` shortest, of these the latest
+    `limit`.
+    """
     by_problem: dict = {}
     for trace in candidates:
         if latin_only(trace.completion):

@@ -1,51 +1,157 @@
-"""One problem followed through the whole system, with real numbers: `python -m docs.make_tour` prints what stands in docs/tour.md.
+"""One problem followed through the whole system, with real numbers: the generator of docs/tour.md.
 
-Each stop below is a heading, a few sentences, and what the functions that it names return for one group of completions.
+`python -m docs.make_tour` prints the page, `python -m docs.make_tour --out docs/tour.md` writes it. Each
+function `..._stop` is a section: a heading, a few sentences, and results of the functions that they name.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from textwrap import fill
 
 import torch
 import tyro
+from torch import Tensor
 
-from model import Qwen3, Tokenizer, generate, prompt_ids, render_chat, token_logprobs
-from model.sampler import sample
+from data.countdown import Countdown, Problem
+from data.task import split_answer
+from lab.recipe import Recipe, load_recipe
+from model import Completion, Qwen3, Tokenizer, generate, load_model, prompt_ids, render_chat, token_logprobs
 from model.cache import GroupCache
 from model.memory import token_bytes
-from model.sampler import plain_completion
-from model.sampler import DecodeBatch, prefill
+from model.sampler import DecodeBatch, plain_completion, prefill, random_streams, sample
 from rl.advantage import group_advantages
-from rl.batch import make_batch, score_completions
-from rl.grpo import accumulate_gradient, grpo_update
-from rl.learner import Learner
-from rl.loss import clip_counts, grpo_loss
-from docs.tour_markdown import at, code, group_table, lines, paragraph, show, table, yes
-from rl.optimizer import Optimizer
-from rl.rollout import Actor, collect_rollouts, paid, reward_tensor
-from docs.tour_walk import FOLLOWED, MAX_NEW_TOKENS, PROBLEM, SAMPLES, Walk, begin, distributions, sample_group
-from data.task import split_answer
-from data.countdown import Countdown
+from rl.batch import Batch, Sample, batches_of, make_batch, score_completions
+from rl.grpo import GRPOStage, add_gradient, grpo_step
+from rl.loss import clip_counts, grpo_loss, loss_denominator
+from rl.optimizer import MAX_GRAD_NORM, Optimizer, joint_norm
+from rl.reward import reward_for
+from rl.rollout import Rollout, collect_rollouts
 
-OPENING = f"""What happens between a question and a better model, once, with real numbers and the function that does each
-thing. The model is the embedded one, before any training. All else is as in `make train-256`, but for its size: one
-problem, and {SAMPLES} completions of at most {MAX_NEW_TOKENS} tokens. `python -m docs.make_tour` ([tour.py](../rl/tour.py)) prints
-this page, and a test compares the two. Completions are numbered from 0, and t counts the tokens of one, from 0."""
-CLOSING = """[From REINFORCE to GRPO](algorithm.md) says why each formula is what it is; the [exercises](exercises.md) are
-changes to make and to predict. In the code, read `plain_completion` in [sampler.py](../model/sampler.py), then
-[qwen3.py](../model/qwen3.py), [wave.py](../model/wave.py), [grpo.py](../rl/grpo.py), [batch.py](../rl/batch.py),
-[loss.py](../rl/loss.py), [steps.py](../rl/steps.py), where they meet, and [stages.py](../rl/stages.py), which repeats
-that until a stage is done."""
+# Chosen so that completions are short, some right and some wrong, and no u is near the edge of an interval.
+PROBLEM = Problem((5, 16, 11), 32)
+SEED = 2
+SAMPLES = 6
+MAX_NEW_TOKENS = 64
+FOLLOWED = 1  # the completion that is shown token by token
+
+OPENING = f"""What happens between a question and a better model, once, with real numbers and the function
+that does each part. The model is the embedded one, before any training. Everything else is as in `make
+train-256`, except for the size: one problem, and {SAMPLES} completions of at most {MAX_NEW_TOKENS} tokens.
+`python -m docs.make_tour` ([make_tour.py](make_tour.py)) prints this page, and a test compares the two.
+Completions are numbered from 0, and t counts the tokens of a completion, from 0."""
+CLOSING = """[From REINFORCE to GRPO](algorithm.md) says why each formula is what it is; the
+[exercises](exercises.md) are changes to make and to predict. In the code, read `grpo_step` in
+[grpo.py](../rl/grpo.py), then [rollout.py](../rl/rollout.py), `plain_completion` in
+[sampler.py](../model/sampler.py), [qwen3.py](../model/qwen3.py), [batch.py](../rl/batch.py) and
+[loss.py](../rl/loss.py). Outside the core, [stages.py](../lab/stages.py) repeats the step until a stage is
+done."""
+
+
+@dataclass
+class Walk:
+    """What the stops share. `model` and `optimizer` are trained on the way; `untrained` stays as it was."""
+
+    recipe: Recipe
+    tokenizer: Tokenizer
+    untrained: Qwen3
+    model: Qwen3
+    optimizer: Optimizer
+    group: list[Rollout]
+    samples: list[Sample]
+    batch: Batch
+    after_one_step: dict[str, Tensor] = field(default_factory=dict)  # the weights then
+
+    @property
+    def stage(self) -> GRPOStage:
+        return self.recipe.stages[0]
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.group[0].prompt_ids
+
+    @property
+    def uniforms(self) -> Tensor:
+        """The random number of each token, [completion, t]."""
+        return random_streams([self.prompt], SAMPLES, MAX_NEW_TOKENS, SEED)[0]
+
+    @property
+    def clipping(self) -> tuple:
+        """Arguments that `grpo_loss` and `clip_counts` take after the log-probabilities."""
+        batch, stage = self.batch, self.stage
+        return batch.old_logprobs, batch.advantages, batch.mask, stage.clip_low, stage.clip_high
+
+    def token(self, token_id: int) -> str:
+        return repr(self.tokenizer.decode([token_id]))
+
+    def logprobs(self) -> Tensor:
+        """Of the completions' tokens by the model as it is now, [completion, t]."""
+        with torch.no_grad():
+            return score_completions(self.model, self.batch).logprobs
+
+    def pushes(self) -> Tensor:
+        """Minus the gradient of the loss at each log-probability, [completion, t]."""
+        logprobs = self.logprobs().requires_grad_()
+        loss = grpo_loss(logprobs, *self.clipping, aggregation=self.stage.aggregation)
+        return -torch.autograd.grad(loss, logprobs)[0]
+
+    def add_gradient(self, samples: list[Sample]) -> dict:
+        """Add the part of the group's gradient that comes from `samples`."""
+        lengths = [len(sample.completion_ids) for sample in self.samples]
+        denominator = loss_denominator(lengths, MAX_NEW_TOKENS, self.stage.aggregation)
+        batches = batches_of(self.model, samples, self.optimizer.micro_batch_tokens)
+        return add_gradient(self.model, batches, self.stage, 1.0, denominator, None)
+
+    def gradient_norm(self, part: str = "") -> float:
+        """Of the parameters with `part` in their names."""
+        parameters = self.optimizer.parameters.items()
+        return joint_norm(p.grad for name, p in parameters if part in name and p.grad is not None)
+
+
+def begin() -> Walk:
+    """Sample the group that is followed, and make its batch."""
+    _, recipe = load_recipe("256-tiny")
+    recipe = replace(recipe, sampling=replace(recipe.sampling, max_new_tokens=MAX_NEW_TOKENS))
+    model, tokenizer = load_model("tiny")
+    group = sample_group(model, tokenizer, recipe)
+    samples = []
+    advantages = group_advantages(rewards_of(group), scale_by_std=recipe.stages[0].scale_by_std)[0]
+    for rollout, advantage in zip(group, advantages.tolist(), strict=True):
+        completion = rollout.completion
+        samples.append(Sample(rollout.prompt_ids, completion.token_ids, completion.logprobs, advantage))
+    untrained = load_model("tiny")[0]
+    optimizer = Optimizer(model, recipe.optimizer)
+    return Walk(recipe, tokenizer, untrained, model, optimizer, group, samples, make_batch(samples))
+
+
+def sample_group(model: Qwen3, tokenizer: Tokenizer, recipe: Recipe) -> list[Rollout]:
+    options = {"sampling": recipe.sampling, "num_samples": SAMPLES, "seed": SEED, "reward": recipe.reward}
+    return collect_rollouts(model, tokenizer, recipe.task, [PROBLEM], **options)[0]
+
+
+def rewards_of(group: list[Rollout]) -> Tensor:
+    return torch.tensor([[rollout.score.reward for rollout in group]])  # [1, samples]
+
+
+def distributions(model: Qwen3, prompt: list[int], completion: Completion) -> Tensor:
+    """The probabilities from which each token of a completion was sampled, [t, id]."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + completion.token_ids[:-1]]))[0, len(prompt) - 1 :]
+    return token_logprobs(logits, 1.0, model.num_tokens).exp()
+
+
+# The stops
 
 
 def prompt_stop(walk: Walk) -> list[str]:
     """The prompt"""
-    tokenizer, question = walk.actor.tokenizer, walk.actor.task.prompt(PROBLEM)
+    question = walk.recipe.task.prompt(PROBLEM)
     return [
-        f"""The problem is `{PROBLEM}`: reach {PROBLEM.target} with each number exactly once. The task ({at(Countdown.prompt)})
-        asks for it in words, and {at(render_chat)} puts these into Qwen3's chat format. {at(prompt_ids)} opens `<think>` for
-        the model, so that what it writes begins with its work.""",
-        code(tokenizer.decode(prompt_ids(tokenizer, question, thinking=True)).strip()),
+        f"""The problem is `{PROBLEM}`: reach {PROBLEM.target} with each number exactly once. The task
+        ({at(Countdown.prompt)}) puts it into words, and {at(render_chat)} puts these into Qwen3's chat
+        format. {at(prompt_ids)} opens `<think>` for the model, so that what it writes begins with its
+        work.""",
+        code(walk.tokenizer.decode(prompt_ids(walk.tokenizer, question, thinking=True)).strip()),
     ]
 
 
@@ -54,9 +160,9 @@ def ids_stop(walk: Walk) -> list[str]:
     words = [f"{token_id} {walk.token(token_id)}" for token_id in walk.prompt]
     words = [word if len(word) < 60 else f"{word[:30]}...'" for word in words]
     return [
-        f"""The model knows no text, only ids ({at(Tokenizer.encode)}). The embedded model's tokenizer has
-        {len(walk.actor.tokenizer)}: one for each fixed phrase of the prompt and each number below 200, and one for each byte.
-        So the prompt is {len(words)} ids.""",
+        f"""The model reads ids, not text ({at(Tokenizer.encode)}). The embedded model's tokenizer has
+        {len(walk.tokenizer)}: one for each fixed phrase of the prompt and each number below 200, and one
+        for each byte. So the prompt is {len(words)} ids.""",
         code(lines(words)),
     ]
 
@@ -68,46 +174,52 @@ def prefill_stop(walk: Walk) -> list[str]:
         logits, cache = prefill(model, [walk.prompt])
     likeliest = token_logprobs(logits[0], 1.0, model.num_tokens).exp().topk(3)
     first, _ = sample(logits.expand(SAMPLES, -1), walk.uniforms[:, 0], model.num_tokens, 1.0)
-    choices = [(walk.token(int(n)), show(p)) for p, n in zip(*likeliest, strict=True)]
+    choices = [f"`{walk.token(int(n))}` ({show(p)})" for p, n in zip(*likeliest, strict=True)]
     return [
-        f"""One forward over the {length} ids ({at(prefill)}, {at(Qwen3.forward)}) gives the logits of the next token. It leaves
-        in the cache what later tokens will ask of the prompt: a key and a value for each of its tokens, in each layer and
-        key-value head. All {SAMPLES} completions read the same copy ({at(GroupCache)}).""",
+        f"""One forward over the {length} ids ({at(prefill)}, {at(Qwen3.forward)}) gives the logits of the
+        next token. It leaves in the cache what later tokens attend to: a key and a value for each token of
+        the prompt, in each layer and key-value head. All {SAMPLES} completions read the same copy
+        ({at(GroupCache)}).""",
         code(
             f"keys of one layer    {list(cache.keys[0].shape)}: prompts, key-value heads, tokens, head_dim\n"
-            f"one token            {size:,} bytes: keys and values of {len(cache.keys)} layers, 4 bytes a number\n"
+            f"one token            {size:,} bytes: keys and values of {len(cache.keys)} layers, "
+            "4 bytes a number\n"
             f"prompt, stored once  {int(cache.lengths[0])} tokens, {size * length:,} bytes\n"
             f"{SAMPLES} copies would be    {SAMPLES * length} tokens, {size * SAMPLES * length:,} bytes"
         ),
-        f"""The softmax of the logits ({at(token_logprobs)}) is the distribution of the first token. The likeliest of
-        {model.num_tokens} ids are {", ".join(f"`{token}` ({chance})" for token, chance in choices)}: it begins with a number of
-        the problem, and no other thing is worth a thousandth. Each completion draws with a random number of its own
-        ({at(sample)}): {", ".join(f"`{walk.token(token_id)}`" for token_id in first.tolist())}.""",
+        f"""The softmax of the logits ({at(token_logprobs)}) is the distribution of the first token. The
+        likeliest of {model.num_tokens} ids are {", ".join(choices)}: the model begins with a number of the
+        problem, and no other token has a probability of a thousandth. Each completion samples with its own
+        random number ({at(sample)}):
+        {", ".join(f"`{walk.token(token_id)}`" for token_id in first.tolist())}.""",
     ]
 
 
 def sampling_stop(walk: Walk) -> list[str]:
     """Sampling, token by token"""
     completion, uniforms = walk.group[FOLLOWED].completion, walk.uniforms[FOLLOWED]
-    plain = plain_completion(walk.untrained, walk.prompt, uniforms, walk.actor.tokenizer.stop_token_ids, (1.0, None, None))
+    stops = walk.tokenizer.stop_token_ids
+    plain = plain_completion(walk.untrained, walk.prompt, uniforms, stops, (1.0, None, None))
     probabilities = distributions(walk.untrained, walk.prompt, completion)
     rows = [("t", "id", "token", "u", "from", "to", "probability", "logprob")]
     for t, (token_id, logprob) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
         high, width = probabilities[t, : token_id + 1].sum(), probabilities[t, token_id]
-        rows.append(
-            (str(t), str(token_id), walk.token(token_id), *map(show, (uniforms[t], high - width, high, width, logprob)))
-        )
+        numbers = map(show, (uniforms[t], high - width, high, width, logprob))
+        rows.append((str(t), str(token_id), walk.token(token_id), *numbers))
     return [
-        f"""{at(generate)} continues all completions together, one token each a forward ({at(DecodeBatch)}), until the model writes
-        `<|im_end|>` or the limit is reached, here {MAX_NEW_TOKENS} tokens. From now on we follow completion {FOLLOWED}. Imagine
-        all ids side by side on the line from 0 to 1, each as wide as its probability; the id on which the random number u falls
-        is taken. The table has its stretch, and the log of its width. That last column is kept with the completion: what the
-        policy thought when it sampled. The ratio will be measured against it.""",
+        f"""{at(generate)} continues all completions together, one token each per forward
+        ({at(DecodeBatch)}), until the model writes `<|im_end|>` or the limit is reached, here
+        {MAX_NEW_TOKENS} tokens. From now on we follow completion {FOLLOWED}. Imagine all ids side by side
+        on the line from 0 to 1, each as wide as its probability: the random number u falls on one id, and
+        that id is taken. The table has the interval of that id, and the log of its width. This last column
+        is kept with the completion: the log-probability under the policy that sampled. The ratio is
+        measured against it.""",
         table(rows),
-        f"""The model is sure of its arithmetic, which it has learned, and of copying. It is open where there is something to
-        choose: which numbers, which operation, whether to stop (t = 23), whether to write `<answer>` (t = 26). Only there can
-        learning change much. {at(plain_completion)} is the same sampler in ten lines, without a cache. Does it find the same
-        ids? {yes(plain.token_ids == completion.token_ids)}.""",
+        f"""The model is sure of its arithmetic, which it has learned, and of copying. It is unsure where
+        there is a choice: which numbers, which operation, whether to stop (t = 23), whether to write
+        `<answer>` (t = 26). Only there can learning change much. {at(plain_completion)} is the same sampler
+        in ten lines, without a cache. Does it find the same ids?
+        {yes(plain.token_ids == completion.token_ids)}.""",
     ]
 
 
@@ -115,210 +227,325 @@ def verdict_stop(walk: Walk) -> list[str]:
     """Verdict and reward"""
     _, answer = split_answer(walk.group[FOLLOWED].text, thinking=True)
     return [
-        f"""{at(Actor.judge)} decodes each completion, and the task judges the text ({at(Countdown.score)}): after its thinking
-        it must give one `<answer>` ({at(split_answer)}), and exact arithmetic looks in there for each number once and for the
-        target. Of completion {FOLLOWED} that is `{answer}`. {at(paid)} applies what the recipe says of near misses; this one
-        pays for them what it pays for any wrong answer.""",
+        f"""{at(collect_rollouts)} decodes each completion, and the task judges the text
+        ({at(Countdown.score)}): after its thinking it must give one `<answer>` ({at(split_answer)}), and
+        exact arithmetic checks that this uses each number once and reaches the target. In completion
+        {FOLLOWED} it is `{answer}`. {at(reward_for)} applies the recipe's settings; this recipe gives near
+        misses the reward of any wrong answer.""",
         group_table(walk.group),
-        """The model knows `<answer>`, but has seen it only half the time: three of these reach the target and earn nothing.""",
+        """The model knows `<answer>`, but has seen it only half the time: three of these reach the target
+        and earn nothing.""",
     ]
 
 
 def advantage_stop(walk: Walk) -> list[str]:
     """Advantage: better or worse than the group"""
-    rewards = reward_tensor([walk.group])
+    rewards = rewards_of(walk.group)
     mean, std = rewards.mean().item(), rewards.std(correction=0).item()
     plain = [f"{reward:g}" for reward in rewards[0].tolist()]
+    squares = " + ".join(f"({reward} - {mean:.3f})^2" for reward in plain)
+    advantage = f"(1 - {mean:.3f}) / {std + 1e-4:.4f} = {(1 - mean) / (std + 1e-4):.3f}"
     rows = [("completion", "reward", "advantage")]
     rows += [(str(n), plain[n], show(advantage)) for n, advantage in enumerate(group_advantages(rewards)[0])]
     return [
-        f"""What is a reward of 0.1 worth? That depends on what else can be had. {at(group_advantages)} compares each reward
-        with its group, which takes the place of other methods' critic. By hand:""",
+        f"""Is a reward of 0.1 good? That depends on what else can be earned. {at(group_advantages)}
+        compares each reward with its group, which replaces the critic of other methods. By hand:""",
         code(
             f"mean = ({' + '.join(plain)}) / {SAMPLES} = {mean:.3f}\n"
-            f"std  = sqrt(({' + '.join(f'({reward} - {mean:.3f})^2' for reward in plain)}) / {SAMPLES}) = {std:.3f}\n"
-            f"A    = (reward - mean) / (std + 0.0001) = (1 - {mean:.3f}) / {std + 1e-4:.4f} = {(1 - mean) / (std + 1e-4):.3f}"
-            f" for completion {FOLLOWED}"
+            f"std  = sqrt(({squares}) / {SAMPLES}) = {std:.3f}\n"
+            f"A    = (reward - mean) / (std + 0.0001) = {advantage} for completion {FOLLOWED}"
         ),
         table(rows),
-        """They sum to zero. Had all earned the same, each would be zero, and the group would teach nothing.""",
+        """They sum to zero. If all rewards were equal, each advantage would be zero, and the group would
+        teach nothing.""",
     ]
 
 
 def batch_stop(walk: Walk) -> list[str]:
     """The batch: shift and mask"""
-    batch, length, longest = walk.batch, len(walk.samples[FOLLOWED].completion_ids), walk.batch.mask.shape[1]
+    batch, longest = walk.batch, walk.batch.mask.shape[1]
+    length = len(walk.samples[FOLLOWED].completion_ids)
     padded = len(walk.prompt) + longest - 1
-    rows = [("t", "mask", "place", "input there", "target", "id", "old logprob")]
+    rows = [("t", "mask", "position", "input there", "target", "id", "old logprob")]
     for t in (0, 1, 2, length - 2, length - 1, length, longest - 1):
-        place, target, mask, old = (x[FOLLOWED, t] for x in (batch.places, batch.target_ids, batch.mask, batch.old_logprobs))
-        words = (str(int(place)), walk.token(int(batch.input_ids[0, place])), walk.token(int(target))) if mask else ("", "", "")
-        rows.append((str(t), str(int(mask)), *words, str(int(target)), show(old)))
+        position, target = int(batch.logit_positions[FOLLOWED, t]), int(batch.target_ids[FOLLOWED, t])
+        words = ("", "", "")
+        if mask := int(batch.mask[FOLLOWED, t]):
+            words = (str(position), walk.token(int(batch.input_ids[0, position])), walk.token(target))
+        rows.append((str(t), str(mask), *words, str(target), show(batch.old_logprobs[FOLLOWED, t])))
     return [
-        f"""{at(make_batch)} is the one place that shifts and masks. All completions lie in one stream, in which the prompt
-        stands once: {batch.input_ids.shape[1]} tokens, where rows padded to the longest would be {SAMPLES} x {padded} =
-        {SAMPLES * padded}. A model predicts the *next* token, so the target at t, the completion's own token there, is
-        predicted one place earlier in the stream; for t = 0 that is at the prompt's last id. Of row {FOLLOWED} of the tensors,
-        [{SAMPLES}, {longest}] in size:""",
+        f"""{at(make_batch)} is the one place that shifts and masks. All completions are in one stream, in
+        which the prompt stands once: {batch.input_ids.shape[1]} tokens, where rows padded to the longest
+        would be {SAMPLES} x {padded} = {SAMPLES * padded}. A model predicts the *next* token, so the target
+        at t, the completion's token there, is predicted one position earlier in the stream; for t = 0 that
+        is the prompt's last id. From row {FOLLOWED} of the tensors, whose shape is [{SAMPLES},
+        {longest}]:""",
         table(rows),
-        f"""The mask is made from the length, {length}. The stop id is a target like any other, since stopping has to be
-        learned; what lies behind it counts for nothing.""",
+        f"""The mask is made from the length, {length}. The stop id is a target like any other, since
+        stopping has to be learned; padding after it does not count.""",
     ]
 
 
 def ratio_stop(walk: Walk) -> list[str]:
     """The trainer's log-probabilities, and the ratio"""
     with torch.no_grad():
-        logprobs, entropy = score_completions(walk.learner.model, walk.batch)
-    old, (_, ratio) = walk.batch.old_logprobs, walk.ratio()
+        logprobs, entropy = score_completions(walk.model, walk.batch)
+    old = walk.batch.old_logprobs
+    columns = (old, logprobs, (logprobs - old).exp(), entropy)
     rows = [("t", "token", "sampler", "trainer", "ratio", "entropy")]
     for t, token_id in enumerate(walk.samples[FOLLOWED].completion_ids[:10]):
-        rows.append((str(t), walk.token(token_id), *(show(x[FOLLOWED, t]) for x in (old, logprobs, ratio, entropy))))
+        rows.append((str(t), walk.token(token_id), *(show(column[FOLLOWED, t]) for column in columns)))
     return [
-        f"""The sampler went token by token through a cache; the trainer takes the whole stream in one forward
-        ({at(score_completions)}). Both make log-probabilities of logits in the same function, {at(token_logprobs)}, and have to
-        agree. Do all {int(walk.batch.mask.sum())} tokens, to 0.0001? {yes((logprobs - old).abs().max() < 1e-4)}. So the ratio
-        exp(trainer - sampler) is one everywhere until the weights move. The entropy beside it, in nats, says how open the
-        choice was.""",
+        f"""The sampler went token by token through a cache; the trainer takes the whole stream in one
+        forward ({at(score_completions)}). Both turn logits into log-probabilities with the same function,
+        {at(token_logprobs)}, and have to agree. Do all {int(walk.batch.mask.sum())} tokens, to 0.0001?
+        {yes((logprobs - old).abs().max() < 1e-4)}. So the ratio exp(trainer - sampler) is one everywhere
+        until the weights change. The entropy beside it, in nats, measures how open the choice was.""",
         table(rows),
     ]
 
 
 def loss_stop(walk: Walk) -> list[str]:
     """The loss and its gradient"""
-    learner, tokens = walk.learner, int(walk.batch.mask.sum())
-    rows, total = [("completion", "advantage", "tokens", "A x tokens", "push a token", "gradient norm alone")], 0.0
+    tokens = int(walk.batch.mask.sum())
+    rows = [("completion", "advantage", "tokens", "A x tokens", "push a token", "gradient norm alone")]
+    total = 0.0
     for n, (one, push) in enumerate(zip(walk.samples, walk.pushes()[:, 0], strict=True)):
-        accumulate_gradient(learner, [one], walk.stage, denominator=tokens)
-        norm, count = walk.gradient_norm(), len(one.completion_ids)
-        learner.optimizer.clear_gradients()
-        rows.append((str(n), show(one.advantage), str(count), f"{one.advantage * count:.2f}", f"{push:.4f}", show(norm)))
+        walk.add_gradient([one])
+        norm, count = show(walk.gradient_norm()), len(one.completion_ids)
+        walk.optimizer.clear_gradients()
+        rows.append(
+            (str(n), show(one.advantage), str(count), f"{one.advantage * count:.2f}", f"{push:.4f}", norm)
+        )
         total += one.advantage * count
-    sums = accumulate_gradient(learner, walk.samples, walk.stage)
-    parts = ["embed_tokens", *(f"layers.{n}" for n in range(walk.untrained.config.num_hidden_layers))]
+    sums = walk.add_gradient(walk.samples)
+    parts = ["embed_tokens", *(f"layers.{n}" for n in range(walk.model.config.num_hidden_layers))]
+    norms = ", ".join(f"{part} {walk.gradient_norm(part):.3f}" for part in parts)
     return [
-        f"""{at(grpo_loss)} is the mean over all tokens of -min(ratio x A, clip(ratio) x A). While every ratio is one, that is
-        minus the sum of A x tokens, over the tokens: -({total:.2f}) / {tokens} = {sums["loss"]:.4f}. It is near zero, and says
-        only whether good completions were long. What counts is its gradient, which at each token's log-probability is -A /
-        {tokens}; a step goes against it, so A / {tokens} is the push that the token gets.""",
+        f"""{at(grpo_loss)} is the mean over all tokens of -min(ratio x A, clip(ratio) x A). While every
+        ratio is one, that is minus the sum of A x tokens, divided by all tokens: -({total:.2f}) / {tokens}
+        = {sums["loss"]:.4f}. It is near zero, and says only whether good completions were long. What counts
+        is its gradient, which at each token's log-probability is -A / {tokens}; a step goes against it, so
+        A / {tokens} is the push that the token gets.""",
         table(rows),
-        f"""From there it goes back through the decoder ({at(accumulate_gradient)}). At the logits, log p of a token has the
-        gradient 1 - p at that token: where the model was certain there is nothing to push, and nearly everything comes from the
-        third of the tokens that were open choices. The last column is each completion's gradient by itself. Together they have
-        norm {walk.gradient_norm():.3f}, less than the largest alone, as right and wrong ones share tokens and pull against each
-        other. By part of the model: {", ".join(f"{part} {walk.gradient_norm(part):.3f}" for part in parts)}. Tokens clipped so
-        far: {int(sums["clipped_low"] + sums["clipped_high"])}.""",
+        f"""From there it goes back through the decoder ({at(add_gradient)}). At the logits, log p of a
+        token has the gradient 1 - p at that token: where the model was certain there is nothing to push,
+        and nearly everything comes from the third of the tokens that were open choices. The last column is
+        the gradient of each completion by itself. Together they have norm {walk.gradient_norm():.3f}, less
+        than the largest alone, as right and wrong ones share tokens and pull against each other. By part of
+        the model: {norms}. Tokens clipped so far: {int(sums["clipped_low"] + sums["clipped_high"])}.""",
     ]
 
 
 def step_stop(walk: Walk) -> list[str]:
     """The optimizer's step"""
     name, rate = "model.layers.3.mlp.down_proj.weight", walk.stage.learning_rate
-    weight = walk.learner.optimizer.parameters[name]
+    weight = walk.optimizer.parameters[name]
     gradient, before = weight.grad[0, :4].tolist(), weight[0, :4].tolist()
-    norm = walk.learner.step(rate)
+    norm = walk.optimizer.step(rate)
+    walk.after_one_step = {name: tensor.clone() for name, tensor in walk.model.state_dict().items()}
     rows = [("weight", "before", "gradient", "after", "change / rate")]
     for n, (old, slope, new) in enumerate(zip(before, gradient, weight[0, :4].tolist(), strict=True)):
         rows.append((f"[0, {n}]", f"{old:.4f}", f"{slope:.5f}", f"{new:.4f}", f"{(new - old) / rate:.2f}"))
     return [
-        f"""{at(Learner.step)} hands the gradient to {at(Optimizer.step)}. Its norm, {norm:.3f}, is below the limit of
-        {walk.learner.recipe.optimizer.max_grad_norm:g}, so it is not scaled down. AdamW divides the running mean of each
-        weight's gradient by its running size. In the first step both are that one gradient, so every weight moves by the
-        learning rate, {rate:g}, up or down, however small its gradient. From `{name}`:""",
+        f"""The gradient's norm, {norm:.3f}, is below the limit of {MAX_GRAD_NORM:g}, so
+        {at(Optimizer.step)} does not scale it down. AdamW divides the running mean of each weight's
+        gradient by its running size. In the first step both are that one gradient, so every weight moves by
+        the learning rate, {rate:g}, up or down, however small its gradient. From `{name}`:""",
         table(rows),
-        f"""The rate is the recipe's, without the {walk.stage.warmup_steps} steps of warm-up that such first steps are the
-        reason for. It is large, since the model is small: large enough for one step to bring tokens to the clip.""",
+        f"""The rate is the recipe's, without the {walk.stage.warmup_steps} steps of warm-up, which exist
+        because of such first steps. It is large, since the model is small: large enough for one step to
+        bring tokens to the clip.""",
     ]
 
 
 def clip_stop(walk: Walk) -> list[str]:
     """The same tokens after the step, and the clip"""
-    (logprobs, ratio), old, stage, tokens = walk.ratio(), walk.batch.old_logprobs, walk.stage, int(walk.batch.mask.sum())
-    silenced, (low, high) = (walk.pushes() == 0) & walk.batch.mask, walk.clipped()
+    logprobs, old, stage, tokens = (
+        walk.logprobs(),
+        walk.batch.old_logprobs,
+        walk.stage,
+        int(walk.batch.mask.sum()),
+    )
+    ratio = (logprobs - old).exp()
+    without_gradient = (walk.pushes() == 0) & walk.batch.mask
+    low, high = clip_counts(logprobs, *walk.clipping)
     own = [("t", "token", "old logprob", "new logprob", "ratio")]
     for t, token_id in enumerate(walk.samples[FOLLOWED].completion_ids):
         if abs(ratio[FOLLOWED, t] - 1) > 0.04:
-            own.append((str(t), walk.token(token_id), *(show(x[FOLLOWED, t]) for x in (old, logprobs, ratio))))
+            numbers = (show(column[FOLLOWED, t]) for column in (old, logprobs, ratio))
+            own.append((str(t), walk.token(token_id), *numbers))
     rows = [("completion", "t", "token", "advantage", "old logprob", "new logprob", "ratio")]
-    for n, t in silenced.nonzero().tolist():
+    for n, t in without_gradient.nonzero().tolist():
         numbers = (walk.batch.advantages[n], old[n, t], logprobs[n, t], ratio[n, t])
         rows.append((str(n), str(t), walk.token(int(walk.batch.target_ids[n, t])), *map(show, numbers)))
+    changes = ", ".join(f"{change:+.2f}" for change in (logprobs - old).sum(1))
     return [
-        f"""The weights have moved, so the trainer now gives the same ids other log-probabilities. Those of completion
-        {FOLLOWED} whose ratio is more than 0.04 off one:""",
+        f"""The weights have changed, so the trainer now gives the same ids other log-probabilities. In
+        completion {FOLLOWED}, these ratios differ from one by more than 0.04:""",
         table(own),
-        f"""Not all went up. The newline at t = 23 ends the search: right here, but the four malformed completions end theirs in
-        the same way, and they were pushed down. All share the weights. In order, the completions' log-probabilities changed by
-        {", ".join(f"{change:+.2f}" for change in (logprobs - old).sum(1))}.""",
-        f"""The clip range is {1 - stage.clip_low:g} to {1 + stage.clip_high:g}. Where A > 0 and the ratio is above it, or A < 0
-        and the ratio below, the clipped term is the minimum and has no gradient: the token has had its push. A good token that
-        became rarer is never clipped, nor a bad one that became likelier. The tokens without gradient are these:""",
+        f"""Not all went up. The newline at t = 23 ends the search: right here, but the four malformed
+        completions end theirs in the same way, and they were pushed down. All share the weights. In order,
+        the completions' log-probabilities changed by {changes}.""",
+        f"""The clip range is {1 - stage.clip_low:g} to {1 + stage.clip_high:g}. Where A > 0 and the ratio
+        is above it, or A < 0 and the ratio below, the clipped term is the minimum and has no gradient: the
+        token has been pushed far enough. A good token that became rarer is never clipped, nor a bad one
+        that became likelier. The tokens without gradient are these:""",
         table(rows),
-        f"""{at(clip_counts)} finds {low} below and {high} above, so the clip fraction is {low + high} / {tokens} =
-        {(low + high) / tokens:.3f}. Half of those below are the newline that ends a search.""",
+        f"""{at(clip_counts)} finds {low} below and {high} above, so the clip fraction is {low + high} /
+        {tokens} = {(low + high) / tokens:.3f}. Half of those below are the newline that ends a search.""",
     ]
 
 
 def second_stop(walk: Walk) -> list[str]:
     """The second update"""
-    sums = accumulate_gradient(walk.learner, walk.samples, walk.stage)
-    norm = walk.learner.step(walk.stage.learning_rate)
-    low, high = walk.clipped()
+    sums = walk.add_gradient(walk.samples)
+    norm = walk.optimizer.step(walk.stage.learning_rate)
+    low, high = clip_counts(walk.logprobs(), *walk.clipping)
     return [
-        f"""{at(grpo_update)} takes {walk.stage.updates_per_step} optimizer steps a rollout batch, each on its own share of the
-        groups. Here is one group, so it is used twice. The loss is now {sums["loss"]:.4f}: lower, as the policy went where it
-        was pushed. The gradient comes from the tokens that the clip has left, and its norm is {norm:.3f}. After this step {low}
-        tokens are clipped below and {high} above. With each further step these completions, drawn by a policy that is gone,
-        would say less. So new ones are sampled.""",
+        f"""{at(grpo_step)} takes {walk.stage.updates_per_step} optimizer steps with the completions of one
+        step, each on its own share of the groups. Here is one group, so it is used twice. The loss is now
+        {sums["loss"]:.4f}: lower, as the policy went where it was pushed. The gradient comes from the
+        tokens that are not clipped, and its norm is {norm:.3f}. After this step {low} tokens are clipped
+        below and {high} above. With each further step these completions, sampled by an older policy, would
+        say less. So new ones are sampled."""
     ]
 
 
 def again_stop(walk: Walk) -> list[str]:
     """The same problem, the same random numbers"""
-    again = sample_group(walk.actor, walk.learner.recipe)
+    again = sample_group(walk.model, walk.tokenizer, walk.recipe)
     rows = [("completion", "t", "u", "token then", "was", "is", "token now", "was", "is")]
     for n, (old, new) in enumerate(zip(walk.group, again, strict=True)):
         pairs = enumerate(zip(old.completion.token_ids, new.completion.token_ids, strict=False))
         t, ids = next((t, pair) for t, pair in pairs if pair[0] != pair[1])
-        was, now = (distributions(model, walk.prompt, old.completion)[t] for model in (walk.untrained, walk.learner.model))
-        chances = [(walk.token(token_id), show(was[token_id]), show(now[token_id])) for token_id in ids]
-        rows.append((str(n), str(t), show(walk.uniforms[n, t]), *chances[0], *chances[1]))
+        was, now = (distributions(m, walk.prompt, old.completion)[t] for m in (walk.untrained, walk.model))
+        row = [str(n), str(t), show(walk.uniforms[n, t])]
+        for token_id in ids:
+            row += [walk.token(token_id), show(was[token_id]), show(now[token_id])]
+        rows.append(tuple(row))
     return [
-        f"""{at(collect_rollouts)} with the same seed gives each completion the random numbers it had. So it repeats itself
-        until a number falls on another token. There it parts from its old self; the probabilities are those before training and
-        now:""",
+        f"""{at(collect_rollouts)} with the same seed gives each completion the random numbers it had. So a
+        completion repeats itself until a number falls on another token. The table has that first
+        difference, with the probabilities before training and now:""",
         table(rows),
         group_table(again),
-        """That is what two steps on one group do. Completions 0 and 2 now write `<answer>`, the clearest thing that told good
-        from bad. Completion 5 divides no more. There are side effects: 3 and 4 search until they are cut off, as ending the
-        search was punished wherever the tag was missing, and 1 calls its right result too low, and has to find it again. Six
-        samples of one problem prove nothing either way. A run takes 180 such steps with twelve groups of sixteen, where one
-        group's accidents weigh little; [README](../README.md) has its curve.""",
+        """That is what two steps on one group do. Completions 0 and 2 now write `<answer>`, the clearest
+        difference between good and bad. Completion 5 divides no more. There are side effects: 3 and 4
+        search until they are cut off, as ending the search was punished wherever the tag was missing, and 1
+        calls its right result too low, and has to find it again. Six samples of one problem prove nothing
+        either way. A run takes 180 such steps with twelve groups of sixteen, where the accidents of one
+        group matter little; [README](../README.md) has its curve.""",
+    ]
+
+
+def whole_stop(walk: Walk) -> list[str]:
+    """The whole step in one call"""
+    model, tokenizer = load_model("tiny")
+    recipe = walk.recipe
+    groups, advantages, metrics = grpo_step(
+        model,
+        tokenizer,
+        Optimizer(model, recipe.optimizer),
+        recipe.task,
+        [PROBLEM],
+        settings=replace(walk.stage, samples_per_prompt=SAMPLES, updates_per_step=1),
+        sampling=recipe.sampling,
+        learning_rate=walk.stage.learning_rate,
+        seed=SEED,
+        reward=recipe.reward,
+    )
+    weights = model.state_dict()
+    same_weights = all(torch.equal(weights[name], tensor) for name, tensor in walk.after_one_step.items())
+    names = ("loss", "grad_norm", "policy_entropy", "clip_fraction", "log_ratio_mean", "log_ratio_std")
+    rows = [("metric", "value"), *((name, f"{metrics[name] + 0.0:.4f}") for name in names)]
+    return [
+        f"""Stops 3 to 10 are one function, {at(grpo_step)}, which is what a run calls at each step. Here it
+        takes the untrained model, the same problem and seed, and makes one update. Are its completions
+        those above? {yes(groups[0] == walk.group)}. And its advantages?
+        {yes(torch.equal(advantages[0], walk.batch.advantages))}. Does the model end with exactly the
+        weights of stop 10? {yes(same_weights)}. It returns the rollouts, the advantages and these metrics,
+        among others:""",
+        table(rows),
     ]
 
 
 STOPS = (
-    prompt_stop, ids_stop, prefill_stop, sampling_stop, verdict_stop, advantage_stop, batch_stop, ratio_stop, loss_stop,
-    step_stop, clip_stop, second_stop, again_stop,
+    prompt_stop, ids_stop, prefill_stop, sampling_stop, verdict_stop, advantage_stop, batch_stop, ratio_stop,
+    loss_stop, step_stop, clip_stop, second_stop, again_stop, whole_stop,
 )  # fmt: skip
+
+
+# Markdown
 
 
 def page() -> str:
     """The tour as Markdown."""
-    walk, parts = begin(), ["# A tour: one problem through the whole system", OPENING]
+    walk = begin()
+    parts = ["# A tour: one problem through the whole system", OPENING]
     for number, stop in enumerate(STOPS, 1):
         parts += [f"## {number}. {stop.__doc__}", *stop(walk)]
     parts += ["## Where to go on", CLOSING]
     return "\n\n".join(part if part.startswith(("#", "```")) else paragraph(part) for part in parts) + "\n"
 
 
-@dataclass(frozen=True)
-class Arguments:
-    out: Path | None = None
-    """File to write instead of printing."""
+def at(thing) -> str:
+    """A link to the file of a function or class."""
+    return f"[`{thing.__qualname__}`](../{thing.__module__.replace('.', '/')}.py)"
+
+
+def show(number: Tensor | float) -> str:
+    return f"{round(float(number), 3) + 0.0:.3f}"  # + 0.0: no minus before a zero
+
+
+def yes(answer: bool) -> str:
+    return "Yes" if answer else "NO"
+
+
+def paragraph(text: str) -> str:
+    return fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
+
+
+def lines(words: list[str]) -> str:
+    """Words in lines; a word with spaces in it stays whole."""
+    joined = "  ".join(word.replace(" ", "\0") for word in words)
+    return fill(joined, 100, break_on_hyphens=False).replace("\0", " ")
+
+
+def code(text: str) -> str:
+    return f"```\n{text}\n```"
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Columns of text below their names, the first row; columns of numbers are aligned on the right."""
+    columns = []
+    for name, *cells in zip(*rows, strict=True):
+        is_number = all(re.fullmatch(r"[-+.,\d]*", cell) for cell in cells)
+        width = max(map(len, (name, *cells)))
+        columns.append([cell.rjust(width) if is_number else cell.ljust(width) for cell in (name, *cells)])
+    return code("\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True)))
+
+
+def group_table(group: list[Rollout]) -> str:
+    rows = [("completion", "tokens", "outcome", "reward", "text")]
+    for n, rollout in enumerate(group):
+        length, score = len(rollout.completion.token_ids), rollout.score
+        rows.append((str(n), str(length), score.outcome, f"{score.reward:.1f}", repr(rollout.text)))
+    return table(rows)
+
+
+def main(out: Path | None = None) -> None:
+    """Make the tour.
+
+    Args:
+        out: file to write instead of printing.
+    """
+    torch.set_num_threads(1)
+    if out is None:
+        print(page(), end="")
+    else:
+        out.write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    a = tyro.cli(Arguments, description=__doc__)
-    print(page(), end="") if a.out is None else a.out.write_text(page(), encoding="utf-8")
+    tyro.cli(main)

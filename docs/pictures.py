@@ -1,6 +1,7 @@
-"""The README's pictures of a run: `python docs/pictures.py runs/256-tiny` after `make train-256`; needs chromium.
+"""The README's pictures of a run: `python docs/pictures.py runs/256-tiny` after `make train-256`.
 
-curve-256-tiny.png is the run's own; report.png is the page of `make report`, live.png what a terminal showed at a step.
+curve-256-tiny.png is copied from the run; report.png shows the page of `make report`, live.png a terminal at
+one step. Needs chromium.
 """
 
 import shutil
@@ -22,10 +23,9 @@ from rich.terminal_theme import MONOKAI
 from lab import report
 from lab.errors import user_errors
 from lab.evaluate import load_completions
-from lab.recipe import Recipe, RecipeError
-from lab.recipe import from_dict
+from lab.recipe import Recipe, RecipeError, from_dict
 from lab.runfolder import RunFolder
-from lab.screen import Picture
+from lab.screen import LiveScreen
 
 
 @dataclass(frozen=True)
@@ -39,33 +39,34 @@ class Arguments:
 
 
 def live_page(arguments: Arguments) -> str:
-    """The terminal's picture at a step, as HTML; its times are not those of the run."""
+    """The terminal at a step, as HTML; the speed and times are not those of the run."""
     run = RunFolder(arguments.run)
     recipe = from_dict(Recipe, json.loads((run.path / "config.json").read_text())["recipe"])
     console = Console(width=108, height=40, record=True, force_terminal=True, file=open("/dev/null", "w"))
-    picture = Picture(recipe, console)
+    screen = LiveScreen(recipe, console)
     rows = [row for row in run.metrics() if row["step"] <= arguments.step]
-    picture.history(rows)
-    picture.row, stage = rows[-1], rows[-1]["stage"]
-    picture.place = (sum(row["stage"] == stage and row["step"] > 0 for row in rows), recipe.stages[stage].steps)
+    screen.history(rows)
+    screen.row = rows[-1]
+    stage = screen.row["stage"]
+    done = sum(row["stage"] == stage and row["step"] > 0 for row in rows)
+    screen.position = (done, recipe.stages[stage].steps)
     rollouts = run.path / "rollouts" / f"step_{arguments.step:04d}.jsonl"
-    picture.rollouts(load_completions(rollouts, recipe.task, recipe.sampling.thinking))
-    picture.progress = ("update", 0, 1, 0.0)
-    console.print(picture.draw())
-    return console.export_html(theme=MONOKAI, inline_styles=True).replace("<body>", '<body style="margin:12px">')
+    screen.rollouts(load_completions(rollouts, recipe.task, recipe.sampling.thinking))
+    screen.progress = ("update", 0, 1, 0.0)
+    console.print(screen.draw())
+    html = console.export_html(theme=MONOKAI, inline_styles=True)
+    return html.replace("<body>", '<body style="margin:12px">')
 
 
 def screenshot(page: Path, size: str, out: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         raise RecipeError("pictures of pages need chromium: install it")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    options += ["--disable-sync", "--no-first-run", "--hide-scrollbars"]
     with tempfile.TemporaryDirectory() as profile:
-        subprocess.run(
-            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
-             "--no-first-run", "--hide-scrollbars", f"--user-data-dir={profile}", f"--window-size={size}",
-             f"--screenshot={out}", page.as_uri()],
-            check=True, capture_output=True, timeout=120,
-        )  # fmt: skip
+        options += [f"--user-data-dir={profile}", f"--window-size={size}", f"--screenshot={out}"]
+        subprocess.run([browser, *options, page.as_uri()], check=True, capture_output=True, timeout=120)
 
 
 def main(arguments: Arguments) -> None:

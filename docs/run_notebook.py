@@ -1,7 +1,7 @@
 """Run a notebook's code cells in order, without Jupyter, and keep what they print and draw.
 
-`python docs/run_notebook.py docs/one_step.ipynb` writes the outputs back into the notebook; with a second path, into that.
-All cells share one namespace. A cell that raises ends the run, and nothing is written.
+`python docs/run_notebook.py docs/one_step.ipynb` writes the outputs back into the notebook, or into a second
+path. All cells share one namespace. A cell that raises ends the run, and nothing is written.
 """
 
 import base64
@@ -26,7 +26,10 @@ def run(notebook: dict) -> None:
             exec(compile("".join(cell["source"]), f"code cell {number}", "exec"), namespace)
         lines = printed.getvalue().splitlines(keepends=True)
         text = [{"output_type": "stream", "name": "stdout", "text": lines}] if lines else []
-        cell["execution_count"], cell["outputs"] = number, text + [picture(figure) for figure in plt.get_fignums()]
+        cell["execution_count"], cell["outputs"] = (
+            number,
+            text + [picture(figure) for figure in plt.get_fignums()],
+        )
         plt.close("all")
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from lab.recipe import Recipe
-from lab.sharding import sharding_of
 from model import ModelError, Qwen3, Qwen3Config
 from model.logprobs import chunk_tokens
 from model.memory import CACHE_SHARE, LOGITS_COPIES, token_bytes
@@ -130,9 +129,7 @@ def activation_bytes(config: Qwen3Config, itemsize: int, key_copies: float) -> i
     return norms + attention + joined + 4 * config.intermediate_size * itemsize
 
 
-def plan_memory(
-    model: Qwen3, settings: OptimizerSettings, work: Work, free: int, process: int = 0
-) -> MemoryPlan:
+def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int, process=0) -> MemoryPlan:
     """Work out a run's memory, and with it the tokens of a micro-batch if `settings` say "auto".
 
     Before the weights came, `free` bytes could be allocated and `process` bytes were held.
@@ -146,7 +143,7 @@ def plan_memory(
     weights = sum(p.numel() * p.dtype.itemsize for p in map(local, model.parameters()))
     trained = [local(p) for p in model.parameters() if p.requires_grad and work.update_tokens]
     low = sum(p.numel() for p in trained if p.dtype != torch.float32)
-    sharded = model.model.layers if sharding_of(model) else []
+    sharded = model.model.layers if model.sharding else []
     layers = [sum(p.numel() for p in layer.parameters()) for layer in sharded]
     plan = MemoryPlan(
         process,

@@ -5,22 +5,18 @@ from pathlib import Path
 
 import torch
 
-from data.task import Problem
 from lab.checkpoint import TrainState, checkpoints, load_adapters, load_state, newest_checkpoint
 from lab.device import held_memory, pick_device, pick_dtype, return_freed_blocks
 from lab.memory_plan import check_plan, gb, plan_memory, work_of
 from lab.recipe import Recipe, RecipeError, problems_of
 from lab.runfolder import RunFolder
-from lab.screen import Screen
-from lab.sharding import shard, sharding_of
+from lab.sharding import shard
 from model import Qwen3, Tokenizer, add_adapters, load_model, prompt_ids
 from model.memory import free_memory
 from rl.distributed import any_rank, broadcast, is_main, world_size
 
 
-def where_it_stands(
-    recipe: Recipe, run: RunFolder, resume: bool, screen: Screen
-) -> tuple[TrainState, Path | None]:
+def find_state(recipe: Recipe, run: RunFolder, resume: bool, screen) -> tuple[TrainState, Path | None]:
     """The state of a run, and the checkpoint to resume from, if there is one.
 
     Raises:
@@ -29,9 +25,7 @@ def where_it_stands(
     before = None
     for number, stage in enumerate(recipe.stages):
         if stage.kind == "sft" and stage.traces is None and before != "grpo":
-            raise RecipeError(
-                f"stages.{number}: an sft stage needs a grpo stage right before it, or traces of yours"
-            )
+            raise RecipeError(f"stages.{number}: an sft stage needs a grpo stage right before it, or traces")
         before = stage.kind
     if not resume:
         if is_main():
@@ -42,9 +36,7 @@ def where_it_stands(
     return load_state(checkpoint) if checkpoint else TrainState(), checkpoint
 
 
-def set_up(
-    recipe: Recipe, checkpoint: Path | None
-) -> tuple[Qwen3, Tokenizer, list[Problem], list[Problem], int, str]:
+def set_up(recipe: Recipe, checkpoint: Path | None) -> tuple[Qwen3, Tokenizer, list, list, int, str]:
     """Load what a run works with, and see whether it fits into memory.
 
     Returns:
@@ -76,7 +68,7 @@ def set_up(
     work = work_of(recipe, longest, world_size())
     plan = plan_memory(model, recipe.optimizer, work, free, process)
     check_plan(plan, model, recipe.optimizer, work, free)
-    if sharding := sharding_of(model):
+    if sharding := model.sharding:
         full = {"auto": plan.whole_copy > 0, "whole": True, "layers": False}[recipe.parallel.sampling]
         model.sharding = replace(sharding, full_to_sample=not any_rank(not full))
     memory = f"memory    {gb(plan.peak - process)} of {gb(free)} free: {plan}"
@@ -90,7 +82,7 @@ def stage_start_model(model: Qwen3, recipe: Recipe, run: RunFolder, state: Train
         saved = load_state(folder)
         if (saved.stage, saved.stage_step) == (state.stage, 0):
             source = folder
-    sharded = sharding_of(model) is not None
+    sharded = bool(model.sharding)
     reference, _ = load_model(source, "cpu" if sharded else model.device, model.dtype, recipe.revision)
     reference.requires_grad_(False)
     return shard(reference, model.device) if sharded else reference

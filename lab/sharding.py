@@ -61,10 +61,6 @@ def any_sampling(busy: bool) -> bool:
     return bool(count)
 
 
-def sharding_of(model: nn.Module) -> Sharding | None:
-    return getattr(model, "sharding", None)
-
-
 def shard(model: Qwen3, device: torch.device) -> Qwen3:
     """Shard `model`'s layers over all processes, in place, and move this rank's part to `device`."""
     from torch.distributed.device_mesh import (
@@ -94,7 +90,7 @@ def shard(model: Qwen3, device: torch.device) -> Qwen3:
 @torch.no_grad()
 def round_to_saved(model: Qwen3) -> None:
     """Round a sharded model's weights as a checkpoint does, so that a stage starts alike when it is resumed."""
-    if sharding := sharding_of(model):
+    if sharding := model.sharding:
         for parameter in filter(is_sharded, model.parameters()):
             local(parameter).copy_(local(parameter).to(sharding.dtype))
 
@@ -102,7 +98,7 @@ def round_to_saved(model: Qwen3) -> None:
 @torch.no_grad()
 def full_model(model: Qwen3, keep: bool = True) -> Qwen3 | None:
     """A full copy of a sharded model; any other model itself. All ranks have to call it; None without `keep`."""
-    if sharding_of(model) is None:
+    if model.sharding is None:
         return model
     state = {}
     for name, tensor in model.state_dict().items():

@@ -19,8 +19,8 @@ from lab.recipe import Recipe, RecipeError, to_dict
 from lab.report import write_report
 from lab.runfolder import RunFolder
 from lab.screen import Screen, describe_run, final_line, pick_screen
-from lab.setup import set_up, stage_start_model, where_it_stands
-from lab.sharding import full_model, round_to_saved, sharding_of
+from lab.setup import find_state, set_up, stage_start_model
+from lab.sharding import full_model, round_to_saved
 from lab.signals import Stop, Stopped, stoppable
 from lab.trackers import WandB
 from model import Qwen3, Tokenizer, prompt_ids
@@ -35,9 +35,7 @@ from rl.sft import SFTStage, sft_schedule, sft_step
 MAX_SKIPPED_UPDATES = 5  # in a row, then the run ends
 
 
-def train(
-    recipe: Recipe, resume: bool = False, quiet: bool = False, plain: bool = False, wandb: bool = False
-) -> None:
+def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -> None:
     """Run `recipe` into its run folder, from the start or from the last checkpoint there.
 
     Args:
@@ -56,7 +54,7 @@ def train(
             stack.enter_context(run.locked())
         resume = broadcast(resume or (restarted() and run.holds_run))
         screen = stack.enter_context(pick_screen(recipe, quiet or not is_main(), plain))
-        state, checkpoint = where_it_stands(recipe, run, resume, screen)
+        state, checkpoint = find_state(recipe, run, resume, screen)
         model, tokenizer, problems, held_out, micro_batch_tokens, memory = set_up(recipe, checkpoint)
         screen.say(describe_run(recipe, model, problems, held_out, state.step if resume else None))
         screen.say(memory)
@@ -118,9 +116,7 @@ def train(
                 if not last and state.stage_step % recipe.checkpoint_every == 0:
                     save(optimizer)
             micro_batch_tokens = optimizer.micro_batch_tokens
-            reference = optimizer = policy = step = (
-                None  # free their memory before the next stage takes its own
-            )
+            reference = optimizer = policy = step = None  # free their memory for the next stage
             state.stage += 1
             state.stage_step = 0
             save(None)
@@ -221,8 +217,7 @@ def sft_batches(
 
 
 def traces_for(recipe: Recipe, run: RunFolder, state: TrainState, held_out: list[Problem]) -> list[Trace]:
-    """What an SFT stage imitates: the user's file, or curated rollouts of the stage before, which it saves.
-    """
+    """What an SFT stage imitates: the user's file, or rollouts of the stage before, curated."""
     stage, task, thinking = recipe.stages[state.stage], recipe.task, recipe.sampling.thinking
     source = stage.traces or run.path / "traces.jsonl"
     if stage.traces is None:
@@ -231,9 +226,11 @@ def traces_for(recipe: Recipe, run: RunFolder, state: TrainState, held_out: list
         save_traces(source, curated)
         if not curated:
             return []
-    traces = load_traces(
-        source, task.problem, lambda text, p: task.score(text, p, thinking).outcome == "correct"
-    )
+
+    def is_correct(text: str, problem: Problem) -> bool:
+        return task.score(text, problem, thinking).outcome == "correct"
+
+    traces = load_traces(source, task.problem, is_correct)
     held_out_keys = {problem.key for problem in held_out}
     traces = [trace for trace in traces if trace.problem.key not in held_out_keys]
     if not traces:
@@ -250,9 +247,8 @@ def evaluate_now(
     evaluations = [("eval", settings.problems, recipe.sampling)]
     if last and settings.final_problems:
         evaluations.append(("final", settings.final_problems, recipe.sampling))
-        evaluations.append(
-            ("final_greedy", settings.final_problems, replace(recipe.sampling, temperature=0.0))
-        )
+        greedy = replace(recipe.sampling, temperature=0.0)
+        evaluations.append(("final_greedy", settings.final_problems, greedy))
     metrics = {}
     for name, count, sampling in evaluations:
         problems = held_out[:count]
@@ -298,7 +294,7 @@ def save_now(
         save_checkpoint(folder, full, tokenizer, optimizer, state, recipe)
         accuracies = {row["step"]: row["eval_accuracy"] for row in run.metrics() if "eval_accuracy" in row}
         prune_checkpoints(run.path, recipe.keep_checkpoints, accuracies)
-    elif sharding_of(model) and optimizer:
+    elif model.sharding and optimizer:
         for _ in state_tensors(optimizer, model.dtype):  # collective: rank 0 saves them
             pass
     broadcast(None)

@@ -41,9 +41,7 @@ class KVCache:
         [batch], int64.
     """
 
-    def __init__(
-        self, config: Qwen3Config, batch_size: int, max_length: int, device="cpu", dtype=torch.float32
-    ):
+    def __init__(self, config: Qwen3Config, batch_size: int, max_length: int, device="cpu", dtype=None):
         shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
         layers = range(config.num_hidden_layers)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]

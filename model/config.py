@@ -39,18 +39,14 @@ class Qwen3Config:
         for name, kind in ((field.name, field.type) for field in fields(self)):
             value, largest = getattr(self, name), LARGEST.get(name, LARGEST_SIZE)
             if kind is int and (type(value) is not int or not 1 <= value <= largest):
-                raise ModelError(
-                    f"config: {name} must be a whole number from 1 to {largest}, not {short(value)}"
-                )
+                raise ModelError(f"config: {name} must be a whole number, 1 to {largest}, not {short(value)}")
             if kind is float and (type(value) not in (int, float) or not 0 < value < float("inf")):
                 raise ModelError(f"config: {name} must be a positive number, not {value!r}")
             if kind is bool and type(value) is not bool:
                 raise ModelError(f"config: {name} must be true or false, not {value!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             heads = f"num_attention_heads {self.num_attention_heads}"
-            raise ModelError(
-                f"config: {heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}"
-            )
+            raise ModelError(f"config: {heads} is no multiple of {self.num_key_value_heads} key-value heads")
         if self.head_dim % 2:
             raise ModelError(f"config: head_dim must be even for rotary embeddings, not {self.head_dim}")
 
@@ -69,7 +65,7 @@ class Qwen3Config:
             raise ModelError(f"config: expected a JSON object, not {type(hf).__name__}")
         if hf.get("model_type") != "qwen3":
             raise ModelError(
-                f"config: model_type is {hf.get('model_type')!r}; only dense 'qwen3' models are supported"
+                f"config: model_type {hf.get('model_type')!r} is not supported; only dense 'qwen3'"
             )
         rope, layer_types = hf.get("rope_parameters") or {}, hf.get("layer_types") or []
         for name, value, kind in (("rope_parameters", rope, dict), ("layer_types", layer_types, list)):
@@ -117,9 +113,8 @@ class Qwen3Config:
 
     def num_parameters(self) -> int:
         """Parameters of the whole model; a tied output head counts once."""
-        attention = (
-            self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_key_value_heads)
-        )
+        heads = self.num_attention_heads + self.num_key_value_heads
+        attention = self.hidden_size * self.head_dim * 2 * heads
         norms = 2 * self.hidden_size + 2 * self.head_dim
         layer = attention + 3 * self.hidden_size * self.intermediate_size + norms
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)

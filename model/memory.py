@@ -7,12 +7,8 @@ import torch
 
 from model.qwen3 import Qwen3
 
-CACHE_SHARE = (
-    0.7  # of the free memory; the rest is for prefilling, temporary copies, and others on the machine
-)
-LOGITS_COPIES = (
-    6  # [rows, vocab] in float32: logits, log-probabilities, their exponentials and sums, temporaries
-)
+CACHE_SHARE = 0.7  # of the free memory; the rest is for prefilling, temporary copies, and other processes
+LOGITS_COPIES = 6  # [rows, vocab] in float32: logits, log-probabilities, exponentials, sums, temporaries
 
 
 def free_memory(device: torch.device) -> int:

@@ -76,8 +76,7 @@ class PackedGroups:
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Causal attention, the last query seeing the last key: [rows, queries, heads, head_dim], as `queries`.
-    """
+    """Causal attention in which the last query sees the last key; all are [rows, tokens, heads, head_dim]."""
     causal = causal_lower_right(queries.shape[1], keys.shape[1])
     queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
     return F.scaled_dot_product_attention(queries, keys, values, causal, enable_gqa=True).transpose(1, 2)

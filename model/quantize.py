@@ -126,9 +126,8 @@ def adapter_state(model: Qwen3) -> dict[str, Tensor]:
     copies.
     """
     own = adapters(model)
-    return {
-        f"{name}.{key}": getattr(part, key).detach() for name, part in own for key in ("lora_a", "lora_b")
-    }
+    keys = ("lora_a", "lora_b")
+    return {f"{name}.{key}": getattr(part, key).detach() for name, part in own for key in keys}
 
 
 def load_adapter_state(model: Qwen3, tensors: dict[str, Tensor]) -> None:
@@ -145,9 +144,7 @@ def load_adapter_state(model: Qwen3, tensors: dict[str, Tensor]) -> None:
         if name not in tensors:
             raise ModelError(f"adapter {name} missing")
         if tensors[name].shape != matrix.shape:
-            raise ModelError(
-                f"adapter {name} is {list(tensors[name].shape)}, the model's is {list(matrix.shape)}"
-            )
+            raise ModelError(f"adapter {name} is {list(tensors[name].shape)}, not {list(matrix.shape)}")
     for name, matrix in own.items():
         matrix.copy_(tensors[name])
 

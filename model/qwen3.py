@@ -143,6 +143,8 @@ class Qwen3(nn.Module):
     `model.sampler.token_logprobs`).
     """
 
+    sharding = None  # how it is divided among processes, if it is, see `lab.sharding`
+
     def __init__(self, config: Qwen3Config):
         super().__init__()
         self.config = config

@@ -244,9 +244,9 @@ def plan_batches(
         fitting = (max_cache_tokens - lengths[start]) // max_new_tokens
         if fitting < 1:
             raise ModelError(
-                f"room for {max_cache_tokens} tokens of keys and values, but a prompt of {lengths[start]} with "
-                f"{max_new_tokens} new ones takes {lengths[start] + max_new_tokens}: lower max_new_tokens, raise "
-                "max_cache_tokens if memory allows, or take a smaller model"
+                f"room for {max_cache_tokens} tokens of keys and values, too little for a prompt of {lengths[start]} "
+                f"and {max_new_tokens} new tokens: lower max_new_tokens, raise max_cache_tokens if memory allows, or "
+                "take a smaller model"
             )
         for first in range(0, num_samples, fitting):
             batches.append((slice(start, start + 1), slice(first, min(first + fitting, num_samples))))
@@ -262,9 +262,7 @@ class DecodeBatch:
     ids. `static` keeps shapes constant between compactions (see `GroupCache`); None: where that is faster.
     """
 
-    def __init__(
-        self, model: Qwen3, prompts, uniforms: Tensor, stops: Tensor, distribution: Distribution, static=None
-    ):
+    def __init__(self, model: Qwen3, prompts, uniforms, stops, distribution: Distribution, static=None):
         self.num_samples, self.max_new_tokens = uniforms.shape[1:]
         rows, device = len(prompts) * self.num_samples, model.device
         self.model = model

@@ -33,29 +33,23 @@ class Tokenizer:
             self._add_missing_tokens(config.get("added_tokens_decoder", {}), folder)
             stops = generation.get("eos_token_id")
             stops = set(stops if isinstance(stops, list) else [] if stops is None else [stops])
-            if not all(type(token_id) is int and 0 <= token_id < len(self) for token_id in stops):
-                raise ModelError(
-                    f"{folder}: generation_config.json: eos_token_id {stops} are no ids of the tokenizer"
-                )
+            if not all(type(stop) is int and 0 <= stop < len(self) for stop in stops):
+                raise ModelError(f"{folder}: eos_token_id {stops} in generation_config.json are no token ids")
         except ModelError:
             raise
         except Exception as error:  # the backend raises bare Exception for a malformed file
             raise ModelError(f"{folder}: unreadable tokenizer files: {error}") from error
         for token in ("<|im_end|>", "<|endoftext|>"):
             if self.backend.token_to_id(token) is None:
-                raise ModelError(
-                    f"{folder}: the tokenizer has no {token}, so it is not a Qwen3 chat tokenizer"
-                )
+                raise ModelError(f"{folder}: no {token}, so this is not a Qwen3 chat tokenizer")
             stops.add(self.backend.token_to_id(token))
         self.stop_token_ids = tuple(sorted(stops))
 
     def _add_missing_tokens(self, added: dict, folder: Path) -> None:
         for token_id, fields in sorted(added.items(), key=lambda item: int(item[0])):
             if self.backend.token_to_id(fields["content"]) is None:
-                flags = {
-                    name: fields[name]
-                    for name in ("single_word", "lstrip", "rstrip", "normalized", "special")
-                }
+                names = ("single_word", "lstrip", "rstrip", "normalized", "special")
+                flags = {name: fields[name] for name in names}
                 self.backend.add_tokens([tokenizers.AddedToken(fields["content"], **flags)])
             if self.backend.token_to_id(fields["content"]) != int(token_id):
                 raise ModelError(f"{folder}: token {fields['content']!r} should have id {token_id}")

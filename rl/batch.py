@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model import PackedGroup, PackedGroups, Qwen3, TokenLogprobs, target_logprobs
-from rl.distributed import all_values, has_shards
+from rl.distributed import all_values
 from rl.optimizer import Optimizer
 
 
@@ -135,7 +135,7 @@ def micro_batches(samples: list[Sample], token_budget: int) -> list[list[Sample]
 def batches_of(model: Qwen3, samples: list[Sample], token_budget: int) -> Iterator[Batch]:
     """The micro-batches of `samples`; ranks of a sharded model get equally many, dummies if need be."""
     micros = micro_batches(samples, token_budget)
-    count = max(all_values(len(micros))) if has_shards(model) else len(micros)
+    count = max(all_values(len(micros))) if model.sharding else len(micros)
     for micro in micros + [[]] * (count - len(micros)):
         yield make_batch(micro, model.device)
 
@@ -158,7 +158,7 @@ def halve_on_oom(
         except RuntimeError as error:
             on_cpu = "can't allocate memory" in str(error)
             alone = len(micro_batches(samples, optimizer.micro_batch_tokens)) == len(samples)
-            if not (isinstance(error, torch.OutOfMemoryError) or on_cpu) or alone or has_shards(model):
+            if not (isinstance(error, torch.OutOfMemoryError) or on_cpu) or alone or model.sharding:
                 raise
         # Outside the handler, where the error no longer holds the tensors of the failed forward.
         optimizer.clear_gradients()

@@ -95,15 +95,10 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a sharded tensor; any other tensor unchanged."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
-
-
-def has_shards(model: nn.Module) -> bool:
-    """Whether the ranks must run every forward of `model` together."""
-    return getattr(model, "sharding", None) is not None
+    """This rank's shard of a sharded tensor; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def sampling_model(model: nn.Module) -> contextlib.AbstractContextManager:
-    """Gives the model to sample from: `model`, or what its sharding provides (see `lab.sharding`)."""
-    return model.sharding.sampling(model) if has_shards(model) else contextlib.nullcontext(model)
+    """Gives the model to sample from: `model`, or what `lab.sharding` provides for a sharded one."""
+    return model.sharding.sampling(model) if model.sharding else contextlib.nullcontext(model)

@@ -76,7 +76,8 @@ def grpo_step(
 ) -> tuple[list[list[Rollout]], Tensor, dict[str, float]]:
     """One step: answer `problems`, score the answers, and make the better ones of each group likelier.
 
-    `reference` is the frozen model of the KL penalty; `watch` may be `on_progress` and `cancel` of `model.generate`.
+    `reference` is the frozen model of the KL penalty; `watch` may be `on_progress` and `cancel` of
+    `model.generate`.
 
     Returns:
         The rollouts, [problem][sample]; their advantages, [problems, samples]; the metrics of the updates.
@@ -93,8 +94,8 @@ def grpo_step(
     advantages = group_advantages(rewards, scale_by_std=settings.scale_by_std)  # [problems, samples]
     samples = []
     for group, row in zip(groups, advantages.tolist(), strict=True):
-        pairs = zip(group, row, strict=True)
-        samples.append([Sample(r.prompt_ids, r.completion.token_ids, r.completion.logprobs, a) for r, a in pairs])
+        answers = [(r.prompt_ids, r.completion.token_ids, r.completion.logprobs) for r in group]
+        samples.append([Sample(*answer, advantage) for answer, advantage in zip(answers, row, strict=True)])
 
     # 3. Learn, each update from its own part of the groups. In the first update every ratio is one; from the
     # second on the weights have moved since sampling, and the clip limits how far a ratio can go.
@@ -120,13 +121,11 @@ def add_gradient(
     settings: GRPOStage,
     temperature: float,
     denominator: float,
-    reference: Qwen3 | None,
+    reference=None,
 ) -> Counter:
-    """Add the gradient of `grpo_loss` over `batches`; it does not depend on how the samples are divided.
+    """Add the gradient of `grpo_loss` over `batches`, however the samples are divided among them.
 
-    Returns:
-        `loss`, and sums over the tokens: `tokens`, `clipped_low`, `clipped_high`, `entropy`, and `log_ratio`
-        and `log_ratio_squared` between the trainer's and the sampler's log-probabilities.
+    Returns sums over the tokens; `log_ratio` is between the trainer's and the sampler's log-probabilities.
     """
     sums: Counter = Counter()
     for batch in batches:

@@ -59,9 +59,7 @@ def sft_loss(logprobs: Tensor, mask: Tensor, denominator: float | None = None) -
     return aggregate(-logprobs, mask, "token", denominator)
 
 
-def aggregate(
-    per_token: Tensor, mask: Tensor, aggregation: str = "token", denominator: float | None = None
-) -> Tensor:
+def aggregate(per_token: Tensor, mask: Tensor, aggregation="token", denominator=None) -> Tensor:
     """One number from [rows, time]; masked positions do not count, whatever they hold.
 
     - "token": sum over all tokens / number of tokens (DAPO, arXiv:2503.14476). All tokens weigh the same.
@@ -70,8 +68,7 @@ def aggregate(
     - "constant": sum / (rows * longest possible completion) (Dr. GRPO, arXiv:2503.20783).
 
     `denominator` is the divisor of the whole update when `mask` is only a micro-batch of it (see
-    `loss_denominator`). The losses, and so the gradients, of micro-batches then add up to those of the
-    update, however it was divided.
+    `loss_denominator`): the losses, and so the gradients, of micro-batches then add up to the update's.
     """
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, not {aggregation!r}")
@@ -93,10 +90,8 @@ def loss_denominator(lengths: list[int], max_length: int, aggregation: str) -> f
 def clip_counts(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float
 ) -> tuple[int, int]:
-    """How many tokens have no gradient because of the clip: (ratio too low, ratio too high).
-
-    These are tokens with A < 0 and ratio < 1 - low, and tokens with A > 0 and ratio > 1 + high. `advantages`
-    is [rows].
+    """How many tokens the clip leaves without gradient: (A < 0 and ratio < 1 - low, A > 0 and ratio > 1 +
+    high).
     """
     ratio = (logprobs - old_logprobs).exp()
     below = (advantages[:, None] < 0) & (ratio < 1 - low) & mask

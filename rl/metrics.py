@@ -33,8 +33,7 @@ def rollout_metrics(groups: Groups) -> dict[str, float]:
 
 
 def pass_at_k(groups: Groups, k: int) -> float:
-    """Chance that one of k completions is correct, by the unbiased estimator (arXiv:2107.03374, equation 1).
-    """
+    """Chance that one of k completions is correct, by the unbiased estimator (arXiv:2107.03374, eq. 1)."""
     missed = 0.0
     for group in groups:
         wrong = sum(rollout.score.outcome != "correct" for rollout in group)

@@ -1,5 +1,4 @@
-"""AdamW that loses no small update and needs little memory, in torch's version or in bitsandbytes' 8-bit one.
-"""
+"""AdamW that loses no small update and needs little memory, torch's own or in 8 bits (bitsandbytes)."""
 
 import hashlib
 import logging
@@ -12,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rl.distributed import PIECE, is_sharded, local
+from rl.distributed import PIECE, local
 from rl.ranges import Range
 
 MAX_GRAD_NORM = 1.0
@@ -76,8 +75,7 @@ class Optimizer:
             self.optimizers[name] = [make_adamw(settings.kind, master) for master in self.masters[name]]
 
     def master_of(self, piece: Tensor) -> Tensor:
-        """What AdamW updates: float32 weights themselves, a copy, or nothing yet if each step makes its copy.
-        """
+        """What AdamW updates: float32 weights themselves, a copy, or nothing if each step makes a copy."""
         if self.stochastic and piece.dtype != torch.float32:
             return piece.new_empty(0, dtype=torch.float32)
         return piece.float()
@@ -86,11 +84,10 @@ class Optimizer:
     def step(self, learning_rate: float, skip: bool = False) -> float:
         """Clip the gradient to MAX_GRAD_NORM, update the parameters, clear the gradient; return its norm.
 
-        If the norm is not finite, or with `skip`, nothing is updated, and NaN is returned.
+        With `skip`, or if the norm is not finite, nothing is updated, and NaN is returned.
         """
-        norm = (
-            math.nan if skip else joint_norm(p.grad for p in self.parameters.values() if p.grad is not None)
-        )
+        gradients = (p.grad for p in self.parameters.values() if p.grad is not None)
+        norm = math.nan if skip else joint_norm(gradients)
         if not math.isfinite(norm):
             self.clear_gradients()
             self.skipped_in_a_row += 1
@@ -143,8 +140,8 @@ def joint_norm(gradients: Iterable[Tensor]) -> float:
     """The Euclidean norm of all gradients as one vector, the shards of other ranks included."""
     norms, shards = [], []
     for gradient in gradients:
-        part = torch.linalg.vector_norm(local(gradient), dtype=torch.float32)
-        (shards if is_sharded(gradient) else norms).append(part)
+        held = local(gradient)
+        (norms if held is gradient else shards).append(torch.linalg.vector_norm(held, dtype=torch.float32))
     if shards:
         square = torch.stack(shards).square().sum()
         dist.all_reduce(square)

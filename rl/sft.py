@@ -45,9 +45,7 @@ def sft_schedule(samples: list[Sample], batch_size: int, epochs: int, seed: int)
     return steps
 
 
-def sft_step(
-    model: Qwen3, optimizer: Optimizer, samples: list[Sample], learning_rate: float
-) -> dict[str, float]:
+def sft_step(model: Qwen3, optimizer: Optimizer, samples: list[Sample], learning_rate: float) -> dict:
     """One optimizer step on `samples`: loss on the completions only, averaged over their tokens.
 
     Returns:

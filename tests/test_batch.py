@@ -198,13 +198,10 @@ def test_branches_of_nearly_equal_length_are_one_block_and_others_are_not():
     assert PackedGroup(3, [100, 99, 98, 97, 50, 50, 49, 2]).num_tokens() == 3 + 400 + 150 + 2
 
 
-def test_a_sample_longer_than_the_budget_goes_alone_and_the_largest_part_comes_first():
+def test_a_group_stays_together_as_long_as_it_fits_and_the_largest_part_comes_first():
+    samples = [Sample([1] * 6, [2] * 9) for _ in range(8)]
+    for budget, expected in ((77, [8]), (76, [7, 1]), (41, [4, 4]), (23, [2, 2, 2, 2]), (14, [1] * 8)):
+        assert [len(batch) for batch in micro_batches(samples, budget)] == expected
     samples = [Sample([1] * 2, [2] * 2), Sample([2] * 20, [2] * 20), Sample([3] * 3, [2] * 3)]
     assert [[len(sample) for sample in batch] for batch in micro_batches(samples, 8)] == [[40], [6, 4]]
     assert micro_batches([], 12) == []
-
-
-def test_a_group_stays_together_as_long_as_it_fits():
-    samples = [Sample([1] * 6, [2] * 9) for _ in range(8)]
-    for budget, expected in ((77, [8]), (76, [7, 1]), (41, [4, 4]), (23, [2, 2, 2, 2]), (14, [1] * 8)):
-        assert sorted((len(batch) for batch in micro_batches(samples, budget)), reverse=True) == expected

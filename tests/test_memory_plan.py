@@ -152,7 +152,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_help():
 def test_a_sharded_model_is_sampled_in_full_where_the_plan_has_room_or_as_asked(monkeypatch, asked, room, full):
     real = lab.setup.plan_memory
     monkeypatch.setattr(lab.setup, "plan_memory", lambda *arguments: replace(real(*arguments), whole_copy=room))
-    monkeypatch.setattr(lab.setup, "sharding_of", lambda model: Sharding(torch.float32))
+    monkeypatch.setattr(Qwen3, "sharding", Sharding(torch.float32))
     recipe = replace(load_recipe("smoke")[1], parallel=ParallelSettings(sampling=asked))
-    policy, *_ = lab.setup.load_policy(recipe, None, problems_of(recipe)[1])
+    policy, *_ = lab.setup.set_up(recipe, None)
     assert policy.sharding.full_to_sample == full

@@ -19,7 +19,6 @@ from helpers import FakeTask, FakeTokenizer, optimizer_for, random_model
 from test_commands import ROOT, smoke, timeless
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import rl.distributed
 from lab.checkpoint import checkpoints
 from lab.memory_plan import plan_memory, work_of
 from lab.processes import processes
@@ -28,7 +27,7 @@ from lab.runfolder import RunFolder
 from lab.sharding import shard
 from lab.stages import train
 from model import generate
-from rl.distributed import gather, is_main, is_sharded, rank, sampling_model, share, world_size
+from rl.distributed import gather, is_main, is_sharded, rank, sampling_model, world_size
 from rl.grpo import GRPOStage, grpo_step
 from rl.optimizer import OptimizerSettings
 from rl.rollout import SamplingSettings
@@ -40,15 +39,12 @@ OPTIONS = [  # three prompts for two or four processes, in two updates: uneven, 
     "--stages.0.learning-rate", 1e-4, "--stages.0.kl-coef", 0.05, "--stages.1.learning-rate", 1e-5, "--stages.1.batch-size", 2,
     "--stages.2.steps", 1, "--stages.2.samples-per-prompt", 4, "--stages.2.prompts-per-step", 3, "--stages.2.learning-rate", 1e-4,
 ]  # fmt: skip
-MODES = {
-    "replicate": [],
-    "whole": ["--parallel.kind", "shard", "--parallel.sampling", "whole"],
-    "layers": ["--parallel.kind", "shard", "--parallel.sampling", "layers"],
-}
 
 
 def arguments(out: Path, mode: str = "replicate") -> Arguments:
-    return smoke("--out", out, *OPTIONS, *MODES[mode])
+    """Of a small run; `mode` is replicate, or how a sharded model is sampled."""
+    kind = [] if mode == "replicate" else ["--parallel.kind", "shard", "--parallel.sampling", mode]
+    return smoke("--out", out, *OPTIONS, *kind)
 
 
 def run_training(out: Path, mode: str = "replicate", resume: bool = False) -> None:
@@ -66,7 +62,7 @@ def be_rank(number: int, size: int, port: int, work, *arguments) -> None:
 
 
 def in_processes(size: int, work, *arguments) -> None:
-    """Run `work` in `size` processes that begin with everything imported."""
+    """Run `work` in `size` processes that have everything imported when they start."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_parallel"])
     with socket.socket() as free:
@@ -77,11 +73,10 @@ def in_processes(size: int, work, *arguments) -> None:
         process.start()
     for process in ranks:
         process.join(120)
-        if process.is_alive():
-            for other in ranks:
-                other.kill()
-            pytest.fail("the processes wait for each other")
-    assert [process.exitcode for process in ranks] == [0] * size
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    assert codes == [0] * size, "failed, or None: the processes wait for each other"
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +85,6 @@ def alone(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "alone"
     run_training(out)
     assert [row["kind"] for row in RunFolder(out).metrics()[1:]].count("sft") > 1
-    return out
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory) -> Path:
-    """The run by two processes with a sharded model."""
-    out = tmp_path_factory.mktemp("runs") / "sharded"
-    in_processes(2, run_training, out, "whole")
     return out
 
 
@@ -113,43 +100,35 @@ def same_runs(run: Path, other: Path) -> None:
     for row, twin in zip(timeless(run), timeless(other), strict=True):
         assert row.pop("kind") == twin.pop("kind") and row.keys() == twin.keys()
         assert row == pytest.approx(twin, rel=1e-5, abs=1e-6)
-    assert [folder.name for folder in checkpoints(run)] == [folder.name for folder in checkpoints(other)]
-    for folder, twin in zip(checkpoints(run), checkpoints(other), strict=True):
-        names = sorted(path.name for path in folder.glob("*.safetensors"))
-        assert names == sorted(path.name for path in twin.glob("*.safetensors"))
-        for name in names:
-            first, second = (safetensors.torch.load_file(place / name) for place in (folder, twin))
-            assert first.keys() == second.keys()
-            for key in first:
-                torch.testing.assert_close(first[key], second[key], rtol=0, atol=1e-5, msg=f"{name} {key}")
+    stored, twins = (sorted(path.relative_to(folder) for path in folder.rglob("*.safetensors")) for folder in (run, other))
+    assert stored == twins and len(stored) > 5
+    for name in stored:  # weights and optimizer states of every checkpoint
+        first, second = (safetensors.torch.load_file(folder / name) for folder in (run, other))
+        assert first.keys() == second.keys()
+        for key in first:
+            torch.testing.assert_close(first[key], second[key], rtol=0, atol=1e-5, msg=f"{name} {key}")
 
 
-@pytest.mark.parametrize(("mode", "size"), [("replicate", 2), ("replicate", 4), ("layers", 2)])
+@pytest.mark.parametrize(("mode", "size"), [("replicate", 4), ("layers", 2)])
 def test_several_processes_do_what_one_does(mode, size, alone, tmp_path):
+    """Two processes that replicate the model are in the test in which one of them dies."""
     in_processes(size, run_training, tmp_path / "run", mode)
     same_runs(alone, tmp_path / "run")
 
 
-def test_a_sharded_model_does_what_a_full_one_does_and_is_saved_in_full(alone, sharded):
+def test_a_sharded_run_does_what_one_process_does_is_saved_in_full_and_resumed_by_another_number(alone, tmp_path):
+    sharded = tmp_path / "sharded"
+    in_processes(2, run_training, sharded, "whole")
     same_runs(alone, sharded)
     transformers.AutoModelForCausalLM.from_pretrained(checkpoints(sharded)[-1])
-
-
-def cut_back(run: Path, out: Path, step: int) -> Path:
-    """A copy of a run as it was after `step`."""
-    shutil.copytree(run, out)
-    for folder in checkpoints(out):
-        if int(folder.name.removeprefix("step_")) > step:
+    for run, name in ((sharded, "fewer"), (alone, "more")):
+        shutil.copytree(run, tmp_path / name)
+        for folder in checkpoints(tmp_path / name)[2:]:
             shutil.rmtree(folder)
-    return out
-
-
-def test_a_run_is_resumed_by_another_number_of_processes(alone, sharded, tmp_path):
-    fewer, more = cut_back(sharded, tmp_path / "fewer", 2), cut_back(alone, tmp_path / "more", 2)
-    run_training(fewer, resume=True)
-    in_processes(2, run_training, more, "whole", True)
-    same_runs(alone, fewer)
-    same_runs(alone, more)
+    run_training(tmp_path / "fewer", resume=True)
+    in_processes(2, run_training, tmp_path / "more", "whole", True)
+    same_runs(alone, tmp_path / "fewer")
+    same_runs(alone, tmp_path / "more")
 
 
 # Sampling
@@ -197,12 +176,12 @@ def test_a_sharded_model_is_gathered_once_a_rollout_phase_or_for_every_token_and
 # Gradients
 
 
-def gradient(out: Path | None, sharded: bool, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The gradient of a step on five groups of three, one of them with equal rewards, and its metrics."""
+def gradient(out: Path | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The gradient of a step on five groups of three, one of them with equal rewards, and the metrics of the step."""
     results = {}
     with processes():
         model = random_model(dtype=dtype)
-        if sharded:
+        if world_size() > 1:
             shard(model, torch.device("cpu"))
         optimizer = optimizer_for(model, budget=40)
         take = optimizer.step
@@ -225,21 +204,20 @@ def gradient(out: Path | None, sharded: bool, dtype: torch.dtype) -> dict[str, t
     return results
 
 
-@pytest.mark.parametrize(("size", "sharded"), [(2, False), (3, False), (3, True)])
-def test_the_gradient_of_a_step_is_that_of_one_process(size, sharded, tmp_path):
-    in_processes(size, gradient, tmp_path / "gradient", sharded, torch.float32)
-    expected, results = gradient(None, False, torch.float32), safetensors.torch.load_file(tmp_path / "gradient")
+def test_the_gradient_of_a_sharded_model_is_that_of_one_process(tmp_path):
+    """On three ranks, among which nothing divides evenly."""
+    in_processes(3, gradient, tmp_path / "gradient", torch.float32)
+    expected, results = gradient(None, torch.float32), safetensors.torch.load_file(tmp_path / "gradient")
     assert expected["loss"].abs() > 1e-3 and expected["grad_norm"] > 1e-2
     for name, tensor in expected.items():
         torch.testing.assert_close(results[name], tensor, rtol=1e-5, atol=1e-6 * max(1, tensor.abs().max().item()), msg=name)
 
 
 def test_bfloat16_gradients_of_a_sharded_model_are_summed_in_float32(tmp_path):
-    in_processes(2, gradient, tmp_path / "gradient", True, torch.bfloat16)
-    results = safetensors.torch.load_file(tmp_path / "gradient")
-    layers = [tensor for name, tensor in results.items() if ".layers." in name]
-    assert {tensor.dtype for tensor in layers} == {torch.float32}
-    assert any((tensor != tensor.bfloat16()).any() for tensor in layers)  # a sum that bfloat16 has no room for
+    in_processes(2, gradient, tmp_path / "gradient", torch.bfloat16)
+    layers = [grad for name, grad in safetensors.torch.load_file(tmp_path / "gradient").items() if ".layers." in name]
+    assert {grad.dtype for grad in layers} == {torch.float32}
+    assert any((grad != grad.bfloat16()).any() for grad in layers)  # a sum that bfloat16 has no room for
 
 
 # Memory
@@ -251,10 +229,9 @@ def sharded_plan(out: Path) -> None:
         work = work_of(Recipe(stages=(GRPOStage(prompts_per_step=5),)), 10, world_size())
         plan = plan_memory(model, OptimizerSettings(), work, free=10**9)
         with sampling_model(model) as full:
-            assert not any(map(is_sharded, full.parameters())) and full.dtype == torch.bfloat16
-            copy = sum(p.numel() * 2 for name, p in full.named_parameters() if ".layers." in name)
+            copy = sum(p.numel() * 2 for name, p in full.named_parameters() if ".layers." in name and not is_sharded(p))
         cramped = plan_memory(model, OptimizerSettings(), work, free=plan.lasting + 2 * plan.whole_copy - 1)
-        assert plan.whole_copy and not cramped.whole_copy  # then it is sampled layer by layer
+        assert not cramped.whole_copy  # then it is sampled layer by layer
         if is_main():
             parts = [plan.weights, plan.masters, plan.moments, plan.gradients, plan.whole_copy, copy, work.rows]
             out.write_text(json.dumps(parts))
@@ -262,10 +239,9 @@ def sharded_plan(out: Path) -> None:
 
 def test_the_memory_plan_counts_what_one_process_holds(tmp_path):
     in_processes(2, sharded_plan, tmp_path / "plan")
-    counts = {True: 0, False: 0}
-    for name, parameter in random_model().named_parameters():
-        counts[".layers." in name] += parameter.numel()
-    layers, others = counts[True], counts[False]
+    sizes = {name: parameter.numel() for name, parameter in random_model().named_parameters()}
+    layers = sum(size for name, size in sizes.items() if ".layers." in name)
+    others = sum(sizes.values()) - layers
     both = 2 * layers + 2 * others
     expected = [both, 4 * others, 8 * (layers // 2 + others), both, 2 * layers, 2 * layers, 512 // 2]
     assert json.loads((tmp_path / "plan").read_text()) == expected
@@ -304,21 +280,8 @@ def test_a_process_that_dies_ends_the_run_or_torchrun_restarts_it(restarts, alon
         same_runs(alone, run)
     else:
         assert ended.returncode != 0 and "exitcode  : 9" in ended.stderr and time.perf_counter() - start < 60
-        assert "error: another process of this run has ended" in ended.stderr
+        assert "error: another process of this run" in ended.stderr
         assert [folder.name for folder in checkpoints(run)] == ["step_0001", "step_0002"]
-
-
-def test_shares_gather_to_the_whole(monkeypatch):
-    items = list(range(7))
-    assert share(items) == gather(items) == items
-    monkeypatch.setattr(rl.distributed, "world_size", lambda: 3)
-    parts = []
-    for number in range(3):
-        monkeypatch.setattr(rl.distributed, "rank", lambda number=number: number)
-        parts.append(share(items))
-    assert sorted(map(len, parts)) == [2, 2, 3]
-    monkeypatch.setattr(rl.distributed, "all_values", lambda value: parts)
-    assert gather(parts[0]) == items
 
 
 def test_a_sharded_model_refuses_what_cannot_be_sharded():

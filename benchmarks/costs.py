@@ -1,7 +1,8 @@
-"""What a GRPO step costs on some number of devices: seconds by what they go to, worked out from shapes and rates.
+"""What a GRPO step costs on several devices: seconds for each part, computed from shapes and rates.
 
-`benchmarks/scaling.py` measures the rates of this machine, and compares. What the formulas leave out: packing and other
-Python, rows that have stopped and not left yet, exchange that goes on beside computing (so exchange is at most what is said).
+`benchmarks/scaling.py` measures the rates of this machine, and compares. The formulas leave out packing and
+other Python, finished rows that are still in the batch, and communication that overlaps computing (so the
+seconds of `exchange` are an upper bound).
 """
 
 from dataclasses import dataclass, fields
@@ -10,12 +11,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from lab.memory_plan import MemoryPlan, plan_memory, work_of
+from lab.recipe import EvaluationSettings, Recipe
+from lab.sharding import Sharding
 from model import Qwen3, Qwen3Config
 from model.memory import CACHE_SHARE, LOGITS_COPIES
-from model.sampler import waves
-from lab.memory_plan import MemoryPlan, plan_memory, work_of
-from lab.recipe import EvaluationSettings, GRPOStage, OptimizerSettings, Recipe, SamplingSettings
-from lab.sharding import Sharding
+from model.sampler import plan_batches
+from rl.grpo import GRPOStage
+from rl.optimizer import OptimizerSettings
+from rl.rollout import SamplingSettings
 
 PARAMETERS_A_LAYER = 11  # each of which is an exchange of its own
 
@@ -51,7 +55,8 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of GRPO. Completions are as long as chance has it around `mean`, at most `limit`; no mean: all reach it."""
+    """A step of GRPO. Lengths of completions are random around `mean`, at most `limit`; without a mean, all
+    reach it."""
 
     prompts: int
     samples: int
@@ -61,7 +66,8 @@ class Step:
     updates: int = 1
 
     def lengths(self, seed: int = 0) -> np.ndarray:
-        """Tokens of each completion, [prompts, samples]: geometric, as if a stop could come at each place alike."""
+        """Tokens of each completion, [prompts, samples]: geometric, as if each token stopped with one
+        chance."""
         shape = self.prompts, self.samples
         if self.mean is None:
             return np.full(shape, self.limit)
@@ -70,7 +76,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Setting:
-    """A model in training on `devices`, each with the whole of it ("replicate") or a share ("shard")."""
+    """A model in training on `devices`, each with all of it ("replicate") or a shard ("shard")."""
 
     config: Qwen3Config
     dtype: torch.dtype
@@ -83,13 +89,13 @@ class Setting:
 
 @dataclass
 class Seconds:
-    """Of one device, the mean over all; `waiting` is for the one that has most to do."""
+    """Per device, the mean over all; `waiting` is the time until the slowest has finished."""
 
     prefill: float = 0.0
     decode: float = 0.0
-    gather: float = 0.0  # divided weights, to sample from
+    gather: float = 0.0  # sharded weights, to sample from
     learn: float = 0.0
-    exchange: float = 0.0  # gradients, and divided weights to learn
+    exchange: float = 0.0  # gradients, and sharded weights to learn
     optimizer: float = 0.0
     waiting_rollout: float = 0.0
     waiting_update: float = 0.0
@@ -110,7 +116,11 @@ class Seconds:
 def layer_weights(config: Qwen3Config) -> int:
     """Weights of all layers; the matrices are all that counts."""
     heads = config.num_attention_heads + config.num_key_value_heads
-    return config.num_hidden_layers * config.hidden_size * (2 * config.head_dim * heads + 3 * config.intermediate_size)
+    return (
+        config.num_hidden_layers
+        * config.hidden_size
+        * (2 * config.head_dim * heads + 3 * config.intermediate_size)
+    )
 
 
 def head_weights(config: Qwen3Config) -> int:
@@ -123,14 +133,15 @@ def attention_flops(config: Qwen3Config) -> int:
 
 
 def prefill_seconds(setting: Setting, hardware: Hardware, groups: int) -> float:
-    """A group's prompt goes through the layers once, its last place alone through the output head."""
+    """A group's prompt goes through the layers once, its last position alone through the output head."""
     config, length = setting.config, setting.step.prompt_length
     layers = length * 2 * layer_weights(config) + attention_flops(config) * length**2 / 2
     return groups * (layers + 2 * head_weights(config)) / hardware.learn_flops
 
 
 def decode_seconds(setting: Setting, hardware: Hardware, lengths: np.ndarray) -> float:
-    """One wave, `lengths` [groups, samples]: each step costs its arithmetic or what it reads, whichever takes longer."""
+    """One batch, `lengths` [groups, samples]: each step costs its arithmetic or what it reads, whichever
+    takes longer."""
     config, prompt, size = setting.config, setting.step.prompt_length, setting.dtype.itemsize
     times = np.arange(1, lengths.max())  # own tokens that rows have when the next one is made
     rows = (lengths[..., None] > times).sum((0, 1))
@@ -146,7 +157,8 @@ def decode_seconds(setting: Setting, hardware: Hardware, lengths: np.ndarray) ->
 
 
 def learn_seconds(setting: Setting, hardware: Hardware, lengths: np.ndarray) -> float:
-    """Forward and backward over groups of `lengths` [groups, samples], a prompt once a group; backward is two forwards.
+    """Forward and backward over groups of `lengths` [groups, samples], a prompt once a group; backward is
+    two forwards.
 
     The head's logits are always computed again in backward; the layers with activation checkpointing.
     """
@@ -163,7 +175,8 @@ def micro_batch_count(setting: Setting, lengths: np.ndarray, micro_batch_tokens:
 
 
 def exchange_seconds(hardware: Hardware, devices: int, sent: float, times: float) -> float:
-    """`times` exchanges in a ring in which each device sends `sent` bytes in all, had it infinitely many neighbours."""
+    """`times` exchanges in a ring in which each device sends `sent` bytes in all, had it infinitely many
+    neighbours."""
     if devices == 1:
         return 0.0
     rate = hardware.link if devices <= hardware.node else hardware.network
@@ -171,7 +184,7 @@ def exchange_seconds(hardware: Hardware, devices: int, sent: float, times: float
 
 
 def seconds(setting: Setting, hardware: Hardware, plan: MemoryPlan) -> Seconds:
-    """Of one step. Groups are dealt out in turn, as `rl.workers.Workers.share` does."""
+    """Of one step. Groups are dealt out in turn, as `rl.distributed.share` does."""
     config, step, devices = setting.config, setting.step, setting.devices
     lengths, result = step.lengths(), Seconds()
     shares = [lengths[rank::devices] for rank in range(devices)]
@@ -185,11 +198,11 @@ def seconds(setting: Setting, hardware: Hardware, plan: MemoryPlan) -> Seconds:
     result.waiting_rollout = max(rollouts) - result.prefill - result.decode
     layers, head = layer_weights(config), head_weights(config) * (1 if config.tie_word_embeddings else 2)
     size, count = setting.dtype.itemsize, config.num_hidden_layers
-    divided = setting.kind == "shard" and devices > 1
+    sharded = setting.kind == "shard" and devices > 1
     unpacked = 2 * size * layers / hardware.bandwidth  # what was gathered is copied to its place
-    if divided and plan.whole_copy:
+    if sharded and plan.whole_copy:
         result.gather = exchange_seconds(hardware, devices, size * layers, count * PARAMETERS_A_LAYER)
-    elif divided:  # for every token, and whether any process still samples
+    elif sharded:  # for every token, and whether any process still samples
         result.gather = longest * (exchange_seconds(hardware, devices, size * layers, count + 1) + unpacked)
     for number in range(step.updates):
         own = [lengths[number :: step.updates][rank::devices] for rank in range(devices)]
@@ -197,30 +210,39 @@ def seconds(setting: Setting, hardware: Hardware, plan: MemoryPlan) -> Seconds:
         result.learn += sum(times) / devices
         result.waiting_update += max(times) - sum(times) / devices
         micros = max(micro_batch_count(setting, share, plan.micro_batch_tokens) for share in own)
-        if divided:  # gathered for forward and for backward; gradients added up in float32 and divided
-            result.exchange += micros * exchange_seconds(hardware, devices, (2 * size + 4) * layers, 3 * count)
+        if sharded:  # gathered for forward and for backward; gradients added up in float32 and sharded
+            result.exchange += micros * exchange_seconds(
+                hardware, devices, (2 * size + 4) * layers, 3 * count
+            )
             result.exchange += micros * 2 * unpacked
             result.exchange += exchange_seconds(hardware, devices, 2 * 4 * head, 3)
         else:
-            result.exchange += exchange_seconds(hardware, devices, 2 * 4 * (layers + head), count * PARAMETERS_A_LAYER)
+            result.exchange += exchange_seconds(
+                hardware, devices, 2 * 4 * (layers + head), count * PARAMETERS_A_LAYER
+            )
         result.optimizer += state_bytes(plan) / hardware.optimizer_bandwidth
     return result
 
 
-def rollout_seconds(setting: Setting, hardware: Hardware, plan: MemoryPlan, share: np.ndarray) -> tuple[float, float, int]:
-    """(prefill, decode, decoding steps) of one device, in as many waves as its memory makes of its groups."""
+def rollout_seconds(
+    setting: Setting, hardware: Hardware, plan: MemoryPlan, share: np.ndarray
+) -> tuple[float, float, int]:
+    """(prefill, decode, decoding steps) of one device, with its groups in as many batches as its memory
+    needs."""
     if not len(share):
         return 0.0, 0.0, 0
     config, step = setting.config, setting.step
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * setting.dtype.itemsize
+    token = (
+        2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * setting.dtype.itemsize
+    )
     row = step.limit * token
     free = CACHE_SHARE * (hardware.memory - plan.lasting + plan.process - plan.whole_copy)
     room = int(free * row / (row + LOGITS_COPIES * 4 * config.vocab_size) / token)
-    parts = [
-        share[groups, samples] for groups, samples in waves([step.prompt_length] * len(share), step.samples, step.limit, room)
-    ]
-    prefill = sum(prefill_seconds(setting, hardware, len(part)) for part in parts)
-    return prefill, sum(decode_seconds(setting, hardware, part) for part in parts), sum(int(part.max()) - 1 for part in parts)
+    prompts = [step.prompt_length] * len(share)
+    batches = [share[part] for part in plan_batches(prompts, step.samples, step.limit, room)]
+    prefill = sum(prefill_seconds(setting, hardware, len(batch)) for batch in batches)
+    decode = sum(decode_seconds(setting, hardware, batch) for batch in batches)
+    return prefill, decode, sum(int(batch.max()) - 1 for batch in batches)
 
 
 def state_bytes(plan: MemoryPlan) -> int:
@@ -230,7 +252,9 @@ def state_bytes(plan: MemoryPlan) -> int:
 
 def recipe_of(setting: Setting) -> Recipe:
     step = setting.step
-    stage = GRPOStage(prompts_per_step=step.prompts, samples_per_prompt=step.samples, updates_per_step=step.updates)
+    stage = GRPOStage(
+        prompts_per_step=step.prompts, samples_per_prompt=step.samples, updates_per_step=step.updates
+    )
     return Recipe(
         sampling=SamplingSettings(max_new_tokens=step.limit), evaluation=EvaluationSettings(problems=1, final_problems=0),
         optimizer=setting.optimizer, stages=(stage,),
@@ -249,7 +273,9 @@ def memory(setting: Setting, hardware: Hardware) -> MemoryPlan:
     from torch.distributed.fsdp import fully_shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=setting.devices)  # whose exchanges do nothing
+    dist.init_process_group(
+        "fake", store=FakeStore(), rank=0, world_size=setting.devices
+    )  # whose exchanges do nothing
     try:
         mesh = init_device_mesh("cpu", (setting.devices,))
         for layer in model.model.layers:

@@ -2,9 +2,10 @@
 
     python benchmarks/estimate.py 256-0.6b         # random weights, two small GRPO steps; nothing is downloaded
 
-Sampled and learned tokens are timed by themselves, in a step of fewer prompts than the recipe's, and the recipe's tokens
-counted as if every completion ran to its limit. So this is an upper bound but for the weights' loading, checkpoints, and
-what larger batches save. Memory is the plan that the run itself would print (`rl/memory_plan.py`).
+Sampled and learned tokens are timed separately, in a step of fewer prompts than the recipe's, and the
+recipe's tokens are counted as if every completion ran to its limit. So this is an upper bound, apart from
+loading weights and writing checkpoints; larger batches are faster. Memory is the plan that the run itself
+would print (`lab/memory_plan.py`).
 """
 
 import sys
@@ -20,12 +21,11 @@ from memory import QWEN3_06B, Case, measure, random_model
 from rich.console import Console
 from rich.table import Table
 
-from model import Qwen3Config
 from lab.device import held_memory
-from model.memory import free_memory
 from lab.memory_plan import gb, plan_memory, work_of
-from lab.recipe import Recipe
-from lab.recipe import load_recipe
+from lab.recipe import Recipe, load_recipe
+from model import Qwen3Config
+from model.memory import free_memory
 
 QWEN3_17B = Qwen3Config(151936, 2048, 6144, 28, 16, 8, 128)
 SHAPES = {"Qwen/Qwen3-0.6B": QWEN3_06B, "Qwen/Qwen3-1.7B": QWEN3_17B}
@@ -53,7 +53,8 @@ class Tokens:
 
 
 def tokens_of(recipe: Recipe) -> Tokens:
-    """Rollouts are sampled and learned from, prompts once a group; traces are learned; evaluations are sampled."""
+    """Rollouts are sampled and learned from, prompts once a group; traces are learned; evaluations are
+    sampled."""
     new, evaluation = recipe.sampling.max_new_tokens, recipe.evaluation
     sampled = (evaluation.problems + 2 * evaluation.final_problems) * new
     learned = 0

@@ -1,10 +1,10 @@
-"""Everything worth knowing about this code on one GPU, in one command of under ten minutes.
+"""Correctness, speed and memory of this code on one GPU, in one command of under ten minutes.
 
     python benchmarks/gpu.py --out results            # on a GPU
     python benchmarks/gpu.py --out results --small    # the same code paths at a small size, on a CPU too
 
-Writes `gpu.json` and `gpu.md` into the folder. Weights are random: speed and memory do not depend on them. A part that
-fails is written down with its error, and the next one runs.
+Writes `gpu.json` and `gpu.md` into the folder. Weights are random: speed and memory do not depend on them.
+If a part fails, its error is recorded and the next part runs.
 """
 
 import json
@@ -23,13 +23,12 @@ import torch
 import tyro
 from memory import Case, measure, random_model
 
-from model import KVCache, Qwen3Config, generate, load_model
-from model.sampler import GraphedStep
-from model.sampler import DecodeBatch
-from rl.batch import Sample, completion_logprobs, make_batch
-from lab.recipe import OptimizerSettings
 from lab.recipe import load_recipe
 from lab.stages import train
+from model import KVCache, Qwen3Config, generate, load_model
+from model.sampler import DecodeBatch, GraphedStep
+from rl.batch import Sample, completion_logprobs, make_batch
+from rl.optimizer import OptimizerSettings
 
 QWEN3 = {
     "0.6B": Qwen3Config(151936, 1024, 3072, 28, 16, 8, 128),
@@ -83,7 +82,8 @@ def random_prompts(config: Qwen3Config, count: int, length: int) -> list[list[in
 
 
 def correctness(settings: Settings) -> dict:
-    """Logits against transformers in float32, greedy decoding on device and CPU, captured logprobs in both dtypes."""
+    """Logits against transformers in float32, greedy decoding on device and CPU, captured logprobs in both
+    dtypes."""
     result = {}
     torch.backends.cuda.matmul.allow_tf32 = False
     model, tokenizer = load_model("tiny", device())
@@ -91,10 +91,14 @@ def correctness(settings: Settings) -> dict:
     try:
         from transformers import Qwen3ForCausalLM
 
-        theirs = Qwen3ForCausalLM.from_pretrained("model/tiny", dtype=torch.float32, attn_implementation="eager")
+        theirs = Qwen3ForCausalLM.from_pretrained(
+            "model/tiny", dtype=torch.float32, attn_implementation="eager"
+        )
         ids = torch.tensor([prompts[1] * 9], device=device())
         with torch.no_grad():
-            result["logits_max_difference"] = float((theirs.to(device())(ids).logits - model(ids)).abs().max())
+            result["logits_max_difference"] = float(
+                (theirs.to(device())(ids).logits - model(ids)).abs().max()
+            )
     except ImportError:
         result["logits_max_difference"] = "transformers is not installed"
     host, _ = load_model("tiny", "cpu")
@@ -104,7 +108,9 @@ def correctness(settings: Settings) -> dict:
     for dtype in (torch.float32, torch.bfloat16):
         policy = load_model("tiny", device(), dtype)[0]
         groups = generate(policy, prompts, num_samples=8, max_new_tokens=64, seed=1)
-        samples = [Sample(p, c.token_ids, c.logprobs) for p, g in zip(prompts, groups, strict=True) for c in g]
+        samples = [
+            Sample(p, c.token_ids, c.logprobs) for p, g in zip(prompts, groups, strict=True) for c in g
+        ]
         batch = make_batch(samples, device())
         with torch.no_grad():
             gap = (completion_logprobs(policy, batch) - batch.old_logprobs)[batch.mask]
@@ -115,7 +121,9 @@ def correctness(settings: Settings) -> dict:
 
 def bandwidth() -> float:
     """Bytes a second that a large copy reads and writes on the device."""
-    source = torch.empty(256 * 2**20 if torch.cuda.is_available() else 2**26, dtype=torch.uint8, device=device())
+    source = torch.empty(
+        256 * 2**20 if torch.cuda.is_available() else 2**26, dtype=torch.uint8, device=device()
+    )
     target = torch.empty_like(source)
     best = float("inf")
     for _ in range(5):
@@ -129,7 +137,8 @@ def bandwidth() -> float:
 
 
 def decoding(settings: Settings) -> dict:
-    """Tokens a second of `generate`, and what share of the time reading weights and cache once a step would take.
+    """Tokens a second of `generate`, and what share of the time reading weights and cache once a step would
+    take.
 
     A group's prompt counts once: it is stored once, and read once for all its rows.
     """
@@ -166,7 +175,8 @@ def decoding(settings: Settings) -> dict:
 
 
 def launching(settings: Settings) -> dict:
-    """Milliseconds a decoding step launched kernel by kernel, as a CUDA graph, and with the layers compiled as well."""
+    """Milliseconds a decoding step launched kernel by kernel, as a CUDA graph, and with the layers compiled
+    as well."""
     name, config = next(iter((SMALL if settings.small else QWEN3).items()))
     model = random_model(config, torch.bfloat16, device())
     prompts, new_tokens = random_prompts(config, 4, 140), 40 if settings.small else 200
@@ -174,15 +184,16 @@ def launching(settings: Settings) -> dict:
     result = {"shape": name, "rows": 32}
 
     def milliseconds(graph: bool) -> float:
-        """Median over steps of one wave of 4 prompts x 8 samples; new graphs are outliers and do not show."""
+        """Median over the steps of a batch of 4 prompts x 8 samples; steps that make a graph are outliers."""
         with torch.inference_mode():
-            wave = DecodeBatch(model, prompts, torch.rand(4, 8, new_tokens), stops, (1.0, None, None), static=True)
-            step = GraphedStep(wave.step) if graph else lambda shape: wave.step()
+            uniforms = torch.rand(4, 8, new_tokens)
+            batch = DecodeBatch(model, prompts, uniforms, stops, (1.0, None, None), static=True)
+            step = GraphedStep(batch.step) if graph else lambda shape: batch.step()
             times = []
             for count in range(1, new_tokens):
-                wave.cache.reserve(count)
+                batch.cache.reserve(count)
                 start = time.perf_counter()
-                step(wave.cache.shape)
+                step((len(batch.numbers), batch.cache.visible))
                 synchronize()
                 times.append(time.perf_counter() - start)
         return 1000 * statistics.median(times)
@@ -198,7 +209,8 @@ def launching(settings: Settings) -> dict:
 
 
 def grpo_steps(settings: Settings) -> dict:
-    """Seconds and peak memory of one whole GRPO step at the paper's setting, and what the memory plan said."""
+    """Seconds and peak memory of one whole GRPO step at the paper's setting, and what the memory plan
+    said."""
     name, config = next(iter(SMALL.items())) if settings.small else ("1.7B", QWEN3["1.7B"])
     groups, samples, new_tokens = (2, 4, 16) if settings.small else settings.step
     result = {"shape": name, "groups": groups, "samples": samples, "new_tokens": new_tokens}
@@ -208,7 +220,9 @@ def grpo_steps(settings: Settings) -> dict:
             torch.cuda.reset_peak_memory_stats()
         rank = 16 if "adapters" in kind else 0
         try:
-            result[kind] = measure(Case(config, torch.bfloat16, UPDATES[kind], groups, samples, 140, new_tokens, rank))
+            result[kind] = measure(
+                Case(config, torch.bfloat16, UPDATES[kind], groups, samples, 140, new_tokens, rank)
+            )
         except Exception as error:
             result[kind] = f"{type(error).__name__}: {error}"
         print(f"  {kind}: {pretty(result[kind])}", flush=True)
@@ -224,7 +238,8 @@ def cache_growth(settings: Settings) -> dict:
 
 
 def resume_and_training(settings: Settings) -> dict:
-    """A real run of the embedded model on the device: stopped, resumed, and compared; then as long as time allows."""
+    """A real run of the embedded model on the device: stopped, resumed, and compared; then as long as time
+    allows."""
     _, smoke = load_recipe("smoke")
     out = settings.out / "runs"
     shutil.rmtree(out, ignore_errors=True)  # of an earlier start
@@ -251,7 +266,12 @@ def resume_and_training(settings: Settings) -> dict:
 
 
 def markdown(report: dict) -> str:
-    lines = [f"# {report['device']}, {report['date']}", "", f"torch {report['torch']}, `{report['command']}`", ""]
+    lines = [
+        f"# {report['device']}, {report['date']}",
+        "",
+        f"torch {report['torch']}, `{report['command']}`",
+        "",
+    ]
     for part, values in report["parts"].items():
         lines += [f"## {part.replace('_', ' ')}", "", "| | |", "|---|---|"]
         items = values.items() if isinstance(values, dict) else [("error", values)]
@@ -267,7 +287,11 @@ def pretty(value) -> str:
 
 def main(settings: Settings) -> None:
     settings.out.mkdir(parents=True, exist_ok=True)
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     report = {
         "device": name,
         "date": date.today().isoformat(),

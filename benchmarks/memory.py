@@ -1,15 +1,14 @@
-"""The memory plan against what is really held: whole GRPO steps of several shapes, each in a process of its own.
+"""The memory plan against the measured peak: whole GRPO steps of several shapes, each in its own process.
 
-    python benchmarks/memory.py                    # on a CPU: the process's peak resident memory; about five minutes
+    python benchmarks/memory.py          # on a CPU: the process's peak resident memory; about five minutes
 
-Weights and prompts are random, completions all as long as they may get. Each case samples and updates twice, since moments
-are made in the first step and stay.
+Weights and prompts are random, completions all have the maximum length. Each case takes two steps, since the
+optimizer's moments are made in the first and stay.
 """
 
 import json
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,18 +19,15 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from data import Problem
-from model import Qwen3, Qwen3Config, add_adapters, generate
-from lab.device import held_memory, return_freed_blocks
-from model.memory import free_memory
-from lab.device import peak_memory
-from rl.grpo import group_samples, grpo_update
-from rl.learner import Learner
-from lab.memory_plan import gb, plan_memory, work_of
-from rl.optimizer import Optimizer
-from lab.recipe import EvaluationSettings, GRPOStage, OptimizerSettings, Recipe, SamplingSettings
-from rl.rollout import Rollout
 from data.task import Score
+from lab.device import held_memory, peak_memory, return_freed_blocks
+from lab.memory_plan import gb, plan_memory, work_of
+from lab.recipe import EvaluationSettings, Recipe
+from model import Qwen3, Qwen3Config, add_adapters
+from model.memory import free_memory
+from rl.grpo import GRPOStage, grpo_step
+from rl.optimizer import Optimizer, OptimizerSettings
+from rl.rollout import SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -56,9 +52,17 @@ CASES = {
     ),
     "deep, float32": Case(DEEP, torch.float32, OptimizerSettings(micro_batch_tokens=2048), 4, 8, 140, 128),
     "deep, checkpointing": Case(
-        DEEP, torch.float32, OptimizerSettings(micro_batch_tokens=2048, activation_checkpointing=True), 4, 8, 140, 128
+        DEEP,
+        torch.float32,
+        OptimizerSettings(micro_batch_tokens=2048, activation_checkpointing=True),
+        4,
+        8,
+        140,
+        128,
     ),
-    "Qwen3-0.6B, bfloat16, masters": Case(QWEN3_06B, torch.bfloat16, OptimizerSettings(micro_batch_tokens=1024), 2, 8, 140, 32),
+    "Qwen3-0.6B, bfloat16, masters": Case(
+        QWEN3_06B, torch.bfloat16, OptimizerSettings(micro_batch_tokens=1024), 2, 8, 140, 32
+    ),
     "Qwen3-0.6B, 8-bit, stochastic, checkpointing": Case(QWEN3_06B, torch.bfloat16, LEAN, 4, 8, 140, 32),
     "Qwen3-0.6B, int8 and adapters": Case(
         QWEN3_06B, torch.bfloat16, OptimizerSettings(micro_batch_tokens=1024), 2, 8, 140, 32, adapter_rank=16
@@ -86,19 +90,33 @@ def random_model(config: Qwen3Config, dtype: torch.dtype, device: str) -> Qwen3:
     return model.init_weights(0)
 
 
-def random_rollouts(model: Qwen3, case: Case, seed: int) -> list[list[Rollout]]:
-    """Completions of random prompts; every second one is rewarded."""
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(0, model.config.vocab_size, (case.prompts, case.prompt_length), generator=generator).tolist()
-    completions = generate(model, prompts, num_samples=case.samples, max_new_tokens=case.new_tokens, seed=seed)
-    return [
-        [Rollout(Problem((1, 2), 3), p, c, "", Score(n % 2, "")) for n, c in enumerate(group)]
-        for p, group in zip(prompts, completions, strict=True)
-    ]
+class RandomTask:
+    """Tokenizer and task in one: problem n is a prompt of random ids; every second completion is rewarded."""
+
+    stop_token_ids = ()
+
+    def __init__(self, vocab_size: int, prompts: int, prompt_length: int):
+        generator = torch.Generator().manual_seed(0)
+        self.prompts = torch.randint(0, vocab_size, (prompts, prompt_length), generator=generator).tolist()
+        self.scored = 0
+
+    def prompt(self, problem: int) -> str:
+        return f"[{problem}]"
+
+    def encode(self, text: str) -> list[int]:
+        return self.prompts[int(text.partition("[")[2].partition("]")[0])]
+
+    def decode(self, token_ids: list[int]) -> str:
+        return ""
+
+    def score(self, text: str, problem: int, thinking: bool) -> Score:
+        self.scored += 1
+        return Score((self.scored - 1) % 2, "")
 
 
 def measure(case: Case, steps: int = 2) -> dict:
-    """Seconds of the last of `steps` GRPO steps, the peak memory of all, and the plan made before the first."""
+    """Seconds of the last of `steps` GRPO steps, the peak memory of all, and the plan made before the
+    first."""
     return_freed_blocks()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     free, process = free_memory(device), held_memory(device)
@@ -107,26 +125,22 @@ def measure(case: Case, steps: int = 2) -> dict:
         add_adapters(model, case.adapter_rank, 2.0 * case.adapter_rank, int8=True)
     model.model.checkpoint_activations = case.optimizer.activation_checkpointing
     stage = GRPOStage(prompts_per_step=case.prompts, samples_per_prompt=case.samples)
-    recipe = Recipe(
-        sampling=SamplingSettings(max_new_tokens=case.new_tokens),
-        evaluation=EvaluationSettings(problems=1), optimizer=case.optimizer, stages=(stage,),
-    )  # fmt: skip
+    sampling = SamplingSettings(max_new_tokens=case.new_tokens)
+    evaluation = EvaluationSettings(problems=1)
+    recipe = Recipe(sampling=sampling, evaluation=evaluation, optimizer=case.optimizer, stages=(stage,))
     plan = plan_memory(model, case.optimizer, work_of(recipe, case.prompt_length), free, process)
-    optimizer = Optimizer(model, case.optimizer.kind, rounding=case.optimizer.rounding)
-    learner = Learner(model, optimizer, recipe, plan.micro_batch_tokens)
+    optimizer = Optimizer(model, case.optimizer, plan.micro_batch_tokens)
+    task = RandomTask(case.config.vocab_size, case.prompts, case.prompt_length)
+    options = {"settings": stage, "sampling": sampling, "learning_rate": 1e-6}
     for step in range(steps):
-        start = time.perf_counter()
-        rollouts = random_rollouts(model, case, step)
-        sampled = time.perf_counter()
-        metrics = grpo_update(learner, group_samples(rollouts), stage, learning_rate=1e-6)  # ends with numbers on the host
-        updated = time.perf_counter()
-    return {
-        "rollout_seconds": sampled - start,
-        "update_seconds": updated - sampled,
+        *_, metrics = grpo_step(model, task, optimizer, task, list(range(case.prompts)), seed=step, **options)
+    names = ("rollout_seconds", "update_seconds", "grad_norm", "clip_fraction", "log_ratio_std")
+    return {name: metrics[name] for name in names} | {
+        "micro_batch_tokens": optimizer.micro_batch_tokens,
         "peak_memory_bytes": peak_memory(device),
         "planned_bytes": plan.peak,
         "plan": str(plan),
-    } | {name: metrics[name] for name in ("micro_batch_tokens", "grad_norm", "clip_fraction", "log_ratio_std")}
+    }
 
 
 def main(settings: Settings) -> None:
@@ -140,7 +154,9 @@ def main(settings: Settings) -> None:
         command = [sys.executable, __file__, "--here", "--case", name]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
-            table.add_row(name, "", "", "", "", "", (run.stderr.strip().splitlines() or ["killed: out of memory?"])[-1])
+            table.add_row(
+                name, "", "", "", "", "", (run.stderr.strip().splitlines() or ["killed: out of memory?"])[-1]
+            )
             continue
         found = json.loads(run.stdout.splitlines()[-1])
         planned, measured = found["planned_bytes"], found["peak_memory_bytes"]

@@ -1,9 +1,10 @@
-"""What 8 bits cost in learning: the embedded model by GRPO, in float32, with 8-bit moments, and with int8 weights and adapters.
+"""What low precision costs in learning: GRPO of the embedded model in float32 and in several cheaper
+variants.
 
-    python benchmarks/precision.py --out runs/precision            # about an hour on two cores; goes on where it stopped
+    python benchmarks/precision.py --out runs/precision   # about an hour on two cores; resumes where it stopped
 
-Every variant runs the GRPO stage of recipe 256-tiny for a few dozen steps with several seeds. The table shows, for each,
-mean and spread over the seeds of the held-out accuracy at the end and of the reward over the last ten steps.
+Every variant runs the GRPO stage of recipe 256-tiny for a few dozen steps with several seeds. The table
+shows mean and range over the seeds of the final held-out accuracy and of the reward over the last ten steps.
 """
 
 import statistics
@@ -18,8 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lab.checkpoint import checkpoints
-from lab.recipe import AdapterSettings, Recipe
-from lab.recipe import load_recipe
+from lab.recipe import AdapterSettings, Recipe, load_recipe
 from lab.runfolder import RunFolder
 from lab.stages import train
 
@@ -57,7 +57,9 @@ def recipe_of(name: str, seed: int, settings: Settings) -> Recipe:
     stage = replace(recipe.stages[0], steps=settings.steps)
     if "int8" in changes:
         stage = replace(stage, learning_rate=settings.adapter_rate)
-        adapters = AdapterSettings(settings.adapter_rank, alpha=2 * settings.adapter_rank, int8=changes.pop("int8"))
+        adapters = AdapterSettings(
+            settings.adapter_rank, alpha=2 * settings.adapter_rank, int8=changes.pop("int8")
+        )
         recipe = replace(recipe, adapters=adapters)
     dtype = changes.pop("dtype", recipe.dtype)
     out = settings.out / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
@@ -68,7 +70,8 @@ def recipe_of(name: str, seed: int, settings: Settings) -> Recipe:
 
 
 def outcome(recipe: Recipe, steps: int) -> tuple[float, float]:
-    """Held-out accuracy at the end, and mean reward of the last ten steps; the run is made where it is missing."""
+    """Held-out accuracy at the end, and mean reward of the last ten steps; the run is made where it is
+    missing."""
     run = RunFolder(recipe.out)
     if not any(row["step"] == steps and "eval_accuracy" in row for row in run.metrics()):
         train(recipe, resume=bool(checkpoints(run.path)), quiet=True)

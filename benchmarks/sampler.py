@@ -1,16 +1,17 @@
-"""The sampler against transformers' `generate`: the same weights, the same work, one process, turn and turn about.
+"""The sampler against transformers' `generate`: the same weights and work, in turns, in one process.
 
     python benchmarks/sampler.py                       # all cases; about ten minutes on two cores
     python benchmarks/sampler.py --case tiny spread    # some of them
     python benchmarks/sampler.py --case drop           # ours alone: what early endings save
 
-Weights are random: how long a token takes does not depend on them. How long a completion gets is planned, not left to
-chance: transformers is told by a logits processor, ours by random numbers that pick the stop token where it is due.
+Weights are random: the time of a token does not depend on them. The length of each completion is planned: a
+logits processor ends those of transformers, and random numbers that fall on the stop token end ours.
 
-Prints for each case the median tokens a second of both, their ratio, the share of the roofline that ours reaches, and
-the peak memory of a call beyond what the process held before it. The roofline is the time that matrix products
-and memory traffic would take if nothing else cost any: each prefill and each decoding step at the larger of (operations
-/ this machine's rate for a product of that many rows) and (bytes of weights and cache / its rate of copying as many).
+Prints for each case the median tokens a second of both, their ratio, the share of the roofline that ours
+reaches, and the peak memory of a call beyond what the process held before it. The roofline is the time of
+matrix products and memory traffic alone: each prefill and each decoding step at the larger of (operations /
+this machine's rate for a product of that many rows) and (bytes of weights and cache / its rate of copying as
+many).
 """
 
 import ctypes
@@ -50,7 +51,8 @@ class Case:
 
 
 def spread(rows: int, limit: int) -> np.ndarray:
-    """Most end early, some run to the limit: a tenth of the rows do, the others have mean length 0.15 x limit."""
+    """Most end early, some run to the limit: a tenth of the rows do, the others have mean length 0.15 x
+    limit."""
     rng = np.random.default_rng(0)
     early = np.clip(rng.gamma(4.0, 0.15 * limit / 4, rows).astype(int), 1, limit)
     return np.where(rng.random(rows) < 0.1, limit, early)
@@ -87,7 +89,11 @@ class Settings:
 
 def planned_lengths(case: Case) -> np.ndarray:
     rows = case.prompts * case.samples
-    return np.full(rows, case.max_new_tokens) if case.lengths is None else case.lengths(rows, case.max_new_tokens)
+    return (
+        np.full(rows, case.max_new_tokens)
+        if case.lengths is None
+        else case.lengths(rows, case.max_new_tokens)
+    )
 
 
 def planned_streams(case: Case) -> torch.Tensor:
@@ -152,7 +158,10 @@ def their_run(case: Case, decoder: Qwen3, prompts: list[list[int]]) -> Callable[
     def run() -> int:
         with torch.inference_mode():
             out = theirs.generate(
-                ids, attention_mask=torch.ones_like(ids), generation_config=settings, logits_processor=processors
+                ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=settings,
+                logits_processor=processors,
             )
         assert out.shape == (len(lengths), case.prompt_length + int(lengths.max()))
         return int(lengths.sum())
@@ -194,10 +203,13 @@ def best_seconds(function: Callable[[], object], budget: float = 0.3) -> float:
 
 
 def matmul_rate(case: Case, rows: int) -> float:
-    """Operations a second of products of `rows` rows with layers of the model's size, all its layers in turn."""
+    """Operations a second of products of `rows` rows with layers of the model's size, all its layers in
+    turn."""
     x = torch.randn(rows, case.config.hidden_size, dtype=case.dtype)
     shape = (case.config.intermediate_size, case.config.hidden_size)
-    count = case.config.num_parameters() // (shape[0] * shape[1])  # as many as the model's weights make: no cache holds them
+    count = case.config.num_parameters() // (
+        shape[0] * shape[1]
+    )  # as many as the model's weights make: no cache holds them
     weights = [torch.randn(shape, dtype=case.dtype) for _ in range(count)]
 
     def multiply() -> None:
@@ -220,9 +232,13 @@ def roofline_seconds(case: Case) -> float:
     config, item = case.config, case.dtype.itemsize
     lengths = planned_lengths(case)
     head = config.vocab_size * config.hidden_size
-    below = config.num_parameters() - head  # tied: the embedding's rows are looked up, the head's are multiplied
+    below = (
+        config.num_parameters() - head
+    )  # tied: the embedding's rows are looked up, the head's are multiplied
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim  # operations a cached token
+    attention = (
+        4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    )  # operations a cached token
     copy = copy_rate(item * (below + head + int(lengths.sum()) * token))
     prompt_tokens = case.prompts * case.prompt_length
     seconds = (2 * prompt_tokens * below + 2 * case.prompts * head) / matmul_rate(case, prompt_tokens)
@@ -241,7 +257,9 @@ def roofline_seconds(case: Case) -> float:
 def measure(case: Case, settings: Settings) -> dict[str, float]:
     decoder = Qwen3(case.config).to(case.dtype).init_weights(0)
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(1, case.config.vocab_size, (case.prompts, case.prompt_length), generator=generator).tolist()
+    prompts = torch.randint(
+        1, case.config.vocab_size, (case.prompts, case.prompt_length), generator=generator
+    ).tolist()
     runs = {"ours": our_run(case, decoder, prompts)}
     if not settings.ours_only:
         runs["theirs"] = their_run(case, decoder, prompts)
@@ -262,7 +280,9 @@ def measure(case: Case, settings: Settings) -> dict[str, float]:
 
 
 def main(settings: Settings) -> None:
-    table = Table("case", "ours tok/s", "transformers tok/s", "ratio", "of roofline", "ours MB", "transformers MB")
+    table = Table(
+        "case", "ours tok/s", "transformers tok/s", "ratio", "of roofline", "ours MB", "transformers MB"
+    )
     found = {}
     for name in settings.case:
         found[name] = figures = measure(CASES[name], settings)

@@ -1,11 +1,13 @@
-"""What a GRPO step costs for other sizes, lengths and numbers of devices: a cost model, checked where this machine can.
+"""What a GRPO step costs for other sizes, lengths and numbers of devices: a cost model, checked on this
+machine.
 
-    python benchmarks/scaling.py                   # calibrates, predicts, measures and compares; about ten minutes on two cores
-    python benchmarks/scaling.py --no-measure      # only the predictions for GPUs, from a datasheet and assumed shares of it
+    python benchmarks/scaling.py                # calibrate, predict, measure, compare; ten minutes on two cores
+    python benchmarks/scaling.py --no-measure   # only predictions for GPUs, from a datasheet and assumed efficiency
 
-The model is `benchmarks/costs.py`. Its rates come from four small steps by one process and one exchange between two; then it
-predicts steps of other shapes, group sizes, lengths and numbers of processes, which are measured and printed beside.
-Each measured step is in processes of its own, a thread each; weights are random, in float32.
+The model is `benchmarks/costs.py`. Its rates come from four small steps of one process and one exchange
+between two. It then predicts steps of other shapes, group sizes, lengths and numbers of processes, which are
+measured too. Each measured step runs in its own processes, with a thread each; weights are random, in
+float32.
 """
 
 import os
@@ -20,14 +22,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import tyro
-from costs import Hardware, Seconds, Setting, Step, decode_seconds, learn_seconds, memory, prefill_seconds, seconds
+from costs import (
+    Hardware,
+    Seconds,
+    Setting,
+    Step,
+    decode_seconds,
+    learn_seconds,
+    memory,
+    prefill_seconds,
+    seconds,
+)
 from rich.console import Console
 from rich.table import Table
 from several import EXCHANGED, exchange_measured, in_processes, step_measured
 
-from model import Qwen3Config
 from lab.memory_plan import MemoryPlan, gb
-from lab.recipe import OptimizerSettings
+from model import Qwen3Config
+from rl.optimizer import OptimizerSettings
 
 SMALL = Qwen3Config(2048, 128, 384, 4, 4, 2, 32)
 MIDDLE = Qwen3Config(4096, 384, 1152, 4, 6, 3, 64)
@@ -44,7 +56,9 @@ QWEN3 = {  # of the published config.json
 ADAMW = OptimizerSettings("adamw")
 
 
-def on_cpu(config: Qwen3Config, step: Step, devices: int = 1, kind: str = "replicate", sampling: str = "auto") -> Setting:
+def on_cpu(
+    config: Qwen3Config, step: Step, devices: int = 1, kind: str = "replicate", sampling: str = "auto"
+) -> Setting:
     return Setting(config, torch.float32, ADAMW, step, devices, kind, sampling)
 
 
@@ -64,8 +78,8 @@ CHECKED = {
     "384 wide, 2 processes": on_cpu(MIDDLE, BASE, 2),
     "in 2 updates, 2 processes": on_cpu(MIDDLE, replace(BASE, updates=2), 2),
     "unequal, 2 processes": on_cpu(MIDDLE, UNEQUAL, 2),
-    "divided, sampled whole": on_cpu(MIDDLE, BASE, 2, "shard", "whole"),
-    "divided, sampled by layers": on_cpu(MIDDLE, BASE, 2, "shard", "layers"),
+    "sharded, sampled whole": on_cpu(MIDDLE, BASE, 2, "shard", "whole"),
+    "sharded, sampled by layers": on_cpu(MIDDLE, BASE, 2, "shard", "layers"),
     "768 wide, 2 processes": on_cpu(WIDE, ARITHMETIC.step, 2),
 }
 
@@ -86,13 +100,17 @@ class Settings:
     repeats: int = 3
     """Of each measured step; medians count."""
     clock: Literal["wall", "cpu"] = "wall"
-    """cpu: processor time of the busiest process, where other work on the machine would make wall clocks say anything."""
+    """cpu: processor time of the busiest process, where other work on the machine would make wall clocks say
+    anything."""
 
 
 def calibrate(repeats: int, clock: str) -> Hardware:
-    """The rates of this machine, one of its threads a device, from four steps by one process and an exchange by two."""
+    """The rates of this machine, one of its threads a device, from four steps by one process and an exchange
+    by two."""
     steps = (LAUNCH, ROWS, WEIGHTS, ARITHMETIC)
-    launch, rows, weights, arithmetic = (in_processes(1, step_measured, setting, repeats, clock) for setting in steps)
+    launch, rows, weights, arithmetic = (
+        in_processes(1, step_measured, setting, repeats, clock) for setting in steps
+    )
     small, large = in_processes(2, exchange_measured, repeats, clock).values()
     hardware = Hardware(
         "cpu", learn_flops=1.0, decode_flops=1e10, bandwidth=1e10, launch=1e-4, row=0.0, memory=8e9, network=1e8, node=8,
@@ -106,13 +124,19 @@ def calibrate(repeats: int, clock: str) -> Hardware:
         return decode_seconds(setting, replace(hardware, **rates), setting.step.lengths())
 
     def left(setting: Setting, found: dict, **rates) -> float:
-        return found["rollout"] - prefill_seconds(setting, hardware, setting.step.prompts) - decoding(setting, **rates)
+        return (
+            found["rollout"]
+            - prefill_seconds(setting, hardware, setting.step.prompts)
+            - decoding(setting, **rates)
+        )
 
     free = {"bandwidth": 1e30, "decode_flops": 1e30}
     layer_steps = (LAUNCH.step.limit - 1) * LAUNCH.config.num_hidden_layers
     for _ in range(20):  # each rate from the step that it rules, the others held
         hardware = replace(hardware, launch=max(0.0, left(LAUNCH, launch, launch=0.0)) / layer_steps)
-        row_steps = (ROWS.step.limit - 1) * ROWS.step.prompts * ROWS.step.samples * ROWS.config.num_hidden_layers
+        row_steps = (
+            (ROWS.step.limit - 1) * ROWS.step.prompts * ROWS.step.samples * ROWS.config.num_hidden_layers
+        )
         hardware = replace(hardware, row=max(0.0, left(ROWS, rows, row=0.0)) / row_steps)
         read = decoding(WEIGHTS, bandwidth=1.0, launch=0.0, row=0.0)
         hardware = replace(hardware, bandwidth=read / left(WEIGHTS, weights, **free))
@@ -131,8 +155,23 @@ def predict(setting: Setting, hardware: Hardware) -> tuple[Seconds, MemoryPlan]:
 def compare(repeats: int, clock: str) -> None:
     """Predicted against measured."""
     hardware = calibrate(repeats, clock)
-    print("calibrated:", ", ".join(f"{f.name} {getattr(hardware, f.name):.3g}" for f in fields(hardware)[1:]), flush=True)
-    columns = ("step", "rollout, s", "predicted", "error", "update, s", "predicted", "error", "peak", "planned", "error")
+    print(
+        "calibrated:",
+        ", ".join(f"{f.name} {getattr(hardware, f.name):.3g}" for f in fields(hardware)[1:]),
+        flush=True,
+    )
+    columns = (
+        "step",
+        "rollout, s",
+        "predicted",
+        "error",
+        "update, s",
+        "predicted",
+        "error",
+        "peak",
+        "planned",
+        "error",
+    )
     table = table_of(f"predicted against measured by the {clock} clock, {date.today()}", columns)
     for name, setting in CHECKED.items():
         expected, _ = predict(setting, hardware)
@@ -164,7 +203,13 @@ def fastest(config: Qwen3Config, devices: int) -> tuple[str, Seconds, MemoryPlan
     for setting in ways:
         plan = memory(setting, H100)
         if plan.peak <= H100.memory:
-            how = setting.kind if setting.kind == "replicate" else "shard, whole" if plan.whole_copy else "shard, layers"
+            how = (
+                setting.kind
+                if setting.kind == "replicate"
+                else "shard, whole"
+                if plan.whole_copy
+                else "shard, layers"
+            )
             found.append((how, seconds(setting, H100, plan), plan))
     return min(found, key=lambda way: way[1].total, default=None)
 
@@ -173,7 +218,14 @@ def gpus() -> None:
     """Seconds of a step on H100s, and what they go to: predictions."""
     step = GPU_STEP
     parts = [field.name for field in fields(Seconds)]
-    columns = ("model, GPUs", "how", "GB", "step, s", "tokens/s a GPU", *(part.replace("_", " ") for part in parts))
+    columns = (
+        "model, GPUs",
+        "how",
+        "GB",
+        "step, s",
+        "tokens/s a GPU",
+        *(part.replace("_", " ") for part in parts),
+    )
     title = f"PREDICTED for H100s, measured by nobody: {step.prompts} prompts x {step.samples}, {step.limit} tokens at most"
     table = table_of(f"{title}, {step.mean} or so on average, {step.updates} updates", columns)
     tokens = step.lengths().sum()
@@ -186,7 +238,14 @@ def gpus() -> None:
             how, spent, plan = way
             shares = (f"{getattr(spent, part):.3g}" for part in parts)
             rate = tokens / spent.total / devices
-            table.add_row(f"{name}, {devices}", how, f"{plan.peak / 1e9:.0f}", f"{spent.total:.3g}", f"{rate:,.0f}", *shares)
+            table.add_row(
+                f"{name}, {devices}",
+                how,
+                f"{plan.peak / 1e9:.0f}",
+                f"{spent.total:.3g}",
+                f"{rate:,.0f}",
+                *shares,
+            )
     Console(width=180).print(table)
 
 

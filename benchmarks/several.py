@@ -1,6 +1,7 @@
-"""Measured on this machine: a GRPO step of random weights by some processes, and an exchange between them.
+"""Measured on this machine: a GRPO step of random weights by one or more processes, and an exchange between
+them.
 
-`benchmarks/scaling.py` compares them with what it predicts.
+`benchmarks/scaling.py` compares the results with its predictions.
 """
 
 import multiprocessing
@@ -11,131 +12,118 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from unittest import mock
 
 import torch
 from costs import Setting, recipe_of, state_bytes
-from memory import random_model
+from memory import RandomTask, random_model
 
-from data import Problem
-from model import generate
-from lab.device import held_memory, return_freed_blocks
-from model.memory import free_memory
-from lab.device import peak_memory
-from rl.grpo import group_samples, grpo_update
-from rl.learner import Learner
+from lab.device import held_memory, peak_memory, return_freed_blocks
 from lab.memory_plan import plan_memory, work_of
+from lab.processes import processes
+from lab.sharding import shard
+from model import Qwen3
+from model.memory import free_memory
+from rl.distributed import all_values, is_main, sum_gradients, world_size
+from rl.grpo import grpo_step
 from rl.optimizer import Optimizer
-from rl.rollout import Rollout
-from lab.sharding import sampling_model, shard
-from rl.workers import Workers, workers_of_torchrun
-from data.task import Score
 
 CPU = torch.device("cpu")
 EXCHANGED = (2**10, 2**24)  # float32 numbers that are added up to measure latency and rate
-
-
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def timed(work: Callable, workers: Workers, clock: str) -> tuple[float, object]:
-    """Seconds of the process that took longest; and what `work` gave here."""
-    workers.gather(None)
+def timed(work: Callable, clock: str) -> float:
+    """Seconds of `work` on the slowest process."""
+    all_values(None)  # start together
     start = CLOCKS[clock]()
-    result = work()
-    return max(workers.gather(CLOCKS[clock]() - start)), result
+    work()
+    return max(all_values(CLOCKS[clock]() - start))
 
 
 def in_processes(count: int, measure: Callable[..., dict], *arguments) -> dict:
-    """What `measure(workers, *arguments)` gives the first of `count` processes, a thread each."""
+    """What `measure(*arguments)` returns on rank 0 of `count` processes with one thread each."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["several"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     receiver, sender = context.Pipe(duplex=False)
-    processes = [
-        context.Process(target=be_one_of, args=(rank, count, port, sender, measure, arguments)) for rank in range(count)
-    ]
-    for process in processes:
-        process.start()
+    ranks = []
+    for rank in range(count):
+        ranks.append(context.Process(target=run_rank, args=(rank, count, port, sender, measure, arguments)))
+        ranks[-1].start()
     sender.close()
-    for process in processes:
+    for process in ranks:
         process.join()
-    if any(process.exitcode for process in processes):
+    if any(process.exitcode for process in ranks):
         sys.exit("error: a measuring process failed, see above")
     return receiver.recv()
 
 
-def be_one_of(rank: int, count: int, port: int, sender, measure: Callable[..., dict], arguments: tuple) -> None:
+def run_rank(
+    rank: int, count: int, port: int, sender, measure: Callable[..., dict], arguments: tuple
+) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
-    with workers_of_torchrun() as workers:
-        found = measure(workers, *arguments)
-        if workers.leads:
-            sender.send(found)
+    with processes():
+        result = measure(*arguments)
+        if is_main():
+            sender.send(result)
 
 
-def step_measured(workers: Workers, setting: Setting, repeats: int, clock: str) -> dict:
-    """Median seconds of rollout, of update, and of an optimizer step alone; a process's peak, plan, and optimizer's bytes."""
+def step_measured(setting: Setting, repeats: int, clock: str) -> dict:
+    """Median seconds of rollout, update and one optimizer step alone; peak and planned memory of a
+    process."""
     return_freed_blocks()
     step, recipe = setting.step, recipe_of(setting)
     free, process = free_memory(CPU), held_memory(CPU)
     model = random_model(setting.config, setting.dtype, "cpu")
     if setting.kind == "shard":
-        shard(model, workers, CPU)
-        model.sharding = replace(model.sharding, whole_to_sample=setting.sampling != "layers")
-    plan = plan_memory(model, setting.optimizer, work_of(recipe, step.prompt_length, workers.size), free, process)
-    learner = Learner(model, Optimizer(model), recipe, plan.micro_batch_tokens, workers)
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(0, setting.config.vocab_size, (step.prompts, step.prompt_length), generator=generator).tolist()
-    times = [one_step(setting, learner, prompts, seed, clock) for seed in range(repeats + 1)]
-    rollout, update, optimizer = map(statistics.median, zip(*times[1:], strict=True))
+        shard(model, CPU)
+        model.sharding = replace(model.sharding, full_to_sample=setting.sampling != "layers")
+    work = work_of(recipe, step.prompt_length, world_size())
+    plan = plan_memory(model, setting.optimizer, work, free, process)
+    optimizer = Optimizer(model, setting.optimizer, plan.micro_batch_tokens)
+    times = [one_step(setting, model, optimizer, seed, clock) for seed in range(repeats + 1)]
+    rollout, update, alone = map(statistics.median, zip(*times[1:], strict=True))
     return {
         "rollout": rollout,
         "update": update,
-        "optimizer": optimizer,
+        "optimizer": alone,
         "planned": plan.peak,
         "peak": peak_memory(CPU),
         "state": state_bytes(plan),
     }
 
 
-def one_step(setting: Setting, learner: Learner, prompts: list, seed: int, clock: str) -> tuple[float, float, float]:
-    """Seconds of a rollout, of an update, and of one more optimizer step alone; no updates of single completions."""
-    step, workers = setting.step, learner.workers
-    # Of random weights each id is about as likely as any other: so many of them as stops make the lengths.
-    stops = range(round(setting.config.vocab_size / step.mean)) if step.mean else ()
-
-    def rollouts() -> list:
-        with sampling_model(learner.model) as sampler:
-            return generate(
-                sampler, prompts, num_samples=step.samples, max_new_tokens=step.limit, stop_token_ids=stops, seed=seed,
-                only=slice(workers.rank, None, workers.size),
-            )  # fmt: skip
-
-    rollout, completions = timed(rollouts, workers, clock)
-    if step.samples == 1:
-        return rollout, 0.0, 0.0
-    groups = [
-        [Rollout(Problem((1, 2), 3), prompt, c, "", Score(n % 2, "")) for n, c in enumerate(group)]
-        for prompt, group in zip(prompts, workers.join(completions), strict=True)
-    ]
-    update, _ = timed(lambda: grpo_update(learner, group_samples(groups), learner.recipe.stages[0], 1e-6), workers, clock)
-    for parameter in learner.model.parameters():
+def one_step(setting: Setting, model: Qwen3, optimizer: Optimizer, seed: int, clock: str) -> tuple:
+    """Seconds of a rollout, of an update, and of one more optimizer step alone, on the slowest process."""
+    step, recipe = setting.step, recipe_of(setting)
+    task = RandomTask(setting.config.vocab_size, step.prompts, step.prompt_length)
+    if (
+        step.mean
+    ):  # with random weights each id is about equally likely: so many stop ids give this mean length
+        task.stop_token_ids = range(round(setting.config.vocab_size / step.mean))
+    options = {"settings": recipe.stages[0], "sampling": recipe.sampling, "learning_rate": 1e-6, "seed": seed}
+    all_values(None)
+    with mock.patch.object(time, "perf_counter", CLOCKS[clock]):  # the clock that grpo_step reads
+        *_, metrics = grpo_step(model, task, optimizer, task, list(range(step.prompts)), **options)
+    seconds = (max(all_values(metrics[f"{part}_seconds"])) for part in ("rollout", "update"))
+    for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer, _ = timed(lambda: learner.optimizer.step(1e-6, 1.0), workers, clock)
-    return rollout, update, optimizer
+    return *seconds, timed(lambda: optimizer.step(1e-6), clock)
 
 
-def exchange_measured(workers: Workers, repeats: int, clock: str) -> dict:
+def exchange_measured(repeats: int, clock: str) -> dict:
     """Median seconds of adding up few and many gradients."""
-    found = {}
+    medians = {}
     for count in EXCHANGED:
         parameter = torch.nn.Parameter(torch.zeros(count))
         parameter.grad = torch.ones(count)
-        times = [timed(lambda p=parameter: workers.add_gradients([p]), workers, clock)[0] for _ in range(2 * repeats + 1)]
-        found[str(count)] = statistics.median(times[1:])
-    return found
+        times = [timed(lambda p=parameter: sum_gradients([p]), clock) for _ in range(2 * repeats + 1)]
+        medians[str(count)] = statistics.median(times[1:])
+    return medians

@@ -1,15 +1,16 @@
-"""One whole GRPO step, rollout and update, of this project and of TRL's GRPOTrainer: same weights, prompts and sizes.
+"""One whole GRPO step, rollout and update, of this project and of TRL's GRPOTrainer, on the same work.
 
     pip install trl==1.16.0                        # needed here only
     python benchmarks/step.py                      # about ten minutes on two cores
 
-Each side runs in a process of its own, so that their memory does not mix; they take turns. All completions have full
-length: ours has no stop ids, TRL's may not end before. Rewards are the same function of a completion's number in its
-group. Both make one AdamW update from a step's rollouts, in float32, with the gradient's norm clipped to one and no
-reference model. The first step of each process is not timed.
+Weights, prompts and sizes are the same. Each side runs in its own process, so that their memory does not
+mix, and they take turns. All completions have full length: ours has no stop ids, TRL's may not end before.
+Rewards are the same function of a completion's number in its group. Both make one AdamW update per step, in
+float32, with the gradient's norm clipped to one and no reference model. The first step of each process is
+not timed.
 
-TRL runs in several ways: everything in one batch, as ours does here; in batches of 8, and, for the least memory, in
-batches of 2 with gradient checkpointing, each of which accumulate to one update.
+TRL runs in several ways: everything in one batch, as ours does here; in batches of 8; and, for the least
+memory, in batches of 2 with gradient checkpointing. The batches accumulate to one update.
 """
 
 import json
@@ -26,16 +27,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import tyro
-from memory import Case, random_model, random_rollouts
+from memory import Case, RandomTask, random_model
 from rich.console import Console
 from rich.table import Table
 
+from lab.device import held_memory, peak_memory
 from model import Qwen3Config
-from lab.device import held_memory
-from lab.recipe import OptimizerSettings
+from rl.optimizer import OptimizerSettings
 
 CONFIG = Qwen3Config(151936, 256, 768, 4, 4, 2, 64)
-CASE = Case(CONFIG, torch.float32, OptimizerSettings(), prompts=4, samples=8, prompt_length=140, new_tokens=64)
+CASE = Case(
+    CONFIG, torch.float32, OptimizerSettings(), prompts=4, samples=8, prompt_length=140, new_tokens=64
+)
 ROWS = CASE.prompts * CASE.samples
 
 
@@ -76,37 +79,42 @@ class Settings:
 
 def prompts() -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(1, CONFIG.vocab_size, (CASE.prompts, CASE.prompt_length), generator=generator).tolist()
+    shape = (CASE.prompts, CASE.prompt_length)
+    return torch.randint(1, CONFIG.vocab_size, shape, generator=generator).tolist()
 
 
 def run_ours(settings: Settings) -> dict:
     """(rollout, update) seconds of each step."""
     from lab.device import return_freed_blocks
-    from model.memory import free_memory
-    from rl.grpo import group_samples, grpo_update
-    from rl.learner import Learner
     from lab.memory_plan import plan_memory, work_of
+    from lab.recipe import EvaluationSettings, Recipe
+    from model.memory import free_memory
+    from rl.grpo import GRPOStage, grpo_step
     from rl.optimizer import Optimizer
-    from lab.recipe import EvaluationSettings, GRPOStage, Recipe, SamplingSettings
+    from rl.rollout import SamplingSettings
 
     return_freed_blocks()
     before = held_memory(torch.device("cpu"))
     model = random_model(CONFIG, torch.float32, "cpu")
-    optimizer = OptimizerSettings(**json.loads(settings.options))
-    model.model.checkpoint_activations = optimizer.activation_checkpointing
+    kept = OptimizerSettings(**json.loads(settings.options))
+    model.model.checkpoint_activations = kept.activation_checkpointing
     stage = GRPOStage(prompts_per_step=CASE.prompts, samples_per_prompt=CASE.samples, updates_per_step=1)
     sampling = SamplingSettings(max_new_tokens=CASE.new_tokens)
-    recipe = Recipe(sampling=sampling, optimizer=optimizer, evaluation=EvaluationSettings(problems=1), stages=(stage,))
-    plan = plan_memory(model, recipe.optimizer, work_of(recipe, CASE.prompt_length), free_memory(model.device))
-    learner = Learner(model, Optimizer(model), recipe, plan.micro_batch_tokens)
+    evaluation = EvaluationSettings(problems=1)
+    recipe = Recipe(sampling=sampling, optimizer=kept, evaluation=evaluation, stages=(stage,))
+    plan = plan_memory(model, kept, work_of(recipe, CASE.prompt_length), free_memory(model.device))
+    optimizer = Optimizer(model, kept, plan.micro_batch_tokens)
+    task = RandomTask(CONFIG.vocab_size, CASE.prompts, CASE.prompt_length)
+    options = {"settings": stage, "sampling": sampling, "learning_rate": 1e-6}
     times = []
     for step in range(1 + settings.steps):
         start = time.perf_counter()
-        rollouts = random_rollouts(model, CASE, step)
-        sampled = time.perf_counter()
-        assert all(len(rollout.completion.token_ids) == CASE.new_tokens for group in rollouts for rollout in group)
-        assert grpo_update(learner, group_samples(rollouts), stage, learning_rate=1e-6)["grad_norm"] > 0
-        times.append((sampled - start, time.perf_counter() - sampled))
+        problems = list(range(CASE.prompts))
+        groups, _, metrics = grpo_step(model, task, optimizer, task, problems, seed=step, **options)
+        rollout = metrics["rollout_seconds"]
+        times.append((rollout, time.perf_counter() - start - rollout))
+        assert all(len(r.completion.token_ids) == CASE.new_tokens for group in groups for r in group)
+        assert metrics["grad_norm"] > 0
     return {"times": times[1:], "before": before}
 
 
@@ -122,7 +130,9 @@ def run_trl(settings: Settings) -> dict:
     vocabulary = {"<end>": 0} | {f"t{number}": number for number in range(1, CONFIG.vocab_size)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>", padding_side="left")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<end>", pad_token="<end>", padding_side="left"
+    )
     theirs = TheirConfig(**{**CONFIG.to_hf("float32", eos_token_id=0), "pad_token_id": 0})
     model = Qwen3ForCausalLM(theirs)
     model.load_state_dict(random_model(CONFIG, torch.float32, "cpu").state_dict())
@@ -156,8 +166,12 @@ def run_trl(settings: Settings) -> dict:
             bf16=False, logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
             generation_kwargs={"min_new_tokens": CASE.new_tokens}, **json.loads(settings.options),
         )  # fmt: skip
-        data = Dataset.from_list([{"prompt": " ".join(f"t{number}" for number in prompt)} for prompt in prompts()])
-        trainer = Trainer(model, reward, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()])
+        data = Dataset.from_list(
+            [{"prompt": " ".join(f"t{number}" for number in prompt)} for prompt in prompts()]
+        )
+        trainer = Trainer(
+            model, reward, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()]
+        )
         start = model.lm_head.weight.detach().clone()
         trainer.train()
     assert not torch.equal(start, model.lm_head.weight), "TRL made no update"
@@ -178,27 +192,41 @@ def measure(name: str, settings: Settings) -> dict:
 
 def main(settings: Settings) -> None:
     if settings.here:
-        from lab.device import peak_memory
-
         found = {"ours": run_ours, "trl": run_trl}[settings.here](settings)
         print(json.dumps(found | {"peak": peak_memory(torch.device("cpu"))}))
         return
     if any("TRL" in name for name in settings.side):
         check = [settings.trl_python, "-c", "import trl"]
         if subprocess.run(check, capture_output=True).returncode:
-            print("error: TRL is not installed: pip install trl==1.16.0, or name another --trl-python", file=sys.stderr)
+            print(
+                "error: TRL is not installed: pip install trl==1.16.0, or name another --trl-python",
+                file=sys.stderr,
+            )
             sys.exit(2)
     found: dict[str, list[dict]] = {name: [] for name in settings.side}
     for _ in range(settings.repeats):
         for name in settings.side:
             found[name].append(measure(name, settings))
             print(f"{name}: {[round(sum(step), 2) for step in found[name][-1]['times']]} s", flush=True)
-    table = Table(title=f"one GRPO step: {CASE.prompts} prompts x {CASE.samples} x {CASE.new_tokens} new tokens, medians")
-    for column in ("", "step, s", "rollout, s", "update, s", "time / ours", "peak, MB", "peak / ours", "beyond imports, MB"):
+    table = Table(
+        title=f"one GRPO step: {CASE.prompts} prompts x {CASE.samples} x {CASE.new_tokens} new tokens, medians"
+    )
+    for column in (
+        "",
+        "step, s",
+        "rollout, s",
+        "update, s",
+        "time / ours",
+        "peak, MB",
+        "peak / ours",
+        "beyond imports, MB",
+    ):
         table.add_column(column)
     summary = {}
     for name, runs in found.items():
-        rollout, update = (statistics.median(step[part] for run in runs for step in run["times"]) for part in (0, 1))
+        rollout, update = (
+            statistics.median(step[part] for run in runs for step in run["times"]) for part in (0, 1)
+        )
         step = statistics.median(sum(step) for run in runs for step in run["times"])
         peak = statistics.median(run["peak"] for run in runs)
         beyond = statistics.median(run["peak"] - run["before"] for run in runs)

@@ -1,9 +1,9 @@
-"""What the parts of the update gain, each against going without it: side by side, in turns, in one process.
+"""What each part of the update saves, against an update without it: in turns, in one process.
 
     python benchmarks/update.py                    # about three minutes on two cores
 
-Time is that of forward and backward over the same samples. Memory is what autograd keeps for backward: the bytes of all
-tensors it saves, weights excepted. Weights and samples are random.
+Time is that of forward and backward over the same samples. Memory is what autograd keeps for backward: the
+bytes of all tensors it saves, without the weights. Weights and samples are random.
 """
 
 import statistics
@@ -53,7 +53,7 @@ def samples(config: Qwen3Config, prompts: int, count: int, prompt_length: int, l
 
 def plain_logprobs(model: Qwen3, batch: Batch) -> torch.Tensor:
     """The same from all logits at once."""
-    hidden = model.model(batch.input_ids, batch.layout)[0].index_select(0, batch.places[batch.mask])
+    hidden = model.model(batch.input_ids, batch.layout)[0].index_select(0, batch.logit_positions[batch.mask])
     logprobs = token_logprobs(model.lm_head(hidden), 1.0, model.num_tokens)
     return logprobs.gather(-1, batch.target_ids[batch.mask][:, None])
 
@@ -111,7 +111,14 @@ def cases() -> dict[str, tuple[Way, Way]]:
 
 def main(settings: Settings) -> None:
     table = Table(title=f"forward and backward, medians of {settings.repeats}")
-    for column in ("part", "with, s", "without, s", "time without / with", "kept with, MB", "kept without, MB"):
+    for column in (
+        "part",
+        "with, s",
+        "without, s",
+        "time without / with",
+        "kept with, MB",
+        "kept without, MB",
+    ):
         table.add_column(column)
     for name, ways in cases().items():
         for way in ways:

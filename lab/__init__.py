@@ -1,1 +1,3 @@
-"""What surrounds a run: recipes, stages, checkpoints, evaluation, screens, plots, reports. Imports the core, never the other way."""
+"""What surrounds a run: recipes, stages, checkpoints, evaluation, screens, reports. The core never imports
+it.
+"""

@@ -33,15 +33,17 @@ from rl.optimizer import Optimizer
 from rl.sft import SFTStage, sft_schedule, sft_step
 
 MAX_SKIPPED_UPDATES = 5  # in a row, then the run ends
+SKIPPED = (
+    "updates in a row had no finite loss and gradient: lower the learning rate, or try --dtype float32, in a "
+    "new run; the weights are as they were before"
+)
 
 
 def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -> None:
-    """Run `recipe` into its run folder, from the start or from the last checkpoint there.
+    """Run `recipe` into its run folder, from the start or, with `resume`, from the last checkpoint there.
 
-    Args:
-        quiet: show nothing but errors.
-        plain: show a line a step on a terminal too.
-        wandb: log to Weights & Biases.
+    `quiet` shows nothing but errors, `plain` a line a step on a terminal too; `wandb` logs to Weights &
+    Biases.
 
     Raises:
         ModelError, DataError, RecipeError: something that the user named cannot be used.
@@ -112,7 +114,8 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                 if last or state.stage_step % recipe.evaluation.every == 0:
                     row |= evaluation(last=last and state.stage == len(recipe.stages) - 1)
                 record(run, screen, recipe, row, state.stage_step, steps)
-                check_skipped(optimizer)
+                if optimizer.skipped_in_a_row >= MAX_SKIPPED_UPDATES:
+                    raise RecipeError(f"{optimizer.skipped_in_a_row} {SKIPPED}")
                 if not last and state.stage_step % recipe.checkpoint_every == 0:
                     save(optimizer)
             micro_batch_tokens = optimizer.micro_batch_tokens
@@ -269,14 +272,6 @@ def record(run: RunFolder, screen: Screen, recipe: Recipe, row: dict, done: int,
         screen.step(row, len(recipe.stages), done, steps)
         if "eval_accuracy" in row:
             write_curve(run, paper_points(recipe))
-
-
-def check_skipped(optimizer: Optimizer) -> None:
-    if optimizer.skipped_in_a_row >= MAX_SKIPPED_UPDATES:
-        raise RecipeError(
-            f"{optimizer.skipped_in_a_row} updates in a row had no finite loss and gradient: lower the "
-            "learning rate, or try --dtype float32, in a new run; the weights are as they were before"
-        )
 
 
 def save_now(

@@ -20,10 +20,10 @@ class Cache(Protocol):
         """Positions of the next `time` tokens of each row: [batch, time]."""
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Store the keys and values of the new tokens, then attend to everything that each query may see.
+        """Store the new tokens' keys and values, then attend to all that each query may see, after RoPE.
 
-        `queries` are [batch, heads, time, head_dim], and so is the result; `keys` and `values` are [batch,
-        kv_heads, time, head_dim]; queries and keys are after RoPE.
+        `queries` and the result are [batch, heads, time, head_dim], the others [batch, kv_heads, time,
+        head_dim].
         """
 
     def advance(self, time: int) -> None:
@@ -92,21 +92,18 @@ class KVCache:
 class GroupCache:
     """A cache for groups of rows that share a prompt, which is stored once and read once for the whole group.
 
-    All rows decode in lock-step, one token a forward, so they have equally many own tokens, and only prompts
-    need lengths. Attention to a prompt is one matrix product for all rows of its group; prompt scores and own
-    scores then pass through one softmax (Hydragen, arXiv:2402.05099, computes two and merges them).
+    All rows decode in lock-step, one token a forward, so they have equally many own tokens. Attention to a
+    prompt is one matrix product for all rows of its group; prompt scores and own scores then pass through one
+    softmax (Hydragen, arXiv:2402.05099, computes two and merges them). Own tokens lie in blocks; a full block
+    is followed by a new one, so nothing is copied to make room. Attention reads the stored slots or, if
+    `static`, whole blocks: shapes then change only once a block, as a CUDA graph requires, and oneDNN
+    multiplies contiguous bfloat16 blocks at twice the speed.
 
-    Own tokens lie in blocks. A block is added when the last one is full, so nothing is copied to make room.
-    Attention reads the stored slots or, if `static`, whole blocks: then shapes change only once a block, as a
-    CUDA graph requires, and blocks are contiguous, without which oneDNN multiplies bfloat16 at half speed.
-
-    Shapes: `prompt_keys[layer]` and `prompt_values[layer]` are [prompts, kv_heads, longest, head_dim];
-        blocks in
-    `keys[layer]` and `values[layer]` [rows * kv_heads, block, head_dim]; `prompt_of` is [rows], ascending.
+    Shapes: `prompt_keys[layer]`, `prompt_values[layer]` [prompts, kv_heads, longest, head_dim]; blocks in
+    `keys[layer]`, `values[layer]` [rows * kv_heads, block, head_dim]; `prompt_of` [rows], ascending.
     """
 
     def __init__(self, prompts: KVCache, num_samples: int, max_new_tokens: int, static: bool = False):
-        """Use the keys and values of prefilled `prompts`, with `num_samples` rows for each."""
         device = prompts.lengths.device
         self.max_new_tokens = max_new_tokens
         self.static = static

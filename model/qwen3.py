@@ -135,12 +135,10 @@ class Decoder(nn.Module):
 class Qwen3(nn.Module):
     """A Qwen3 language model: token ids [batch, time] -> logits [batch, time, vocab].
 
-    Pad rows of unequal length on the right, with any id: attention is causal, so padding cannot reach the
-    tokens before it. Ignore the logits of the padding itself.
-
-    `num_tokens` is the size of the tokenizer's vocabulary. Embedding rows beyond it are padding (151,669 of
-    151,936 are used): these ids are never sampled and take no part in the softmax (see
-    `model.sampler.token_logprobs`).
+    Pad rows of unequal length on the right, with any id, and ignore the padding's logits: attention is
+    causal, so padding cannot reach the tokens before it. `num_tokens` is the size of the tokenizer's
+    vocabulary; embedding rows beyond it are padding, whose ids are never sampled and take no part in the
+    softmax (`model.sampler`).
     """
 
     sharding = None  # how it is divided among processes, if it is, see `lab.sharding`

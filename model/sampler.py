@@ -60,8 +60,8 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Sample one token a row from logits [rows, vocab]: ids [rows] and their log-probabilities [rows].
 
-    Inverse-CDF sampling: take the first token at which the cumulative probability passes the row's uniform
-    number in [0, 1). `torch.multinomial` would need a random number for each entry of the vocabulary.
+    Inverse-CDF sampling: the first token at which the cumulative probability passes the row's uniform number
+    in [0, 1). `torch.multinomial` would need a random number for each entry of the vocabulary.
     """
     token_ids, chosen = [], []
     size = rows_at_once(logits)
@@ -160,24 +160,20 @@ def generate(
 
     Each sample has its own random stream, made from the seed, the ids of its prompt and its number in the
     group. So a completion does not depend on the batch it is sampled in (up to the rounding of matrix
-    products of other sizes), and no two groups share a stream, even with equal prompts.
+    products of other sizes), and no two groups share a stream, even with equal prompts. Returns
+    `[prompt][sample]`, for `prompts[only]`.
 
     Args:
         temperature: 0 is greedy.
-        top_k, top_p: sample from the k likeliest tokens, or from the likeliest that together reach
-            probability p. Not for training, which scores tokens under the full distribution.
+        top_k, top_p: sample from the k likeliest tokens, or from the likeliest that reach probability p
+            together. Not for training, which scores tokens under the full distribution.
         max_cache_tokens: tokens whose keys and values may be in memory at once, a group's prompt counted
             once; None: what free memory allows. Prompts that do not fit wait for the next batch.
         only: sample for `prompts[only]`, as if for all; ranks divide one call among them in this way.
         on_progress: called now and then with (completions done, tokens sampled so far).
-        cancel: when another thread or a signal sets it, sampling ends with `Cancelled`.
+        cancel: when a signal or another thread sets it, sampling ends with `Cancelled`.
 
-    Returns:
-        `[prompt][sample]` completions, of `prompts[only]`.
-
-    Raises:
-        ValueError: an argument out of its range.
-        ModelError: there is no room for the keys and values of one completion.
+    Raises ValueError for an argument out of its range, ModelError if there is no room for one completion.
     """
     check_arguments(model, prompts, num_samples, max_new_tokens, temperature, top_k, top_p)
     if not prompts[only]:
@@ -222,11 +218,10 @@ def check_arguments(model, prompts, num_samples, max_new_tokens, temperature, to
 
 def plan_batches(
     lengths: list[int], num_samples: int, max_new_tokens: int, max_cache_tokens: int
-) -> list[tuple[slice, slice]]:
+) -> list[tuple]:
     """Divide groups into batches (prompts, samples) whose keys and values fit, however long completions get.
 
     Groups stay whole and in order; one that is too large by itself is divided into as few parts as possible.
-    `lengths` are those of the prompts; a batch pads its prompts to the longest.
     """
     batches = []
     start = 0
@@ -244,9 +239,9 @@ def plan_batches(
         fitting = (max_cache_tokens - lengths[start]) // max_new_tokens
         if fitting < 1:
             raise ModelError(
-                f"room for {max_cache_tokens} tokens of keys and values, too little for a prompt of {lengths[start]} "
-                f"and {max_new_tokens} new tokens: lower max_new_tokens, raise max_cache_tokens if memory allows, or "
-                "take a smaller model"
+                f"room for {max_cache_tokens} tokens of keys and values; a prompt of {lengths[start]} and "
+                f"{max_new_tokens} new ones need {lengths[start] + max_new_tokens}: lower max_new_tokens, "
+                "raise max_cache_tokens if memory allows, or take a smaller model"
             )
         for first in range(0, num_samples, fitting):
             batches.append((slice(start, start + 1), slice(first, min(first + fitting, num_samples))))
@@ -308,9 +303,8 @@ class DecodeBatch:
         self.logprobs.index_copy_(1, column, logprobs[:, None])
 
     def compact(self, count: int, below: float) -> tuple[int, int]:
-        """Drop the rows that finished within their `count` tokens, if at most `below` of all are unfinished.
-
-        Returns completions done and tokens sampled, of the whole batch.
+        """Drop finished rows, if at most `below` of all are unfinished; return completions done, tokens
+        sampled.
         """
         stops = torch.isin(self.token_ids[:, :count], self.stops)  # [rows, count]
         finished = stops.any(1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from model import PackedGroup, PackedGroups, Qwen3, TokenLogprobs, target_logprobs
 from rl.distributed import all_values
@@ -73,16 +74,15 @@ def make_batch(samples: list[Sample], device="cpu") -> Batch:
                 stream += branch + [0] * (longest - len(branch))
 
     # 3. The targets, and what goes with them.
-    target_ids = torch.zeros(mask.shape, dtype=torch.int64)
-    old_logprobs = torch.zeros(mask.shape)
-    for row, sample in enumerate(samples):
-        target_ids[row, : lengths[row]] = torch.tensor(sample.completion_ids)
-        if sample.old_logprobs is not None:
-            old_logprobs[row, : lengths[row]] = torch.tensor(sample.old_logprobs)
+    targets = [torch.tensor(sample.completion_ids) for sample in samples]
+    old_logprobs = [
+        torch.tensor(sample.old_logprobs or [0.0] * len(sample.completion_ids)) for sample in samples
+    ]
     advantages = torch.tensor([sample.advantage for sample in samples])
-    tensors = (logit_positions, target_ids, mask, old_logprobs, advantages)
-    input_ids = torch.tensor([stream], device=device)
-    return Batch(input_ids, PackedGroups(layout, device), *(tensor.to(device) for tensor in tensors))
+    padded = (pad_sequence(rows, batch_first=True) for rows in (targets, old_logprobs))
+    tensors = (torch.tensor([stream]), logit_positions, *padded, mask, advantages)
+    input_ids, logit_positions, target_ids, old, mask, advantages = (x.to(device) for x in tensors)
+    return Batch(input_ids, PackedGroups(layout, device), logit_positions, target_ids, mask, old, advantages)
 
 
 def prompt_groups(samples: list[Sample]) -> list[list[int]]:

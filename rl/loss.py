@@ -25,8 +25,8 @@ def grpo_loss(
 
         -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + kl_coef * k3
 
-    For A < 0 it is the minimum too: a bad token that became likelier is pushed down without limit; one that
-    already became rarer by more than `clip_low` has no gradient.
+    The minimum holds for A < 0 too: a bad token that became likelier is pushed down without limit, one that
+    became rarer by more than `clip_low` has no gradient.
 
     Args:
         logprobs: of the policy in training; the only argument with a gradient.

@@ -152,8 +152,7 @@ def joint_norm(gradients: Iterable[Tensor]) -> float:
 def round_stochastically(x: Tensor, key: str) -> Tensor:
     """float32 to bfloat16, up or down with chances that make `x` the expectation; equal keys, equal choices.
 
-    A bfloat16 is the upper half of a float32: a random number added to the lower half carries with that
-    chance.
+    A bfloat16 is the upper half of a float32: a random number is added to the lower half, and may carry.
     """
     seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little", signed=True)
     generator = torch.Generator(x.device).manual_seed(seed)
@@ -168,13 +167,9 @@ def make_adamw(kind: str, parameter: nn.Parameter) -> torch.optim.Optimizer:
     options = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
     if kind == "adamw":
         return torch.optim.AdamW([parameter], fused=True, **options)
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # it warns of 4-bit kernels, which are not used here
-    import bitsandbytes  # imported only where it is used: it takes seconds, and most runs do not need it
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of 4-bit kernels, not used here
+    from bitsandbytes import optim  # takes seconds, and most runs do not need it
 
-    classes = {
-        "adamw8bit": bitsandbytes.optim.AdamW8bit,
-        "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit,
-    }
-    return classes[kind]([parameter], **options)
+    return {"adamw8bit": optim.AdamW8bit, "paged_adamw8bit": optim.PagedAdamW8bit}[kind](
+        [parameter], **options
+    )

@@ -71,6 +71,11 @@ class FakeTask:
         return Score(reward, "correct" if reward == 1 else "wrong")
 
 
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of a model's parameters."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The gradients that a model holds, which are cleared; parameters without one give zeros."""
     found = {}

@@ -56,14 +56,6 @@ def test_after_set_lengths_rows_continue_from_the_tokens_that_are_left(decoder):
 
 
 @torch.no_grad()
-def test_positions_and_masks_follow_each_rows_own_length(decoder):
-    cache = filled(decoder, [1, 3], spare=4)
-    assert cache.start(2).tolist() == [[1, 2], [3, 4]]
-    mask = cache.mask[:, 0].int().tolist()  # [batch, time, longest + time]
-    assert mask == [[[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]], [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]]
-
-
-@torch.no_grad()
 def test_the_last_slot_can_be_used_and_one_token_more_is_refused(decoder):
     cache = filled(decoder, [2, 6], spare=2)
     decoder(random_ids(2, 2), cache)

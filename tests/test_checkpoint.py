@@ -50,8 +50,8 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch, count: int) -> list[int]:
-    """Stops the `count`-th operation on the disk, with half of a written file's content there."""
-    left = [count]
+    """Stops the `count`-th operation on the disk, with half of a file written, or a folder deleted in part."""
+    left, rmtree = [count], shutil.rmtree
 
     def counted(real):
         def call(*arguments, **options):
@@ -59,6 +59,8 @@ def kill_at(monkeypatch, count: int) -> list[int]:
             if left[0] == 0:
                 if real is Path.write_text:
                     real(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                if real is rmtree and arguments[0].exists():
+                    (arguments[0] / "config.json").unlink()
                 raise Killed
             return real(*arguments, **options)
 
@@ -111,8 +113,9 @@ def test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_is_taken(tmp
 
 def test_without_a_whole_checkpoint_there_is_none(tmp_path, parts):
     assert newest_checkpoint(tmp_path) is None
-    (save(tmp_path, 10, parts) / "config.json").write_text("{}")
-    assert newest_checkpoint(tmp_path, lambda text: None) is None
+    for file in ("config.json", "sha256.json"):
+        (save(tmp_path, 10, parts) / file).write_text("{}")
+        assert newest_checkpoint(tmp_path, lambda text: None) is None
 
 
 def test_a_full_disk_leaves_what_was_there_and_says_so(tmp_path, parts, monkeypatch):

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from helpers import optimizer_for, ragged_samples, random_model, rollouts
+from helpers import PROBLEM, optimizer_for, ragged_samples, random_model
 
 import rl.grpo
+from data.task import CORRECT, WRONG
 from lab.errors import user_errors
 from lab.optimizer_state import state_tensors
 from lab.runfolder import RunFolder
@@ -14,7 +15,7 @@ from lab.stages import train
 from model import Completion, generate
 from model.sampler import sample
 from rl.grpo import GRPOStage, grpo_loss, grpo_step
-from rl.rollout import SamplingSettings
+from rl.rollout import Rollout, SamplingSettings
 from rl.sft import sft_step
 from train import parse
 
@@ -49,8 +50,8 @@ def test_an_update_with_a_bad_gradient_changes_nothing_and_the_next_one_is_taken
 
 @pytest.mark.parametrize("bad", BAD)
 def test_a_bad_log_probability_of_the_sampler_skips_only_the_update_that_has_it(bad, monkeypatch):
-    completions = [[Completion([3, 4], [-1.0, -2.0], True), Completion([5], [logprob], True)] for logprob in (-1.5, bad)]
-    groups = rollouts(completions, [[1.0, 0.0], [1.0, 0.0]], [[1, 2], [2]])
+    good = Rollout(PROBLEM, [1, 2], Completion([3, 4], [-1.0, -2.0], True), "", CORRECT)
+    groups = [[good, Rollout(PROBLEM, [1, 2], Completion([5], [logprob], True), "", WRONG)] for logprob in (-1.5, bad)]
     options = {"sampling": SamplingSettings(), "learning_rate": 1e-2, "seed": 0}
     ends = []
     for count in (1, 2):

@@ -144,39 +144,18 @@ def test_each_aggregation_by_hand():
     assert [loss_denominator([], 8, name) for name in AGGREGATIONS] == [1, 1, 1]
 
 
-def kl_term(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """The penalty alone, summed over [1, time] log-probabilities."""
-    mask = torch.ones_like(logprobs, dtype=torch.bool)
-    return grpo_loss(
-        logprobs, logprobs.detach(), torch.zeros(1, dtype=torch.float64), mask,
-        denominator=1.0, ref_logprobs=reference, kl_coef=1.0,
-    )  # fmt: skip
-
-
 @settings(deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.floats(-20, 0), st.floats(-20, 0)), min_size=1, max_size=6))
 def test_the_kl_penalty_is_never_negative_and_at_equality_it_and_its_gradient_are_zero(pairs):
     """The gradient of k1 = -gap would be one for every sampled token, and zero only in expectation."""
     logprobs, reference = torch.tensor(pairs, dtype=torch.float64).T[:, None]
-    assert kl_term(logprobs, reference).item() >= 0
-    loss = kl_term(logprobs.requires_grad_(), logprobs.detach())
-    loss.backward()
-    assert loss.item() == 0 and not logprobs.grad.any()
-
-
-def test_the_expected_kl_gradient_pulls_towards_the_reference():
-    """Over a whole vocabulary: the expected gradient of k3 is that of KL(reference || policy); that of k1 is zero."""
-    rng = np.random.default_rng(5)
-    logits = torch.tensor(rng.normal(0, 1, 7), requires_grad=True)
-    reference = torch.tensor(rng.normal(0, 1, 7)).log_softmax(-1)
-    expected = torch.zeros(7, dtype=torch.float64)
-    for token in range(7):
-        logprob = logits.log_softmax(-1)[token]
-        (slope,) = torch.autograd.grad(kl_term(logprob[None, None], reference[None, None, token]), logits)
-        expected += logprob.exp().detach() * slope
-    policy = logits.softmax(-1).detach()
-    torch.testing.assert_close(expected, policy - reference.exp(), rtol=1e-12, atol=1e-15)
-    assert expected.abs().max() > 0.01
+    mask, zero = torch.ones_like(logprobs, dtype=torch.bool), torch.zeros(1, dtype=torch.float64)
+    for towards in (reference, logprobs.clone()):
+        policy = logprobs.clone().requires_grad_()
+        loss = grpo_loss(policy, logprobs, zero, mask, ref_logprobs=towards, kl_coef=1.0)
+        loss.backward()
+        assert loss.item() >= 0
+    assert loss.item() == 0 and not policy.grad.any()
 
 
 def test_bad_options_are_refused_with_the_offending_value():
@@ -185,15 +164,3 @@ def test_bad_options_are_refused_with_the_offending_value():
         grpo_loss(ones, ones, ones, mask, aggregation="mean")
     with pytest.raises(ValueError, match="ref_logprobs"):
         grpo_loss(ones, ones, ones, mask, kl_coef=0.1)
-
-
-@pytest.mark.parametrize("rows", [(1, 3), (1, 1, 1, 1)], ids=str)
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_the_losses_of_micro_batches_add_up_to_that_of_the_batch(aggregation, rows):
-    logprobs, old, advantages, _ = random_batch(2, per_token=False)
-    mask = ragged_mask()
-    whole = grpo_loss(logprobs, old, advantages, mask, aggregation=aggregation)
-    denominator = loss_denominator(LENGTHS, TIME, aggregation)
-    parts = zip(*(tensor.split(rows) for tensor in (logprobs, old, advantages, mask)), strict=True)
-    total = sum(grpo_loss(*part, aggregation=aggregation, denominator=denominator) for part in parts)
-    assert total.item() == pytest.approx(whole.item(), rel=1e-12)

@@ -9,7 +9,7 @@ from helpers import random_model
 import lab.setup
 import model.logprobs
 from lab.memory_plan import activation_bytes, check_plan, plan_memory, work_of
-from lab.recipe import EvaluationSettings, ParallelSettings, Recipe, load_recipe, problems_of
+from lab.recipe import EvaluationSettings, ParallelSettings, Recipe, load_recipe
 from lab.sharding import Sharding
 from model import ModelError, Qwen3, Qwen3Config, add_adapters
 from rl.batch import Sample, make_batch

@@ -19,6 +19,7 @@ from helpers import FakeTask, FakeTokenizer, optimizer_for, random_model
 from test_commands import ROOT, smoke, timeless
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import rl.grpo
 from lab.checkpoint import checkpoints
 from lab.memory_plan import plan_memory, work_of
 from lab.processes import processes
@@ -27,11 +28,11 @@ from lab.runfolder import RunFolder
 from lab.sharding import shard
 from lab.stages import train
 from model import generate
-from rl.distributed import gather, is_main, is_sharded, rank, sampling_model, world_size
+from rl.distributed import gather, is_sharded, rank, sampling_model, world_size
 from rl.grpo import GRPOStage, grpo_step
 from rl.optimizer import OptimizerSettings
 from rl.rollout import SamplingSettings
-from train import Arguments
+from train import Arguments, main
 
 OPTIONS = [  # three prompts for two or four processes, in two updates: uneven, and some have nothing to do
     "--generated-problems", 60, "--sampling.max-new-tokens", 40, "--evaluation.problems", 5, "--evaluation.final-problems", 0,
@@ -144,134 +145,117 @@ class Gathers(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def sampled(out: Path | None, full: bool) -> list:
-    """For two lengths: completions of two prompts, none of them for a third rank, and the number of gathers."""
-    results = []
+def sample_sharded(full: bool) -> None:
+    """For two lengths, completions of two prompts, of which a third rank has none; the gathers that they take."""
+    options = dict(prompts=[[5, 17, 3, 44, 9], [8, 2]], num_samples=3, stop_token_ids=range(0, 48, 12), seed=5)
+    expected = {length: generate(random_model(std=0.2), max_new_tokens=length, **options) for length in (4, 16)}
     with processes():
-        model = random_model(std=0.2)
-        if world_size() > 1:
-            shard(model, torch.device("cpu"))
-            model.sharding = replace(model.sharding, full_to_sample=full)
-        options = dict(num_samples=3, stop_token_ids=range(0, 48, 12), seed=5, only=slice(rank(), None, world_size()))
+        model = shard(random_model(std=0.2), torch.device("cpu"))
+        model.sharding = replace(model.sharding, full_to_sample=full)
+        matrices = sum(".layers." in name for name, _ in model.named_parameters())
         for length in (4, 16):
             with Gathers() as gathers, sampling_model(model) as sampler:
-                groups = generate(sampler, [[5, 17, 3, 44, 9], [8, 2]], max_new_tokens=length, **options)
-            ids = [[completion.token_ids for completion in group] for group in gather(groups)]
-            results.append([ids, gathers.count])
-        if out and is_main():
-            out.write_text(json.dumps(results))
-    return results
+                groups = generate(sampler, max_new_tokens=length, only=slice(rank(), None, world_size()), **options)
+            ids = [
+                [[completion.token_ids for completion in group] for group in whole]
+                for whole in (gather(groups), expected[length])
+            ]
+            assert ids[0] == ids[1]
+            assert gathers.count == (matrices if full else length * model.config.num_hidden_layers)
 
 
 @pytest.mark.parametrize("full", [True, False], ids=["full", "layers"])
-def test_a_sharded_model_is_gathered_once_a_rollout_phase_or_for_every_token_and_an_idle_rank_waits(full, tmp_path):
-    in_processes(3, sampled, tmp_path / "sampled", full)
-    results = json.loads((tmp_path / "sampled").read_text())
-    assert [ids for ids, _ in results] == [ids for ids, _ in sampled(None, False)]
-    matrices = sum(".layers." in name for name, _ in random_model().named_parameters())
-    layers = random_model().config.num_hidden_layers
-    assert [count for _, count in results] == ([matrices, matrices] if full else [4 * layers, 16 * layers])
+def test_a_sharded_model_is_gathered_once_a_rollout_phase_or_for_every_token_and_an_idle_rank_waits(full):
+    in_processes(3, sample_sharded, full)
 
 
 # Gradients
 
 
-def gradient(out: Path | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def gradient_of_a_step(model) -> dict[str, torch.Tensor]:
     """The gradient of a step on five groups of three, one of them with equal rewards, and the metrics of the step."""
-    results = {}
+    optimizer, results = optimizer_for(model, budget=40), {}
+    take = optimizer.step
+
+    def step(learning_rate, skip):
+        for name, parameter in optimizer.parameters.items():
+            results[name] = (parameter.grad.full_tensor() if is_sharded(parameter) else parameter.grad).clone()
+        return take(learning_rate, skip=skip)
+
+    optimizer.step = step
+    task = FakeTask(lambda problem, text: 0.3 if problem == "b" else len(text) % 7 / 7)
+    options = dict(settings=GRPOStage(updates_per_step=1, samples_per_prompt=3), sampling=SamplingSettings(max_new_tokens=8))
+    metrics = grpo_step(model, FakeTokenizer(), optimizer, task, list("abcbd"), **options, learning_rate=0.0, seed=2)[2]
+    assert abs(metrics["loss"]) > 1e-3 and metrics["grad_norm"] > 1e-2
+    return results | {name: torch.tensor(float(value)) for name, value in metrics.items() if "seconds" not in name}
+
+
+def compare_gradients() -> None:
+    expected = gradient_of_a_step(random_model())
     with processes():
-        model = random_model(dtype=dtype)
-        if world_size() > 1:
-            shard(model, torch.device("cpu"))
-        optimizer = optimizer_for(model, budget=40)
-        take = optimizer.step
-
-        def step(learning_rate, skip):
-            for name, parameter in optimizer.parameters.items():
-                grad = parameter.grad
-                results[name] = (grad.full_tensor() if is_sharded(grad) else grad).clone()
-            return take(learning_rate, skip=skip)
-
-        optimizer.step = step
-        task = FakeTask(lambda problem, text: 0.3 if problem == "b" else len(text) % 7 / 7)
-        options = dict(
-            settings=GRPOStage(updates_per_step=1, samples_per_prompt=3), sampling=SamplingSettings(max_new_tokens=8)
-        )
-        metrics = grpo_step(model, FakeTokenizer(), optimizer, task, list("abcbd"), **options, learning_rate=0.0, seed=2)[2]
-        results |= {name: torch.tensor(float(value)) for name, value in metrics.items() if "seconds" not in name}
-        if out and is_main():
-            safetensors.torch.save_file(results, out)
-    return results
+        for name, tensor in gradient_of_a_step(shard(random_model(), torch.device("cpu"))).items():
+            atol = 1e-6 * max(1, expected[name].abs().max().item())
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=atol, msg=name)
+        results = gradient_of_a_step(shard(random_model(dtype=torch.bfloat16), torch.device("cpu")))
+        layers = [grad for name, grad in results.items() if ".layers." in name]
+        assert {grad.dtype for grad in layers} == {torch.float32}
+        assert any((grad != grad.bfloat16()).any() for grad in layers)  # a sum that bfloat16 has no room for
 
 
-def test_the_gradient_of_a_sharded_model_is_that_of_one_process(tmp_path):
+def test_the_gradient_of_a_sharded_model_is_that_of_one_process_and_summed_in_float32():
     """On three ranks, among which nothing divides evenly."""
-    in_processes(3, gradient, tmp_path / "gradient", torch.float32)
-    expected, results = gradient(None, torch.float32), safetensors.torch.load_file(tmp_path / "gradient")
-    assert expected["loss"].abs() > 1e-3 and expected["grad_norm"] > 1e-2
-    for name, tensor in expected.items():
-        torch.testing.assert_close(results[name], tensor, rtol=1e-5, atol=1e-6 * max(1, tensor.abs().max().item()), msg=name)
-
-
-def test_bfloat16_gradients_of_a_sharded_model_are_summed_in_float32(tmp_path):
-    in_processes(2, gradient, tmp_path / "gradient", torch.bfloat16)
-    layers = [grad for name, grad in safetensors.torch.load_file(tmp_path / "gradient").items() if ".layers." in name]
-    assert {grad.dtype for grad in layers} == {torch.float32}
-    assert any((grad != grad.bfloat16()).any() for grad in layers)  # a sum that bfloat16 has no room for
+    in_processes(3, compare_gradients)
 
 
 # Memory
 
 
-def sharded_plan(out: Path) -> None:
+def plan_sharded() -> None:
+    sizes = {name: parameter.numel() for name, parameter in random_model().named_parameters()}
+    layers = sum(size for name, size in sizes.items() if ".layers." in name)
+    others = sum(sizes.values()) - layers
     with processes():
         model = shard(random_model(dtype=torch.bfloat16), torch.device("cpu"))
         work = work_of(Recipe(stages=(GRPOStage(prompts_per_step=5),)), 10, world_size())
         plan = plan_memory(model, OptimizerSettings(), work, free=10**9)
+        assert plan.weights == plan.gradients == 2 * layers + 2 * others and plan.masters == 4 * others
+        assert plan.moments == 8 * (layers // 2 + others) and work.rows == 512 // 2
         with sampling_model(model) as full:
-            copy = sum(p.numel() * 2 for name, p in full.named_parameters() if ".layers." in name and not is_sharded(p))
+            copied = [
+                parameter for name, parameter in full.named_parameters() if ".layers." in name and not is_sharded(parameter)
+            ]
+        assert plan.whole_copy == 2 * sum(parameter.numel() for parameter in copied) == 2 * layers
         cramped = plan_memory(model, OptimizerSettings(), work, free=plan.lasting + 2 * plan.whole_copy - 1)
         assert not cramped.whole_copy  # then it is sampled layer by layer
-        if is_main():
-            parts = [plan.weights, plan.masters, plan.moments, plan.gradients, plan.whole_copy, copy, work.rows]
-            out.write_text(json.dumps(parts))
 
 
-def test_the_memory_plan_counts_what_one_process_holds(tmp_path):
-    in_processes(2, sharded_plan, tmp_path / "plan")
-    sizes = {name: parameter.numel() for name, parameter in random_model().named_parameters()}
-    layers = sum(size for name, size in sizes.items() if ".layers." in name)
-    others = sum(sizes.values()) - layers
-    both = 2 * layers + 2 * others
-    expected = [both, 4 * others, 8 * (layers // 2 + others), both, 2 * layers, 2 * layers, 512 // 2]
-    assert json.loads((tmp_path / "plan").read_text()) == expected
+def test_the_memory_plan_counts_what_one_process_holds():
+    in_processes(2, plan_sharded)
 
 
 # What goes wrong
 
-DYING = """
-import os, sys
-sys.path[:0] = [{root!r}, {tests!r}]
-import rl.grpo
-from test_parallel import arguments
-from train import main
-from pathlib import Path
 
-advantages, steps = rl.grpo.group_advantages, []
-def dying(*arguments, **options):
-    steps.append(0)
-    if os.environ["RANK"] == "1" and len(steps) == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        os._exit(9)
-    return advantages(*arguments, **options)
-rl.grpo.group_advantages = dying
-main(arguments(Path(sys.argv[1])))
-"""
+def train_and_die(out: str) -> None:
+    """A run whose rank 1 dies in its third step, unless torchrun has restarted it."""
+    advantages, steps = rl.grpo.group_advantages, []
+
+    def dying(*arguments, **options):
+        steps.append(0)
+        if os.environ["RANK"] == "1" and len(steps) == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os._exit(9)
+        return advantages(*arguments, **options)
+
+    rl.grpo.group_advantages = dying
+    main(arguments(Path(out)))
 
 
 @pytest.mark.parametrize("restarts", [0, 1])
 def test_a_process_that_dies_ends_the_run_or_torchrun_restarts_it(restarts, alone, tmp_path):
     script, run, start = tmp_path / "dying.py", tmp_path / "run", time.perf_counter()
-    script.write_text(DYING.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    script.write_text(
+        f"import sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\nimport test_parallel\ntest_parallel.train_and_die(sys.argv[1])"
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
     options = dict(capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     ended = subprocess.run([*command, script, run], **options)

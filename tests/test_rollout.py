@@ -53,13 +53,9 @@ def test_rollouts_hold_what_was_sampled_decoded_and_scored(monkeypatch):
 
 
 def test_an_error_of_the_scorer_ends_the_step_at_once():
-    def failing(problem, text):
-        scored.append(text)
-        raise ZeroDivisionError("in the scorer")
-
     scored = []
-    with pytest.raises(ZeroDivisionError, match="in the scorer"):
-        collect(task=FakeTask(failing))
+    with pytest.raises(ZeroDivisionError):
+        collect(task=FakeTask(lambda *call: scored.append(call) or 1 / 0))
     assert len(scored) == 1
 
 

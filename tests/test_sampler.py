@@ -7,15 +7,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from reference import random_ids, reference_model, same_weights
+from reference import reference_model, same_weights
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import model.sampler
 from model import generate
 from model.cuda_graph import GraphedStep
-from model.sampler import DecodeBatch, plain_completion, prefill, random_streams, sample
+from model.sampler import DecodeBatch, plain_completion, random_streams, sample
 from rl.batch import Sample, completion_logprobs, make_batch
 
 PROMPTS = [[5, 17, 3, 44, 9], [8], [61, 2, 2, 30, 71, 12, 4, 4, 25], [19, 6, 40], [8, 1, 77, 50, 3, 9, 13]]
@@ -50,10 +48,6 @@ def teacher_forced(reference, prompt, token_ids, temperature=1.0, num_tokens=Non
 
 def flat(groups):
     return [completion for group in groups for completion in group]
-
-
-def ids_of(groups):
-    return [[completion.token_ids for completion in group] for group in groups]
 
 
 def assert_same(ours, theirs):
@@ -154,34 +148,13 @@ def test_a_long_tail_of_rare_tokens_keeps_its_share_of_a_vocabulary_as_large_as_
     assert sampled.min() > 0 and len(set(sampled.tolist())) == 12
 
 
-def test_greedy_takes_the_likeliest_and_ties_do_not_depend_on_the_uniform():
-    logits = torch.tensor([[1.0, 4.0, 4.0, 0.0, 4.0], [2.0, 2.0, 2.0, 2.0, 2.0], [0.0, 1.0, 2.0, 3.0, 9.0]])
-    picks = set()
-    for uniform in (0.0, 0.3, 0.99, ALMOST_ONE):
-        sampled, logprobs = sample(logits, torch.full((3,), uniform), 5, 0)
-        assert logits.gather(1, sampled[:, None])[:, 0].tolist() == logits.max(1).values.tolist()
-        torch.testing.assert_close(logprobs, logits.log_softmax(-1).gather(1, sampled[:, None])[:, 0])
-        picks.add(tuple(sampled.tolist()))
-    assert len(picks) == 1
-
-
-# Ids past the tokenizer's vocabulary
-
-
-@pytest.fixture(scope="module")
-def padded():
-    """A model of 83 ids whose last 20 are padding of the embedding, with by far the largest logits."""
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.3}, {"temperature": 1.0, "top_p": 0.9}], ids=str)
+def test_an_id_past_the_tokenizers_vocabulary_is_never_sampled_however_large_its_logit(options):
     reference = soft_reference(seed=2)
-    with torch.no_grad():
+    with torch.no_grad():  # of 83 ids the last 20 are padding of the embedding, with by far the largest logits
         reference.lm_head.weight[63:] = 60 * torch.randn(20, 44, generator=torch.Generator().manual_seed(0))
     decoder = same_weights(reference)
     decoder.num_tokens = 63
-    return reference, decoder
-
-
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.3}, {"temperature": 1.0, "top_p": 0.9}], ids=str)
-def test_an_id_past_the_vocabulary_is_never_sampled_however_large_its_logit(options, padded):
-    reference, decoder = padded
     groups = generate(decoder, PROMPTS, num_samples=6, max_new_tokens=10, **options)
     assert max(max(completion.token_ids) for completion in flat(groups)) < 63
     for prompt, group in zip(PROMPTS, groups):
@@ -192,77 +165,44 @@ def test_an_id_past_the_vocabulary_is_never_sampled_however_large_its_logit(opti
     assert min(min(completion.token_ids) for completion in flat(unlimited)) >= 63
 
 
-# Random streams
+@pytest.mark.parametrize("stops", [[], [7, 30]], ids=str)
+def test_a_completion_does_not_depend_on_its_ragged_batch_and_without_a_stop_has_max_new_tokens(stops, decoder):
+    prompts = PROMPTS + PROMPTS[:1]  # copies count as groups of their own
+    options = dict(num_samples=3, max_new_tokens=14, seed=11, stop_token_ids=stops)
+    whole = generate(decoder, prompts, **options)
+    for number, group in enumerate(whole):
+        assert_same(group, generate(decoder, prompts if number == 5 else [prompts[number]], **options)[-1])
+        assert all(len(c.token_ids) == len(c.logprobs) == 14 or c.finished for c in group)
+    assert any(completion.finished for completion in flat(whole)) == bool(stops)
+    assert_same(flat(generate(decoder, prompts[4::-1], **options)[::-1]), flat(whole[:5]))
+    assert_same(flat(generate(decoder, prompts, **options, only=slice(1, None, 2))), flat(whole[1::2]))
+    assert_same(flat(group[:3] for group in generate(decoder, prompts, **options | {"num_samples": 5})), flat(whole))
+    longer = flat(generate(decoder, prompts, **options | {"max_new_tokens": 20}))
+    assert [completion.token_ids[:14] for completion in longer] == [completion.token_ids for completion in flat(whole)]
 
 
-def test_a_completion_does_not_depend_on_the_batch_that_it_is_sampled_in(decoder):
-    options = dict(max_new_tokens=14, temperature=1.0, seed=11, stop_token_ids=[7, 30])
-    whole = generate(decoder, PROMPTS, num_samples=3, **options)
-    backwards = generate(decoder, PROMPTS[::-1], num_samples=3, **options)[::-1]
-    assert_same(flat(backwards), flat(whole))
-    assert_same(flat(generate(decoder, PROMPTS[1:4:2], num_samples=3, **options)), flat(whole[1:4:2]))
-    assert_same(flat(generate(decoder, PROMPTS, num_samples=3, only=slice(1, None, 2), **options)), flat(whole[1::2]))
-    more = generate(decoder, PROMPTS, num_samples=5, **options)
-    assert_same(flat(group[:3] for group in more), flat(whole))
-    longer = generate(decoder, PROMPTS, num_samples=3, **options | {"max_new_tokens": 20})
-    assert [[ids[:14] for ids in group] for group in ids_of(longer)] == ids_of(whole)
+def test_every_sample_copy_of_a_prompt_and_seed_has_its_own_uniform_stream():
+    prompts = [[1, 2, 3], [1, 23], [12, 3], [3, 2, 1], [1, 2, 3]]
+    streams = torch.stack([random_streams(prompts, 4, 80, seed) for seed in (0, 1)])  # [seeds, prompts, samples, tokens]
+    assert len(set(streams.flatten().tolist())) == streams.numel() == 3200
+    assert torch.equal(random_streams([[1, 2, 3]] * 3, 5, 90, 0)[:2, :4, :80], streams[0, [0, 4]])
+    counts = torch.histc(streams, 20, 0, 1)  # of about 160
+    assert counts.min() > 110 and counts.max() < 210
 
 
-def test_every_sample_copy_of_a_prompt_and_seed_has_its_own_stream(decoder):
-    prompt = PROMPTS[0]
-    first, second, third = ids_of(generate(decoder, [prompt] * 3, num_samples=4, max_new_tokens=10))
-    mixed = ids_of(generate(decoder, [PROMPTS[1], prompt, PROMPTS[2], prompt], num_samples=4, max_new_tokens=10))
-    assert mixed[1::2] == [first, second]
-    [other_seed] = ids_of(generate(decoder, [prompt], num_samples=4, max_new_tokens=10, seed=1))
-    assert len({tuple(ids) for ids in first + second + third + other_seed}) == 16
-
-
-def test_random_streams_are_uniform_and_no_two_are_alike():
-    streams = random_streams([[1, 2, 3], [1, 23], [12, 3], [3, 2, 1], [1, 23]], 4, 80, seed=0)  # [prompts, samples, tokens]
-    assert streams.shape == (5, 4, 80) and len(set(streams.flatten().tolist())) == 1600
-    counts = torch.histc(streams, 20, 0, 1)  # of about 80
-    assert counts.min() > 50 and counts.max() < 110
-
-
-@settings(max_examples=15, deadline=None, derandomize=True)
-@given(st.lists(st.lists(st.integers(0, 82), min_size=1, max_size=12), min_size=1, max_size=6), st.integers(1, 9))
-def test_a_ragged_batch_equals_each_row_alone_and_every_row_gets_max_new_tokens(prompts, max_new_tokens):
-    decoder = same_weights(soft_reference(seed=6))
-    groups = generate(decoder, prompts, num_samples=2, max_new_tokens=max_new_tokens)
-    for number, (prompt, group) in enumerate(zip(prompts, groups)):
-        before = prompts[:number].count(prompt)  # copies count as groups of their own
-        assert_same(group, generate(decoder, [prompt] * (before + 1), num_samples=2, max_new_tokens=max_new_tokens)[-1])
-        for completion in group:
-            assert len(completion.token_ids) == len(completion.logprobs) == max_new_tokens
-            assert not completion.finished
-
-
-# Stopping
-
-
-@pytest.mark.parametrize("count", [1, 5])
-def test_the_first_stop_id_ends_a_row_and_is_its_last(count, decoder):
-    options = dict(num_samples=4, max_new_tokens=30, seed=2)
-    endless = flat(generate(decoder, PROMPTS, **options))
-    frequent = Counter(token for completion in endless for token in completion.token_ids).most_common(count)
-    stops = [token for token, _ in frequent]
-    stopped = flat(generate(decoder, PROMPTS, stop_token_ids=stops, **options))
-    for completion, free in zip(stopped, endless, strict=True):
-        places = [place for place, token in enumerate(free.token_ids, 1) if token in stops]
-        length = min(places, default=30)
-        assert (completion.token_ids, completion.finished) == (free.token_ids[:length], bool(places))
-        assert completion.logprobs == pytest.approx(free.logprobs[:length], abs=1e-5)
-    assert {completion.token_ids[-1] for completion in stopped if completion.finished} == set(stops)
-
-
-def test_a_stop_on_the_last_slot_is_finished_and_one_slot_later_is_truncated(decoder):
-    [[endless]] = generate(decoder, PROMPTS[:1], max_new_tokens=12, seed=4)
-    place = next(i for i in range(5, 12) if endless.token_ids[i] not in endless.token_ids[:i])
-    options = dict(stop_token_ids=[endless.token_ids[place]], seed=4)
-    [[last]] = generate(decoder, PROMPTS[:1], max_new_tokens=place + 1, **options)
-    assert (last.token_ids, last.finished) == (endless.token_ids[: place + 1], True)
-    [[short]] = generate(decoder, PROMPTS[:1], max_new_tokens=place, **options)
-    assert (short.token_ids, short.finished) == (endless.token_ids[:place], False)
+def test_a_row_ends_with_its_first_stop_id_on_the_last_slot_too(decoder):
+    endless = flat(generate(decoder, PROMPTS, num_samples=4, max_new_tokens=12, seed=2))
+    stops = [id_ for id_, _ in Counter(id_ for completion in endless for id_ in completion.token_ids).most_common(5)]
+    on_last_slot = 0
+    for length in range(1, 13):
+        options = dict(num_samples=4, max_new_tokens=length, stop_token_ids=stops, seed=2)
+        for completion, free in zip(flat(generate(decoder, PROMPTS, **options)), endless, strict=True):
+            stopped = [place for place, id_ in enumerate(free.token_ids[:length], 1) if id_ in stops]
+            expected = free.token_ids[: min(stopped, default=length)]
+            assert (completion.token_ids, completion.finished) == (expected, bool(stopped))
+            assert completion.logprobs == pytest.approx(free.logprobs[: len(expected)], abs=1e-5)
+            on_last_slot += stopped == [length]
+    assert on_last_slot > 5
 
 
 def forwards(decoder, call):
@@ -275,76 +215,36 @@ def forwards(decoder, call):
         hook.remove()
 
 
-def test_decoding_ends_soon_after_the_last_row_has_finished(decoder):
-    groups, shapes = forwards(decoder, lambda: generate(decoder, PROMPTS, max_new_tokens=500, stop_token_ids=range(83)))
-    assert [len(completion.token_ids) for completion in flat(groups)] == [1] * len(PROMPTS)
-    assert len(shapes) <= 1 + model.sampler.CHECK_EVERY["cpu"]
-
-
 @pytest.mark.parametrize("num_samples", [1, 7])
-def test_each_prompt_is_prefilled_once_whatever_the_number_of_samples(num_samples, decoder):
+def test_a_prompt_is_prefilled_once_and_decoding_takes_as_many_forwards_as_tokens(num_samples, decoder):
     _, shapes = forwards(decoder, lambda: generate(decoder, PROMPTS, num_samples=num_samples, max_new_tokens=6))
     assert shapes == [(len(PROMPTS), 9)] + [(len(PROMPTS) * num_samples, 1)] * 5
     _, shapes = forwards(decoder, lambda: generate(decoder, PROMPTS, num_samples=num_samples, max_new_tokens=1))
     assert shapes == [(len(PROMPTS), 9)]  # one new token needs the prefill alone
+    assert forwards(decoder, lambda: generate(decoder, [], max_new_tokens=6)) == ([], [])
+    _, shapes = forwards(decoder, lambda: generate(decoder, PROMPTS, max_new_tokens=500, stop_token_ids=range(83)))
+    assert len(shapes) <= 1 + model.sampler.CHECK_EVERY["cpu"]  # decoding ends soon after the last row has finished
 
 
-@pytest.mark.parametrize("at_once", [1, 8, 15])
-@torch.inference_mode()
-def test_a_prefill_in_parts_equals_one_at_once(at_once, decoder, monkeypatch):
-    prompts = [random_ids(length, seed=length).tolist() for length in (3, 7, 1, 5, 6)]
-    logits, cache = prefill(decoder, prompts)
-    monkeypatch.setattr(model.sampler, "PREFILL_TOKENS", at_once)
-    parts, filled = prefill(decoder, prompts)
-    torch.testing.assert_close(parts, logits, rtol=0, atol=1e-5)
-    assert filled.lengths.tolist() == cache.lengths.tolist() == [3, 7, 1, 5, 6]
-    for ours, whole in zip(filled.keys + filled.values, cache.keys + cache.values, strict=True):
-        for row, length in enumerate((3, 7, 1, 5, 6)):
-            torch.testing.assert_close(ours[row, :, :length], whole[row, :, :length], rtol=0, atol=1e-5)
+BAD = [
+    ("num_samples must be at least 1, not 0", {"num_samples": 0}), ("max_new_tokens must be at least 1, not 0", {"max_new_tokens": 0}),
+    ("temperature .* not -0.1", {"temperature": -0.1}), ("temperature", {"temperature": float("nan")}),
+    ("temperature", {"temperature": float("inf")}), ("top_k must be at least 1, not 0", {"top_k": 0}),
+    ("top_p", {"top_p": 0}), ("top_p must lie in .*, not 1.01", {"top_p": 1.01}), ("top_p", {"top_p": float("nan")}),
+    ("at least one id", {"prompts": [[1], []]}), ("83", {"prompts": [[1, 83]]}), ("-1", {"prompts": [[4], [-1, 3]]}),
+]  # fmt: skip
 
 
-def test_no_prompts_give_no_completions_and_prompts_are_not_changed(decoder):
-    assert generate(decoder, [], max_new_tokens=3) == []
-    prompts = copy.deepcopy(PROMPTS)
-    assert [len(group) for group in generate(decoder, prompts, num_samples=2, max_new_tokens=3)] == [2] * len(PROMPTS)
-    assert prompts == PROMPTS
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"num_samples": 0}, "num_samples must be at least 1, not 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
-        ({"temperature": -0.1}, "temperature .* not -0.1"),
-        ({"temperature": float("nan")}, "temperature"),
-        ({"temperature": float("inf")}, "temperature"),
-        ({"top_k": 0}, "top_k must be at least 1, not 0"),
-        ({"top_p": 0}, "top_p"),
-        ({"top_p": 1.01}, "top_p must lie in .*, not 1.01"),
-        ({"top_p": float("nan")}, "top_p"),
-        ({"prompts": [[1], []]}, "at least one id"),
-        ({"prompts": [[1, 83]]}, "83"),
-        ({"prompts": [[4], [-1, 3]]}, "-1"),
-    ],
-    ids=str,
-)
-def test_an_argument_out_of_its_range_is_refused_with_its_value(change, named, decoder):
+@pytest.mark.parametrize(("message", "change"), BAD, ids=str)
+def test_an_argument_out_of_its_range_is_refused_with_its_value(message, change, decoder):
     options = dict(prompts=[[1, 2]], max_new_tokens=2) | change
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=message):
         generate(decoder, **options)
 
-
-# A batch in decoding, against the plain sampler
 
 STOPS = (7, 30, 51, 12)
 COPIES = [[5, 17, 3, 44, 9], [8], [61, 2, 2, 30, 71, 12, 4], [5, 17, 3, 44, 9]]
 STREAMS = random_streams(COPIES, 5, 40, seed=3)
-
-
-@pytest.fixture(scope="module")
-def lively():
-    """A model with which rows of COPIES finish one after the other."""
-    return same_weights(soft_reference(seed=7))
 
 
 @torch.inference_mode()
@@ -355,29 +255,33 @@ def one_by_one(decoder, distribution) -> list:
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("distribution", [(1.0, None, None), (0.7, None, None), (0, None, None), (1.2, 4, 0.8)], ids=str)
 @torch.inference_mode()
-def test_a_batch_gives_what_the_plain_sampler_gives(distribution, static, lively):
-    batch = DecodeBatch(lively, COPIES, STREAMS, torch.tensor(STOPS), distribution, static)
+def test_a_batch_gives_what_the_plain_sampler_gives(distribution, static, decoder):
+    batch = DecodeBatch(decoder, COPIES, STREAMS, torch.tensor(STOPS), distribution, static)
     for _ in batch.run():
         pass
-    assert_same(batch.completions, one_by_one(lively, distribution))
+    assert_same(batch.completions, one_by_one(decoder, distribution))
 
 
-@pytest.mark.parametrize(("compact_below", "check_every"), [(0.9, 8), (0, 8), (1, 1)])
-def test_generate_gives_what_the_plain_sampler_gives_however_batches_are_cut(compact_below, check_every, lively, monkeypatch):
+@pytest.mark.parametrize(("compact_below", "check_every", "prefilled"), [(0.9, 8, 99), (0, 8, 1), (1, 1, 15)])
+def test_generate_gives_what_the_plain_sampler_gives_however_work_is_cut(
+    compact_below, check_every, prefilled, decoder, monkeypatch
+):
+    monkeypatch.setattr(model.sampler, "PREFILL_TOKENS", prefilled)
     monkeypatch.setitem(model.sampler.COMPACT_BELOW, "cpu", compact_below)
     monkeypatch.setitem(model.sampler.CHECK_EVERY, "cpu", check_every)
-    expected, reports = one_by_one(lively, (1.0, None, None)), []
+    expected, reports = one_by_one(decoder, (1.0, None, None)), []
     options = dict(num_samples=5, max_new_tokens=40, stop_token_ids=STOPS, seed=3, on_progress=lambda *r: reports.append(r))
     for room in (None, 450, 130):  # one batch; several; parts of groups
         reports.clear()
         groups, shapes = forwards(
-            lively, lambda options=options | {"max_cache_tokens": room}: generate(lively, COPIES, **options)
+            decoder, lambda options=options | {"max_cache_tokens": room}: generate(decoder, COPIES, **options)
         )
         assert_same(flat(groups), expected)
         assert reports == sorted(reports) and reports[-1] == (20, sum(len(c.token_ids) for c in expected))
         if room is None:
-            rows = {rows for rows, time in shapes if time == 1}
-            assert rows == {20} if compact_below == 0 else len(rows) > 2
+            prompts, rows = ([rows for rows, time in shapes if (time == 1) == own] for own in (False, True))
+            assert prompts == {99: [4], 1: [1] * 4, 15: [2, 2]}[prefilled]
+            assert set(rows) == {20} if compact_below == 0 else len(set(rows)) > 2
 
 
 def on_meta(value):
@@ -390,8 +294,8 @@ def on_meta(value):
 @pytest.mark.parametrize("distribution", [(1.0, None, None), (0, None, None), (0.8, 5, 0.9)], ids=str)
 @pytest.mark.parametrize("compacted", [False, True])
 @torch.inference_mode()
-def test_a_step_never_waits_for_the_device(compacted, distribution, lively):
-    batch = DecodeBatch(lively, COPIES, STREAMS, torch.tensor(STOPS), distribution, static=True)
+def test_a_step_never_waits_for_the_device(compacted, distribution, decoder):
+    batch = DecodeBatch(decoder, COPIES, STREAMS, torch.tensor(STOPS), distribution, static=True)
     count = 12 if compacted else 2
     for stored in range(1, count):
         batch.cache.reserve(stored)
@@ -399,7 +303,7 @@ def test_a_step_never_waits_for_the_device(compacted, distribution, lively):
     if compacted:
         batch.compact(count, below=1.0)
         assert 0 < len(batch.numbers) < 20
-    batch.model = copy.deepcopy(lively).to("meta")
+    batch.model = copy.deepcopy(decoder).to("meta")
     for holder in (batch, batch.cache):
         vars(holder).update({name: on_meta(value) for name, value in vars(holder).items()})
     batch.cache.reserve(count)
@@ -407,23 +311,6 @@ def test_a_step_never_waits_for_the_device(compacted, distribution, lively):
     assert batch.token_ids.is_meta and batch.cache.stored.is_meta
     with pytest.raises((RuntimeError, NotImplementedError)):
         batch.compact(count + 1, below=0.5)  # which has to wait
-
-
-@torch.inference_mode()
-def test_a_batch_is_compacted_when_few_enough_rows_are_unfinished(lively):
-    batch = DecodeBatch(lively, COPIES, STREAMS, torch.tensor(STOPS), (1.0, None, None), static=False)
-    for count in range(1, 25):
-        batch.cache.reserve(count)
-        batch.step()
-    finished = torch.isin(batch.token_ids[:, :25], torch.tensor(STOPS)).any(1).tolist()
-    unfinished = 1 - sum(finished) / 20
-    assert 0.2 < unfinished < 0.9
-    counts = batch.compact(25, below=unfinished - 0.01)
-    assert len(batch.numbers) == 20 and not any(batch.completions)
-    assert batch.compact(25, below=unfinished + 0.01) == counts  # what is done does not depend on compacting
-    assert batch.numbers.tolist() == [row for row in range(20) if not finished[row]]
-    assert [completion is not None for completion in batch.completions] == finished
-    assert len(batch.cache.prompt_of) == len(batch.token_ids) == len(batch.uniforms) == len(batch.numbers)
 
 
 def test_a_graph_is_recorded_on_the_second_call_with_a_shape_and_then_replayed(monkeypatch):

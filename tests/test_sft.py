@@ -24,8 +24,6 @@ from rl.batch import Sample
 from rl.rollout import Rollout
 from rl.sft import SFTStage, sft_schedule, sft_step
 
-END = 1
-
 
 @pytest.mark.parametrize("budget", [10_000, 30, 1])
 def test_loss_and_update_are_those_of_transformers_cross_entropy_over_completion_tokens_only(budget):
@@ -80,20 +78,6 @@ def test_every_epoch_visits_every_sample_once_in_its_own_order_made_from_the_see
     np.random.seed(0)
     assert sft_schedule(samples, batch_size, epochs=3, seed=7) == steps != sft_schedule(samples, batch_size, epochs=3, seed=8)
 
-
-def test_the_end_token_is_learned_where_completions_end_and_nowhere_else():
-    """Completions of one token, as often as the prompt says, and then the end token."""
-    model = random_model()
-    samples = [Sample([10 + n, 20], [30] * n + [END]) for n in (1, 2, 3)]
-    optimizer = optimizer_for(model)
-    for _ in range(60):
-        sft_step(model, optimizer, samples, 1e-2)
-    for sample in samples:
-        ending = model(torch.tensor([sample.prompt_ids + sample.completion_ids]))[0].softmax(-1)[:, END]
-        assert ending[-2] > 0.9 and (ending[1:-2] < 0.1).all()
-
-
-# An SFT stage of a run
 
 PROBLEMS = [Problem((2, 3, 5), 30), Problem((79, 60, 17), 36), Problem((1, 2, 3), 6)]
 ANSWERS = ["2*3*5", "79-60+17", "1+2+3"]

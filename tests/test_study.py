@@ -7,17 +7,16 @@ from statistics import fmean
 
 import pytest
 
-import lab.steps
-import experiments.study.run
-from lab.recipe import RecipeError
-from lab.recipe import build_recipe, to_dict
+import lab.stages
+from experiments.study import report
+from experiments.study import run as study
+from experiments.study.report import Estimate, paired_difference
+from experiments.study.run import Arguments, execute, load_arms, next_run, plan, run_study, trace_folders
+from lab.recipe import RECIPES, RecipeError, build_recipe, to_dict
 from lab.runfolder import flatten
-from experiments.study.report import Estimate, Run, end_table, evaluation_table, load_runs, paired_difference, verdicts, write_report
-from experiments.study.run import Arguments, load_arms, next_task, plan, run_study, trace_folders
 
 SMALL = """
 extends = "{recipes}/smoke.toml"
-main_seeds = 2
 [sampling]
 max_new_tokens = 48
 [evaluation]
@@ -38,12 +37,12 @@ staged = {{ stages = [{{ kind = "grpo", steps = 1 }}, {{ kind = "sft" }}, {{ kin
 
 
 def recipe_of(arm):
-    return build_recipe(arm.tables, study.run.RECIPES)
+    return build_recipe(arm.tables, RECIPES)
 
 
 def small_study(folder, text: str = SMALL) -> Arguments:
     path = folder / "arms.toml"
-    path.write_text(text.format(recipes=study.run.RECIPES))
+    path.write_text(text.format(recipes=RECIPES))
     return Arguments(recipe=path, results=folder / "results", out=folder / "runs", workers=2)
 
 
@@ -75,20 +74,20 @@ def test_every_ablation_changes_one_thing_in_grpo_alone():
             other = flatten(to_dict(recipe_of(arm)))
             changed[arm.name] = {name.split(".")[-1] for name in base if base[name] != other[name]}
             assert other["stages.0.prompts_per_step"] * other["stages.0.samples_per_prompt"] == base_completions
-    pairs = [{"clip_low", "clip_high"}, {"prompts_per_step", "samples_per_prompt"}, {"dtype", "importance_cap"}]
+    pairs = [{"clip_low", "clip_high"}, {"prompts_per_step", "samples_per_prompt"}]
     assert all(len(names) == 1 or names in pairs for names in changed.values()), changed
     covered = set().union(*changed.values())
     assert covered >= {"clip_low", "scale_by_std", "aggregation", "near_miss", "updates_per_step", "samples_per_prompt"}
 
 
-def test_imitation_waits_for_the_run_whose_traces_it_imitates():
-    tasks = {(task.arm.name, task.seed): task for task in plan(Arguments(arms=("staged", "sft"), seeds=2))}
-    sft, staged = tasks["sft", 1], tasks["staged", 1]
+def test_a_run_waits_for_the_run_whose_traces_it_learns_from():
+    runs = {(run.arm.name, run.seed): run for run in plan(Arguments(arms=("staged", "sft"), seeds=2))}
+    sft, staged = runs["sft", 1], runs["staged", 1]
     assert trace_folders(sft) == {staged.recipe.out} and not trace_folders(staged)
-    assert next_task([sft, staged], []) is staged
-    assert next_task([sft], [staged]) is None
-    assert next_task([sft], [tasks["staged", 0]]) is sft
-    assert next_task([], []) is None
+    assert next_run([sft, staged], []) is staged
+    assert next_run([sft], [staged]) is None
+    assert next_run([sft], [runs["staged", 0]]) is sft
+    assert next_run([], []) is None
 
 
 def test_an_arm_that_does_not_exist_or_changes_what_does_not_is_named(tmp_path):
@@ -105,15 +104,14 @@ def test_an_arm_that_does_not_exist_or_changes_what_does_not_is_named(tmp_path):
 
 
 def test_a_study_makes_each_run_once_and_again_only_if_its_recipe_changed(tmp_path, monkeypatch):
-    arguments = small_study(tmp_path)
+    arguments = replace(small_study(tmp_path), seeds=1)
     run_study(arguments)
     files = {path.name: path.read_text() for path in (arguments.results / "runs").iterdir()}
-    assert set(files) == {f"{name}.{seed}.json" for name in ("grpo", "staged") for seed in (0, 1)} | {"no-std.0.json"}
+    assert set(files) == {"grpo.0.json", "staged.0.json", "no-std.0.json"}
     for name, text in files.items():
         result = json.loads(text)
-        rows = [
-            json.loads(line) for line in (arguments.out / result["arm"] / f"seed_{result['seed']}" / "metrics.jsonl").open()
-        ]
+        folder = arguments.out / result["arm"] / f"seed_{result['seed']}"
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
         sampled = [row["tokens"] for row in rows if row["kind"] == "grpo" and row["step"]]
         assert result["steps"]["tokens"] == sampled and len(sampled) == 3, name
         assert result["evaluations"][-1]["generated_tokens"] == sum(sampled)
@@ -122,7 +120,7 @@ def test_a_study_makes_each_run_once_and_again_only_if_its_recipe_changed(tmp_pa
     for written in "results.md", "accuracy.png", "training.png":
         assert (arguments.results / written).stat().st_size > 500
     assert "nan" not in (arguments.results / "results.md").read_text()  # one seed of an arm has no interval
-    advantages = {}  # what an arm changes is what its rollouts were learned from by
+    advantages = {}  # the arm's change reaches training: its advantages are plain differences
     for path in (arguments.out / "no std").rglob("step_*.jsonl"):
         rows = [json.loads(line) for line in path.open()]
         for row in rows:
@@ -131,16 +129,16 @@ def test_a_study_makes_each_run_once_and_again_only_if_its_recipe_changed(tmp_pa
     assert any(advantages) and list(advantages) == pytest.approx(list(advantages.values()), abs=1e-4)
 
     made = []
-    monkeypatch.setattr(study.run, "ProcessPoolExecutor", lambda *_, **__: InProcess(made))
-    older = arguments.results / "runs" / "grpo.0.json"  # of a time before there was this field
+    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda *_, **__: InProcess(made))
+    older = arguments.results / "runs" / "grpo.0.json"  # from before this field existed
     result = json.loads(older.read_text())
     del result["recipe"]["adapters"]
     files["grpo.0.json"] = json.dumps(result)
     older.write_text(files["grpo.0.json"])
     run_study(arguments)
     assert made == []
-    changed = small_study(tmp_path, SMALL.replace("scale_by_std = false", "scale_by_std = false, clip_low = 0.1"))
-    run_study(changed)
+    small_study(tmp_path, SMALL.replace("scale_by_std = false", "scale_by_std = false, clip_low = 0.1"))
+    run_study(arguments)
     assert made == [("no std", 0)]
     assert json.loads((arguments.results / "runs" / "no-std.0.json").read_text())["recipe"]["stages"][0]["clip_low"] == 0.1
     unchanged = {path.name for path in (arguments.results / "runs").iterdir() if files[path.name] == path.read_text()}
@@ -148,7 +146,7 @@ def test_a_study_makes_each_run_once_and_again_only_if_its_recipe_changed(tmp_pa
 
 
 class InProcess:
-    """Runs what it is given at once, in this process, and writes down which run that was."""
+    """A pool that runs everything at once in this process, and records which runs these were."""
 
     def __init__(self, made: list):
         self.made = made
@@ -159,45 +157,47 @@ class InProcess:
     def __exit__(self, *_):
         pass
 
-    def submit(self, function, task):
-        self.made.append((task.arm.name, task.seed))
-        future = study.run.Future()
-        future.set_result(function(task))
+    def submit(self, function, run):
+        self.made.append((run.arm.name, run.seed))
+        future = study.Future()
+        future.set_result(function(run))
         return future
 
 
-def test_a_study_goes_on_where_a_run_was_stopped(tmp_path, monkeypatch):
+def test_a_study_resumes_a_run_that_was_stopped(tmp_path, monkeypatch):
     arguments = replace(small_study(tmp_path), arms=("grpo",), seeds=1)
-    (task,) = plan(arguments)
-    grpo_update, steps = lab.steps.grpo_update, []
+    (run,) = plan(arguments)
+    grpo_step, steps = lab.stages.grpo_step, []
 
-    def stopped(*inputs):
+    def stopped(*inputs, **options):
         steps.append(1)
         if len(steps) == 3:
             raise KeyboardInterrupt
-        return grpo_update(*inputs)
+        return grpo_step(*inputs, **options)
 
-    monkeypatch.setattr(lab.steps, "grpo_update", stopped)
+    monkeypatch.setattr(lab.stages, "grpo_step", stopped)
     with pytest.raises(KeyboardInterrupt):
-        study.run.run_task(task)
-    result = study.run.run_task(task)
+        execute(run)
+    result = execute(run)
     assert len(steps) == 4, "the third step again, the first two not"
-    whole = study.run.run_task(replace(task, recipe=replace(task.recipe, out=str(tmp_path / "whole"))))
-    for result_part in "evaluations", "final", "steps":
-        assert result[result_part] == whole[result_part]
+    whole = execute(replace(run, recipe=replace(run.recipe, out=str(tmp_path / "whole"))))
+    for part in "evaluations", "final", "steps":
+        assert result[part] == whole[part]
 
 
 # Figures
 
 
-def made_up(arm: str, seed: int, accuracies: dict[int, float], tokens_a_step: int = 100, final: float | None = None) -> Run:
+def made_up(
+    arm: str, seed: int, accuracies: dict[int, float], tokens_a_step: int = 100, final: float | None = None
+) -> report.Run:
     evaluations = [
         {"stage": 0, "kind": "grpo", "step": step, "grpo_steps": step, "eval_accuracy": accuracy / 100,
          "generated_tokens": tokens_a_step * step}
         for step, accuracy in accuracies.items()
     ]  # fmt: skip
     ends = {} if final is None else {"final_accuracy": final / 100, "final_greedy_accuracy": final / 50}
-    return Run(arm, seed, evaluations, ends, {}, 60)
+    return report.Run(arm, seed, evaluations, ends, {}, 60)
 
 
 def test_the_interval_is_students():
@@ -217,20 +217,20 @@ def test_differences_are_taken_seed_by_seed():
 
 
 @pytest.mark.parametrize(
-    "better, said",
+    "better, relation",
     [((5, 6, 7), "is better than"), ((-5, -6, -7), "is worse than"), ((-5, 6, 3), "cannot be told apart from")],
 )
-def test_a_verdict_says_no_more_than_its_interval(better, said):
+def test_a_conclusion_says_no_more_than_its_interval(better, relation):
     grpo = [made_up("grpo", seed, {10: 40.0 + seed}) for seed in range(3)]
     staged = [made_up("staged", seed, {10: 40.0 + seed + better[seed]}) for seed in range(3)]
-    (sentence,) = verdicts({"grpo": grpo, "staged": staged})
-    assert f"**staged** {said} **grpo**: {sum(better) / 3:+.1f} (" in sentence and "greedy" not in sentence
+    (sentence,) = report.conclusions({"grpo": grpo, "staged": staged})
+    assert f"**staged** {relation} **grpo**: {sum(better) / 3:+.1f} (" in sentence and "greedy" not in sentence
 
 
-def test_a_verdict_gives_the_greedy_difference_too():
+def test_a_conclusion_gives_the_greedy_difference_too():
     grpo = [made_up("grpo", seed, {10: 1.0}, final=10.0) for seed in (0, 1)]
     staged = [made_up("staged", seed, {10: 1.0}, final=11.0 + seed) for seed in (0, 1)]  # greedy twice as much
-    (sentence,) = verdicts({"grpo": grpo, "staged": staged})
+    (sentence,) = report.conclusions({"grpo": grpo, "staged": staged})
     assert "+1.5 (-4.9 to +7.9) points at the end, greedy +3.0 (-9.7 to +15.7) (95 %" in sentence
 
 
@@ -239,10 +239,10 @@ def test_tables_by_hand():
     longer = [made_up("longer", 0, {0: 4.0, 20: 44.0}, tokens_a_step=200)]
     assert longer[0].accuracy_at(1000) == pytest.approx(14.0)
     assert grpo[0].largest_fall == 10.0 and longer[0].largest_fall == 0.0
-    rows = [line.split(" | ") for line in evaluation_table({"grpo": grpo, "longer": longer}).splitlines()]
+    rows = [line.split(" | ") for line in report.evaluation_table({"grpo": grpo, "longer": longer}).splitlines()]
     assert rows[0] == ["| GRPO steps", "grpo", "longer |"]
     assert rows[3] == ["| 10", "21.0 ± 12.7", " |"] and rows[4] == ["| 20", "11.0 ± 12.7", "44.0 |"]
-    end = [line.strip("| ").split(" | ") for line in end_table({"grpo": grpo, "longer": longer}).splitlines()]
+    end = [line.strip("| ").split(" | ") for line in report.end_table({"grpo": grpo, "longer": longer}).splitlines()]
     assert end[0][4] == "after 0.00 M generated tokens, %"  # 2,000 of them
     assert end[2][:8] == ["grpo", "2", "12.0 ± 0.0", "24.0 ± 0.0", "11.0 ± 12.7", "0.0", "10.0", "0.00"]
     assert end[3][:5] == ["longer", "1", "44.0", "", "24.0"]
@@ -257,11 +257,11 @@ def test_an_sft_stage_is_one_point_beside_the_last_of_grpo():
         ("grpo", 2, 14, 10, 0.5),
     ]
     names = ("kind", "stage", "step", "grpo_steps", "eval_accuracy")
-    run = Run("staged", 0, [dict(zip(names, row)) | {"generated_tokens": 0} for row in rows], {}, {}, 0)
+    run = report.Run("staged", 0, [dict(zip(names, row)) | {"generated_tokens": 0} for row in rows], {}, {}, 0)
     assert run.points == pytest.approx({(0, False): 10, (5, False): 20, (5, True): 40, (10, False): 50})
 
 
 def test_a_report_of_nothing_writes_nothing(tmp_path):
     (tmp_path / "runs").mkdir()
-    write_report(tmp_path, load_arms(Arguments().recipe))
-    assert load_runs(tmp_path) == {} and [path.name for path in tmp_path.iterdir()] == ["runs"]
+    report.write_report(tmp_path, load_arms(Arguments().recipe))
+    assert report.load_runs(tmp_path) == {} and [path.name for path in tmp_path.iterdir()] == ["runs"]

@@ -1,0 +1,208 @@
+"""What the embedded models' bases are trained on: correct attempts without a solution, and derivations with mistakes."""
+
+import random
+import re
+from collections import Counter
+from fractions import Fraction
+
+import pytest
+
+from data import Countdown
+from data.calculus import differentiate, parse_polynomial, term_text, terms_of
+from experiments.bases.attempts import (
+    STOP_SHARE,
+    attempts_document,
+    comparison_document,
+    comparison_prompt,
+    hopeless_problem,
+    random_attempt,
+    reachable_values,
+)
+from experiments.bases.derivations import RIGHT_SHARE, WELL_FORMED_SHARE, derivation_document, right_step, wrong_steps
+from experiments.bases.train import TINY_CALCULUS
+from lab.recipe import load_recipe
+from model import Tokenizer
+from model.weights import EMBEDDED
+from rl import score
+
+STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)")
+SETTINGS = Countdown(max_number=20, max_target=50, four_number_share=0.5)
+SEEDS = range(400)
+
+# Countdown: attempts
+
+
+def calculate(expression: str) -> Fraction:
+    """Exact value by Python's own parser, every number a fraction; the text is checked to be plain arithmetic."""
+    assert re.fullmatch(r"[\d+*/()-]+", expression) and "**" not in expression and "//" not in expression
+    return eval(re.sub(r"\d+", lambda number: f"Fraction({number[0]})", expression))
+
+
+def follow(steps: str, numbers: tuple[int, ...]) -> int:
+    """The last value of the steps, whose operands must be numbers not used yet; every number must be used once."""
+    left = Counter(numbers)
+    for step in steps.split(" "):
+        a, operator, b, value = STEP.fullmatch(step).groups()
+        assert calculate(f"{a}{operator}{b}") == int(value) and int(value) >= 1
+        for operand in (int(a), int(b)):
+            assert left[operand] > 0, f"{operand} is used up in {steps} from {numbers}"
+            left[operand] -= 1
+        left[int(value)] += 1
+    assert list(left.elements()) == [int(value)], f"{steps} leaves {left}"
+    return int(value)
+
+
+def attempts():
+    for seed in SEEDS:
+        rng = random.Random(seed)
+        problem = hopeless_problem(rng, SETTINGS)
+        yield problem, attempts_document(problem, rng)
+
+
+DOCUMENT = re.compile(r"(.*)</think>\n(<answer>)?([^<]*)(</answer>)?<\|im_end\|>", re.DOTALL)
+LINE = re.compile(r"([\d=+*/ -]+?)( too low| too high|)")
+
+
+def parts(document: str) -> tuple[list[tuple[str, str]], str, bool]:
+    """A document as (steps, verdict) lines, the answer, and whether it has its tags."""
+    thoughts, opened, answer, closed = DOCUMENT.fullmatch(document).groups()
+    assert (opened is None) == (closed is None), "the answer has both tags or neither"
+    return [LINE.fullmatch(line).groups() for line in thoughts.splitlines()], answer, opened is not None
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 6])
+def test_every_attempt_is_right_as_arithmetic_and_uses_every_number_once(count):
+    for seed in SEEDS:
+        rng = random.Random(seed)
+        numbers = tuple(rng.randint(1, 20) for _ in range(count))
+        attempt = random_attempt(numbers, rng)
+        assert follow(attempt.steps, numbers) == attempt.value == calculate(attempt.expression)
+        assert sorted(map(int, re.findall(r"\d+", attempt.expression))) == sorted(numbers)
+
+
+def test_documents_are_right_in_steps_and_verdicts_and_never_reach_the_target():
+    for problem, document in attempts():
+        lines, answer, well_formed = parts(document)
+        values = [follow(steps, problem.numbers) for steps, _ in lines]
+        expected = [" too low" if value < problem.target else " too high" for value in values[:-1]] + [""]
+        assert [verdict for _, verdict in lines] == expected and problem.target not in values
+        assert len({steps for steps, _ in lines}) == len(lines), "attempts differ"
+        assert calculate(answer) == values[-1]
+        assert sorted(map(int, re.findall(r"\d+", answer))) == sorted(problem.numbers)
+        assert score(document, problem).outcome in (("near", "wrong") if well_formed else ("malformed",))
+
+
+def test_reachable_values_by_hand_and_by_trying():
+    assert reachable_values((2, 4)) == {6, 2, 8}  # 4/2 and 4-2 are both 2
+    assert reachable_values((11, 13)) == {24, 2}  # 143 is too large
+    for numbers in [(1, 2, 3), (2, 5, 20), (3, 3, 8, 8), (1, 7, 13, 20)]:
+        rng = random.Random(0)
+        tried = {random_attempt(numbers, rng).value for _ in range(20_000)}
+        assert tried <= reachable_values(numbers) and len(reachable_values(numbers) - tried) <= 0.02 * len(tried)
+
+
+def test_half_of_the_documents_are_well_formed_after_few_and_many_attempts_with_every_operator():
+    documents = [parts(document) for _, document in attempts()]
+    for well_formed in (True, False):
+        lengths = [len(lines) for lines, _, form in documents if form is well_formed]
+        assert 0.4 < len(lengths) / len(documents) < 0.6
+        assert min(lengths) == 1 and max(lengths) > 8 and len(set(lengths)) > 8
+    operators = Counter(step[1] for lines, _, _ in documents for steps, _ in lines for step in STEP.findall(steps))
+    assert set(operators) == set("+-*/") and min(operators.values()) > 100
+
+
+def test_documents_follow_from_their_generator_and_problems_from_the_ranges():
+    assert list(attempts()) == list(attempts()) and list(derivations()) == list(derivations())
+    problems = [problem for problem, _ in attempts()]
+    assert {len(problem.numbers) for problem in problems} == {3, 4}
+    assert {number for problem in problems for number in problem.numbers} == set(range(1, 21))
+    assert {problem.target for problem in problems} == set(range(10, 51))
+
+
+def test_the_chance_to_stop_is_the_same_after_any_attempt_so_that_length_says_nothing_about_success():
+    counts = [len(parts(document)[0]) for _, document in attempts()]
+    stopped = Counter(counts)
+    for least in (1, 6):  # STOP_SHARE of the documents that got so far stop at each of the next four
+        reached = sum(min(count - least + 1, 4) for count in counts if count >= least)
+        share = sum(stopped[least + k] for k in range(4)) / reached
+        assert share == pytest.approx(STOP_SHARE, abs=0.03)
+
+
+def test_exercises_are_right_show_equality_and_pose_no_problem():
+    verdicts: Counter[str] = Counter()
+    for seed in SEEDS:
+        number, text = comparison_document(random.Random(seed), SETTINGS)
+        lines, end = text.split("</think>\n")
+        assert end == "<|im_end|>" and lines.endswith("\n")
+        for line in lines.splitlines():
+            step, verdict = line.split(" ", 1)
+            a, operator, b, value = STEP.fullmatch(step).groups()
+            assert calculate(f"{a}{operator}{b}") == int(value)
+            assert verdict == ("too low" if int(value) < number else "too high" if int(value) > number else "equal")
+            verdicts[verdict] += 1
+        assert comparison_prompt(number) == f"Compare with {number}."
+    assert min(verdicts.values()) > 150
+
+
+# Calculus: derivations
+
+
+def derivations(count: int = 400):
+    for seed in range(count):
+        rng = random.Random(seed)
+        problem = TINY_CALCULUS.draw(rng)
+        yield problem, derivation_document(problem.polynomial, problem.order, rng)
+
+
+def test_derivations_follow_their_own_steps_from_the_problem_to_the_answer():
+    for problem, document in derivations():
+        thoughts, opened, answer, closed = DOCUMENT.fullmatch(document).groups()
+        assert bool(opened) == bool(closed)
+        blocks = thoughts.split("\n\n") if problem.order > 1 else [thoughts]
+        assert len(blocks) == problem.order
+        left = [term_text(*term) for term in terms_of(problem.polynomial)]
+        for block in blocks:
+            steps = [line.split(" -> ") for line in block.splitlines()]
+            assert [term for term, _ in steps] == left
+            left = [result for _, result in steps if result != "0"]
+        assert parse_polynomial(answer) == parse_polynomial(" + ".join(left).replace("+ -", "- ") or "0")
+
+
+def test_steps_take_each_rule_as_often_as_stated_and_the_common_mistake_most_often():
+    steps, tagged = Counter(), 0
+    for _, document in derivations(1000):
+        tagged += "<answer>" in document
+        for term, result in re.findall(r"(\S+) -> (\S+)\n", document):
+            before, after = parse_polynomial(term), parse_polynomial(result)
+            common = after and len(after) == len(before)  # the exponent stays
+            steps["right" if after == differentiate(before) else "common" if common else "other"] += 1
+    assert steps["right"] / steps.total() == pytest.approx(RIGHT_SHARE, abs=0.03)
+    assert steps["common"] > 1.05 * steps["right"] and steps["other"] > 50
+    assert tagged / 1000 == pytest.approx(WELL_FORMED_SHARE, abs=0.05)
+
+
+def test_rules_by_hand():
+    assert right_step((3, 4)) == (12, 3) and right_step((5, 1)) == (5, 0) and right_step((7, 0)) == (0, 0)
+    assert wrong_steps((3, 4)) == [(12, 4), (12, 5), (3, 3)]
+    assert wrong_steps((-2, 3)) == [(-6, 3), (-6, 4), (-2, 2), (6, 2)]
+    assert wrong_steps((5, 1)) == [(5, 1), (5, 2)] and wrong_steps((7, 0)) == [(7, 0)]
+    for coefficient in (-9, -1, 1, 9):
+        for exponent in range(6):
+            assert right_step((coefficient, exponent)) not in wrong_steps((coefficient, exponent))
+
+
+def test_the_calculus_recipe_matches_the_base_and_its_longest_document_fits():
+    _, recipe = load_recipe("calculus", variant="tiny")
+    assert recipe.task == TINY_CALCULUS and recipe.model == "tiny-calculus"
+    tokenizer = Tokenizer(EMBEDDED["tiny-calculus"])
+    lengths = [len(tokenizer.encode(document)) for _, document in derivations(2000)]
+    assert 60 < max(lengths) <= recipe.sampling.max_new_tokens
+
+
+def test_numbers_exponents_and_phrases_of_the_prompt_are_single_tokens_of_the_calculus_model():
+    tokenizer = Tokenizer(EMBEDDED["tiny-calculus"])
+    for problem, document in derivations(50):
+        for piece in [*re.findall(r"\d+(?=x|\b)(?<!\^\d)", document), *re.findall(r"x\^\d", document), " -> ", "</think>"]:
+            assert len(tokenizer.encode(piece)) == 1, piece
+        assert len(tokenizer.encode(TINY_CALCULUS.prompt(problem))) <= 2 + 4 * 3
+        assert tokenizer.decode(tokenizer.encode(document)) == document

@@ -299,8 +299,9 @@ def ratio_stop(walk: Walk) -> list[str]:
         f"""The sampler went token by token through a cache; the trainer takes the whole stream in one
         forward ({at(score_completions)}). Both turn logits into log-probabilities with the same function,
         {at(token_logprobs)}, and have to agree. Do all {int(walk.batch.mask.sum())} tokens, to 0.0001?
-        {yes((logprobs - old).abs().max() < 1e-4)}. So the ratio exp(trainer - sampler) is one everywhere
-        until the weights change. The entropy beside it, in nats, measures how open the choice was.""",
+        {yes((logprobs - old).abs().max() < 1e-4)}. So the ratio, the exponential of trainer minus sampler,
+        is one everywhere until the weights change. The entropy beside it, in nats, measures how open the
+        choice was.""",
         table(rows),
     ]
 

@@ -112,10 +112,11 @@ class LiveScreen(Screen):
 
         def report(done: int, tokens: int) -> None:
             self.progress = (what, done, total, tokens / (time.perf_counter() - start))
+            if done == total:
+                self.progress = ("update", 0, 1, 0.0)
 
         report(0, 0)
         yield report
-        self.progress = ("update", 0, 1, 0.0)
 
     def draw(self) -> Panel:
         width = min(self.console.width, 120)

@@ -87,14 +87,14 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
             save = partial(save_now, run, model, tokenizer, recipe, state)
             if stage.kind == "grpo":
                 steps = stage.steps
-                reference = stage_start_model(model, recipe, run, state) if stage.kl_coef else None
-                policy = (model, tokenizer, optimizer, reference)
-                step = partial(take_grpo_step, *policy, recipe, state, problems, run, screen, stop)
+                settings = (recipe, state, problems, run, screen, stop)
+                step = partial(take_grpo_step, model, tokenizer, optimizer, *settings)
+                if stage.kl_coef:
+                    step = partial(step, reference=stage_start_model(model, recipe, run, state))
             else:
-                policy = (model, optimizer)
                 schedule = sft_batches(tokenizer, recipe, run, screen, state, held_out)
                 steps = len(schedule)
-                step = partial(take_sft_step, *policy, stage, state, schedule)
+                step = partial(take_sft_step, model, optimizer, stage, state, schedule)
             while state.stage_step < steps:
                 if any_rank(stop.requested.is_set()):
                     save(optimizer if state.stage_step else None)
@@ -119,7 +119,7 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                 if not last and state.stage_step % recipe.checkpoint_every == 0:
                     save(optimizer)
             micro_batch_tokens = optimizer.micro_batch_tokens
-            reference = optimizer = policy = step = None  # free their memory for the next stage
+            del optimizer, step  # frees their memory before the next stage takes its own
             state.stage += 1
             state.stage_step = 0
             save(None)
@@ -138,13 +138,13 @@ def take_grpo_step(
     model: Qwen3,
     tokenizer: Tokenizer,
     optimizer: Optimizer,
-    reference: Qwen3 | None,
     recipe: Recipe,
     state: TrainState,
     problems: list[Problem],
     run: RunFolder,
     screen: Screen,
     stop: Stop,
+    reference: Qwen3 | None = None,
 ) -> dict:
     """The next problems, a GRPO step on them, and their rollouts on the screen and in the run's folder."""
     stage = recipe.stages[state.stage]

@@ -1,4 +1,4 @@
-"""What the documents say of the code is so: links lead somewhere, names they point to exist, the notebook's cells hold."""
+"""What the documents say about the code is true: links, names and paths exist, the notebook's asserts hold."""
 
 import ast
 import base64
@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-import experiments.study.run
-from lab.recipe import STAGES, Recipe
 from experiments.study.report import load_runs, paired_difference
-from experiments.study.run import load_arms
+from experiments.study.run import RESULTS, Arguments, load_arms
+from lab.recipe import STAGES, Recipe
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "docs" / "one_step.ipynb"
@@ -86,6 +85,27 @@ def test_every_link_leads_to_a_file_and_every_name_in_it_is_defined_there(docume
             assert anchor in anchors(path), f"{document.name}: {name or document.name} has no heading #{anchor}"
 
 
+PATHS = [document for document in DOCUMENTS if document.name not in ("LOG.md", "CHANGELOG.md")]  # these tell history
+
+
+@pytest.mark.parametrize("document", PATHS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_that_a_document_names_exists(document):
+    for path in re.findall(
+        r"`((?:model|data|rl|lab|experiments|docs|tests|benchmarks|recipes|tasks)/[\w./-]*)`", prose(document)
+    ):
+        assert (ROOT / path).exists(), f"{document.name}: no {path}"
+    for module in re.findall(r"python -m ([a-z]\w*(?:\.\w+)+)", prose(document)):
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), f"{document.name}: no {module}"
+
+
+def test_the_readmes_python_runs():
+    namespace = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    for block in blocks:
+        exec(block.replace("samples_per_prompt=16", "samples_per_prompt=2"), namespace)
+    assert len(blocks) == 2 and namespace["metrics"]["rollout_seconds"] > 0 and len(namespace["groups"][0]) == 2
+
+
 def test_links_and_names_are_found_trap_a_check_that_sees_nothing(tmp_path):
     document = tmp_path / "page.md"
     document.write_text(
@@ -125,7 +145,7 @@ def test_every_option_of_a_recipe_that_a_document_names_exists(document):
 
 
 def test_the_disputes_figures_are_the_studys_and_no_arm_is_left_out():
-    arms, runs = load_arms(study.run.Arguments().recipe), load_runs(study.run.RESULTS)
+    arms, runs = load_arms(Arguments().recipe), load_runs(RESULTS)
     text = " ".join((ROOT / "docs" / "algorithm.md").read_text().partition("## Disputes")[2].split())
     said = dict(re.findall(r"`([\w .]+)`[):, ]+([+-][\d.]+ \([+-][\d.]+ to [+-][\d.]+\))", text))
     elsewhere = {"near-miss reward", "32 x 4", "16 x 8"}  # no dispute of the literature

@@ -31,17 +31,15 @@ class Arguments:
     models: tyro.conf.Positional[tuple[str, ...]]
     """Checkpoint folders, tiny, hub ids, or .jsonl files with a problem's fields and a completion a line."""
     recipe: str | None = None
-    """The recipe for models that were not trained here; default: 256, or that of an embedded model."""
+    """The recipe for models not trained here; default: 256, or that of an embedded model."""
     problems: str | None = None
-    """hub, hub@COMMIT, generated, a .parquet or .jsonl; default: what the first model trained here has held
-    out.
-    """
+    """hub, hub@COMMIT, generated, a .parquet or .jsonl; default: held out by the first model trained here."""
     count: int | None = None
-    """How many problems; default: all of them."""
+    """Number of problems; default: all."""
     samples: int = 4
-    """Completions a problem, for pass@k, the majority vote and the number of different answers."""
+    """Completions per problem, for pass@k, the majority vote and the number of different answers."""
     max_new_tokens: int | None = None
-    """Tokens a completion may have; default: the recipe's."""
+    """Token limit of a completion; default: the recipe's."""
     temperature: float | None = None
     """Of the samples; 0 leaves only the greedy ones. Default: the recipe's."""
     top_k: int | None = None
@@ -59,16 +57,16 @@ class Arguments:
     examples: int = 1
     """Completions to print of each model and outcome."""
     json: str | None = None
-    """Write all numbers into this file; - prints them instead of the table."""
+    """Write all numbers to this file; - prints them instead of the table."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model to evaluate."""
+    """A model, or a file of its completions."""
 
     source: str
-    recipe: Recipe  # how to evaluate it
-    trained: bool  # by this recipe
+    recipe: Recipe  # for its evaluation
+    trained: bool  # with this recipe
 
     @property
     def is_file(self) -> bool:
@@ -76,7 +74,7 @@ class Model:
 
 
 def model_of(source: str, arguments: Arguments) -> Model:
-    """The model with the recipe that trained it, or that of `recipe_for`, and the command line's changes."""
+    """The model with the recipe that trained it, or the default one, changed by the command line."""
     trained_by = saved_recipe(source)
     recipe = trained_by
     if recipe is None:
@@ -92,75 +90,67 @@ def model_of(source: str, arguments: Arguments) -> Model:
 
 
 def of_one_task(models: list[Model]) -> list[Model]:
-    """The models, with one task: those from elsewhere get the task of those that have one."""
+    """Give models that have no task of their own the task of those that have one."""
     own = [model for model in models if model.trained or is_embedded(model.source)]
     task = (own or models)[0].recipe.task
-    for model in own:
-        if type(model.recipe.task) is not type(task):
+    result = []
+    for model in models:
+        if model not in own:
+            model = replace(model, recipe=replace(model.recipe, task=task))
+        elif type(model.recipe.task) is not type(task):
             kinds = f"{own[0].source} is for {task.kind} and {model.source} for {model.recipe.task.kind}"
             raise RecipeError(f"{kinds}: not comparable")
-    return [
-        model if model in own else replace(model, recipe=replace(model.recipe, task=task)) for model in models
-    ]
+        result.append(model)
+    return result
 
 
 def problems_for(models: list[Model], arguments: Arguments) -> list[Problem]:
-    """The problems that all models get: a file's as they are, else held-out ones that no model was trained
-    on.
-    """
+    """The problems for all models: those of a file, or held-out ones that no model was trained on."""
     files = [model for model in models if model.is_file]
     if arguments.problems and arguments.problems.partition("@")[0] not in ("hub", "generated"):
         problems = models[0].recipe.task.load(arguments.problems)
     elif files and not arguments.problems:
-        problems = [
-            group[0].problem for group in load_completions(files[0].source, files[0].recipe.task, True)
-        ]
+        groups = load_completions(files[0].source, files[0].recipe.task, thinking=True)
+        problems = [group[0].problem for group in groups]
     else:
         trained = [model for model in models if model.trained]
         splits = [problems_of(model.recipe) for model in trained or models[:1]]
-        problems = splits[0][1]
-        seen = {problem.key for train, _ in splits[1:] if trained for problem in train}
-        fair = [problem for problem in problems if problem.key not in seen]
-        if len(fair) < len(problems):
-            left_out = f"{len(problems) - len(fair)} of {len(problems)} problems left out"
+        held_out = splits[0][1]
+        seen = {problem.key for train, _ in splits[1:] for problem in train}
+        problems = [problem for problem in held_out if problem.key not in seen]
+        if len(problems) < len(held_out):
+            left_out = f"{len(held_out) - len(problems)} of {len(held_out)} problems left out"
             print(f"note: {left_out}: others of the models were trained on them", file=sys.stderr)
-        problems = fair
-    if not problems:
-        raise RecipeError(
-            "each of the problems was trained on by one of the models; give others by --problems"
-        )
-    if arguments.count is not None and not 1 <= arguments.count <= len(problems):
-        raise RecipeError(
-            f"--count must be from 1 to {len(problems)}: there are no more problems to evaluate on"
-        )
+    most = len(problems)
+    if not most:
+        raise RecipeError("all problems were trained on by one of the models; give others by --problems")
+    if arguments.count is not None and not 1 <= arguments.count <= most:
+        raise RecipeError(f"--count must be from 1 to {most}: there are no more problems to evaluate on")
     return problems[: arguments.count]
 
 
 def candidate_of(model: Model, problems: list[Problem], arguments: Arguments) -> Candidate:
-    """A model's completions of the problems: sampled and greedy; of a file, those in it."""
+    """A model's completions of the problems, sampled and greedy, or those in its file."""
     task, sampling = model.recipe.task, model.recipe.sampling
     if model.is_file:
-        loaded = load_completions(model.source, task, sampling.thinking)
-        groups = {group[0].problem.key: group for group in loaded}
+        completions = load_completions(model.source, task, sampling.thinking)
+        groups = {group[0].problem.key: group for group in completions}
         missing = [problem for problem in problems if problem.key not in groups]
         if missing:
-            raise RecipeError(
-                f"{model.source} has no completion of {len(missing)} of the {len(problems)} problems, such as "
-                f"{missing[0]}; give the problems it is about by --problems"
-            )
+            without = f"{len(missing)} of the {len(problems)} problems, such as {missing[0]}"
+            advice = "give the problems it is about by --problems"
+            raise RecipeError(f"{model.source} has no completion of {without}; {advice}")
         sampled = Evaluation.of([groups[problem.key] for problem in problems])
-        has_tokens = all(r.completion.token_ids for group in sampled.groups for r in group)
+        has_tokens = all(rollout.completion.token_ids for group in sampled.groups for rollout in group)
         limit = sampling.max_new_tokens if has_tokens else None
         return Candidate(model.source, task, sampled, None, sampling.thinking, limit)
-    device, dtype = pick_device(model.recipe), pick_dtype(model.recipe)
-    policy, tokenizer = load_model(model.source, device, dtype, model.recipe.revision)
+    recipe = model.recipe
+    loaded = load_model(model.source, pick_device(recipe), pick_dtype(recipe), recipe.revision)
 
     def evaluated(temperature: float, samples: int) -> Evaluation:
         options = {"sampling": replace(sampling, temperature=temperature), "num_samples": samples}
         with progress_bar(model.source, len(problems) * samples) as show:
-            return evaluate(
-                policy, tokenizer, task, problems, **options, seed=arguments.seed, on_progress=show
-            )
+            return evaluate(*loaded, task, problems, **options, seed=arguments.seed, on_progress=show)
 
     greedy = evaluated(0.0, 1)
     sampled = evaluated(sampling.temperature, arguments.samples) if sampling.temperature else greedy
@@ -168,6 +158,7 @@ def candidate_of(model: Model, problems: list[Problem], arguments: Arguments) ->
 
 
 def print_examples(candidate: Candidate, examples: int, console: Console) -> None:
+    """Print some completions of each outcome."""
     rollouts = [rollout for group in candidate.sampled.groups for rollout in group]
     for outcome in candidate.sampled.counts:
         for rollout in [rollout for rollout in rollouts if rollout.score.outcome == outcome][:examples]:

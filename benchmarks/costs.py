@@ -29,10 +29,11 @@ class Hardware:
     """One device among several alike. All rates are those that are reached.
 
     Attributes:
-        learn_flops, decode_flops: a second, in forward and backward over many tokens, and in steps of a token a row.
-        bandwidth, optimizer_bandwidth: bytes a second that a decoding step reads, and that an optimizer's step moves.
-        launch, row: seconds of a decoding step for each layer, however little there is to do; for each row in it, whose
-            attention is a matrix product of its own.
+        learn_flops, decode_flops: a second, in forward and backward over many tokens, and in decoding steps.
+        bandwidth: bytes a second that a decoding step reads.
+        optimizer_bandwidth: bytes a second that an optimizer step moves.
+        launch: seconds of a decoding step for each layer, however little there is to do.
+        row: seconds more for each row in it, whose attention is a matrix product of its own.
         memory: bytes, free before the weights come.
         link, network: bytes a second that each device sends while all do, within a node and between nodes.
         latency: seconds of an exchange, however small.
@@ -255,10 +256,9 @@ def recipe_of(setting: Setting) -> Recipe:
     stage = GRPOStage(
         prompts_per_step=step.prompts, samples_per_prompt=step.samples, updates_per_step=step.updates
     )
-    return Recipe(
-        sampling=SamplingSettings(max_new_tokens=step.limit), evaluation=EvaluationSettings(problems=1, final_problems=0),
-        optimizer=setting.optimizer, stages=(stage,),
-    )  # fmt: skip
+    evaluation = EvaluationSettings(problems=1)
+    sampling = SamplingSettings(max_new_tokens=step.limit)
+    return Recipe(sampling=sampling, evaluation=evaluation, optimizer=setting.optimizer, stages=(stage,))
 
 
 def memory(setting: Setting, hardware: Hardware) -> MemoryPlan:

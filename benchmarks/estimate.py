@@ -1,6 +1,6 @@
 """What a recipe will take on this machine, from the cost of a token measured at the model's true shape.
 
-    python benchmarks/estimate.py 256-0.6b         # random weights, two small GRPO steps; nothing is downloaded
+    python benchmarks/estimate.py 256-0.6b      # random weights, two small GRPO steps; nothing is downloaded
 
 Sampled and learned tokens are timed separately, in a step of fewer prompts than the recipe's, and the
 recipe's tokens are counted as if every completion ran to its limit. So this is an upper bound, apart from
@@ -87,9 +87,8 @@ def main(arguments: Arguments) -> None:
         work_of(replace(recipe, model=name), PROMPT_TOKENS), free_memory(device), held_memory(device),
     )  # fmt: skip
     hours = per_sampled * total.sampled / 3600, per_learned * total.learned / 3600
-    table = Table(
-        title=f"{arguments.recipe}: {name} on {torch.cuda.get_device_name() if device.type == 'cuda' else 'this CPU'}"
-    )
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "this CPU"
+    table = Table(title=f"{arguments.recipe}: {name} on {where}")
     for column in ("", "a token, ms", "tokens, M", "hours"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("sampling", f"{1000 * per_sampled:.3g}", f"{total.sampled / 1e6:.2f}", f"{hours[0]:.3g}")

@@ -1,7 +1,7 @@
 """What low precision costs in learning: GRPO of the embedded model in float32 and in several cheaper
 variants.
 
-    python benchmarks/precision.py --out runs/precision   # about an hour on two cores; resumes where it stopped
+    python benchmarks/precision.py --out runs/precision  # an hour on two cores; resumes where it stopped
 
 Every variant runs the GRPO stage of recipe 256-tiny for a few dozen steps with several seeds. The table
 shows mean and range over the seeds of the final held-out accuracy and of the reward over the last ten steps.
@@ -89,9 +89,11 @@ def main(settings: Settings) -> None:
             found.append(outcome(recipe_of(name, seed, settings), settings.steps))
             print(f"{name}, seed {seed}: {100 * found[-1][0]:.1f} %, reward {found[-1][1]:.3f}", flush=True)
         accuracy, reward = zip(*found, strict=True)
-        row = (f"{100 * statistics.mean(accuracy):.1f} ({100 * min(accuracy):.1f} to {100 * max(accuracy):.1f})",
-               f"{statistics.mean(reward):.3f} ({min(reward):.3f} to {max(reward):.3f})")  # fmt: skip
-        table.add_row(name, *row)
+        percent = (
+            f"{100 * statistics.mean(accuracy):.1f} ({100 * min(accuracy):.1f} to {100 * max(accuracy):.1f})"
+        )
+        rewards = f"{statistics.mean(reward):.3f} ({min(reward):.3f} to {max(reward):.3f})"
+        table.add_row(name, percent, rewards)
     Console().print(table)
 
 

@@ -1,8 +1,8 @@
 """What a GRPO step costs for other sizes, lengths and numbers of devices: a cost model, checked on this
 machine.
 
-    python benchmarks/scaling.py                # calibrate, predict, measure, compare; ten minutes on two cores
-    python benchmarks/scaling.py --no-measure   # only predictions for GPUs, from a datasheet and assumed efficiency
+    python benchmarks/scaling.py               # calibrate, predict, measure; ten minutes on two cores
+    python benchmarks/scaling.py --no-measure  # only predictions for GPUs, from a datasheet
 
 The model is `benchmarks/costs.py`. Its rates come from four small steps of one process and one exchange
 between two. It then predicts steps of other shapes, group sizes, lengths and numbers of processes, which are
@@ -83,12 +83,22 @@ CHECKED = {
     "768 wide, 2 processes": on_cpu(WIDE, ARITHMETIC.step, 2),
 }
 
-# Bytes and FLOP/s of the datasheet of an H100 SXM with a 400 Gb/s network card for each, times the share of them that is
-# assumed to be reached; launch and latency are assumed altogether.
+# Rates of the datasheet of an H100 SXM with a 400 Gb/s network card each, times the share that is assumed
+# to be reached; launch and latency are assumed.
 H100 = Hardware(
-    "cuda", learn_flops=0.4 * 989e12, decode_flops=0.4 * 989e12, bandwidth=0.6 * 3.35e12, optimizer_bandwidth=0.3 * 3.35e12,
-    launch=30e-6, row=0.0, memory=79e9, link=0.7 * 450e9, network=0.7 * 50e9, latency=30e-6, node=8,
-)  # fmt: skip
+    "cuda",
+    learn_flops=0.4 * 989e12,
+    decode_flops=0.4 * 989e12,
+    bandwidth=0.6 * 3.35e12,
+    optimizer_bandwidth=0.3 * 3.35e12,
+    launch=30e-6,
+    row=0.0,
+    memory=79e9,
+    link=0.7 * 450e9,
+    network=0.7 * 50e9,
+    latency=30e-6,
+    node=8,
+)
 GPU_STEP = Step(prompts=256, samples=16, prompt_length=100, limit=1024, mean=512, updates=2)
 
 
@@ -112,11 +122,11 @@ def calibrate(repeats: int, clock: str) -> Hardware:
         in_processes(1, step_measured, setting, repeats, clock) for setting in steps
     )
     small, large = in_processes(2, exchange_measured, repeats, clock).values()
-    hardware = Hardware(
-        "cpu", learn_flops=1.0, decode_flops=1e10, bandwidth=1e10, launch=1e-4, row=0.0, memory=8e9, network=1e8, node=8,
-        latency=small, optimizer_bandwidth=arithmetic["state"] / arithmetic["optimizer"],
-        link=4 * (EXCHANGED[1] - EXCHANGED[0]) / (large - small),
-    )  # fmt: skip
+    guesses = {"learn_flops": 1.0, "decode_flops": 1e10, "bandwidth": 1e10, "launch": 1e-4, "row": 0.0}
+    fixed = {"memory": 8e9, "network": 1e8, "node": 8, "latency": small}
+    link = 4 * (EXCHANGED[1] - EXCHANGED[0]) / (large - small)
+    moved = arithmetic["state"] / arithmetic["optimizer"]
+    hardware = Hardware("cpu", **guesses, **fixed, optimizer_bandwidth=moved, link=link)
     flops = learn_seconds(ARITHMETIC, hardware, ARITHMETIC.step.lengths())
     hardware = replace(hardware, learn_flops=flops / (arithmetic["update"] - arithmetic["optimizer"]))
 
@@ -226,7 +236,8 @@ def gpus() -> None:
         "tokens/s a GPU",
         *(part.replace("_", " ") for part in parts),
     )
-    title = f"PREDICTED for H100s, measured by nobody: {step.prompts} prompts x {step.samples}, {step.limit} tokens at most"
+    shape = f"{step.prompts} prompts x {step.samples}, {step.limit} tokens at most"
+    title = f"PREDICTED for H100s, measured by nobody: {shape}"
     table = table_of(f"{title}, {step.mean} or so on average, {step.updates} updates", columns)
     tokens = step.lengths().sum()
     for name, config in QWEN3.items():

@@ -160,12 +160,28 @@ def run_trl(settings: Settings) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         config = trl.GRPOConfig(
-            output_dir=folder, num_generations=CASE.samples, max_completion_length=CASE.new_tokens,
-            max_steps=1 + settings.steps, learning_rate=1e-6, lr_scheduler_type="constant", beta=0.0, num_iterations=1,
-            epsilon=0.25, loss_type="dapo", temperature=1.0, max_grad_norm=1.0, optim="adamw_torch_fused", use_cpu=True,
-            bf16=False, logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
-            generation_kwargs={"min_new_tokens": CASE.new_tokens}, **json.loads(settings.options),
-        )  # fmt: skip
+            output_dir=folder,
+            num_generations=CASE.samples,
+            max_completion_length=CASE.new_tokens,
+            max_steps=1 + settings.steps,
+            learning_rate=1e-6,
+            lr_scheduler_type="constant",
+            beta=0.0,
+            num_iterations=1,
+            epsilon=0.25,
+            loss_type="dapo",
+            temperature=1.0,
+            max_grad_norm=1.0,
+            optim="adamw_torch_fused",
+            use_cpu=True,
+            bf16=False,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            generation_kwargs={"min_new_tokens": CASE.new_tokens},
+            **json.loads(settings.options),
+        )
         data = Dataset.from_list(
             [{"prompt": " ".join(f"t{number}" for number in prompt)} for prompt in prompts()]
         )
@@ -209,7 +225,7 @@ def main(settings: Settings) -> None:
             found[name].append(measure(name, settings))
             print(f"{name}: {[round(sum(step), 2) for step in found[name][-1]['times']]} s", flush=True)
     table = Table(
-        title=f"one GRPO step: {CASE.prompts} prompts x {CASE.samples} x {CASE.new_tokens} new tokens, medians"
+        title=f"one GRPO step, {CASE.prompts} x {CASE.samples} x {CASE.new_tokens} new tokens: medians"
     )
     for column in (
         "",

@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,12 +44,10 @@ def parse_polynomial(text: str) -> Polynomial:
     return trimmed(coefficients)
 
 
-def trimmed(coefficients: Iterable[int]) -> Polynomial:
+def trimmed(coefficients: Sequence[int]) -> Polynomial:
     """The coefficients without the zeros at the end."""
-    kept = list(coefficients)
-    while kept and kept[-1] == 0:
-        kept.pop()
-    return tuple(kept)
+    length = max((i + 1 for i, coefficient in enumerate(coefficients) if coefficient), default=0)
+    return tuple(coefficients[:length])
 
 
 def differentiate(polynomial: Polynomial) -> Polynomial:
@@ -78,17 +76,14 @@ def sum_text(terms: list[tuple[int, int]]) -> str:
 
 @dataclass(frozen=True)
 class Derivative:
-    """A polynomial in x, not zero, and how often to differentiate it; ValueError outside the limits."""
+    """A polynomial in x, not zero, and how often to differentiate it; ValueError outside the limits above."""
 
     polynomial: Polynomial
     order: int = 1
 
     def __post_init__(self):
-        most = MAX_PROBLEM_EXPONENT + 1
-        if not isinstance(self.polynomial, (tuple, list)) or len(self.polynomial) > most:
-            raise ValueError(
-                f"polynomial must be a list of up to {most} numbers, not {self.polynomial!r:.80}"
-            )
+        if not isinstance(self.polynomial, (tuple, list)) or len(self.polynomial) > MAX_PROBLEM_EXPONENT + 1:
+            raise ValueError(f"polynomial must be a list of at most 31 numbers, not {self.polynomial!r:.80}")
         for value in self.polynomial:
             if type(value) is not int or abs(value) > MAX_COEFFICIENT:
                 raise ValueError(f"a coefficient is a whole number, at most {MAX_COEFFICIENT}, not {value!r}")
@@ -116,11 +111,6 @@ class Derivative:
     @property
     def value(self) -> Polynomial:
         return self.derivatives()[-1]
-
-    @property
-    def steps(self) -> int:
-        """The number of single terms to differentiate, over all orders."""
-        return sum(len(terms_of(polynomial)) for polynomial in self.derivatives()[:-1])
 
     def row(self) -> dict:
         return {"polynomial": list(self.polynomial), "order": self.order}
@@ -208,7 +198,8 @@ class Calculus(Task):
             return None
 
     def difficulty(self, problem: Derivative) -> str:
-        return steps_difficulty(problem.steps)
+        """By the number of single terms to differentiate, over all orders."""
+        return steps_difficulty(sum(len(terms_of(polynomial)) for polynomial in problem.derivatives()[:-1]))
 
     def solution(self, problem: Derivative) -> str:
         return sum_text(terms_of(problem.value))

@@ -29,9 +29,7 @@ def latin_only(text: str) -> bool:
 
 
 def curate(candidates: Iterable[Trace], per_problem: int, limit: int) -> list[Trace]:
-    """Drop repeats and other scripts; keep each problem's `per_problem` shortest, of these the latest
-    `limit`.
-    """
+    """Without repeats and other scripts, the `per_problem` shortest of each problem; the latest `limit`."""
     by_problem: dict = {}
     for trace in candidates:
         if latin_only(trace.completion):
@@ -55,10 +53,7 @@ def load_traces(path: str | Path, problem_of: Callable, is_correct: Callable) ->
 
     Args:
         problem_of: row -> problem, or ValueError, TypeError or KeyError.
-        is_correct: (completion, problem) -> whether it solves it.
-
-    Raises:
-        DataError: no such file, no rows, or a row is malformed, not Latin or not correct; it names the line.
+        is_correct: (completion, problem) -> whether it solves it. If one does not: DataError with the line.
     """
     traces = []
     expected = 'a problem and its "completion", as a run writes traces.jsonl'

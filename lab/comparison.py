@@ -1,5 +1,6 @@
-"""Evaluations side by side: their numbers, a table of them, and how sure their differences are."""
+"""Evaluations side by side: their numbers, a table of them, and the uncertainty of their differences."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -13,7 +14,7 @@ from rl.metrics import non_latin_fraction, pass_at_k
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model's completions, sampled and, unless they were made elsewhere, greedy."""
+    """A model's sampled completions and, unless they were made elsewhere, its greedy ones."""
 
     name: str
     task: Task
@@ -22,22 +23,19 @@ class Candidate:
     thinking: bool
     max_new_tokens: int | None = None
 
-    @property
-    def samples(self) -> int:
-        """Completions that every problem has."""
-        return min(map(len, self.sampled.groups))
-
 
 def measures(candidate: Candidate) -> dict:
-    """Everything an evaluation says; shares are from 0 to 1, lengths in tokens."""
-    sampled, groups = candidate.sampled, candidate.sampled.groups
+    """All numbers of an evaluation; shares are from 0 to 1, lengths in tokens."""
+    sampled = candidate.sampled
+    groups = sampled.groups
+    samples = min(map(len, groups))
     total = sum(sampled.counts.values())
-    found = {"name": candidate.name, "accuracy": estimate(sampled)}
+    numbers = {"name": candidate.name, "accuracy": estimate(sampled)}
     if candidate.greedy:
-        found["greedy"] = estimate(candidate.greedy)
-    found |= {
-        "samples": candidate.samples,
-        "pass_at": {k: pass_at_k(groups, k) for k in range(1, candidate.samples + 1)},
+        numbers["greedy"] = estimate(candidate.greedy)
+    numbers |= {
+        "samples": samples,
+        "pass_at": {k: pass_at_k(groups, k) for k in range(1, samples + 1)},
         "majority": majority_accuracy(groups, candidate.task, candidate.thinking),
         "distinct_answers": distinct_answers(groups),
         "outcomes": {outcome: count / total for outcome, count in sampled.counts.items()},
@@ -48,12 +46,10 @@ def measures(candidate: Candidate) -> dict:
         "non_latin_fraction": non_latin_fraction(groups),
     }
     if candidate.max_new_tokens is not None:
-        found |= {
-            "completion_length": sampled.completion_length,
-            "truncated_fraction": sampled.truncated_fraction,
-            "max_new_tokens": candidate.max_new_tokens,
-        }
-    return found
+        numbers["completion_length"] = sampled.completion_length
+        numbers["truncated_fraction"] = sampled.truncated_fraction
+        numbers["max_new_tokens"] = candidate.max_new_tokens
+    return numbers
 
 
 def estimate(evaluation: Evaluation) -> dict[str, float]:
@@ -64,85 +60,81 @@ def difference(first: Candidate, other: Candidate) -> dict:
     """How much more `other` solves than `first`, on the same problems in the same order.
 
     Sampled completions: the mean difference of the solved shares with its paired bootstrap interval. Greedy
-    ones: how many problems only one of the two solves, and McNemar's exact p-value.
+    ones: the number of problems that only one of the two solves, and McNemar's exact p-value.
     """
     shares = zip(solved_shares(first.sampled.groups), solved_shares(other.sampled.groups), strict=True)
     gains = [after - before for before, after in shares]
     low, high = bootstrap_interval(gains)
-    found = {
-        "from": first.name,
-        "to": other.name,
-        "accuracy": {"mean": fmean(gains), "low": low, "high": high},
-    }
+    accuracy = {"mean": fmean(gains), "low": low, "high": high}
+    numbers = {"from": first.name, "to": other.name, "accuracy": accuracy}
     if first.greedy and other.greedy:
         pairs = list(zip(solved_shares(first.greedy.groups), solved_shares(other.greedy.groups), strict=True))
-        gained, lost = pairs.count((0, 1)), pairs.count((1, 0))
-        found["greedy"] = {"gained": gained, "lost": lost, "mcnemar_p": mcnemar_p(lost, gained)}
-    return found
+        gained = pairs.count((0, 1))
+        lost = pairs.count((1, 0))
+        numbers["greedy"] = {"gained": gained, "lost": lost, "mcnemar_p": mcnemar_p(lost, gained)}
+    return numbers
 
 
 def comparison_table(title: str, candidates: list[dict], differences: list[dict]) -> Table:
     """A column for each of `measures`, a row for each of its numbers; `differences` are from the first."""
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
-    for found in candidates:
-        table.add_column(found["name"], justify="right", overflow="fold")
+    for numbers in candidates:
+        table.add_column(numbers["name"], justify="right", overflow="fold")
 
-    def row(name: str, cells) -> None:
-        cells = list(cells)
-        if any(cells):
-            table.add_row(name, *cells)
+    def row(name: str, text: Callable, cells: Iterable) -> None:
+        """Add a row, unless it is empty; None gives an empty cell."""
+        texts = ["" if cell is None else text(cell) for cell in cells]
+        if any(texts):
+            table.add_row(name, *texts)
 
-    row("accuracy, sampled", (interval_text(found["accuracy"]) for found in candidates))
-    row("accuracy, greedy", (interval_text(found.get("greedy")) for found in candidates))
-    most = max(found["samples"] for found in candidates)
+    def column(key: str) -> list:
+        return [numbers.get(key) for numbers in candidates]
+
+    # 1. Accuracy, and what several completions of a problem tell.
+    row("accuracy, sampled", interval_text, column("accuracy"))
+    row("accuracy, greedy", interval_text, column("greedy"))
+    most = max(column("samples"))
     for k in [k for k in (2, 4, 8, 16, 32, 64) if k < most] + [most] * (most > 1):
-        row(f"pass@{k}", (percent(found["pass_at"].get(k)) for found in candidates))
+        row(f"pass@{k}", percent, [pass_at.get(k) for pass_at in column("pass_at")])
     if most > 1:
-        row(f"majority of {most}", (percent(found["majority"]) for found in candidates))
-        row("distinct answers a problem", (f"{found['distinct_answers']:.2f}" for found in candidates))
+        row(f"majority of {most}", percent, column("majority"))
+        row("distinct answers a problem", "{:.2f}".format, column("distinct_answers"))
+
+    # 2. What completions look like.
     table.add_section()
     for outcome in candidates[0]["outcomes"]:
-        row(outcome, (percent(found["outcomes"][outcome]) for found in candidates))
-    row(
-        "length, tokens",
-        (f"{found['completion_length']:.1f}" if "completion_length" in found else "" for found in candidates),
-    )
-    limits = [str(found.get("max_new_tokens", "")) for found in candidates]
-    row("limit, tokens", limits if len(set(limits)) > 1 else [])
-    row("cut off at the limit", (percent(found.get("truncated_fraction")) for found in candidates))
-    row("letters outside Latin script", (percent(found["non_latin_fraction"], 2) for found in candidates))
+        row(outcome, percent, [outcomes[outcome] for outcomes in column("outcomes")])
+    row("length, tokens", "{:.1f}".format, column("completion_length"))
+    if len(set(column("max_new_tokens"))) > 1:
+        row("limit, tokens", str, column("max_new_tokens"))
+    row("cut off at the limit", percent, column("truncated_fraction"))
+    row("letters outside Latin script", "{:.2f} %".format, [100 * x for x in column("non_latin_fraction")])
+
+    # 3. Kinds of problems, and differences.
     table.add_section()
     for kind, first in candidates[0]["by_difficulty"].items():
-        row(
-            f"{kind} ({first['problems']})",
-            (interval_text(found["by_difficulty"][kind]) for found in candidates),
-        )
-    if differences:
-        table.add_section()
-        row(
-            "sampled, against the first", ["", *(difference_text(found["accuracy"]) for found in differences)]
-        )
-        row("greedy: gained, lost", ["", *(flips_text(found.get("greedy")) for found in differences)])
+        estimates = [kinds[kind] for kinds in column("by_difficulty")]
+        row(f"{kind} ({first['problems']})", interval_text, estimates)
+    table.add_section()
+    row("sampled, against the first", difference_text, [None, *(d["accuracy"] for d in differences)])
+    row("greedy: gained, lost", flips_text, [None, *(d.get("greedy") for d in differences)])
     return table
 
 
-def percent(share: float | None, digits: int = 1) -> str:
-    return "" if share is None else f"{100 * share:.{digits}f} %"
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
-def interval_text(found: dict | None) -> str:
-    return (
-        f"{100 * found['mean']:.1f} % ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
-        if found
-        else ""
-    )
+def interval_text(estimate: dict) -> str:
+    mean, low, high = (100 * estimate[name] for name in ("mean", "low", "high"))
+    return f"{mean:.1f} % ({low:.1f} to {high:.1f})"
 
 
-def difference_text(found: dict) -> str:
-    mean, low, high = (100 * found[name] for name in ("mean", "low", "high"))
+def difference_text(estimate: dict) -> str:
+    mean, low, high = (100 * estimate[name] for name in ("mean", "low", "high"))
     return f"{mean:+.1f} points ({low:+.1f} to {high:+.1f})"
 
 
-def flips_text(found: dict | None) -> str:
-    return f"+{found['gained']}, -{found['lost']} (p = {found['mcnemar_p']:.2g})" if found else ""
+def flips_text(flips: dict) -> str:
+    return f"+{flips['gained']}, -{flips['lost']} (p = {flips['mcnemar_p']:.2g})"

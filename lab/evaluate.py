@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems with its uncertainty, and what else completions say about their model."""
+"""Accuracy on held-out problems with its uncertainty, and other measures of a model's completions."""
 
 import hashlib
 import json
@@ -21,19 +21,18 @@ Group = list[Rollout]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One or more completions for each of some problems.
+    """Scored completions of some problems.
 
-    `accuracy` is the share of a problem's completions that are correct, averaged over problems, and `low` to
-    `high` its 95 % interval. Completions of one problem are not independent, so the interval counts problems.
+    The interval counts problems, because completions of one problem are not independent.
     """
 
-    accuracy: float
-    low: float
+    accuracy: float  # share of a problem's completions that are correct, averaged over problems
+    low: float  # end of its 95 % interval
     high: float
     counts: dict[str, int]  # completions by outcome
-    completion_length: float  # mean, in tokens; 0 where only texts are known
-    truncated_fraction: float  # share that ran into the token limit
-    groups: list[Group]  # the completions, [problem][sample]
+    completion_length: float  # mean, in tokens; 0 if only texts are known
+    truncated_fraction: float  # share of completions that reached the token limit
+    groups: list[Group]  # [problem][sample]
 
     @classmethod
     def of(cls, groups: list[Group]) -> "Evaluation":
@@ -69,30 +68,26 @@ def evaluate(
 
 
 def load_completions(path: str | Path, task: Task, thinking: bool) -> list[Group]:
-    """Completions made elsewhere, scored; for Countdown `{"numbers": [...], "target": n, "completion":
-    "..."}` a line.
+    """Score completions made elsewhere: a line each, with a problem's fields and `completion`.
 
-    The lines of one problem are its group, in any order. Where lines have `token_ids` and `finished`, as in
-    a run's rollouts/, lengths and truncation are known too.
-
-    Raises:
-        DataError: no such file, nothing in it, or a line that is no completion; it names the line.
+    The lines of one problem are its group, in any order. Lines may have `token_ids` and `finished`, as in a
+    run's rollouts/; then lengths and truncation are known too. DataError names what is wrong, and its line.
     """
-    groups: dict[tuple, Group] = {}
+    groups: dict[Hashable, Group] = {}
     expected = task.stored.example[:-1] + ', "completion": "..."}'
     for number, row in read_jsonl(path, expected):
         try:
-            problem, text = task.problem(row), row["completion"]
-            ids, finished = row.get("token_ids", []), row.get("finished", True)
+            problem = task.problem(row)
+            text = row["completion"]
+            ids = row.get("token_ids", [])
+            finished = row.get("finished", True)
             if not isinstance(text, str) or not isinstance(ids, list) or not isinstance(finished, bool):
                 raise TypeError("completion must be text, token_ids a list and finished true or false")
         except (ValueError, TypeError, KeyError) as error:
-            raise DataError(
-                f"{path}, line {number}: not a completion ({error}); expected {expected}"
-            ) from None
-        scored = Rollout(
-            problem, [], Completion(ids, [], finished), text, task.score(text, problem, thinking)
-        )
+            message = f"{path}, line {number}: not a completion ({error}); expected {expected}"
+            raise DataError(message) from None
+        completion = Completion(ids, [], finished)
+        scored = Rollout(problem, [], completion, text, task.score(text, problem, thinking))
         groups.setdefault(problem.key, []).append(scored)
     if not groups:
         raise DataError(f"{path}: no completions in it")
@@ -100,9 +95,7 @@ def load_completions(path: str | Path, task: Task, thinking: bool) -> list[Group
 
 
 def problems_hash(problems: list[Problem]) -> str:
-    """The first 12 digits of the SHA-256 of the problems in their order: equal for evaluations that may be
-    compared.
-    """
+    """12 digits of the SHA-256 of the problems in their order; evaluations are comparable if it is equal."""
     text = json.dumps([list(problem.row().values()) for problem in problems])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -113,36 +106,31 @@ def solved_shares(groups: list[Group]) -> list[float]:
 
 
 def by_difficulty(groups: list[Group], task: Task) -> dict[str, list[Group]]:
-    kinds: dict[str, list[Group]] = {}
+    kinds: dict[str, list[Group]] = defaultdict(list)
     for group in groups:
-        kinds.setdefault(task.difficulty(group[0].problem), []).append(group)
+        kinds[task.difficulty(group[0].problem)].append(group)
     return dict(sorted(kinds.items()))
 
 
 def distinct_answers(groups: list[Group]) -> float:
-    """Mean number of different well-formed answers a problem gets; SFT may raise accuracy and narrow this."""
-    answers = [
-        {
-            r.text.rpartition("<answer>")[2].partition("</answer>")[0]
-            for r in group
-            if r.score.outcome != "malformed"
-        }
-        for group in groups
-    ]
-    return fmean(map(len, answers))
+    """Mean number of different well-formed answers to a problem; SFT may raise accuracy and lower this."""
+    counts = []
+    for group in groups:
+        texts = [rollout.text for rollout in group if rollout.score.outcome != "malformed"]
+        counts.append(len({text.rpartition("<answer>")[2].partition("</answer>")[0] for text in texts}))
+    return fmean(counts)
 
 
 def majority_accuracy(groups: list[Group], task: Task, thinking: bool) -> float:
-    """Share of problems that a vote among their completions solves (self-consistency, arXiv:2203.11171).
+    """Share of problems whose most frequent answer is correct (self-consistency, arXiv:2203.11171).
 
-    The task says which answers are the same; the earlier wins a tie. Completions without an answer have no
-    vote.
+    `task.answer` says which answers are the same. Of equally frequent ones the first counts.
     """
-    won = 0
+    solved = 0
     for group in groups:
         votes: dict[Hashable, list[Rollout]] = defaultdict(list)
         for rollout in group:
             votes[task.answer(rollout.text, thinking)].append(rollout)
-        votes.pop(None, None)
-        won += bool(votes) and max(votes.values(), key=len)[0].score.outcome == "correct"
-    return won / len(groups)
+        votes.pop(None, None)  # completions without an answer
+        solved += bool(votes) and max(votes.values(), key=len)[0].score.outcome == "correct"
+    return solved / len(groups)

@@ -1,6 +1,7 @@
 """What a run shows: lines in a file or pipe, a live screen on a terminal, or nothing."""
 
 import contextlib
+import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ OnProgress = Callable[[int, int], None]
 
 
 class Screen(contextlib.AbstractContextManager):
-    """A line a step; on a terminal, a progress bar while sampling."""
+    """Prints a line per step; on a terminal, a progress bar during sampling."""
 
     def __exit__(self, *error):
         pass
@@ -34,22 +35,22 @@ class Screen(contextlib.AbstractContextManager):
         print(text, flush=True)
 
     def history(self, rows: list[dict]) -> None:
-        """The metrics of a resumed run's earlier steps."""
+        """Take in the metrics of a resumed run's earlier steps."""
 
     def step(self, row: dict, stages: int, done: int, steps: int) -> None:
         """Show the metrics of a step, number `done` of the `steps` of its stage."""
         self.say(step_line(row, stages, done, steps))
 
     def rollouts(self, groups: list[list[Rollout]]) -> None:
-        """Show what a step has sampled."""
+        """Show the completions that a step has sampled."""
 
     def sampling(self, what: str, total: int) -> contextlib.AbstractContextManager[OnProgress | None]:
-        """Gives an `on_progress` for the sampling of `total` completions, or None."""
+        """A context that gives an `on_progress` for `generate`, or None, during `total` completions."""
         return progress_bar(what, total)
 
 
 class QuietScreen(Screen):
-    """Nothing but errors."""
+    """Shows nothing; errors still go to standard error."""
 
     def say(self, text: str) -> None:
         pass
@@ -59,20 +60,18 @@ class QuietScreen(Screen):
 
 
 class LiveScreen(Screen):
-    """A panel that shows the run as it is now; evaluations stay above it as lines."""
+    """A panel with the present state of the run; evaluations stay above it as lines."""
 
     def __init__(self, recipe: Recipe, console: Console):
         self.recipe = recipe
         self.console = console
         self.row: dict = {}
-        self.position = (0, 0)  # step and steps of the stage
-        self.points: list[tuple[int, float]] = []  # step, held-out accuracy in %
-        self.evaluation = ""
+        self.position = (0, 0)  # (steps done, steps) of the stage
+        self.points: list[tuple[int, float]] = []  # (step, held-out accuracy in %)
+        self.evaluation = ""  # the last one
         self.samples: dict[str, Rollout] = {}  # the last correct and the last wrong one
-        self.progress = ("", 0, 1, 0.0)  # what is sampled, done, total, tokens a second
-        self.times: deque[float] = deque(
-            [time.perf_counter()], maxlen=21
-        )  # when the last GRPO steps were over
+        self.progress = ("", 0, 1, 0.0)  # (activity, completions done, total, tokens a second)
+        self.times = deque([time.perf_counter()], maxlen=21)  # ends of the last GRPO steps
         self.grpo_steps = self.grpo_left = sum(stage.steps for stage in recipe.stages if stage.kind == "grpo")
         self.live = Live(console=console, get_renderable=self.draw, transient=True, refresh_per_second=4)
 
@@ -93,7 +92,8 @@ class LiveScreen(Screen):
                 self.evaluation = evaluation_text(row)
 
     def step(self, row: dict, stages: int, done: int, steps: int) -> None:
-        self.row, self.position = row, (done, steps)
+        self.row = row
+        self.position = (done, steps)
         self.grpo_left = self.grpo_steps - row["grpo_steps"]
         if row["kind"] != "grpo" or not row["step"]:
             self.times.clear()
@@ -120,48 +120,47 @@ class LiveScreen(Screen):
 
     def draw(self) -> Panel:
         width = min(self.console.width, 120)
-        parts = [self._position(width - 4), *self._accuracy(width - 4), Text(self._numbers(width - 4))]
-        if self.samples and self.console.height >= CHART_HEIGHT + ROLLOUT_LINES + 11:
-            half = width - 4 if width < 80 else (width - 5) // 2
-            shown = [self._sample(kind, half) for kind in ("correct", "wrong") if kind in self.samples]
-            parts.append(Columns(shown[: 1 if width < 80 else 2], padding=(0, 0)))
+        inner = width - 4
+        parts = [self._draw_position(inner)]
+        if self.points:
+            lines = chart(self.points, min(60, inner - 8), CHART_HEIGHT)
+            parts.append(Text("\n".join([f"held-out accuracy {self.evaluation}", *lines]), style="cyan"))
+        parts.append(Text(self._figures(inner)))
+        if self.console.height >= CHART_HEIGHT + ROLLOUT_LINES + 11:
+            narrow = width < 80  # room for one of the two
+            kinds = [kind for kind in ("correct", "wrong") if kind in self.samples][: 1 if narrow else 2]
+            panels = [self._draw_sample(kind, inner if narrow else (inner - 1) // 2) for kind in kinds]
+            parts += [Columns(panels, padding=(0, 0))] if panels else []
         return Panel(Group(*parts), title=self.recipe.out, width=width)
 
-    def _position(self, width: int) -> Table:
-        """The step, what is being done, and about how long the rest takes."""
-        stage = self.recipe.stages[self.row["stage"]] if self.row and self.recipe.stages else None
-        name = f"{stage.kind.upper()} {self.row['stage'] + 1}/{len(self.recipe.stages)}" if stage else "start"
-        what, done, total, speed = self.progress
+    def _draw_position(self, width: int) -> Table:
+        """A line: the step, the present activity and its speed, and the time left."""
+        name = "start"
+        if self.row and self.recipe.stages:
+            stage = self.row["stage"]
+            name = f"{self.recipe.stages[stage].kind.upper()} {stage + 1}/{len(self.recipe.stages)}"
+        time_left = ""
+        if len(self.times) >= 3 and self.grpo_left:
+            each = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+            minutes, seconds = divmod(round(each * self.grpo_left), 60)
+            time_left = f"{minutes}:{seconds:02} of GRPO left"
+        activity, done, total, speed = self.progress
         table = Table.grid(padding=(0, 2), expand=False)
         table.add_row(
             Text(f"{name}  step {self.position[0]}/{self.position[1]}", style="bold"),
-            Text(what),
+            Text(activity),
             ProgressBar(total=total, completed=done, width=max(8, width // 6)),
             Text(f"{speed:,.0f} tokens/s" if speed else ""),
-            Text(self._time_left()),
+            Text(time_left),
         )
         return table
 
-    def _time_left(self) -> str:
-        if len(self.times) < 3 or not self.grpo_left:
-            return ""
-        each = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
-        minutes, seconds = divmod(round(each * self.grpo_left), 60)
-        return f"{minutes}:{seconds:02} of GRPO left"
-
-    def _accuracy(self, width: int) -> list[Text]:
-        if not self.points:
-            return []
-        lines = [Text(f"held-out accuracy {self.evaluation}", style="cyan")]
-        return lines + [
-            Text(line, style="cyan") for line in chart(self.points, min(60, width - 8), CHART_HEIGHT)
-        ]
-
-    def _numbers(self, width: int) -> str:
+    def _figures(self, width: int) -> str:
+        """The last step's metrics, in lines of at most `width`."""
         row = self.row
         if not row or not row["step"]:
             return ""
-        parts = [" ".join(part.split()) for part in step_figures(row)]  # lines have them in columns
+        parts = step_figures(row)
         if row["kind"] == "grpo":
             parts += [
                 f"entropy {row['policy_entropy']:.2f}",
@@ -169,107 +168,101 @@ class LiveScreen(Screen):
                 f"{row['tokens_per_second']:,.0f} tokens/s",
                 f"{row['rollout_seconds'] + row['update_seconds']:.1f} s a step",
             ]
-        lines = [parts[0]]
-        for part in parts[1:]:
-            fits = len(lines[-1]) + 3 + len(part) <= width
-            lines = [*lines[:-1], f"{lines[-1]}   {part}"] if fits else [*lines, part]
-        return "\n".join(lines)
+        unbroken = ["\N{NO-BREAK SPACE}".join(part.split()) for part in parts]
+        return textwrap.fill("   ".join(unbroken), width).replace("\N{NO-BREAK SPACE}", " ")
 
-    def _sample(self, kind: str, width: int) -> Panel:
+    def _draw_sample(self, kind: str, width: int) -> Panel:
         rollout = self.samples[kind]
         lines = printable(rollout.text).split("\n")
         if len(lines) > ROLLOUT_LINES:
-            lines = ["..."] + lines[1 - ROLLOUT_LINES :]
-        text = Text("\n".join(lines + [""] * (ROLLOUT_LINES - len(lines))), no_wrap=True, overflow="ellipsis")
+            lines = ["...", *lines[1 - ROLLOUT_LINES :]]
+        lines += [""] * (ROLLOUT_LINES - len(lines))
+        text = Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
         title = f"last {kind}: {printable(str(rollout.problem))}"
-        return Panel(
-            text, title=title, width=width, style="green" if kind == "correct" else "red", title_align="left"
-        )
+        style = "green" if kind == "correct" else "red"
+        return Panel(text, title=title, title_align="left", width=width, style=style)
 
 
 def pick_screen(recipe: Recipe, quiet: bool = False, plain: bool = False) -> Screen:
-    """A live screen on a terminal, else lines; `plain` gives lines there too, `quiet` nothing."""
-    console = Console()
+    """A live screen on a terminal, else lines; `plain`: always lines; `quiet`: nothing."""
     if quiet:
         return QuietScreen()
+    console = Console()
     live = console.is_terminal and not console.is_dumb_terminal and not plain
     return LiveScreen(recipe, console) if live else Screen()
 
 
 def chart(points: list[tuple[int, float]], width: int, height: int) -> list[str]:
-    """Lines of text: `points` (x, y from 0 up) as columns of blocks, each as high as the last point up to
-    there.
+    """A bar chart of `points` (x, y) as lines of text; x and y are 0 or more, x ascends.
+
+    The bar at each x is as high as the last point up to there.
     """
-    last, top = max(1, points[-1][0]), max(1e-9, *(y for _, y in points))
-    columns = []
+    last = max(1, points[-1][0])
+    top = max(1e-9, *(y for _, y in points))
+    eighths = []  # heights of the columns, in eighths of a line
     for column in range(width):
         x = last * column / max(1, width - 1)
         y = next((value for step, value in reversed(points) if step <= x + 1e-9), 0.0)
-        columns.append(round(8 * height * y / top))
+        eighths.append(round(8 * height * y / top))
     lines = []
     for level in reversed(range(height)):
-        bar = "".join(BLOCKS[min(8, max(0, eighths - 8 * level))] for eighths in columns)
+        bars = "".join(BLOCKS[min(8, max(0, column - 8 * level))] for column in eighths)
         label = f"{top:3.0f} %" if level == height - 1 else "  0 %" if level == 0 else ""
-        lines.append(f"{label:>5} |{bar}")
+        lines.append(f"{label:>5} |{bars}")
     return lines
 
 
 @contextlib.contextmanager
 def progress_bar(what: str, total: int) -> Iterator[OnProgress | None]:
-    """Gives an `on_progress` that draws a line at the bottom of a terminal until the block ends; else None."""
+    """Gives an `on_progress` that draws a bar on the last line of a terminal; None without a terminal."""
     console = Console(stderr=True)
     start = time.perf_counter()
     if not console.is_terminal:
         yield None
         return
     counts = "{task.completed}/{task.total} completions  {task.fields[rate]}"
-    with Progress("{task.description}", BarColumn(), counts, console=console, transient=True) as lines:
-        task = lines.add_task(what, total=total, rate="")
+    with Progress("{task.description}", BarColumn(), counts, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total, rate="")
 
         def show(done: int, tokens: int) -> None:
-            lines.update(task, completed=done, rate=f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
+            bar.update(task, completed=done, rate=f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
 
         yield show
 
 
 def printable(text: str) -> str:
-    """A completion for a terminal: characters that would move the cursor or change colors become a dot."""
+    """Text that is safe on a terminal: characters that could move the cursor or change colors become dots."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "\N{MIDDLE DOT}" for letter in text)
 
 
-def describe_run(recipe, model, train, held_out, resumed_at: int | None) -> str:
+def describe_run(recipe: Recipe, model, train: list, held_out: list, resumed_at: int | None) -> str:
     """The lines that a run begins with."""
-    device = (
-        torch.cuda.get_device_name()
-        if model.device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
+    on_gpu = model.device.type == "cuda"
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     dtype = str(model.dtype).removeprefix("torch.")
-    lines = [
-        f"model     {recipe.model}: {model.config.num_parameters():,} parameters, {dtype}, on {device}",
-        f"problems  {len(train):,} to train on, {len(held_out):,} held out",
-        f"stages    {', '.join(describe_stage(stage) for stage in recipe.stages) or 'none: zero-shot evaluation only'}",
-        f"run       {recipe.out}" + ("" if resumed_at is None else f", resumed after step {resumed_at}"),
-    ]
-    return "\n".join(lines)
-
-
-def describe_stage(stage) -> str:
-    if stage.kind == "sft":
-        return f"SFT {stage.epochs} epochs"
-    return f"GRPO {stage.steps} steps of {stage.prompts_per_step} x {stage.samples_per_prompt}"
+    stages = []
+    for stage in recipe.stages:
+        if stage.kind == "sft":
+            stages.append(f"SFT {stage.epochs} epochs")
+        else:
+            size = f"{stage.prompts_per_step} x {stage.samples_per_prompt}"
+            stages.append(f"GRPO {stage.steps} steps of {size}")
+    resumed = "" if resumed_at is None else f", resumed after step {resumed_at}"
+    return (
+        f"model     {recipe.model}: {model.config.num_parameters():,} parameters, {dtype}, on {device}\n"
+        f"problems  {len(train):,} to train on, {len(held_out):,} held out\n"
+        f"stages    {', '.join(stages) or 'none: zero-shot evaluation only'}\n"
+        f"run       {recipe.out}{resumed}"
+    )
 
 
 def step_line(row: dict, stages: int, done: int, steps: int) -> str:
-    """One line a step, from its metrics."""
+    """The line for a step, from its metrics."""
     if row["step"] == 0:
         return f"before any step: held-out accuracy {evaluation_text(row)}"
     seconds = row.get("rollout_seconds", 0.0) + row["update_seconds"]
-    parts = [
-        f"{row['kind']:4} {row['stage'] + 1}/{stages}  {done:3}/{steps}",
-        *step_figures(row),
-        f"{seconds:.1f} s",
-    ]
+    position = f"{row['kind']:4} {row['stage'] + 1}/{stages}  {done:3}/{steps}"
+    parts = [position, *step_figures(row), f"{seconds:.1f} s"]
     if row.get("skipped_updates"):
         parts.append(f"{row['skipped_updates']} updates not finite, left out")
     if "eval_accuracy" in row:
@@ -278,7 +271,7 @@ def step_line(row: dict, stages: int, done: int, steps: int) -> str:
 
 
 def step_figures(row: dict) -> list[str]:
-    """The most important metrics of a step."""
+    """The most important metrics of a step, in columns."""
     if row["kind"] == "sft":
         return [f"loss {row['loss']:.4f}", f"grad {row['grad_norm']:.2f}"]
     return [

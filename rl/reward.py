@@ -1,4 +1,4 @@
-"""From verdicts to rewards: what a recipe pays. A task's verdicts, and so accuracy, do not depend on it."""
+"""From verdicts to rewards. A task's verdicts, and so accuracy, do not depend on what a recipe rewards."""
 
 from dataclasses import dataclass, replace
 
@@ -8,17 +8,17 @@ from data.traces import latin_only
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """What is paid beside a correct answer."""
+    """What earns a reward beside a correct answer."""
 
     near_miss: bool = True
-    """Pay for answers that the task calls near; without, they earn what any other wrong answer earns."""
+    """Reward answers that the task calls near; without, they earn what any other wrong answer earns."""
     latin_only: bool = False
     """Against drift into other languages: a completion with a letter outside the Latin script earns nothing.
     """
 
 
 def reward_for(score: Score, text: str, settings: RewardSettings) -> Score:
-    """The same outcome, with the reward that `settings` pay for a completion with this text."""
+    """The same outcome, with the reward of a completion with this text."""
     if settings.latin_only and not latin_only(text):
         return replace(score, reward=MALFORMED.reward)
     if score.outcome == "near" and not settings.near_miss:

@@ -1,10 +1,7 @@
 """What several tests need: a small random Qwen3, ragged samples, a task with rewards given by hand, a hub."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -96,33 +93,15 @@ def largest(tensors: dict[str, torch.Tensor]) -> float:
 
 
 class Hub:
-    """A hub that holds one folder; `lie` changes what it says of a file."""
+    """A hub that holds one folder."""
 
-    def __init__(self, folder, lie=None, offline=False):
-        self.folder, self.lie, self.offline = folder, lie or {}, offline
-        self.asked, self.downloads = [], []
+    def __init__(self, folder):
+        self.folder = folder
+        self.downloads = []  # (repository, options) of each call
 
     def snapshot_download(self, repo_id, **options):
         self.downloads.append((repo_id, options))
         return str(self.folder)
 
-    def repo_info(self, repo_id, repo_type, revision, files_metadata, timeout):
-        self.asked.append((repo_id, repo_type, revision, files_metadata))
-        if self.offline:
-            raise OSError("no network")
-        siblings = []
-        for path in filter(Path.is_file, self.folder.rglob("*")):
-            content = path.read_bytes()
-            large = path.suffix in (".safetensors", ".parquet")
-            entry = {
-                "rfilename": str(path.relative_to(self.folder)), "size": len(content),
-                "lfs": SimpleNamespace(sha256=hashlib.sha256(content).hexdigest()) if large else None,
-                "blob_id": None if large else hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest(),
-            }  # fmt: skip
-            siblings.append(SimpleNamespace(**entry | self.lie.get(str(path.relative_to(self.folder)), {})))
-        siblings.append(SimpleNamespace(rfilename="README.md", size=3, lfs=None, blob_id="not downloaded"))
-        return SimpleNamespace(siblings=siblings)
-
     def put_in_place(self, monkeypatch):
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
-        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self)

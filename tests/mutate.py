@@ -25,8 +25,8 @@ import transformers  # noqa: F401
 import tyro
 
 WATCHED = {
-    "tasks/countdown.py": ["test_reward.py", "test_reward_reading.py", "test_tasks.py"],
-    "tasks/task.py": ["test_reward.py", "test_reward_reading.py", "test_tasks.py", "test_calculus.py", "test_gsm8k.py"],
+    "data/countdown.py": ["test_reward.py", "test_countdown.py"],
+    "data/task.py": ["test_reward.py", "test_countdown.py", "test_calculus.py", "test_gsm8k.py"],
     "rl/reward.py": ["test_drift.py"],
     "rl/advantage.py": ["test_advantage.py"],
     "rl/loss.py": ["test_loss.py", "test_grpo.py"],
@@ -44,12 +44,6 @@ EQUIVALENT = {  # mutant -> why no test can, or need, see it
     "before, _, rest = text.partition('<answer>')  ->  before, _, rest = text.rpartition('<answer>')": "there is exactly one",
     "content, closed, _ = rest.partition('</answer>')  ->  content, closed, _ = rest.rpartition('</answer>')": "there is one at most",
     LINE + "  ->  " + LINE.replace("rstrip", "strip"): "blanks before the first line's arithmetic change nothing",
-}
-HINT = "only type checkers read it"
-EQUIVALENT |= {
-    "P = TypeVar('P', bound=Problem)  ->  P = TypeVar('P')": HINT,
-    "P = TypeVar('P', bound=Problem)  ->  P = TypeVar('Px', bound=Problem)": HINT,
-    "P = TypeVar('P', bound=Problem)  ->  P = TypeVar('', bound=Problem)": HINT,
 }
 NOTHING = "nothing changed"
 SWAPS = {

@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import FrozenInstanceError
 from fractions import Fraction
 
 import numpy.polynomial.polynomial as reference
@@ -12,16 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.load import DataError
-from data.calculus import MAX_CHARACTERS, PolynomialError, parse_polynomial, sum_text, terms_of, trimmed
-from data.calculus import MAX_COEFFICIENT, MAX_EXPONENT, MAX_ORDER, Calculus, Derivative
+from data import Calculus, DataError
+from data.calculus import MAX_CHARACTERS, MAX_COEFFICIENT, MAX_PROBLEM_EXPONENT, Derivative, terms_of, trimmed
+from data.calculus import parse_polynomial as parse
+from data.calculus import sum_text as text_of
 from data.task import Score
 
 TASK = Calculus()
 PROBLEM = Derivative((7, 5, 0, -2, 3))  # 3x^4 - 2x^3 + 5x + 7
 RIGHT = "12x^3 - 6x^2 + 5"
 POLYNOMIALS = st.lists(st.integers(-999_999, 999_999), min_size=1, max_size=12).map(trimmed).filter(bool)
-PROBLEMS = st.builds(Derivative, POLYNOMIALS, st.integers(1, MAX_ORDER))
+PROBLEMS = st.builds(Derivative, POLYNOMIALS, st.integers(1, 5))
 
 
 def answered(content: str, thoughts: str = "Let me see.") -> str:
@@ -32,26 +32,18 @@ def value_at(polynomial, x: Fraction) -> Fraction:
     return sum((coefficient * x**exponent for exponent, coefficient in enumerate(polynomial)), Fraction(0))
 
 
-# Derivatives
-
-
 @pytest.mark.parametrize(
-    ("polynomial", "order", "expected", "steps"),
+    ("polynomial", "order", "expected", "difficulty"),
     [
-        ((7, 5, 0, -2, 3), 1, "12x^3 - 6x^2 + 5", 4),
-        ((7, 5, 0, -2, 3), 2, "36x^2 - 12x", 7),  # 4 terms, then 12x^3, -6x^2, 5
-        ((7, 5, 0, -2, 3), 3, "72x - 12", 9),
-        ((0, -1), 1, "-1", 1),
-        ((0, 0, 1), 1, "2x", 1),
-        ((0, 0, -1), 2, "-2", 2),
-        ((7,), 1, "0", 1),
-        ((7, 1), 3, "0", 3),  # 2 terms, then 1, then none
+        ((7, 5, 0, -2, 3), 1, "12x^3 - 6x^2 + 5", "3 to 4 steps"),
+        ((7, 5, 0, -2, 3), 2, "36x^2 - 12x", "5 steps or more"),  # 4 terms, then 12x^3, -6x^2, 5
+        ((0, 0, -1), 2, "-2", "1 to 2 steps"),
+        ((7, 1), 3, "0", "3 to 4 steps"),  # 2 terms, then 1, then none
     ],
 )
-def test_derivatives_and_their_steps_by_hand(polynomial, order, expected, steps):
+def test_derivatives_and_their_difficulty_by_hand(polynomial, order, expected, difficulty):
     problem = Derivative(polynomial, order)
-    assert TASK.solution(problem) == expected
-    assert problem.steps == steps
+    assert (TASK.solution(problem), TASK.difficulty(problem)) == (expected, difficulty)
 
 
 @given(PROBLEMS)
@@ -61,16 +53,17 @@ def test_derivatives_are_those_of_numpy(problem):
 
 
 @given(PROBLEMS)
-def test_the_solution_is_correct_and_a_neighbour_of_it_is_wrong(problem):
+def test_the_solution_is_correct_in_any_order_and_a_neighbour_of_it_is_wrong(problem):
     assert TASK.score(answered(TASK.solution(problem)), problem) == Score(1.0, "correct")
+    assert TASK.score(answered(text_of(terms_of(problem.value)[::-1])), problem) == Score(1.0, "correct")
     for exponent in (0, 1, 7, 30):
         neighbour = list(problem.value) + [0] * (exponent + 1 - len(problem.value))
         neighbour[exponent] += 1
-        assert TASK.score(answered(sum_text(terms_of(tuple(neighbour)))), problem) == Score(0.1, "wrong")
+        assert TASK.score(answered(text_of(terms_of(tuple(neighbour)))), problem) == Score(0.1, "wrong")
 
 
 def test_the_largest_problem_there_is_can_be_answered():
-    problem = Derivative((0,) * MAX_EXPONENT + (-MAX_COEFFICIENT,), MAX_ORDER)
+    problem = Derivative((0,) * MAX_PROBLEM_EXPONENT + (-MAX_COEFFICIENT,), 5)
     assert TASK.score(answered(f"-{999_999 * 30 * 29 * 28 * 27 * 26}x^25"), problem).outcome == "correct"
 
 
@@ -79,8 +72,7 @@ def test_the_largest_problem_there_is_can_be_answered():
 
 @pytest.mark.parametrize(
     "text",
-    ["12x^3-6x^2+5", "5 - 6x^2 + 12x^3", "+12*x^3 - 6 * x ^ 2 + 5", "\n 12x^3 - 6x^2\r\n\t+ 5 ", "6x^3 + 6x^3 - 6x^2 + 2 + 3",
-     "12 x^3 - 6x^2 + 5x^0", "x - x + 12x^3 - 6x^2 + 5", "12x^3 - 6x^2 + 0x + 5"],
+    ["12x^3-6x^2+5", "5 - 6x^2 + 12x^3", "+12*x^3 - 6 * x ^ 2 + 5", "\n 12x^3 - 6x^2\r\n\t+ 5 ", "6x^3 + 6 x^3 - 6x^2 + 5x^0 + x - x"],
 )  # fmt: skip
 def test_every_way_to_write_the_right_coefficients_is_correct(text):
     assert TASK.score(answered(text), PROBLEM).outcome == "correct"
@@ -93,35 +85,28 @@ def test_every_way_to_write_the_right_coefficients_is_correct(text):
      ("999999999999999x", (0, 999_999_999_999_999)), ("x^99", (0,) * 99 + (1,))],
 )  # fmt: skip
 def test_polynomials_by_hand(text, expected):
-    assert parse_polynomial(text) == expected
+    assert parse(text) == expected
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "+", "x +", "+ - x", "x + -2x", "--x", "x x", "x 2", "2 2x", "1 2", "2x3", "x2", "x^", "x^-1", "x^1.5", "x^007", "x^100",
-     "x^x", "2^3", "x**2", "x*2", "2**x", "**x", "*x", "2*", "2*3x", "(x)", "2(x)", "x/2", "1/2x", "2.5x", "2,5x", "007", "01x", "1e3",
-     "X", "y", "xx", "x²", "٣x", "１", "−x", "×", "2·x", "x^{2}", "0x10", "1_0", "f(x) = x", "x = x", "x;1", "x\x00", "x\u00a0+ 1",
-     "x\u2028", "1000000000000000", "9" * 200, "x^" + "9" * 200, "x + " * 100 + "x", "__import__('os')", "lambda: x"],
+    ["", " ", "+", "x +", "+ - x", "x + -2x", "--x", "x x", "2 2x", "1 2", "x2", "x^", "x^-1", "x^1.5", "x^007", "x^100", "x^x", "2^3",
+     "x**2", "x*2", "**x", "2*", "2*3x", "(x)", "2(x)", "x/2", "2.5x", "2,5x", "007", "01x", "1e3", "X", "y", "xx", "x²", "٣x", "−x",
+     "x^{2}", "1_0", "x = x", "x\x00", "x\u00a0+ 1", "x\u2028", "1000000000000000", "x^" + "9" * 200, "x + " * 100 + "x"],
 )  # fmt: skip
 def test_anything_else_is_no_polynomial(text):
-    with pytest.raises(PolynomialError):
-        parse_polynomial(text)
+    with pytest.raises(ValueError):
+        parse(text)
     assert TASK.score(answered(text), PROBLEM) == Score(0.1, "wrong")
     assert TASK.answer(answered(text), True) is None
-
-
-@given(POLYNOMIALS)
-def test_what_is_written_is_read_back(polynomial):
-    assert parse_polynomial(sum_text(terms_of(polynomial))) == polynomial
-    assert parse_polynomial(sum_text(terms_of(polynomial)[::-1])) == polynomial
 
 
 @given(st.text(st.sampled_from("0123456789x^*+-() \n.²y"), max_size=40) | st.text(max_size=40))
 def test_a_text_that_is_read_means_what_python_makes_of_it(text):
     """`x` times a number next to it and `**` for `^`; evaluated at exact rational points."""
     try:
-        polynomial = parse_polynomial(text)
-    except PolynomialError:
+        polynomial = parse(text)
+    except ValueError:
         return
     assert re.fullmatch(r"[0-9x^*+\- \t\r\n]+", text)
     python = re.sub(r"([0-9])\s*x", r"\1*x", " ".join(text.split())).replace("^", "**")
@@ -135,61 +120,37 @@ def test_a_text_that_is_read_means_what_python_makes_of_it(text):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (answered(RIGHT), Score(1.0, "correct")),
         (answered(RIGHT) + " I hope this helps.<|im_end|>", Score(1.0, "correct")),
         (answered("12x^3 - 6x^2 + 6"), Score(0.1, "wrong")),
-        (answered("3x^4 - 2x^3 + 5x + 7"), Score(0.1, "wrong")),
-        (answered(""), Score(0.1, "wrong")),
-        (RIGHT, Score(0.0, "malformed")),
         (f"hm</think>{RIGHT}", Score(0.0, "malformed")),
         (f"<answer>{RIGHT}</answer>", Score(0.0, "malformed")),
-        (f"<answer>{RIGHT}</answer></think>", Score(0.0, "malformed")),
-        (answered(RIGHT) + f"<answer>{RIGHT}</answer>", Score(0.0, "malformed")),
-        (answered(RIGHT, thoughts="<answer>0</answer>"), Score(0.0, "malformed")),
     ],
 )
 def test_the_table_of_rewards(text, expected):
     assert TASK.score(text, PROBLEM) == expected
-    assert (TASK.answer(text, True) is None) == (expected.outcome == "malformed" or text == answered(""))
-
-
-def test_without_thinking_no_closing_tag_is_asked_for():
+    assert (TASK.answer(text, True) is None) == (expected.outcome == "malformed")
     assert TASK.score(f"<answer>{RIGHT}</answer>", PROBLEM, thinking=False).outcome == "correct"
-    assert TASK.answer(f"<answer>{RIGHT}</answer>", thinking=False) == (5, 0, -6, 12)
 
 
-PIECES = ["<think>", "</think>", "<answer>", "</answer>", "12x^3", "-6x^2", "- 6x^2", "+ 5", "5", "+", "-", "x", "^", "*", "0", " ", "\n",
-          "²", "(", "x^2", "12", "**", "٣"]  # fmt: skip
+PIECES = ["\n", "<think>", "</think>", "<answer>", "</answer>", "12x^3", "-6x^2", "+5", "5", "+", "-", "x", "^", "*", "0", "²", "("]  # fmt: skip
 GROWN = st.lists(st.sampled_from(PIECES), max_size=14).map("".join)
 
 
 @given(GROWN | GROWN.map(answered) | st.text(st.characters(), max_size=200), st.booleans())
 def test_no_text_raises_and_only_an_equal_function_is_paid_in_full(text, thinking):
     verdict, claim = TASK.score(text, PROBLEM, thinking), TASK.answer(text, thinking)
-    assert (verdict.reward, verdict.outcome) in ((1.0, "correct"), (0.1, "wrong"), (0.0, "malformed"))
     points = [Fraction(numerator, 7) for numerator in range(-6, 9)]
     equal = claim is not None and all(value_at(claim, x) == 12 * x**3 - 6 * x**2 + 5 for x in points)
     assert (verdict.outcome == "correct") == equal
 
 
-HOSTILE = {
-    "tags": "<answer>" * 12_500,
-    "think tags": "<think></think>" * 7_000,
-    "signs": answered("+" * 100_000 + "x"),
-    "blanks": answered(" " * 100_000 + "x"),
-    "digits": answered("9" * 100_000),
-    "an exponent": answered("x^" + "9" * 100_000),
-    "terms": answered("x + " * 25_000 + "x"),
-    "blanks between": answered(("x" + " " * 120 + "+") * 800 + "x"),
-}
-
-
-@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
+@pytest.mark.parametrize(
+    "text", ["+" * 100_000 + "x", " " * 100_000 + "x", "9" * 100_000, "x + " * 25_000 + "x"], ids=list("+ 9x")
+)
 def test_a_hundred_kilobytes_earn_no_reward_and_are_not_even_read(text):
-    assert TASK.score(text, PROBLEM).reward <= 0.1
-    assert TASK.answer(text, True) is None
-    with pytest.raises(PolynomialError, match=f"at most {MAX_CHARACTERS}"):
-        parse_polynomial(text)
+    assert TASK.score(answered(text), PROBLEM) == Score(0.1, "wrong")
+    with pytest.raises(ValueError, match=f"at most {MAX_CHARACTERS}"):
+        parse(text)
 
 
 # Problems
@@ -207,11 +168,7 @@ def test_what_is_no_problem_is_refused(polynomial, order):
 
 def test_the_same_problem_has_the_same_key_however_it_is_given():
     assert Derivative([7, 5, 0, 0]) == Derivative((7, 5)) and Derivative([7, 5, 0]).key == Derivative((7, 5)).key
-    assert Derivative((7, 5)).key != Derivative((7, 5), 2).key != Derivative((5, 7), 2).key
-    assert sorted([Derivative((7, 5), 2).key, Derivative((9, 5)).key, Derivative((7, 5)).key])[0] == Derivative((7, 5)).key
-    assert len({Derivative([7, 5, 0]), Derivative((7, 5))}) == 1
-    with pytest.raises(FrozenInstanceError):
-        Derivative((7, 5)).order = 2
+    assert Derivative((7, 5)).key < Derivative((9, 5)).key < Derivative((7, 5), 2).key
 
 
 def test_problems_as_text():
@@ -226,14 +183,7 @@ def test_problems_as_text():
 @given(PROBLEMS)
 def test_rows_round_trip_through_json(problem):
     assert TASK.problem(json.loads(json.dumps(problem.row()))) == problem
-
-
-@pytest.mark.parametrize(
-    "row", [{}, {"order": 1}, {"polynomial": 5}, {"polynomial": [0]}, {"polynomial": [1, None]}, {"numbers": [1]}]
-)
-def test_rows_of_no_problem_raise_what_the_seam_says(row):
-    with pytest.raises((ValueError, TypeError, KeyError)):
-        TASK.problem(row)
+    assert TASK.problem(json.loads(Calculus.stored.example)) == PROBLEM
 
 
 def test_a_parquet_file_may_have_a_column_for_the_order_or_not(tmp_path):
@@ -244,25 +194,12 @@ def test_a_parquet_file_may_have_a_column_for_the_order_or_not(tmp_path):
     assert TASK.load(str(path)) == [Derivative((1, 2, 3))] * 2
 
 
-def test_the_example_row_is_a_problem():
-    assert TASK.problem(json.loads(Calculus.stored.example)) == PROBLEM
-
-
 def test_typed_problems():
-    assert TASK.typed_problem("3x^4 - 2x^3 + 5x + 7") == PROBLEM
-    assert TASK.typed_problem(" x^2 ; 2 ") == Derivative((0, 0, 1), 2)
+    assert TASK.parse_input("3x^4 - 2x^3 + 5x + 7") == PROBLEM
+    assert TASK.parse_input(" x^2 ; 2 ") == Derivative((0, 0, 1), 2)
     for text in ("", "x^2 + ", "0", "x; 0", "x; 9", "x; two", "x; -1", "x; ²", "x; 11", "x;1;1", "x^50", "1, 2, 3"):
         with pytest.raises(ValueError, match="type a polynomial such as"):
-            TASK.typed_problem(text)
-
-
-@pytest.mark.parametrize(
-    ("polynomial", "order", "level"),
-    [((1, 2), 1, "1 to 2 steps"), ((5,), 1, "1 to 2 steps"), ((1, 2, 3), 1, "3 to 4 steps"), ((0, 2, 3), 2, "3 to 4 steps"),
-     ((1, 2, 3), 2, "5 steps or more"), ((1, 2, 3, 4, 5), 1, "5 steps or more")],
-)  # fmt: skip
-def test_levels_by_hand(polynomial, order, level):
-    assert TASK.level(Derivative(polynomial, order)) == level
+            TASK.parse_input(text)
 
 
 def test_files_of_problems(tmp_path):
@@ -270,27 +207,19 @@ def test_files_of_problems(tmp_path):
     problems = TASK.generate(20, seed=3)
     path.write_text("".join(json.dumps(problem.row()) + "\n" for problem in problems))
     assert TASK.load(str(path)) == problems
-    path.write_text('{"polynomial": [1, 2], "order": 1}\n{"polynomial": [0], "order": 1}\n')
-    with pytest.raises(DataError, match="line 2"):
-        TASK.load(str(path))
-    path.write_text("")
-    for source in ("hub", str(path), str(tmp_path / "none.jsonl"), str(tmp_path), "problems.parquet"):
-        with pytest.raises(DataError):
-            TASK.load(source)
+    for row in ("{}", '{"polynomial": 5}', '{"polynomial": [1, null]}', '{"polynomial": [1], "order": 9}'):
+        path.write_text(f'{{"polynomial": [1, 2]}}\n{row}\n')
+        with pytest.raises(DataError, match="line 2"):
+            TASK.load(str(path))
+    with pytest.raises(DataError, match="no dataset on the hub"):
+        TASK.load("hub")
 
 
-# The generator
-
-
-def test_the_same_seed_draws_the_same_problems_all_different():
-    problems = TASK.generate(500, seed=1)
-    assert problems == TASK.generate(500, seed=1) != TASK.generate(500, seed=2)
-    assert len({problem.key for problem in problems}) == 500
-
-
-def test_problems_are_within_the_settings_and_reach_their_ends():
+def test_problems_are_all_different_decided_by_the_seed_within_the_settings_and_reach_their_ends():
     task = Calculus(min_terms=2, max_terms=3, max_exponent=4, max_coefficient=5, max_order=2)
     problems = task.generate(1000, seed=0)
+    assert problems == task.generate(1000, seed=0) != task.generate(1000, seed=1)
+    assert len({problem.key for problem in problems}) == 1000
     terms = [terms_of(problem.polynomial) for problem in problems]
     assert {len(each) for each in terms} == {2, 3}
     assert {exponent for each in terms for _, exponent in each} == set(range(5))
@@ -301,9 +230,8 @@ def test_problems_are_within_the_settings_and_reach_their_ends():
 
 def test_a_request_for_more_problems_than_there_are_is_refused():
     few = Calculus(min_terms=1, max_terms=2, max_exponent=1, max_coefficient=1, max_order=1)
-    assert {str(problem) for problem in few.generate(6, seed=0)} == {
-        *("d/dx (x)", "d/dx (-x)", "d/dx (x + 1)", "d/dx (x - 1)", "d/dx (-x + 1)", "d/dx (-x - 1)")
-    }
+    six = {f"d/dx ({text})" for text in ("x", "-x", "x + 1", "x - 1", "-x + 1", "-x - 1")}
+    assert set(map(str, few.generate(6, seed=0))) == six
     with pytest.raises(ValueError, match="found only 6 of 7"):
         few.generate(7, seed=0)
     with pytest.raises(ValueError, match="count"):
@@ -314,7 +242,7 @@ def test_a_request_for_more_problems_than_there_are_is_refused():
     "settings",
     [{"min_terms": 0}, {"min_terms": 4, "max_terms": 3}, {"max_terms": 11}, {"max_exponent": 31}, {"max_exponent": 0}, {"max_coefficient": 0},
      {"max_coefficient": 1_000_000}, {"max_order": 0}, {"max_order": 6}, {"max_terms": 7, "max_exponent": 5}, {"min_terms": 2.0},
-     {"max_exponent": "9"}, {"max_order": True}, {"max_order": 3, "max_exponent": 2, "max_terms": 3}],
+     {"max_order": True}, {"max_order": 3, "max_exponent": 2, "max_terms": 3}],
 )  # fmt: skip
 def test_settings_out_of_bounds_name_the_first_of_these_fields(settings):
     with pytest.raises(ValueError, match=f"^{next(iter(settings))} must be"):

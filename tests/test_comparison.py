@@ -1,15 +1,19 @@
-"""eval.py's numbers and table: what is said of one model, and of the difference between two."""
+"""eval.py's numbers and table, and the statistics behind them: Wilson, bootstrap, McNemar."""
 
 import json
+import math
+from fractions import Fraction
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 from test_evaluate import GROUPS, answered
 
-from data import Problem
+from data import Countdown, Problem
 from lab.comparison import Candidate, comparison_table, difference, measures
 from lab.evaluate import Evaluation
-from data import Countdown
+from lab.intervals import bootstrap_interval, mcnemar_p, wilson_interval
 
 FIRST_ONLY = [group[:1] for group in GROUPS]  # correct, correct, correct, malformed
 WORSE = [answered(group[0].problem, *["7-1-2"] * 4) for group in GROUPS[:2]] + GROUPS[2:]
@@ -26,11 +30,11 @@ def shown(candidates: list[Candidate], differences=(), width=160) -> str:
 
 
 def test_measures_by_hand():
-    found = measures(candidate(GROUPS))
+    found = json.loads(json.dumps(measures(candidate(GROUPS))))  # as --json writes them
     assert found["accuracy"]["mean"] == 0.5 and found["greedy"]["mean"] == 0.75
     assert found["accuracy"]["low"] == pytest.approx(0.1500, abs=1e-4)  # Wilson of 2 in 4
     # 3, 1, 4 and 0 of four are correct; of two draws both miss with chance 0, 3/6, 0 and 1, of three 0, 1/4, 0 and 1.
-    assert found["pass_at"] == pytest.approx({1: 0.5, 2: 0.625, 3: 0.6875, 4: 0.75})
+    assert found["pass_at"] == pytest.approx({"1": 0.5, "2": 0.625, "3": 0.6875, "4": 0.75})
     assert found["majority"] == 0.75  # 2*5*10 comes before its rival 2+5+10
     assert found["distinct_answers"] == 2.0
     assert found["outcomes"] == {"correct": 8 / 16, "near": 1 / 16, "wrong": 1 / 16, "malformed": 6 / 16}
@@ -72,12 +76,54 @@ def test_the_table_has_a_column_a_model_and_says_the_difference_in_points():
     assert "pass@" not in single and "majority" not in single and "against" not in single
 
 
-def test_measures_are_json():
-    assert json.loads(json.dumps(measures(candidate(GROUPS))))["pass_at"]["4"] == 0.75
-
-
-def test_unequal_groups_count_what_every_problem_has():
+def test_problems_count_alike_and_k_goes_up_to_the_samples_that_all_have():
     uneven = [GROUPS[0], answered(Problem((2, 5, 10), 100), "2*5*10", "")]
     found = measures(candidate(uneven, greedy=None))
     assert found["samples"] == 2 and set(found["pass_at"]) == {1, 2}
     assert found["pass_at"][1] == pytest.approx((0.75 + 0.5) / 2) == found["accuracy"]["mean"]
+
+
+def test_wilson_interval_of_known_cases():
+    assert wilson_interval(8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-6)  # the textbook example
+    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.277533), abs=1e-6)
+    assert wilson_interval(1, 2) == pytest.approx((0.094531, 0.905469), abs=1e-6)
+    assert wilson_interval(50, 100) == pytest.approx((0.403832, 0.596168), abs=1e-6)
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(1, 5000).flatmap(lambda trials: st.tuples(st.integers(0, trials), st.just(trials))))
+def test_wilson_interval_lies_in_0_to_1_around_the_share_and_solves_its_equation(case):
+    """Its ends are the proportions p from which the share lies 1.96 standard errors, sqrt(p (1 - p) / n), away."""
+    successes, trials = case
+    low, high = wilson_interval(successes, trials)
+    share = successes / trials
+    assert 0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1 and low < high
+    for end in (low, high):
+        if 1e-9 < end < 1 - 1e-9:
+            assert abs(share - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / trials), rel=1e-6)
+    mirrored = wilson_interval(trials - successes, trials)
+    assert (low, high) == pytest.approx((1 - mirrored[1], 1 - mirrored[0]), abs=1e-12)
+
+
+def test_a_bootstrap_of_two_values_has_the_quantiles_of_its_three_means():
+    """Means 0, 1/2 and 1 come up in a quarter, a half and a quarter of the draws."""
+    assert bootstrap_interval([0.0, 1.0]) == (0.0, 1.0)
+    assert bootstrap_interval([0.25] * 7) == (0.25, 0.25)
+
+
+def test_a_bootstrap_of_many_values_is_the_normal_interval():
+    values = [1.0] * 300 + [0.0] * 500 + [-1.0] * 224
+    mean = sum(values) / 1024
+    error = math.sqrt(sum((value - mean) ** 2 for value in values) / 1024 / 1024)
+    interval = bootstrap_interval(values)
+    assert interval == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.1 * error)
+    assert interval == bootstrap_interval(values) != bootstrap_interval(values, seed=1)
+
+
+@pytest.mark.parametrize("gained, lost", [(0, 0), (1, 0), (5, 5), (1, 5), (15, 3), (200, 260)])
+def test_mcnemar_is_the_exact_two_sided_binomial_test(gained, lost):
+    """Of n coins, how often do heads and tails differ at least as much?"""
+    n = gained + lost
+    as_uneven = (k for k in range(n + 1) if abs(2 * k - n) >= abs(gained - lost))
+    assert mcnemar_p(gained, lost) == pytest.approx(float(Fraction(sum(math.comb(n, k) for k in as_uneven), 2**n)))
+    assert mcnemar_p(gained, lost) == mcnemar_p(lost, gained)

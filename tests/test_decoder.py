@@ -7,8 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from reference import SHAPES, qwen3_file, random_ids, reference_model, same_weights
 
 from model import KVCache, ModelError, Qwen3, Qwen3Config
@@ -21,9 +19,7 @@ SIZES = {  # hidden, layers, heads, intermediate, tied -> parameters, the tied h
     "14B": ((5120, 40, 40, 17408, False), 14_768_307_200),
     "32B": ((5120, 64, 64, 25600, False), 32_762_123_264),
 }
-PUBLISHED = [
-    f"Qwen3-{size}{kind}" for size in SIZES for kind in ("", "-Base") if size + kind != "32B-Base"
-]  # fmt: skip
+PUBLISHED = [f"Qwen3-{size}{kind}" for size in SIZES for kind in ("", "-Base") if size + kind != "32B-Base"]
 V4 = {  # as transformers 4 writes it
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 83, "hidden_size": 44,
     "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16,
@@ -41,8 +37,6 @@ def as_v5(v4: dict) -> dict:
         "rope_parameters": {"rope_theta": v4["rope_theta"], "rope_type": "default"},
         "layer_types": ["full_attention"] * v4["num_hidden_layers"],
         "dtype": "float32",
-        "pad_token_id": None,
-        "transformers_version": "5.23.0",
     }
 
 
@@ -99,43 +93,26 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_own_bfloat16(tmp_path):
 
 
 @torch.no_grad()
-def test_padding_on_the_right_does_not_reach_the_real_positions():
+def test_padding_on_the_right_reaches_no_real_position_and_rows_do_not_see_each_other():
     model = same_weights(reference_model())
     row = random_ids(1, 11)
     padded = torch.cat((row.repeat(2, 1), random_ids(2, 6, seed=5)), dim=1)
-    logits = model(padded)[:, :11]
-    assert torch.equal(logits[0], logits[1])  # the rows differ in nothing but their padding
-    torch.testing.assert_close(logits[:1], model(row), rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
-def test_the_rows_of_a_batch_do_not_see_each_other():
-    model = same_weights(reference_model())
-    batch = random_ids(4, 9)
-    for row in range(4):
-        torch.testing.assert_close(model(batch[row : row + 1])[0], model(batch)[row], rtol=0, atol=1e-5)
+    logits = model(padded)
+    assert torch.equal(logits[0, :11], logits[1, :11])  # the rows differ in nothing but their padding
+    torch.testing.assert_close(logits[:1, :11], model(row), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits[1:], model(padded[1:]), rtol=0, atol=1e-5)
 
 
 # Cached decoding
 
 
+@pytest.mark.parametrize("chunks", [[1] * 17, [7, 1, 1, 5, 3], [17]], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 @torch.no_grad()
-def test_cached_equals_uncached_token_by_token(name):
+def test_cached_equals_uncached_in_chunks_of_any_size(name, chunks):
     model = same_weights(reference_model(seed=3, **SHAPES[name]))
     token_ids = random_ids(3, 17)
-    cache = KVCache(model.config, 3, 17)
-    logits = torch.cat([model(token_ids[:, time : time + 1], cache) for time in range(17)], dim=1)
-    torch.testing.assert_close(logits, model(token_ids), rtol=0, atol=1e-4)
-
-
-@settings(max_examples=12, deadline=None, derandomize=True)
-@given(st.lists(st.integers(1, 7), min_size=1, max_size=6), st.integers(0, 5))
-@torch.no_grad()
-def test_cached_equals_uncached_in_chunks_of_any_size(chunks, spare):
-    model = same_weights(reference_model(seed=4))
-    token_ids = random_ids(2, sum(chunks))
-    cache = KVCache(model.config, 2, sum(chunks) + spare)
+    cache = KVCache(model.config, 3, 17 + len(chunks) % 3)  # with room to spare, or without
     logits = torch.cat([model(chunk, cache) for chunk in token_ids.split(chunks, dim=1)], dim=1)
     torch.testing.assert_close(logits, model(token_ids), rtol=0, atol=1e-4)
 
@@ -165,13 +142,11 @@ def test_rows_of_unequal_length_decode_from_the_cache_as_each_does_alone(chunk):
 # Configuration
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_parameter_counts_of_the_published_sizes(size):
-    config, parameters = config_of(size), SIZES[size][1]
-    with torch.device("meta"):
-        model = Qwen3(config)
-    assert config.num_parameters() == parameters
-    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+def test_parameter_counts_of_the_published_sizes():
+    for size, (_, parameters) in SIZES.items():
+        with torch.device("meta"):
+            model = Qwen3(config_of(size))
+        assert model.config.num_parameters() == sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -224,17 +199,15 @@ def test_a_field_that_a_config_leaves_out_is_refused_or_means_what_it_means_in_t
             assert name in str(error)
         else:
             theirs = Qwen3Config.from_hf(transformers.Qwen3Config.from_dict(hf).to_dict())
-            assert dataclasses.replace(config, max_position_embeddings=1) == dataclasses.replace(
-                theirs, max_position_embeddings=1
-            ), name
+            same = {"max_position_embeddings": 1}  # it changes no logits
+            assert dataclasses.replace(config, **same) == dataclasses.replace(theirs, **same), name
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
-        ({"model_type": "qwen3_moe", "num_experts": 128}, "model_type is 'qwen3_moe'"),
-        ({"model_type": None}, "model_type is None"),
+        ({"model_type": "qwen3_moe", "num_experts": 128}, "model_type 'qwen3_moe'"),
+        ({"model_type": None}, "model_type None"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
         ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0}}, "rope_parameters"),
         ({"rope_parameters": {"rope_theta": 1e6, "type": "linear", "factor": 4.0}}, "rope_parameters"),
@@ -244,14 +217,12 @@ def test_a_field_that_a_config_leaves_out_is_refused_or_means_what_it_means_in_t
         ({"layer_types": 7}, "layer_types"),
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"num_key_value_heads": 4}, "num_attention_heads 6 is not a multiple of num_key_value_heads 4"),
-        ({"num_key_value_heads": 12}, "num_key_value_heads 12"),
+        ({"num_key_value_heads": 4}, "num_attention_heads 6 is no multiple of 4"),
         ({"head_dim": 15}, "head_dim"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         ({"tie_word_embeddings": None}, "tie_word_embeddings"),
         ({"rms_norm_eps": 0}, "rms_norm_eps"),
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
-        ({"rope_theta": -1e6}, "rope_theta"),
         ({"rope_theta": float("nan")}, "rope_theta"),
         ({"rope_theta": float("inf")}, "rope_theta"),
         ({"rope_theta": True}, "rope_theta"),
@@ -262,26 +233,19 @@ def test_what_the_decoder_does_not_implement_is_refused_by_name(change, named):
         Qwen3Config.from_hf(V4 | change)
 
 
-@pytest.mark.parametrize("value", [0, -1, 2.0, 2.5, True, "2", None, [2]], ids=repr)
-def test_a_size_that_is_not_a_positive_integer_is_refused(value):
-    for name in (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "max_position_embeddings",
-    ):  # fmt: skip
-        with pytest.raises(ModelError, match=f"{name} must be a whole number from 1 to"):
-            Qwen3Config.from_hf(V4 | {name: value})
-
-
-@pytest.mark.parametrize("content", [None, [], "qwen3", 3], ids=repr)
-def test_a_config_that_is_not_an_object_is_refused(content):
-    with pytest.raises(ModelError, match="expected a JSON object"):
-        Qwen3Config.from_hf(content)
-
-
-def test_a_size_left_out_is_named():
+def test_a_size_that_is_no_positive_integer_is_refused_and_one_left_out_is_named():
+    names = [field.name for field in dataclasses.fields(Qwen3Config) if field.type is int]
+    assert len(names) == 8
+    for name in names:
+        for value in (0, 2.0, True, "2", None, [2]):
+            with pytest.raises(ModelError, match=f"{name} must be a whole number, 1 to"):
+                Qwen3Config.from_hf(V4 | {name: value})
     for name in ("vocab_size", "hidden_size", "num_key_value_heads", "head_dim"):
         with pytest.raises(ModelError, match=f"missing {name}"):
             Qwen3Config.from_hf({key: value for key, value in V4.items() if key != name})
+    for content in (None, [], "qwen3", 3):
+        with pytest.raises(ModelError, match="expected a JSON object"):
+            Qwen3Config.from_hf(content)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -6,32 +6,20 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
 from helpers import PROBLEM, random_model
 
 import lab.stages
-from data import DataError, Problem
+from data import Countdown, DataError, Problem
+from data.task import Score
+from lab.evaluate import Evaluation, evaluate, load_completions, majority_accuracy, problems_hash
+from lab.recipe import EvaluationSettings, load_recipe, problems_of
+from lab.runfolder import RunFolder
+from lab.stages import train
 from model import Completion, Tokenizer
 from model.weights import TINY
 from rl import score
-from lab.evaluate import (
-    Evaluation,
-    by_difficulty,
-    distinct_answers,
-    evaluate,
-    load_completions,
-    majority_accuracy,
-    problems_hash,
-    solved_shares,
-)  # fmt: skip
-from lab.recipe import problems_of
-from lab.recipe import EvaluationSettings, SamplingSettings
-from lab.recipe import load_recipe
-from rl.rollout import Actor, Rollout, collect_rollouts, pass_at_k, reward_tensor, rollout_metrics
-from lab.runfolder import RunFolder
-from lab.stages import train
-from data import Countdown
-from data.task import Score
+from rl.metrics import pass_at_k, rollout_metrics
+from rl.rollout import Rollout, SamplingSettings, collect_rollouts
 
 PROBLEMS = [Problem((1, 2, number), 10) for number in range(1, 6)]
 
@@ -41,25 +29,13 @@ def rollout(reward: float, outcome: str, tokens: int = 4, finished: bool = True)
     return Rollout(PROBLEM, [1, 2], completion, "", Score(reward, outcome))
 
 
-def test_an_evaluation_counts_outcomes_lengths_and_truncations(monkeypatch):
-    made = [[rollout(1.0, "correct", 2)] for _ in range(8)] + [
-        [rollout(0.75, "near", 10)],
-        [rollout(0.0, "malformed", 14, finished=False)],
-    ]
-    asked = []
-
-    def collect(actor, problems, num_samples, seed, progress, workers):
-        asked.append((actor, problems, num_samples, seed))
-        return made
-
-    monkeypatch.setattr("lab.evaluate.collect_rollouts", collect)
-    sampling = SamplingSettings(max_new_tokens=14)
-    actor = Actor(None, None, Countdown(), sampling)
-    result = evaluate(actor, PROBLEMS * 2, 1, seed=3)
-    assert asked == [(actor, PROBLEMS * 2, 1, 3)]
+def test_an_evaluation_counts_outcomes_lengths_and_truncations():
+    groups = [[rollout(1.0, "correct", 2)] for _ in range(8)]
+    groups += [[rollout(0.75, "near", 10)], [rollout(0.0, "malformed", 14, finished=False)]]
+    result = Evaluation.of(groups)
     assert result.counts == {"correct": 8, "near": 1, "wrong": 0, "malformed": 1}
     assert (result.accuracy, result.completion_length, result.truncated_fraction) == (0.8, 4.0, 0.1)
-    assert result.groups == made
+    assert result.groups == groups
     assert (result.low, result.high) == pytest.approx((0.490162, 0.943318), abs=1e-6)
 
 
@@ -77,17 +53,6 @@ GROUPS = [
 ]
 
 
-def test_accuracy_is_told_apart_where_a_multiplication_is_needed_trap_whole_hides_it():
-    found = {
-        kind: (sum(solved_shares(some)) / len(some), len(some)) for kind, some in by_difficulty(GROUPS, Countdown()).items()
-    }
-    assert found == {
-        "3 numbers, + and - suffice": (0.875, 2),
-        "3 numbers, needs * or /": (0.25, 1),
-        "4 numbers, needs * or /": (0.0, 1),
-    }
-
-
 def test_pass_at_k_equals_the_mean_over_every_choice_of_k_completions():
     for k in range(1, 5):
         by_hand = []
@@ -95,11 +60,6 @@ def test_pass_at_k_equals_the_mean_over_every_choice_of_k_completions():
             choices = list(itertools.combinations([r.score.outcome == "correct" for r in group], k))
             by_hand.append(sum(map(any, choices)) / len(choices))
         assert pass_at_k(GROUPS, k) == pytest.approx(sum(by_hand) / len(by_hand))
-
-
-def test_distinct_answers_count_what_pass_at_1_cannot_see():
-    assert distinct_answers(GROUPS) == (3 + 2 + 3 + 0) / 4
-    assert distinct_answers([GROUPS[3]]) == 0
 
 
 def test_a_vote_counts_values_and_numbers_not_spellings_and_the_earlier_wins_a_tie():
@@ -117,13 +77,6 @@ def test_a_vote_counts_values_and_numbers_not_spellings_and_the_earlier_wins_a_t
     for answers, expected in cases.items():
         assert majority_accuracy([answered(problem, *answers)], Countdown(), thinking=True) == expected, answers
     assert majority_accuracy([answered(problem, "1+2+7"), answered(problem, "")], Countdown(), thinking=True) == 0.5
-
-
-def test_an_evaluation_weighs_problems_not_completions():
-    """Files may hold more completions of one problem than of another."""
-    result = Evaluation.of([answered(PROBLEM, "79-60+17"), answered(PROBLEM, "79-60-17", "79+60+17", "60-17+79")])
-    assert result.accuracy == 0.5 and sum(result.counts.values()) == 4
-    assert (result.low, result.high) == pytest.approx((0.094531, 0.905469), abs=1e-6)  # of one in two
 
 
 def test_completions_from_a_file_are_scored_in_groups_by_problem(tmp_path):
@@ -175,7 +128,6 @@ def test_rollout_metrics_by_hand():
         "truncated_fraction": 0.25, "silent_groups": 0.5, "tokens": 16, "near_fraction": 0.0, "non_latin_fraction": 0.0,
         "pass_at_2": 0.5,
     })  # fmt: skip
-    assert torch.equal(reward_tensor(groups), torch.tensor([[1.0, 0.1], [0.0, 0.0]]))
 
 
 @pytest.fixture(scope="module")
@@ -190,62 +142,46 @@ def model(tokenizer):
     return model
 
 
-@pytest.mark.parametrize("finished", [True, False])
-def test_the_stop_token_is_cut_off_before_judging_and_a_truncated_end_is_not(tokenizer, finished):
-    """A truncated completion whose last token completes the answer is judged with that token."""
-    ids = tokenizer.encode("so\n</think>\n<answer>79-60+17</answer>")
-    if finished:
-        ids.append(tokenizer.end_of_turn_id)
-    completion, opened = Completion(ids, [-1.0] * len(ids), finished), SamplingSettings(thinking=True)
-    judged = Actor(None, tokenizer, Countdown(), opened).judge(PROBLEM, [1], completion)
-    assert judged.text == "so\n</think>\n<answer>79-60+17</answer>"
-    assert judged.score == Score(1.0, "correct")
-    without_prompt_tag = Actor(None, tokenizer, Countdown(), SamplingSettings(thinking=False)).judge(PROBLEM, [1], completion)
-    assert without_prompt_tag.score.outcome == "malformed"
-
-
 def test_an_evaluation_repeats_itself_and_does_not_depend_on_how_much_is_decoded_at_once(model, tokenizer):
     def texts(room, seed=1):
-        sampling = SamplingSettings(max_new_tokens=12, max_cache_tokens=room)
-        return [group[0].text for group in evaluate(Actor(model, tokenizer, Countdown(), sampling), PROBLEMS, 1, seed).groups]
+        sampling, reports = SamplingSettings(max_new_tokens=12, max_cache_tokens=room), []
+        options = dict(sampling=sampling, num_samples=2, seed=seed, on_progress=lambda *report: reports.append(report))
+        result = evaluate(model, tokenizer, Countdown(), PROBLEMS, **options)
+        assert reports[-1][0] == 10
+        return [[rollout.text for rollout in group] for group in result.groups]
 
     assert texts(None) == texts(None) == texts(300) == texts(150)
     assert texts(None, seed=2) != texts(None)
 
 
-def test_rollouts_stand_where_their_problems_do(model, tokenizer):
-    groups = collect_rollouts(Actor(model, tokenizer, Countdown(), SamplingSettings(max_new_tokens=6)), PROBLEMS, 3, seed=1)
-    assert [[rollout.problem for rollout in group] for group in groups] == [[problem] * 3 for problem in PROBLEMS]
-    for problem, group in zip(PROBLEMS, groups, strict=True):
+def test_groups_follow_their_problems_and_the_same_problem_twice_makes_two_groups(model, tokenizer):
+    """Two groups from one random stream would be one group counted twice."""
+    problems = [*PROBLEMS, PROBLEMS[0]]
+    options = dict(sampling=SamplingSettings(max_new_tokens=12), num_samples=3, seed=1)
+    groups = collect_rollouts(model, tokenizer, Countdown(), problems, **options)
+    assert [[rollout.problem for rollout in group] for group in groups] == [[problem] * 3 for problem in problems]
+    for problem, group in zip(problems, groups, strict=True):
         assert f"numbers {', '.join(map(str, problem.numbers))} " in tokenizer.decode(group[0].prompt_ids)
         assert len({rollout.text for rollout in group}) > 1
-
-
-def test_the_same_problem_twice_makes_two_groups_of_different_completions(model, tokenizer):
-    """Two groups from one random stream would be one group counted twice."""
-    sampling = SamplingSettings(max_new_tokens=12)
-    first, second = collect_rollouts(Actor(model, tokenizer, Countdown(), sampling), [PROBLEM, PROBLEM], 2, seed=1)
-    assert {rollout.text for rollout in first}.isdisjoint(rollout.text for rollout in second)
+    assert {rollout.text for rollout in groups[0]}.isdisjoint(rollout.text for rollout in groups[-1])
 
 
 @pytest.mark.parametrize("final, sizes", [(7, [4, 7, 7]), (0, [4])])
 def test_a_run_ends_with_all_of_its_held_out_problems_as_sampled_and_greedy(monkeypatch, tmp_path, final, sizes):
+    evaluation = EvaluationSettings(problems=4, final_problems=final)
     recipe = load_recipe("256", "tiny")[1]
-    recipe = replace(
-        recipe, stages=(), out=str(tmp_path), generated_problems=40,
-        evaluation=EvaluationSettings(problems=4, final_problems=final),
-    )  # fmt: skip
-    asked = []
+    recipe = replace(recipe, stages=(), out=str(tmp_path), generated_problems=40, evaluation=evaluation)
+    calls = []
 
-    def evaluated(actor, problems, num_samples, seed, progress, workers):
-        asked.append((problems, actor.sampling.temperature))
+    def evaluated(model, tokenizer, task, problems, *, sampling, num_samples, seed, on_progress):
+        calls.append((problems, sampling.temperature))
         assert num_samples == 1
-        return Evaluation(len(asked) / 10, 0.0, 1.0, {}, 5.0, 0.0, [])
+        return Evaluation(len(calls) / 10, 0.0, 1.0, {}, 5.0, 0.0, [])
 
     monkeypatch.setattr(lab.stages, "evaluate", evaluated)
     train(recipe, quiet=True)
     held_out = problems_of(recipe)[1]
-    assert [(problems, t) for problems, t in asked] == [(held_out[:n], t) for n, t in zip(sizes, (1.0, 1.0, 0.0))]
+    assert calls == [(held_out[:n], temperature) for n, temperature in zip(sizes, (1.0, 1.0, 0.0))]
     (row,) = RunFolder(tmp_path).metrics()
     assert row["eval_accuracy"] == 0.1
     finals = {name: value for name, value in row.items() if name.endswith("accuracy") and name.startswith("final")}

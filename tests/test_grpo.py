@@ -233,10 +233,10 @@ def test_a_lack_of_memory_on_a_cpu_has_the_message_by_which_it_is_recognised():
 def test_an_update_that_is_not_finite_is_skipped_and_counted_and_the_next_one_is_taken(source, bad, monkeypatch):
     model = random_model()
     optimizer = Recording(model, budget=30)
-    if source == "loss":  # of one micro-batch of the first update
+    if source == "loss":  # of one micro-batch of the first update; its gradient is finite
         losses, loss = [], rl.grpo.grpo_loss
-        scale = lambda: losses.append(0) or (bad if len(losses) == 2 else 1.0)  # noqa: E731
-        monkeypatch.setattr(rl.grpo, "grpo_loss", lambda *a, **options: loss(*a, **options) * scale())
+        error = lambda: losses.append(0) or (bad if len(losses) == 2 else 0.0)  # noqa: E731
+        monkeypatch.setattr(rl.grpo, "grpo_loss", lambda *a, **options: loss(*a, **options) + error())
     if source == "gradient":
         model.lm_head.weight.register_hook(lambda gradient: gradient * (1.0 if optimizer.updates else bad))
     if source == "sampler":  # a log-probability of the first group's first sample, first of the first update

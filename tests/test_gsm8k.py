@@ -6,20 +6,21 @@ from fractions import Fraction
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers import Hub
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import DataError
+from data import GSM8K, DataError
+from data.gsm8k import WordProblem, last_number
+from data.task import CORRECT, WRONG
 from data.traces import Trace, save_traces
 from lab.evaluate import load_completions
-from lab.recipe import problems_of
-from lab.recipe import EvaluationSettings, GRPOStage, SFTStage
-from lab.recipe import load_recipe
+from lab.recipe import EvaluationSettings, load_recipe, problems_of
 from lab.runfolder import RunFolder
 from lab.stages import train
-from data import GSM8K
-from data.task import CORRECT, WRONG
-from data.gsm8k import WordProblem, last_number
+from rl.grpo import GRPOStage
+from rl.optimizer import OptimizerSettings
+from rl.sft import SFTStage
 
 TASK = GSM8K()
 EGGS = WordProblem("A hen lays 6 eggs a day.  How many in 3 weeks?", "6*7=<<6*7=42>>42\n42*3=<<42*3=126>>126\n#### 126")
@@ -28,10 +29,9 @@ EGGS = WordProblem("A hen lays 6 eggs a day.  How many in 3 weeks?", "6*7=<<6*7=
 @pytest.mark.parametrize(
     "text, value",
     [
-        ("126", 126), (" $126. ", 126), ("-3", -3), ("1,234,567", 1234567), ("2.50", Fraction(5, 2)), ("so 6 * 21 = 126 eggs", 126),
-        ("126%", 126), ("it is 126!", 126), ("12 or 126", 126), ("126 apples", 126), ("10-3", 3), ("(126)", 126),
-        ("", None), ("none", None), ("x126", None), ("126x", None), ("1,23", None), ("1.2.3", None), ("1e9", None), ("١٢٦", None),
-        ("9" * 19, None), ("0" * 300 + "1", None), ("1" + " " * 300, None),
+        (" $126. ", 126), ("-3", -3), ("1,234,567", 1234567), ("2.50", Fraction(5, 2)), ("so 6 * 21 = 126 eggs", 126), ("126%", 126),
+        ("12 or 126", 126), ("10-3", 3), ("(126)", 126), ("", None), ("none", None), ("x126", None), ("126x", None), ("1,23", None),
+        ("1.2.3", None), ("1e9", None), ("١٢٦", None), ("9" * 19, None), ("0" * 300 + "1", None), ("1" + " " * 300, None),
     ],
 )  # fmt: skip
 def test_the_last_number_counts_exactly(text, value):
@@ -39,10 +39,8 @@ def test_the_last_number_counts_exactly(text, value):
 
 
 @pytest.mark.parametrize(
-    "answer, outcome",
-    [("126", "correct"), ("126.0", "correct"), ("$126", "correct"), ("21 * 6 = 126", "correct"), ("126 or 125", "wrong"),
-     ("125.999999999", "wrong"), ("", "wrong"), ("many", "wrong")],
-)  # fmt: skip
+    "answer, outcome", [("126.0", "correct"), ("21 * 6 = 126", "correct"), ("126 or 125", "wrong"), ("", "wrong")]
+)
 def test_an_answer_is_right_if_its_last_number_is(answer, outcome):
     text = f"6*7</think><answer>{answer}</answer>"
     assert TASK.score(text, EGGS).outcome == outcome
@@ -57,27 +55,21 @@ def test_no_text_raises_and_none_is_right_without_the_number_in_it(text):
         TASK.answer(completion, True)
 
 
-def test_answers_are_the_same_however_written():
-    claims = [TASK.answer(f"</think><answer>{text}</answer>", True) for text in ("1,000", "1000.0", "$1000", "so 1000")]
-    assert set(claims) == {1000}
-    assert TASK.answer("</think>1000", True) is None
-
-
-@pytest.mark.parametrize("row", [{}, {"question": "q"}, {"question": "q", "answer": "4"}, {"question": "q", "answer": "#### four"},
+@pytest.mark.parametrize("row", [{"question": "q"}, {"question": "q", "answer": "4"}, {"question": "q", "answer": "#### four"},
                                  {"question": " ", "answer": "#### 4"}, {"question": 4, "answer": "#### 4"}])  # fmt: skip
 def test_what_is_no_problem_is_refused(row):
     with pytest.raises((ValueError, KeyError)):
         TASK.problem(row)
 
 
-def test_rows_levels_and_names():
+def test_rows_difficulty_and_names():
     assert TASK.problem(EGGS.row()) == EGGS
-    assert (EGGS.value, TASK.solution(EGGS), TASK.level(EGGS)) == (126, "126", "1 to 2 steps")
+    assert (EGGS.value, TASK.solution(EGGS), TASK.difficulty(EGGS)) == (126, "126", "1 to 2 steps")
     assert EGGS.key == WordProblem("A hen lays 6 eggs a day. How many in 3\nweeks?", "#### 1").key
     assert str(EGGS) == EGGS.key and len(str(WordProblem("long " * 50, "#### 1"))) == 60
-    assert TASK.typed_problem("How many? # 4") == WordProblem("How many?", "#### 4")
+    assert TASK.parse_input("How many? # 4") == WordProblem("How many?", "#### 4")
     with pytest.raises(ValueError, match="type a question"):
-        TASK.typed_problem("How many?")
+        TASK.parse_input("How many?")
 
 
 def questions(count: int) -> list[dict]:
@@ -99,17 +91,15 @@ def test_problems_come_from_parquet_and_a_bad_row_is_named(tmp_path):
 
 
 def test_training_and_test_set_are_the_hubs_two_files(monkeypatch, tmp_path):
-    asked = []
-
-    def download(repository, files, advice, kind, revision):
-        asked.append((repository, kind, *files))
-        (tmp_path / files[0]).parent.mkdir(exist_ok=True)
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(questions(2)), tmp_path / files[0])
-        return tmp_path
-
-    monkeypatch.setattr("data.load.download", download)
-    assert len(TASK.load("hub")) == len(TASK.load("hub-test")) == 2
-    assert asked == [("openai/gsm8k", "dataset", f"main/{name}-00000-of-00001.parquet") for name in ("train", "test")]
+    hub = Hub(tmp_path)
+    hub.put_in_place(monkeypatch)
+    (tmp_path / "main").mkdir()
+    for source, name, count in (("hub", "train", 2), ("hub-test", "test", 3)):
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist(questions(count)), tmp_path / f"main/{name}-00000-of-00001.parquet"
+        )
+        assert len(TASK.load(source)) == count
+    assert [repository for repository, _ in hub.downloads] == ["openai/gsm8k"] * 2
 
 
 def test_a_run_of_grpo_and_sft_goes_through_the_same_code(monkeypatch, tmp_path):
@@ -117,10 +107,10 @@ def test_a_run_of_grpo_and_sft_goes_through_the_same_code(monkeypatch, tmp_path)
     path, traces = tmp_path / "train.parquet", tmp_path / "mine.jsonl"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(questions(30)), path)
     recipe = load_recipe("gsm8k")[1]
-    grpo = replace(next(stage for stage in recipe.stages if isinstance(stage, GRPOStage)), steps=1, prompts_per_step=2)
+    grpo = GRPOStage(steps=1, prompts_per_step=2, samples_per_prompt=4, updates_per_step=1)
     recipe = replace(
-        recipe, model="tiny", problems=str(path), out=str(tmp_path / "run"),
-        sampling=replace(recipe.sampling, max_new_tokens=8), evaluation=EvaluationSettings(problems=4, final_problems=0),
+        recipe, model="tiny", problems=str(path), out=str(tmp_path / "run"), optimizer=OptimizerSettings(kind="adamw"),
+        sampling=replace(recipe.sampling, max_new_tokens=8), evaluation=EvaluationSettings(problems=2, final_problems=0),
         stages=(grpo, SFTStage(epochs=1, traces=str(traces))),
     )  # fmt: skip
     train_problems, _ = problems_of(recipe)

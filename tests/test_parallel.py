@@ -1,5 +1,6 @@
 """Several processes on one run: the completions, gradients and weights of one, also when a process dies."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import safetensors.torch
@@ -49,7 +51,8 @@ def arguments(out: Path, mode: str = "replicate") -> Arguments:
 
 
 def run_training(out: Path, mode: str = "replicate", resume: bool = False) -> None:
-    train(arguments(out, mode).recipe, resume=resume, quiet=True)
+    with mock.patch("lab.stages.write_curve"):  # drawing takes two thirds of the time of so small a run
+        train(arguments(out, mode).recipe, resume=resume, quiet=True)
 
 
 def be_rank(number: int, size: int, port: int, work, *arguments) -> None:
@@ -65,7 +68,7 @@ def be_rank(number: int, size: int, port: int, work, *arguments) -> None:
 def in_processes(size: int, work, *arguments) -> None:
     """Run `work` in `size` processes that have everything imported when they start."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_parallel"])
+    context.set_forkserver_preload(["test_parallel", "torch.distributed.fsdp", "torch.distributed.tensor"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -145,28 +148,24 @@ class Gathers(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def sample_sharded(full: bool) -> None:
+def sample_sharded() -> None:
     """For two lengths, completions of two prompts, of which a third rank has none; the gathers that they take."""
     options = dict(prompts=[[5, 17, 3, 44, 9], [8, 2]], num_samples=3, stop_token_ids=range(0, 48, 12), seed=5)
     expected = {length: generate(random_model(std=0.2), max_new_tokens=length, **options) for length in (4, 16)}
     with processes():
         model = shard(random_model(std=0.2), torch.device("cpu"))
-        model.sharding = replace(model.sharding, full_to_sample=full)
         matrices = sum(".layers." in name for name, _ in model.named_parameters())
-        for length in (4, 16):
+        for length, full in itertools.product((4, 16), (True, False)):
+            model.sharding = replace(model.sharding, full_to_sample=full)
             with Gathers() as gathers, sampling_model(model) as sampler:
                 groups = generate(sampler, max_new_tokens=length, only=slice(rank(), None, world_size()), **options)
-            ids = [
-                [[completion.token_ids for completion in group] for group in whole]
-                for whole in (gather(groups), expected[length])
-            ]
-            assert ids[0] == ids[1]
+            for group, twin in zip(gather(groups), expected[length], strict=True):
+                assert [completion.token_ids for completion in group] == [completion.token_ids for completion in twin]
             assert gathers.count == (matrices if full else length * model.config.num_hidden_layers)
 
 
-@pytest.mark.parametrize("full", [True, False], ids=["full", "layers"])
-def test_a_sharded_model_is_gathered_once_a_rollout_phase_or_for_every_token_and_an_idle_rank_waits(full):
-    in_processes(3, sample_sharded, full)
+def test_a_sharded_model_is_gathered_once_a_rollout_phase_or_for_every_token_and_an_idle_rank_waits():
+    in_processes(3, sample_sharded)
 
 
 # Gradients
@@ -246,8 +245,8 @@ def train_and_die(out: str) -> None:
             os._exit(9)
         return advantages(*arguments, **options)
 
-    rl.grpo.group_advantages = dying
-    main(arguments(Path(out)))
+    with mock.patch("rl.grpo.group_advantages", dying), mock.patch("lab.stages.write_curve"):
+        main(arguments(Path(out)))
 
 
 @pytest.mark.parametrize("restarts", [0, 1])

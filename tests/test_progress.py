@@ -18,18 +18,17 @@ import pytest
 from helpers import random_model
 from rich.console import Console
 
-import model.sampler
-import lab.screen
 import lab.evaluate
-import lab.steps
 import lab.screen
-from model import generate
-from model.sampler import waves
+import model.sampler
+import rl.grpo
 from lab.checkpoint import checkpoints
+from lab.runfolder import RunFolder
 from lab.screen import progress_bar
 from lab.signals import Stopped
-from lab.runfolder import RunFolder
 from lab.stages import train
+from model import generate
+from model.sampler import plan_batches
 from train import parse
 
 ROOT = Path(__file__).parent.parent
@@ -40,52 +39,41 @@ RICH = {"FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"}  # varia
 # Reports of generate
 
 
-def reports(decoder, room, stops, check_every, monkeypatch) -> tuple[list, list[tuple[int, int]]]:
-    monkeypatch.setitem(model.sampler.CHECK_EVERY, "cpu", check_every)
-    options = dict(num_samples=3, max_new_tokens=23, stop_token_ids=stops, seed=5, max_cache_tokens=room)
-    found = []
-    groups = generate(decoder, PROMPTS, **options, progress=lambda done, tokens: found.append((done, tokens)))
-    return groups, found
-
-
-def expected_reports(groups, room, stops, check_every) -> list[tuple[int, int]]:
-    """By what came out: a wave reports what is done, and sampled, after every `check_every` tokens and at its end."""
-    found, done, tokens = [], 0, 0
-    for prompts, samples in waves(list(map(len, PROMPTS)), 3, 23, room):
-        wave = [completion for group in groups[prompts] for completion in group[samples]]
-        lengths = [len(completion.token_ids) for completion in wave]
+def expected_reports(groups, room, check_every) -> list[tuple[int, int]]:
+    """From the completions: a batch reports what is done, and sampled, after every `check_every` tokens and at its end."""
+    reports, done, tokens = [], 0, 0
+    for prompts, samples in plan_batches(list(map(len, PROMPTS)), 3, 23, room):
+        batch = [completion for group in groups[prompts] for completion in group[samples]]
+        lengths = [len(completion.token_ids) for completion in batch]
         for count in [*range(check_every, 23, check_every), 23]:
-            ended = [c for c in wave if len(c.token_ids) <= count and (c.finished or count == 23)]
-            found.append((done + len(ended), tokens + sum(min(length, count) for length in lengths)))
-            if len(ended) == len(wave):
+            ended = [c for c in batch if len(c.token_ids) <= count and (c.finished or count == 23)]
+            reports.append((done + len(ended), tokens + sum(min(length, count) for length in lengths)))
+            if len(ended) == len(batch):
                 break
-        done, tokens = found[-1]
-    return found
+        done, tokens = reports[-1]
+    return reports
 
 
 @pytest.mark.parametrize("check_every", [3, 8])
 @pytest.mark.parametrize("stops", [(), (7, 30), range(0, 48, 2)], ids=["none stops", "some stop", "all stop"])
 def test_reports_only_grow_are_true_on_the_way_and_end_at_the_totals(stops, check_every, monkeypatch):
+    monkeypatch.setitem(model.sampler.CHECK_EVERY, "cpu", check_every)
     decoder = random_model(std=0.2)
     for room in (32, 160, 10**6):
-        groups, found = reports(decoder, room, stops, check_every, monkeypatch)
-        for (done, tokens), (later_done, later_tokens) in pairwise(found):
+        options = dict(num_samples=3, max_new_tokens=23, stop_token_ids=stops, seed=5, max_cache_tokens=room)
+        reports = []
+        groups = generate(decoder, PROMPTS, **options, on_progress=lambda *report, to=reports: to.append(report))
+        for (done, tokens), (later_done, later_tokens) in pairwise(reports):
             assert done <= later_done and tokens <= later_tokens
-        assert found[-1] == (15, sum(len(completion.token_ids) for group in groups for completion in group))
-        assert found == expected_reports(groups, room, stops, check_every)
-
-
-def test_who_asks_for_no_reports_gets_the_same_completions(monkeypatch):
-    decoder = random_model(std=0.2)
-    groups, _ = reports(decoder, 78, (7, 30), 4, monkeypatch)
-    options = dict(num_samples=3, max_new_tokens=23, stop_token_ids=(7, 30), seed=5, max_cache_tokens=78)
-    assert generate(decoder, PROMPTS, **options) == groups
+        assert reports[-1] == (15, sum(len(completion.token_ids) for group in groups for completion in group))
+        assert reports == expected_reports(groups, room, check_every)
+        assert generate(decoder, PROMPTS, **options) == groups  # the same without reports
 
 
 # The line at the bottom of a terminal
 
 
-def screen(text: str) -> list[str]:
+def screen_of(text: str) -> list[str]:
     """The lines that a terminal shows in the end, without blanks after them; what rich does not send is not known."""
     rows, row, column = [""], 0, 0
     for moved, sent in re.findall(r"\x1b\[([?\d;]*[a-zA-Z])|([\r\n]|[^\x1b\r\n]+)", text):
@@ -120,39 +108,27 @@ def terminal(monkeypatch) -> io.StringIO:
     return written
 
 
-@pytest.fixture
-def no_terminal(monkeypatch):
-    for name in RICH:
-        monkeypatch.delenv(name, raising=False)
-
-
 def plain(text: str) -> str:
     return re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", text)
 
 
-def test_a_terminal_shows_completions_done_and_tokens_a_second_and_keeps_nothing(terminal, monkeypatch):
+def test_a_terminal_shows_completions_done_and_tokens_a_second_and_keeps_nothing_after_an_error(terminal, monkeypatch):
     clock = iter([100.0, 100.5, 104.0])
     monkeypatch.setattr(lab.screen, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    with sampling_progress("rollout", 77) as show:
+    with pytest.raises(KeyboardInterrupt), progress_bar("rollout", 77) as show:
         show(3, 900)
         show(31, 4938)
+        raise KeyboardInterrupt
     shown = plain(terminal.getvalue())
     assert "rollout" in shown and "31/77 completions  1,234 tokens/s" in shown
-    assert screen(terminal.getvalue() + "next") == ["next"]
+    assert screen_of(terminal.getvalue() + "next") == ["next"]
 
 
-def test_a_line_that_an_error_ends_is_gone_too(terminal):
-    with pytest.raises(KeyboardInterrupt), sampling_progress("rollout", 77) as show:
-        show(5, 10)
-        raise KeyboardInterrupt
-    assert "5/77 completions" in plain(terminal.getvalue())
-    assert screen(terminal.getvalue() + "next") == ["next"]
-
-
-def test_nothing_is_shown_where_there_is_no_terminal(no_terminal, capfd):
-    with sampling_progress("rollout", 77) as show:
-        show(3, 900)
-        show(77, 1900)
+def test_nothing_is_shown_where_there_is_no_terminal(monkeypatch, capfd):
+    for name in RICH:
+        monkeypatch.delenv(name, raising=False)
+    with progress_bar("rollout", 77) as show:
+        assert show is None
     assert capfd.readouterr() == ("", "")
 
 
@@ -194,7 +170,7 @@ class OnTerminal:
         self.read_until(None, seconds=60)
         code = self.process.wait(timeout=60)
         assert "Traceback" not in self.text and "Exception" not in self.text, self.text
-        return code, screen(self.text)
+        return code, screen_of(self.text)
 
     def __enter__(self):
         return self
@@ -205,9 +181,11 @@ class OnTerminal:
         os.close(self.master)
 
 
-TRAIN = ["smoke", "--plain", "--model", "tiny", "--stages.0.steps", "500", "--stages.0.prompts-per-step", "3",
-         "--stages.0.samples-per-prompt", "4", "--sampling.max-new-tokens", "24", "--evaluation.problems", "5",
-         "--evaluation.every", "100"]  # fmt: skip
+TRAIN = [
+    "smoke", "--plain", "--model", "tiny", "--stages.0.steps", "500", "--stages.0.prompts-per-step", "3",
+    "--stages.0.samples-per-prompt", "4", "--sampling.max-new-tokens", "24", "--evaluation.problems", "5",
+    "--evaluation.every", "100",
+]  # fmt: skip
 
 
 def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
@@ -229,13 +207,13 @@ def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on_where_it_stopped(tmp_p
 
     said = []
 
-    def asked_after_two_steps(row, *arguments):
+    def signalled_after_two_steps(row, *arguments):
         said.append(row["step"])
         if len(said) == 2:
             signal.raise_signal(signal.SIGTERM)
         return "step"
 
-    monkeypatch.setattr(lab.screen, "step_line", asked_after_two_steps)
+    monkeypatch.setattr(lab.screen, "step_line", signalled_after_two_steps)
     monkeypatch.setattr(sys, "argv", ["train.py", *TRAIN, "--out", str(out), "--resume"])
     with pytest.raises(SystemExit) as exit_:
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
@@ -249,59 +227,48 @@ def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on_where_it_stopped(tmp_p
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_stop_during_rollouts_does_not_wait_for_them_and_the_step_is_taken_again(tmp_path, monkeypatch):
-    options = [*TRAIN, "--stages.0.steps", "3", "--out"]
+def test_a_stop_drops_rollouts_but_finishes_an_update_and_the_run_goes_on_as_if_uninterrupted(tmp_path, monkeypatch):
+    options = [*TRAIN, "--stages.0.steps", "3", "--stages.0.updates-per-step", "1", "--out"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train(parse([*options, str(whole)]).recipe, quiet=True)
-    real, calls = lab.steps.collect_rollouts, []
 
-    def asked_at_the_second_step(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            signal.raise_signal(signal.SIGINT)
-        return real(*arguments)
+    def stops_at(name, call, saved, resume):
+        """Train with a signal at this call of `rl.grpo.<name>`."""
+        real, calls = getattr(rl.grpo, name), []
 
-    monkeypatch.setattr(lab.steps, "collect_rollouts", asked_at_the_second_step)
-    with pytest.raises(Stopped, match="Saved after step 1;"):
-        train(parse([*options, str(stopped)]).recipe, quiet=True)
-    assert [row["step"] for row in RunFolder(stopped).metrics()] == [0, 1]
+        def signalled(*arguments, **options):
+            calls.append(name)
+            if len(calls) == call:
+                signal.raise_signal(signal.SIGINT)
+            return real(*arguments, **options)
+
+        with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"Saved after step {saved};"):
+            patch.setattr(rl.grpo, name, signalled)
+            train(parse([*options, str(stopped)]).recipe, resume=resume, quiet=True)
+        assert [row["step"] for row in RunFolder(stopped).metrics()] == list(range(saved + 1))
+
+    stops_at("collect_rollouts", call=2, saved=1, resume=False)
+    stops_at("sum_gradients", call=1, saved=2, resume=True)
     train(parse([*options, str(stopped)]).recipe, resume=True, quiet=True)
     weights = [(checkpoints(run)[-1] / "model.safetensors").read_bytes() for run in (whole, stopped)]
     assert weights[0] == weights[1]
 
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
-    slow = [
-        *TRAIN,
-        "--stages.0.prompts-per-step",
-        "64",
-        "--stages.0.samples-per-prompt",
-        "64",
-        "--sampling.max-new-tokens",
-        "250",
-    ]
-    with OnTerminal("train.py", *slow, "--out", tmp_path / "run") as command:
+    slow = ["--stages.0.prompts-per-step", "64", "--stages.0.samples-per-prompt", "64", "--sampling.max-new-tokens", "250"]
+    with OnTerminal("train.py", *TRAIN, *slow, "--out", tmp_path / "run") as command:
         command.read_until("/4096 completions")
         for _ in range(2):
             time.sleep(0.05)
             command.process.send_signal(signal.SIGTERM)
         command.read_until(None, seconds=60)
         assert command.process.wait(timeout=10) == 143
-    assert screen(command.text)[-1] == "stopped at once."
-
-
-@pytest.mark.parametrize("command", ["train.py", "eval.py"])
-def test_ctrl_c_during_the_imports_ends_in_one_line(command):
-    with OnTerminal("-X", "importtime", command, "tiny") as starting:  # a line for each module that has been imported
-        starting.read_until(r"torch\._C\s")
-        code, left = starting.interrupt()
-    assert code == 130
-    assert left[-3].startswith("import time:") and left[-2:] == ["", "stopped."]
+    assert screen_of(command.text)[-1] == "stopped at once."
 
 
 @pytest.mark.parametrize(("command", "arguments"), [("train.py", TRAIN), ("eval.py", ["tiny", "--count", "2"])])
 def test_ctrl_c_advises_no_resume_where_nothing_can_be_resumed(command, arguments, tmp_path, monkeypatch, capsys):
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
     out = ["--out", str(tmp_path / "run")] if command == "train.py" else []
@@ -314,19 +281,11 @@ def test_ctrl_c_advises_no_resume_where_nothing_can_be_resumed(command, argument
 
 
 def test_a_quiet_run_shows_nothing_on_a_terminal(tmp_path, terminal, monkeypatch, capfd):
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lab.steps, "grpo_update", interrupted)  # after an evaluation and a step's rollouts
+    monkeypatch.setattr(rl.grpo, "sum_gradients", interrupted)  # after an evaluation and a step's rollouts
     with pytest.raises(KeyboardInterrupt):
         train(parse([*TRAIN, "--out", str(tmp_path / "run")]).recipe, quiet=True)
     assert terminal.getvalue() == ""
     assert capfd.readouterr() == ("", "")
-
-
-def test_ctrl_c_ends_an_evaluation_in_one_line():
-    with OnTerminal("eval.py", "tiny", "--count", 512, "--samples", 8) as command:
-        command.read_until("/4096 completions")
-        code, left = command.interrupt()
-    assert code == 130
-    assert left == ["", "stopped."]

@@ -7,27 +7,15 @@ import sys
 import pytest
 import torch
 import transformers
-from helpers import gradients, largest_gap, learner, ragged_samples, random_model
+from helpers import gradients, largest_gap, optimizer_for, ragged_samples, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import ROOT, TINY, TINY_TOKENS, random_ids, reference_model, same_weights
 from torch import nn
 
-from model import (
-    ModelError,
-    Qwen3,
-    Tokenizer,
-    adapter_state,
-    add_adapters,
-    generate,
-    load_adapter_state,
-    load_model,
-    plain_state,
-    save_model,
-)  # fmt: skip
-from model.quantize import LoRALinear, adapters, quantized
+from model import ModelError, Qwen3, Tokenizer, generate, load_model, save_model
+from model.quantize import LoRALinear, adapter_state, adapters, add_adapters, load_adapter_state, plain_state, quantized
 from rl.batch import completion_logprobs, make_batch
-from rl.optimizer import Optimizer
 from rl.sft import sft_step
 
 IDS = random_ids(3, 11, high=48)
@@ -185,22 +173,19 @@ def test_new_adapters_change_nothing(int8, dtype):
     assert model.dtype == dtype and model.device == torch.device("cpu")
 
 
-def test_first_matrices_follow_the_seed_and_have_the_size_of_their_input():
-    shape = {"hidden_size": 64, "intermediate_size": 96}
-    first = adapter_state(add_adapters(random_model(**shape), 8, 8.0, int8=False, seed=1))
-    again = adapter_state(add_adapters(random_model(3, **shape), 8, 8.0, int8=True, seed=1))
-    other = adapter_state(add_adapters(random_model(**shape), 8, 8.0, int8=False, seed=2))
-    assert same(first, again)
+def test_matrices_and_int8_weights_follow_the_seed_and_the_base_and_have_the_size_of_their_input():
+    shape = {"hidden_size": 64, "intermediate_size": 96, "dtype": torch.bfloat16}
+    models = [
+        add_adapters(random_model(**shape), 8, 8.0, int8, seed) for int8, seed in ((True, 1), (True, 1), (False, 1), (True, 2))
+    ]
+    first, again, float_base, other = map(adapter_state, models)
+    assert same(first, again) and same(first, float_base)
+    assert same(*map(frozen, models[:2]))
     drawn = [name for name in first if name.endswith("lora_a")]
     assert not any(torch.equal(first[name], other[name]) for name in drawn)
     assert len({float(first[name][0, 0]) for name in drawn}) == len(drawn)
     for name in drawn:
         assert first[name].std() * first[name].shape[1] ** 0.5 == pytest.approx(1, abs=0.2), name
-
-
-def test_quantizing_the_same_base_gives_the_same_bits():
-    first, second = (frozen(add_adapters(random_model(dtype=torch.bfloat16), 2, 2.0, int8=True)) for _ in range(2))
-    assert same(first, second)
 
 
 def test_an_int8_projection_holds_one_byte_a_weight_and_a_scale_a_row():
@@ -221,32 +206,22 @@ def test_an_int8_projection_holds_one_byte_a_weight_and_a_scale_a_row():
             model(IDS)
 
 
-def test_a_model_without_int8_never_imports_bitsandbytes():
+def test_bitsandbytes_is_imported_for_int8_only_and_prints_nothing():
     code = (
-        "import sys; from model import add_adapters, load_model, plain_state; model = load_model('tiny')[0]; "
-        "plain_state(add_adapters(model, 2, 2.0, int8=False)); assert 'bitsandbytes' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
-def test_int8_adapters_print_nothing():
-    code = (
-        "import torch; from model import add_adapters, load_model; model = load_model('tiny')[0]; "
-        "add_adapters(model, 2, 2.0, int8=True).eval(); model(torch.zeros(1, 2, dtype=torch.int64))"
+        "import sys, torch; from model import add_adapters, load_model, plain_state; "
+        "plain_state(add_adapters(load_model('tiny')[0], 2, 2.0, int8=False)); assert 'bitsandbytes' not in sys.modules; "
+        "add_adapters(load_model('tiny')[0], 2, 2.0, int8=True).eval()(torch.zeros(1, 2, dtype=torch.int64))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout + done.stderr == ""
 
 
-@pytest.mark.parametrize("rank, alpha", [(0, 1.0), (-1, 1.0), (1.5, 1.0), (2, 0.0), (2, -1.0), (2, float("nan"))])
+@pytest.mark.parametrize(("rank", "alpha"), [(0, 1.0), (1.5, 1.0), (2, 0.0), (2, -1.0), (2, float("nan"))])
 def test_a_rank_or_alpha_that_makes_no_sense_is_refused_and_the_model_left_as_it_was(rank, alpha):
     model = random_model()
     with pytest.raises(ValueError, match=f"not {alpha if rank == 2 else rank}"):
         add_adapters(model, rank, alpha, int8=False)
     assert not any(adapters(model)) and all(p.requires_grad for p in model.parameters())
-
-
-def test_adapters_are_not_added_twice():
     with pytest.raises(ValueError, match="already"):
         add_adapters(adapted(int8=False), 2, 2.0, int8=False)
 
@@ -269,9 +244,9 @@ def test_a_copy_of_an_adapted_model_is_the_same_and_its_own(int8):
 def test_adapters_learn_and_the_base_stays_bit_identical(int8, dtype):
     model = add_adapters(random_model(dtype=dtype), 4, 8.0, int8)
     before, start = frozen(model), adapter_state(model)["model.layers.1.mlp.down_proj.lora_b"].clone()
-    pupil = learner(model)
-    assert pupil.optimizer.parameters.keys() == adapter_state(model).keys() and pupil.optimizer.moved_share is None
-    losses = [sft_step(pupil, SAMPLES, 3e-2)["loss"] for _ in range(30)]
+    optimizer = optimizer_for(model)
+    assert optimizer.parameters.keys() == adapter_state(model).keys() and optimizer.updated_fraction is None
+    losses = [sft_step(model, optimizer, SAMPLES, 3e-2)["loss"] for _ in range(30)]
     assert losses[-1] < 0.6 * losses[0]
     assert same(frozen(model), before)
     assert not torch.equal(adapter_state(model)["model.layers.1.mlp.down_proj.lora_b"], start)
@@ -318,7 +293,7 @@ def test_the_same_base_with_the_saved_adapters_is_the_same_model_again(int8):
     model = adapted(int8)
     saved = {name: tensor.clone() for name, tensor in adapter_state(model).items()}
     again = add_adapters(random_model(), 3, 5.0, int8, seed=5)
-    optimizer = Optimizer(again)
+    optimizer = optimizer_for(again)
     load_adapter_state(again, saved)
     assert same(adapter_state(again), saved) and torch.equal(again(IDS), model(IDS))
     assert all(torch.equal(optimizer.masters[name][0].view_as(tensor), tensor) for name, tensor in saved.items())
@@ -332,7 +307,7 @@ def test_adapters_that_do_not_fit_are_named_and_nothing_is_loaded():
     for changed, message in (
         ({key: tensor for key, tensor in good.items() if key != name}, f"adapter {name} missing"),
         (good | {stranger: good[name]}, f"unexpected adapter {stranger}"),
-        (good | {name: good[name][:, :2]}, f"adapter {name} is [16, 2], the model's is [16, 3]"),
+        (good | {name: good[name][:, :2]}, f"adapter {name} is [16, 2], not [16, 3]"),
     ):
         with pytest.raises(ModelError) as refused:
             load_adapter_state(model, changed)
@@ -361,16 +336,9 @@ def test_the_plain_state_is_the_merged_weights_under_the_names_of_the_base(int8,
         assert error(merged[name] - update, tensor.double()) < (0.01 if int8 else 1e-6), name
         assert error(merged[name] - tensor, update) < (0.02 if int8 else 1e-6), name
     assert all(tensor.device.type == "meta" for tensor in plain_state(model, device="meta").values())
-
-
-@BASES
-def test_a_merged_bfloat16_weight_is_rounded_once(int8):
-    """Base and update are added in float32: rounding each alone would lose bits of the sum."""
-    model = adapted(int8, dtype=torch.bfloat16)
-    merged = plain_state(model)
-    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
-    for name, part in adapters(model):
-        assert torch.equal(merged[f"{name}.weight"], part.merged().bfloat16())
+    half = adapted(int8, dtype=torch.bfloat16, tie_word_embeddings=tied)
+    for name, part in adapters(half):  # rounded once: base and update are added in float32
+        assert torch.equal(plain_state(half)[f"{name}.weight"], part.merged().bfloat16())
 
 
 @pytest.mark.parametrize("tied", [True, False])

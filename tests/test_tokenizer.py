@@ -13,7 +13,7 @@ from reference import TINY, TINY_TOKENS, copy_tokenizer, qwen3_file
 from model import ModelError, Tokenizer, prompt_ids, render_chat
 from rl.batch import Sample, make_batch
 
-KINDS = ("instruct", "base")
+KINDS = pytest.mark.parametrize("kind", ["instruct", "base"])
 END_OF_TEXT, IM_START, IM_END, THINK, END_THINK = 151643, 151644, 151645, 151667, 151668
 TEXTS = [
     "",
@@ -46,85 +46,62 @@ def pair():
 # The published tokenizers
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
-def test_ids_equal_transformers(kind, text, pair):
-    ours, theirs = pair(kind)
-    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_ids_equal_transformers_for_any_text(kind, pair):
-    ours, theirs = pair(kind)
-
-    @settings(max_examples=150, deadline=None, derandomize=True)
-    @given(st.lists(st.one_of(st.text(max_size=12), st.sampled_from(TEXTS + ["<think>", "</think>", "<|im_end|>"]))))
-    def check(pieces):
-        text = "".join(pieces)
-        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
-
-    check()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_text_comes_back_from_its_ids_chat_tokens_included(kind, pair):
+@KINDS
+def test_ids_equal_transformers_and_give_the_text_back(kind, pair):
     ours, theirs = pair(kind)
     for text in TEXTS:
         ids = ours.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False)
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         assert ours.decode(ids) == unicodedata.normalize("NFC", text)
 
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(st.lists(st.one_of(st.text(max_size=12), st.sampled_from(TEXTS + ["<think>", "</think>", "<|im_end|>"]))))
+    def any_text(pieces):
+        assert ours.encode("".join(pieces)) == theirs.encode("".join(pieces), add_special_tokens=False)
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_thinking_and_chat_tokens_are_one_id_each_for_base_too(kind, pair):
+    any_text()
+
+
+@KINDS
+def test_thinking_and_chat_tokens_are_one_id_each_for_base_too_and_ids_without_a_text_decode_to_nothing(kind, pair):
     ours, _ = pair(kind)
-    ids = {"<|endoftext|>": END_OF_TEXT, "<|im_start|>": IM_START, "<|im_end|>": IM_END, "<think>": THINK}
-    for text, token_id in (ids | {"</think>": END_THINK}).items():
+    ids = {
+        "<|endoftext|>": END_OF_TEXT,
+        "<|im_start|>": IM_START,
+        "<|im_end|>": IM_END,
+        "<think>": THINK,
+        "</think>": END_THINK,
+    }
+    for text, token_id in ids.items():
         assert ours.encode(text) == [token_id]
         assert ours.decode([token_id]) == text
     assert len(ours) == 151669
     assert len(ours.encode("<answer>")) == 3
     assert len(ours.encode("1234567890")) == 10
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_id_without_a_text_decodes_to_nothing(kind, pair):
-    ours, _ = pair(kind)
-    for token_id in range(151669, 151936):
-        assert ours.decode([token_id]) == ""
+    assert ours.decode(list(range(151669, 151936))) == ""
     assert ours.decode([16, 151700, 17, 151935]) == "12"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@KINDS
 @pytest.mark.parametrize("system", [None, "", "Be brief.\n"])
 @pytest.mark.parametrize("thinking", [None, True, False])
-def test_chat_equals_the_official_template(kind, system, thinking, pair):
+def test_chats_and_prompts_equal_the_official_template(kind, system, thinking, pair):
     ours, theirs = pair(kind)
     user = "Make 36 from [79, 60, 17]. <b>1</b> & {x}\n"
     messages = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": user})
-    switch = {} if thinking is None else {"enable_thinking": thinking}
-    expected = theirs.apply_chat_template(
-        messages, chat_template=pair("instruct")[1].chat_template, tokenize=False, add_generation_prompt=True, **switch
-    )
+    options = {} if thinking is None else {"enable_thinking": thinking}
+    options |= {"chat_template": pair("instruct")[1].chat_template, "tokenize": False, "add_generation_prompt": True}
+    expected = theirs.apply_chat_template(messages, **options)
     assert render_chat(user, system=system, thinking=thinking) == expected
     assert ours.encode(expected) == theirs.encode(expected, add_special_tokens=False)
+    if system is None and thinking is not None:  # a prompt opens the thinking itself, or leaves it closed
+        prompt = theirs.encode(expected + "<think>\n" * thinking, add_special_tokens=False)
+        assert prompt_ids(ours, user, thinking) == prompt
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_prompt_is_the_official_template_with_thinking_opened_or_closed(kind, pair):
-    ours, theirs = pair(kind)
-    template = pair("instruct")[1].chat_template
-    messages = [{"role": "user", "content": "Make 36."}]
-    options = dict(chat_template=template, tokenize=False, add_generation_prompt=True)
-    opened = theirs.apply_chat_template(messages, enable_thinking=True, **options) + "<think>\n"
-    closed = theirs.apply_chat_template(messages, enable_thinking=False, **options)
-    assert prompt_ids(ours, "Make 36.", thinking=True) == theirs.encode(opened, add_special_tokens=False)
-    assert prompt_ids(ours, "Make 36.", thinking=False) == theirs.encode(closed, add_special_tokens=False)
-    assert prompt_ids(ours, "Make 36.", thinking=True)[-2:] == [THINK, *ours.encode("\n")]
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@KINDS
 def test_both_ends_stop_a_completion_with_and_without_a_generation_config(kind, pair, tmp_path):
     ours, _ = pair(kind)
     assert set(ours.stop_token_ids) == {IM_END, END_OF_TEXT}
@@ -134,7 +111,7 @@ def test_both_ends_stop_a_completion_with_and_without_a_generation_config(kind, 
     assert sorted(Tokenizer(tmp_path / kind).stop_token_ids) == [END_OF_TEXT, IM_END]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@KINDS
 def test_prompt_and_completion_are_joined_as_ids_since_their_text_would_give_others(kind, pair):
     ours, _ = pair(kind)
     prompt, completion = ours.encode("The answer is 12 plu"), ours.encode("s 3\n") + ours.encode("\nso")
@@ -146,7 +123,7 @@ def test_prompt_and_completion_are_joined_as_ids_since_their_text_would_give_oth
     assert batch.target_ids[batch.mask].tolist() == completion
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@KINDS
 def test_saving_keeps_the_published_files_byte_for_byte(kind, pair, tmp_path):
     ours, _ = pair(kind)
     ours.save(tmp_path)
@@ -170,11 +147,7 @@ def test_the_embedded_tokenizer_equals_transformers_and_loses_no_text():
         assert ours.encode(token)[0] in ours.stop_token_ids and len(ours.encode(token)) == 1
 
 
-@pytest.mark.parametrize(
-    ("eos", "added"),
-    [(None, set()), ("absent", set()), (5, {5}), ([5, 9], {5, 9}), ([], set())],
-    ids=str,
-)
+@pytest.mark.parametrize(("eos", "added"), [(None, set()), ("absent", set()), (5, {5}), ([5, 9], {5, 9})])
 def test_stop_ids_add_those_of_the_generation_config(eos, added, tmp_path):
     copy_tokenizer(tmp_path)
     own = set(Tokenizer(tmp_path).stop_token_ids)
@@ -193,17 +166,14 @@ def refusal(folder) -> str:
     return str(error.value)
 
 
-def test_a_missing_file_is_named(tmp_path):
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|endoftext|>"])
+def test_a_missing_file_or_token_is_named(token, tmp_path):
+    path = copy_tokenizer(tmp_path) / "tokenizer.json"
+    path.write_text(path.read_text(encoding="utf-8").replace(token, "<|other|>"), encoding="utf-8")
+    assert refusal(tmp_path) == f"{tmp_path}: no {token}, so this is not a Qwen3 chat tokenizer"
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (copy_tokenizer(tmp_path) / name).unlink()
         assert refusal(tmp_path) == f"{tmp_path}: no {name}"
-
-
-@pytest.mark.parametrize("token", ["<|im_end|>", "<|endoftext|>"])
-def test_a_tokenizer_of_another_kind_is_refused_by_its_missing_token(token, tmp_path):
-    path = copy_tokenizer(tmp_path) / "tokenizer.json"
-    path.write_text(path.read_text(encoding="utf-8").replace(token, "<|other|>"), encoding="utf-8")
-    assert f"{tmp_path}: the tokenizer has no {token}" in refusal(tmp_path)
 
 
 def test_an_added_token_takes_its_own_id_or_is_refused(tmp_path):

@@ -25,8 +25,8 @@ def chosen(traces, per_problem=9, limit=99) -> list[str]:
     return [trace.completion for trace in curate(traces, per_problem, limit)]
 
 
-def test_each_problem_gives_at_most_its_share_the_shortest_first():
-    traces = [Trace(PROBLEM, "x" * length) for length in (5, 3, 4, 6)] + [Trace(OTHER, "y" * 9)]
+def test_each_problem_gives_at_most_its_share_the_shortest_first_and_repeats_count_once():
+    traces = [Trace(PROBLEM, "x" * length, step) for step, length in enumerate((5, 3, 4, 3, 6))] + [Trace(OTHER, "y" * 9)]
     assert sorted(chosen(traces, per_problem=2)) == ["x" * 3, "x" * 4, "y" * 9]
 
 
@@ -35,12 +35,6 @@ def test_numbers_in_another_order_are_the_same_problem():
     traces = [Trace(Problem(numbers, 36), "x" * (place + 1)) for place, numbers in enumerate(orders)]
     assert chosen(traces, per_problem=1) == ["x"]
     assert len(chosen([*traces, Trace(Problem((17, 60, 79), 37), "x")], per_problem=1)) == 2
-
-
-def test_repeats_of_a_completion_count_once():
-    traces = [Trace(PROBLEM, "x", step) for step in (1, 2, 3)] + [Trace(PROBLEM, "xy", 1)]
-    assert chosen(traces, per_problem=2) == ["x", "xy"]
-    assert len(chosen([Trace(PROBLEM, "x"), Trace(OTHER, "x")], per_problem=1)) == 2
 
 
 def test_later_steps_come_first_when_there_are_too_many():
@@ -60,8 +54,7 @@ def test_letters_outside_the_latin_script_are_found(text):
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "plain words", "Zoë, naïve, Đặng, ŁÓDŹ", "79 - 60 + 17 = 36", "\n\t </think>", "→ × ÷ ≠ ✓ √2", "😀👍🏽", "٣", "¿«»…—"],
+    "text", ["", "Zoë, naïve, Đặng, ŁÓDŹ", "79 - 60 + 17 = 36", "\n\t </think>", "→ × ÷ ≠ ✓ √2", "😀👍🏽", "٣", "¿«»…—"]
 )
 def test_digits_symbols_and_accents_are_fine(text):
     assert latin_only(text)
@@ -81,13 +74,10 @@ def test_traces_read_back_as_they_were_written(tmp_path_factory, traces):
 
 
 def test_the_file_is_a_json_object_a_line(tmp_path):
-    save_traces(tmp_path / "traces.jsonl", [Trace(PROBLEM, "a → b\n", 7), Trace(OTHER, "c")])
-    lines = (tmp_path / "traces.jsonl").read_text(encoding="utf-8").splitlines()
-    assert "→" in lines[0]
-    assert [json.loads(line) for line in lines] == [
-        {"numbers": [79, 60, 17], "target": 36, "step": 7, "completion": "a → b\n"},
-        {"numbers": [1, 2, 3], "target": 6, "step": 0, "completion": "c"},
-    ]
+    save_traces(tmp_path / "traces.jsonl", [Trace(PROBLEM, "a → b\n", 7)])
+    line = (tmp_path / "traces.jsonl").read_text(encoding="utf-8")
+    assert "→" in line
+    assert json.loads(line) == {"numbers": [79, 60, 17], "target": 36, "step": 7, "completion": "a → b\n"}
 
 
 def load(tmp_path, *lines: str, is_correct=always):
@@ -106,42 +96,21 @@ def test_steps_and_blank_lines_are_optional(tmp_path):
 @pytest.mark.parametrize(
     "line",
     [
-        "not json",
-        "[]",
-        "3",
-        "null",
-        '"text"',
-        "{}",
-        '{"numbers": [79, 60, 17], "target": 36}',
-        '{"numbers": [79, 60, 17], "completion": "x"}',
-        '{"numbers": "79", "target": 36, "completion": "x"}',
-        '{"numbers": [79.0, 60, 17], "target": 36, "completion": "x"}',
-        '{"numbers": [79], "target": 36, "completion": "x"}',
-        '{"numbers": [79, 60, 17], "target": -1, "completion": "x"}',
-        '{"numbers": [79, 60, 17], "target": 36, "completion": 3}',
-        '{"numbers": [79, 60, 17], "target": 36, "completion": "x", "step": "1"}',
-        GOOD[:-5],
+        "not json", "[]", "null", '"text"', "{}", '{"numbers": [79, 60, 17], "target": 36}', '{"numbers": [79, 60, 17], "completion": "x"}',
+        '{"numbers": "79", "target": 36, "completion": "x"}', '{"numbers": [79.0, 60, 17], "target": 36, "completion": "x"}',
+        '{"numbers": [79, 60, 17], "target": -1, "completion": "x"}', '{"numbers": [79, 60, 17], "target": 36, "completion": 3}',
+        '{"numbers": [79, 60, 17], "target": 36, "completion": "x", "step": "1"}', GOOD[:-5],
     ],
-)
+)  # fmt: skip
 def test_a_malformed_line_is_refused_by_its_number(tmp_path, line):
     with pytest.raises(DataError, match=r"mine\.jsonl, line 3: (not a trace|not JSON|expected)"):
         load(tmp_path, GOOD, "", line, GOOD)
 
 
-def test_a_wrong_trace_is_refused_by_its_number_though_the_file_calls_it_correct(tmp_path):
+def test_a_wrong_trace_and_another_script_are_refused_by_their_number(tmp_path):
     wrong = '{"numbers": [79, 60, 17], "target": 36, "completion": "79-60", "outcome": "correct"}'
-    asked = []
-
-    def is_correct(completion, problem):
-        asked.append((completion, problem))
-        return completion == "79-60+17"
-
     with pytest.raises(DataError, match=r"mine\.jsonl, line 2: does not solve 79, 60, 17 -> 36"):
-        load(tmp_path, GOOD, wrong, is_correct=is_correct)
-    assert asked == [("79-60+17", PROBLEM), ("79-60", PROBLEM)]
-
-
-def test_another_script_is_refused_by_its_number(tmp_path):
+        load(tmp_path, GOOD, wrong, is_correct=lambda text, problem: text == "79-60+17" and problem == PROBLEM)
     with pytest.raises(DataError, match=r"mine\.jsonl, line 2: letters outside the Latin script"):
         load(tmp_path, GOOD, GOOD.replace("79-60+17", "所以"))
 

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import shutil
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -40,10 +39,6 @@ def folder(tmp_path):
     copy_tokenizer(tmp_path / "checkpoint")
     make_reference(tied=False).save_pretrained(tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
-
-
-def edit_json(path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def edit_weights(folder, edit) -> None:
@@ -94,7 +89,7 @@ def test_what_transformers_saves_gives_the_same_logits_here(tied, shards, tmp_pa
 
 
 @torch.no_grad()
-def test_a_tied_checkpoint_loads_with_and_without_its_copy_of_the_head(tmp_path):
+def test_a_tied_checkpoint_may_have_a_copy_of_its_head_but_no_other_head(tmp_path):
     reference = make_reference(tied=True)
     reference.save_pretrained(copy_tokenizer(tmp_path))
     without, _ = load_model(tmp_path)
@@ -103,16 +98,8 @@ def test_a_tied_checkpoint_loads_with_and_without_its_copy_of_the_head(tmp_path)
     assert torch.equal(without(IDS), with_copy(IDS))
     torch.testing.assert_close(with_copy(IDS), reference(IDS).logits, rtol=0, atol=1e-4)
     assert with_copy.lm_head.weight is with_copy.model.embed_tokens.weight
-
-
-def test_a_tied_checkpoint_whose_head_is_no_copy_is_refused(tmp_path):
-    copy_tokenizer(tmp_path)
-    save_model(tmp_path, same_weights(make_reference(tied=True)), Tokenizer(tmp_path))
-    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
-    state[HEAD] = state[EMBEDDING] + 1e-3
-    safetensors.torch.save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=HEAD):
-        load_model(tmp_path)
+    edit_weights(tmp_path, lambda weights: weights.update({HEAD: weights[EMBEDDING] + 1e-3}))
+    assert refusal(tmp_path) == f"{tmp_path}: {HEAD} differs from {EMBEDDING}, though config.json ties them"
 
 
 def test_a_saved_checkpoint_tells_other_tools_where_to_stop_and_keeps_their_settings(folder):
@@ -134,18 +121,12 @@ def test_saving_over_the_folder_a_model_came_from_keeps_it(folder):
     assert torch.equal(before(IDS), expected)
 
 
-def test_a_loaded_model_knows_how_many_ids_have_a_text_and_the_loader_checks_that_they_fit(folder):
+def test_a_loaded_model_knows_the_size_of_the_vocabulary_which_must_fit_its_embedding(folder):
     model, tokenizer = load_model(folder)
     assert (model.num_tokens, len(tokenizer), model.config.vocab_size) == (TINY_TOKENS, TINY_TOKENS, TINY_TOKENS + 20)
     small = reference_model(vocab_size=TINY_TOKENS - 1, hidden_size=20)
     small.save_pretrained(folder)
     assert refusal(folder) == f"{folder}: {TINY_TOKENS} tokens but only {TINY_TOKENS - 1} embedding rows"
-
-
-def test_the_embedded_model_loads_by_its_name():
-    model, tokenizer = load_model("tiny")
-    assert model.num_tokens == len(tokenizer)
-    assert sum(parameter.numel() for parameter in model.parameters()) == model.config.num_parameters()
 
 
 @pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
@@ -169,118 +150,76 @@ def test_weights_keep_the_dtype_that_the_config_names_unless_told_otherwise(fiel
 # Broken folders
 
 
-def test_a_missing_weight_is_named(folder):
-    edit_weights(folder, lambda weights: weights.pop(NORM))
-    assert refusal(folder) == f"{folder}: weight {NORM} missing"
-    edit_weights(folder, lambda weights: weights.pop("model.layers.0.mlp.up_proj.weight"))
-    assert refusal(folder) == f"{folder}: weight model.layers.0.mlp.up_proj.weight and 1 more missing"
-
-
-def test_an_untied_checkpoint_without_its_head_is_refused(folder):
-    edit_weights(folder, lambda weights: weights.pop(HEAD))
-    assert refusal(folder) == f"{folder}: weight {HEAD} missing"
-
-
-def test_an_unexpected_weight_is_named(folder):
-    name = "model.layers.0.self_attn.q_proj.bias"
-    edit_weights(folder, lambda weights: weights.update({name: torch.zeros(96)}))
-    assert refusal(folder) == f"{folder / 'model.safetensors'}: unexpected weight {name}"
-
-
-@pytest.mark.parametrize(
-    "name", [EMBEDDING, HEAD, NORM, "model.layers.1.self_attn.k_proj.weight", "model.layers.0.self_attn.q_norm.weight"]
-)
-def test_a_weight_of_another_shape_is_named_with_both_shapes(name, folder):
-    def drop_a_row(weights):
-        weights[name] = weights[name][1:].clone()
-
-    shape = list(safetensors.torch.load_file(folder / "model.safetensors")[name].shape)
-    edit_weights(folder, drop_a_row)
-    message = refusal(folder)
-    assert message.startswith(f"{folder / 'model.safetensors'}: {name} is {[shape[0] - 1, *shape[1:]]}")
-    assert message.endswith(str(shape))
-
-
-def test_a_transposed_weight_is_refused_even_though_its_size_is_right(folder):
-    name = "model.layers.0.mlp.gate_proj.weight"
-    edit_weights(folder, lambda weights: weights.update({name: weights[name].T.contiguous()}))
-    assert f"{folder / 'model.safetensors'}: {name} is [20, 28]" in refusal(folder)
-
-
-@pytest.mark.parametrize("kept", [0, 4, 100, -1, -1000])
-def test_a_truncated_weight_file_is_named(kept, folder):
+def test_a_weight_that_is_missing_unexpected_or_misshapen_is_named(folder):
     path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:kept])
-    assert str(path) in refusal(folder)
+    whole = safetensors.torch.load_file(path)
+    up, gate, bias = (f"model.layers.0.{name}" for name in ("mlp.up_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.bias"))
+    key = "model.layers.1.self_attn.k_proj.weight"
+    cases = [
+        ({NORM: None}, f"{folder}: weight {NORM} missing"),
+        ({HEAD: None}, f"{folder}: weight {HEAD} missing"),  # the checkpoint is untied
+        ({NORM: None, up: None}, f"{folder}: weight {up} and 1 more missing"),
+        ({bias: torch.zeros(28)}, f"{path}: unexpected weight {bias}"),
+        ({gate: whole[gate].T.contiguous()}, f"{path}: {gate} is [20, 28], config.json says [28, 20]"),
+    ]
+    for name in (EMBEDDING, HEAD, NORM, key, "model.layers.0.self_attn.q_norm.weight"):
+        rows, *rest = whole[name].shape
+        cases.append(
+            ({name: whole[name][1:].clone()}, f"{path}: {name} is {[rows - 1, *rest]}, config.json says {[rows, *rest]}")
+        )
+    for change, message in cases:
+        weights = {name: tensor for name, tensor in (whole | change).items() if tensor is not None}
+        safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+        assert refusal(folder) == message
+
+
+def test_a_truncated_weight_file_is_named(folder):
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    for kept in (0, 4, 100, -1, -1000):
+        path.write_bytes(content[:kept])
+        assert str(path) in refusal(folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
-def test_a_missing_file_is_named(name, folder):
+def test_a_missing_or_broken_file_is_named(name, folder):
+    for content in (b"", b"{", b"[]", b"[" * 100_000):
+        (folder / name).write_bytes(content)
+        message = refusal(folder)
+        assert f"{folder / name}: " in message or ("tokenizer" in name and f"{folder}: unreadable tokenizer files" in message)
     (folder / name).unlink()
     assert refusal(folder) == f"{folder}: no {name}"
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"null", b"\xff\xfe{}", b"[" * 100_000], ids=lambda content: str(content[:5])
-)
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
-def test_a_broken_json_file_is_named(name, content, folder):
-    (folder / name).write_bytes(content)
-    message = refusal(folder)
-    assert str(folder) in message
-    assert name in message or (name != "config.json" and "tokenizer files" in message)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"vocab_size": 0},
-        {"vocab_size": None},
-        {"model_type": "llama"},
-        {"rope_parameters": 3},
-        {"dtype": "int8"},
-        {"dtype": "float33"},
-        {"dtype": ["float32"]},
-        {"dtype": 32},
-    ],
-    ids=str,
-)
-def test_an_unusable_value_in_the_config_is_named_with_its_file(change, folder):
-    edit_json(folder / "config.json", **change)
-    message = refusal(folder)
-    assert str(folder) in message
-    assert next(iter(change)) in message or str(change["dtype"]) in message
-
-
-@pytest.mark.parametrize("name", ["../evil", "../evil.safetensors", "..", "/evil.safetensors", "", "sub/x.safetensors"])
-def test_an_index_cannot_reach_outside_its_folder(name, folder, tmp_path):
-    shutil.copy(folder / "model.safetensors", tmp_path / "evil.safetensors")
-    shutil.copy(folder / "model.safetensors", tmp_path / "evil")
-    (folder / "sub").mkdir()
-    shutil.copy(folder / "model.safetensors", folder / "sub" / "x.safetensors")
-    (folder / INDEX).write_text(json.dumps({"weight_map": {NORM: name}}))
-    assert str(folder) in refusal(folder)
-
-
-@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": [1]}, {"weight_map": {NORM: 3}}, []], ids=str)
-def test_an_index_without_a_usable_map_is_named(index, folder):
-    (folder / INDEX).write_text(json.dumps(index))
-    assert str(folder) in refusal(folder)
-
-
-@pytest.mark.parametrize(
-    "field, value",
-    [
+def test_an_unusable_value_in_the_config_is_named_with_its_file_before_anything_is_built(folder):
+    path = folder / "config.json"
+    sound = path.read_text()
+    sizes = [
         ("num_hidden_layers", 10**12),
         ("hidden_size", 2**40),
         ("vocab_size", 10**30),
         ("head_dim", 10**6),
-        ("num_attention_heads", 10**9),
-    ],
-)
-def test_absurd_sizes_are_refused_before_anything_is_built(field, value, folder):
-    edit_json(folder / "config.json", **{field: value})
-    assert f"{field} must be a whole number from 1 to" in refusal(folder)
+        ("vocab_size", 0),
+    ]
+    dtypes = [("dtype", "int8"), ("dtype", "float33"), ("dtype", ["float32"]), ("dtype", 32)]
+    for field, value in [*sizes, *dtypes, ("model_type", "llama"), ("rope_parameters", 3)]:
+        path.write_text(json.dumps(json.loads(sound) | {field: value}))
+        message = refusal(folder)
+        assert message.startswith(f"{path}: ") and field in message
+        assert "must be a whole number, 1 to" in message or (field, value) not in sizes
+
+
+def test_an_index_cannot_reach_outside_its_folder(folder, tmp_path):
+    (folder / "sub").mkdir()
+    for copy in (tmp_path / "evil.safetensors", tmp_path / "evil", folder / "sub" / "x.safetensors"):
+        shutil.copy(folder / "model.safetensors", copy)
+    for name in ("../evil", "../evil.safetensors", f"{tmp_path}/evil.safetensors", "sub/x.safetensors", "..", ""):
+        (folder / INDEX).write_text(json.dumps({"weight_map": {NORM: name}}))
+        wrong = f"{folder / INDEX}: {name!r} is not a file name" if "/" in name else f"{folder}: no "
+        assert refusal(folder).startswith(wrong)
+    for index in ({}, {"weight_map": {}}, {"weight_map": [1]}, {"weight_map": {NORM: 3}}, []):  # no usable map
+        (folder / INDEX).write_text(json.dumps(index))
+        assert str(folder) in refusal(folder)
 
 
 def test_a_header_that_claims_too_much_is_refused_before_memory_is_taken(folder):
@@ -328,38 +267,15 @@ def test_no_pickle_is_ever_read(folder, tmp_path):
 
 
 def test_a_hub_id_is_fetched_at_its_revision_without_pickles(folder, monkeypatch):
-    hub = Hub(folder, offline=True)
+    hub = Hub(folder)
     hub.put_in_place(monkeypatch)
     model, _ = load_model("Qwen/Qwen3-0.6B", revision="abc123")
     with torch.no_grad():
         torch.testing.assert_close(model(IDS), logits_of_folder(folder), rtol=0, atol=1e-4)
     load_model("Qwen/Qwen3-0.6B")
-    assert [(repo_id, options["revision"]) for repo_id, options in hub.downloads] == [
-        ("Qwen/Qwen3-0.6B", "abc123"),
-        ("Qwen/Qwen3-0.6B", None),
-    ]
-    assert all(set(options["allow_patterns"]) <= {"*.safetensors", "*.json"} for _, options in hub.downloads)
-
-
-def test_a_download_is_checked_against_what_the_hub_says(folder, monkeypatch):
-    hub = Hub(folder)
-    hub.put_in_place(monkeypatch)
-    load_model("Qwen/Qwen3-0.6B", revision="main")
-    assert hub.asked == [("Qwen/Qwen3-0.6B", "model", folder.name, True)]  # the commit that was downloaded, not the branch
-    Hub(folder, offline=True).put_in_place(monkeypatch)
-    load_model("Qwen/Qwen3-0.6B")
-
-
-@pytest.mark.parametrize(
-    "lie",
-    [{"model.safetensors": {"lfs": SimpleNamespace(sha256="0" * 64)}}, {"model.safetensors": {"size": 5}},
-     {"config.json": {"blob_id": "0" * 40}}, {"tokenizer.json": {"size": 5}}],
-    ids=str,
-)  # fmt: skip
-def test_a_download_that_is_not_the_hubs_is_refused(lie, folder, monkeypatch):
-    Hub(folder, lie).put_in_place(monkeypatch)
-    (name,) = lie
-    assert f"{folder / name} is not what the hub has" in refusal("Qwen/Qwen3-0.6B")
+    patterns = ["*.safetensors", "*.json"]
+    expected = [("Qwen/Qwen3-0.6B", {"allow_patterns": patterns, "revision": revision}) for revision in ("abc123", None)]
+    assert hub.downloads == expected
 
 
 @pytest.mark.parametrize("error", [OSError("no network\nhint\nhint"), RuntimeError(), ValueError("gated")], ids=repr)
@@ -370,22 +286,17 @@ def test_a_failed_download_is_one_line_that_says_what_to_do(error, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     message = refusal("Qwen/Qwen3-0.6B", revision="v2")
     assert message.startswith("Qwen/Qwen3-0.6B at revision v2 ")
-    assert str(error).split("\n")[0] in message
-    assert "tiny" in message
+    assert (str(error).split("\n")[0] or "RuntimeError") in message and "tiny" in message
 
 
-@pytest.mark.parametrize("source", ["nowhere", "./no/where", "../nowhere", "/nowhere", "a/b/c", "~/nowhere-at-all"])
-def test_what_cannot_be_a_hub_id_is_never_asked_of_the_hub(source, monkeypatch, tmp_path):
-    def fetch(*arguments, **options):
-        raise AssertionError("the hub was asked")
-
+def test_what_cannot_be_a_hub_id_is_never_looked_up_on_the_hub(folder, monkeypatch, tmp_path):
+    hub = Hub(folder)
+    hub.put_in_place(monkeypatch)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    assert f"no such model folder: {source}" in refusal(source)
-
-
-def test_a_file_in_the_place_of_a_folder_is_refused(folder):
+    for source in ("nowhere", "./no/where", "../nowhere", "/nowhere", "a/b/c", "~/nowhere-at-all"):
+        assert f"no such model folder: {source}" in refusal(source)
     assert "is a file" in refusal(folder / "model.safetensors")
+    assert hub.downloads == []
 
 
 def test_a_model_built_here_saves_and_loads_with_every_bit(tmp_path):

@@ -1,7 +1,5 @@
-"""Pictures of a run: accuracy beside the paper's (`curve.md`, `curve.png`), and metrics (`training.png`)."""
+"""Accuracy over a run beside the paper's, as a table (`curve.md`) and a picture (`curve.png`)."""
 
-import math
-from itertools import cycle
 from pathlib import Path
 
 from matplotlib.figure import Figure  # without pyplot, which keeps every figure and may open windows
@@ -11,34 +9,13 @@ from lab.runfolder import RunFolder
 
 Points = list[tuple[int, float]]  # (step, accuracy in %)
 
-# The panels of training.png: a title, and its metrics, those drawn thin as True. Shares are shown in %.
-PANELS = (
-    ("reward", {"reward_mean": False}),
-    ("correct (%); thin: pass@8", {"train_accuracy": False, "pass_at_8": True}),
-    ("well-formed (%)", {"format_rate": False}),
-    ("completion length (tokens)", {"completion_length": False}),
-    ("cut off at the limit (%)", {"truncated_fraction": False}),
-    ("letters outside Latin script (%)", {"non_latin_fraction": False}),
-    ("entropy (nats a token)", {"policy_entropy": False}),
-    ("tokens clipped (%)", {"clip_fraction": False}),
-)
-STYLES = (  # color, line, marker
-    ("C0", "-", "o"), ("C1", "--", "s"), ("C2", ":", "^"), ("C4", (0, (5, 1, 1, 1)), "v"), ("C3", "-.", "D"),
-)  # fmt: skip
-
 
 def write_curve(run: RunFolder, paper: Points) -> None:
-    """Write `curve.md` and `curve.png` from a run's evaluations, `training.png` from its GRPO steps."""
-    metrics = run.metrics()
-    evaluations = [row for row in metrics if "eval_accuracy" in row]
-    (run.path / "curve.md").write_text(curve_table(evaluations, paper))
-    if evaluations:
-        plot_curve(evaluations, paper, run.path / "curve.png")
-    steps = [row for row in metrics if row["kind"] == "grpo" and row["step"]]
-    if steps:
-        names = set().union(*steps)  # groups of fewer than 8 have no pass_at_8
-        series = {name: [row.get(name, math.nan) for row in steps] for name in names}
-        plot_metrics({run.path.name: [series]}, run.path / "training.png")
+    """Write `curve.md` and `curve.png` from a run's evaluations so far."""
+    rows = [row for row in run.metrics() if "eval_accuracy" in row]
+    (run.path / "curve.md").write_text(curve_table(rows, paper))
+    if rows:
+        plot_curve(rows, paper, run.path / "curve.png")
 
 
 def paper_points(recipe: Recipe) -> Points:
@@ -115,27 +92,3 @@ def paper_by_step(rows: list[dict], paper: Points) -> Points:
         if (grpo_steps, after_sft) in at_step:
             points.append((at_step[grpo_steps, after_sft], value))
     return points
-
-
-def plot_metrics(arms: dict[str, list[dict[str, list[float]]]], path: Path) -> None:
-    """The metrics of GRPO steps, a panel each.
-
-    `arms` has, for each name in the legend, its runs: for each metric, the values by step. Runs are averaged.
-    """
-    figure = Figure(figsize=(14, 6), layout="constrained")
-    grid = figure.subplots(2, 4)
-    for axes, (title, names) in zip(grid.flat, PANELS, strict=True):
-        scale = 100 if "%" in title else 1
-        for (arm, runs), (color, line, _) in zip(arms.items(), cycle(STYLES)):
-            for name, thin in names.items():
-                series = [run[name] for run in runs if name in run]
-                average = [scale * sum(values) / len(values) for values in zip(*series, strict=True)]
-                if average:
-                    style = {"color": color, "linestyle": line, "linewidth": 0.8 if thin else 1.5}
-                    axes.plot(range(1, len(average) + 1), average, label=arm, **style)
-        drawn = [value for line in axes.lines for value in line.get_ydata() if not math.isnan(value)]
-        axes.set(title=title, xlabel="GRPO step", ylim=(0, None if any(drawn) else 1))
-        axes.grid(alpha=0.3)
-    if len(arms) > 1:
-        grid.flat[0].legend(fontsize="small")
-    figure.savefig(path, dpi=120)

@@ -89,8 +89,7 @@ def shard(model: Qwen3, device: torch.device) -> Qwen3:
 
 @torch.no_grad()
 def round_to_saved(model: Qwen3) -> None:
-    """Round a sharded model's weights as a checkpoint does, so that a stage starts alike when it is resumed.
-    """
+    """Round a sharded model's weights as a checkpoint does, so that a resumed stage starts alike."""
     if sharding := model.sharding:
         for parameter in filter(is_sharded, model.parameters()):
             local(parameter).copy_(local(parameter).to(sharding.dtype))
@@ -98,8 +97,7 @@ def round_to_saved(model: Qwen3) -> None:
 
 @torch.no_grad()
 def full_model(model: Qwen3, keep: bool = True) -> Qwen3 | None:
-    """A full copy of a sharded model; any other model itself. All ranks have to call it; None without `keep`.
-    """
+    """A full copy of a sharded model, or None without `keep`; other models as they are. A collective call."""
     if model.sharding is None:
         return model
     state = {}

@@ -1,6 +1,4 @@
-"""A Qwen3 decoder from scratch, with its weights, its tokenizer and a KV-cache sampler. Knows nothing of
-training.
-"""
+"""A Qwen3 decoder from scratch, with its weights, tokenizer and KV-cache sampler; nothing about training."""
 
 from model.cache import KVCache
 from model.config import ModelError, Qwen3Config

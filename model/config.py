@@ -2,13 +2,7 @@
 
 from dataclasses import MISSING, dataclass, fields
 
-LARGEST_SIZE = 2**24
-LARGEST = {
-    "num_hidden_layers": 1000,
-    "num_attention_heads": 4096,
-    "num_key_value_heads": 4096,
-    "head_dim": 4096,
-}
+UP_TO_4096 = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 
 class ModelError(ValueError):
@@ -36,14 +30,18 @@ class Qwen3Config:
     max_position_embeddings: int = 40960
 
     def __post_init__(self):
-        for name, kind in ((field.name, field.type) for field in fields(self)):
-            value, largest = getattr(self, name), LARGEST.get(name, LARGEST_SIZE)
-            if kind is int and (type(value) is not int or not 1 <= value <= largest):
-                raise ModelError(f"config: {name} must be a whole number, 1 to {largest}, not {short(value)}")
-            if kind is float and (type(value) not in (int, float) or not 0 < value < float("inf")):
-                raise ModelError(f"config: {name} must be a positive number, not {value!r}")
-            if kind is bool and type(value) is not bool:
-                raise ModelError(f"config: {name} must be true or false, not {value!r}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            largest = 4096 if field.name in UP_TO_4096 else 2**24
+            expected = None
+            if field.type is int and (type(value) is not int or not 1 <= value <= largest):
+                expected = f"a whole number, 1 to {largest}"
+            if field.type is float and (type(value) not in (int, float) or not 0 < value < float("inf")):
+                expected = "a positive number"
+            if field.type is bool and type(value) is not bool:
+                expected = "true or false"
+            if expected:
+                raise ModelError(f"config: {field.name} must be {expected}, not {value!r:.60}")
         if self.num_attention_heads % self.num_key_value_heads:
             heads = f"num_attention_heads {self.num_attention_heads}"
             raise ModelError(f"config: {heads} is no multiple of {self.num_key_value_heads} key-value heads")
@@ -52,36 +50,30 @@ class Qwen3Config:
 
     @classmethod
     def from_hf(cls, hf: dict) -> "Qwen3Config":
-        """Build from a parsed `config.json` of transformers 4 or 5, which has `rope_theta` in
-        `rope_parameters`.
+        """Build from a parsed `config.json` of transformers 4, or 5 (`rope_theta` inside `rope_parameters`).
 
-        Fields that do not change the arithmetic are ignored.
-
-        Raises:
-            ModelError: another architecture, a feature that this decoder lacks, or a missing or malformed
-                field.
+        Fields that do not change the arithmetic are ignored. Raises ModelError for another architecture, a
+        feature that this decoder lacks, or a missing or malformed field.
         """
         if not isinstance(hf, dict):
             raise ModelError(f"config: expected a JSON object, not {type(hf).__name__}")
-        if hf.get("model_type") != "qwen3":
-            raise ModelError(
-                f"config: model_type {hf.get('model_type')!r} is not supported; only dense 'qwen3'"
-            )
-        rope, layer_types = hf.get("rope_parameters") or {}, hf.get("layer_types") or []
-        for name, value, kind in (("rope_parameters", rope, dict), ("layer_types", layer_types, list)):
-            if not isinstance(value, kind):
-                raise ModelError(f"config: {name} = {value!r} is not supported")
-        unsupported = {
-            "attention_bias": hf.get("attention_bias", False) is not False,
-            "hidden_act": hf.get("hidden_act", "silu") != "silu",
-            "use_sliding_window": hf.get("use_sliding_window", False) is not False,
-            "rope_scaling": hf.get("rope_scaling") is not None,
-            "rope_parameters": rope.get("rope_type", rope.get("type", "default")) != "default",
-            "layer_types": any(kind != "full_attention" for kind in layer_types),
+        model_type = hf.get("model_type")
+        if model_type != "qwen3":
+            raise ModelError(f"config: model_type {model_type!r:.60} is not supported; only dense 'qwen3'")
+        rope = hf.get("rope_parameters") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
+        layers = hf.get("layer_types") or []
+        supported = {
+            "attention_bias": hf.get("attention_bias", False) is False,
+            "hidden_act": hf.get("hidden_act", "silu") == "silu",
+            "use_sliding_window": hf.get("use_sliding_window", False) is False,
+            "rope_scaling": hf.get("rope_scaling") is None,
+            "rope_parameters": rope_type == "default",
+            "layer_types": isinstance(layers, list) and all(kind == "full_attention" for kind in layers),
         }
-        for name, refused in unsupported.items():
-            if refused:
-                raise ModelError(f"config: {name} = {hf[name]!r} is not supported")
+        for name, is_supported in supported.items():
+            if not is_supported:
+                raise ModelError(f"config: {name} = {hf[name]!r:.60} is not supported")
         values = {name: hf[name] for name in cls.__dataclass_fields__ if name in hf}
         if "rope_theta" in rope:
             values["rope_theta"] = rope["rope_theta"]
@@ -119,9 +111,3 @@ class Qwen3Config:
         layer = attention + 3 * self.hidden_size * self.intermediate_size + norms
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return embeddings + self.num_hidden_layers * layer + self.hidden_size
-
-
-def short(value) -> str:
-    """A value for an error message, cut if it is long."""
-    text = f"{value:.3g}" if isinstance(value, int) and abs(value) >= 10**15 else repr(value)
-    return text if len(text) <= 60 else text[:60] + "..."

@@ -38,9 +38,7 @@ def chunk_tokens(weight: Tensor) -> int:
 
 
 def logit_chunks(hidden: Tensor, weight: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Logits [at most chunk_tokens, vocab] of consecutive tokens, in one buffer, and their parts of
-    `columns`.
-    """
+    """Yield logits [up to chunk_tokens, vocab], all in one buffer, and those tokens' part of each column."""
     size = chunk_tokens(weight)
     buffer = hidden.new_empty(min(size, len(hidden)), len(weight))
     for chunk, *parts in zip(*(x.split(size) for x in (hidden, *columns)), strict=True):
@@ -55,8 +53,7 @@ class TargetLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, target_ids, temperature, num_tokens):
-        # Results go into tensors made beforehand: small ones between large temporaries would fragment the
-        # heap.
+        # Results go into tensors made beforehand; small ones between large temporaries fragment the heap.
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = hidden.new_empty(len(hidden), dtype=dtype)
         entropy = torch.empty_like(logprobs)

@@ -42,7 +42,9 @@ class PackedGroups:
     """
 
     def __init__(self, groups: list[PackedGroup], device="cpu"):
-        positions, self.groups, self.sizes = [], [], []
+        self.groups = []
+        self.sizes = []
+        positions = []
         for group in groups:
             blocks = group.blocks()
             self.groups.append((group.prefix, blocks))

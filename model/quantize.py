@@ -43,9 +43,7 @@ class LoRALinear(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def train(self, mode: bool = True) -> "LoRALinear":
-        """Stay in training mode: in evaluation mode, bitsandbytes on a CPU rounds x to int8, which changes
-        logits.
-        """
+        """Stay in training mode: in evaluation mode, bitsandbytes on a CPU would round x to int8."""
         return super().train(True)
 
     @torch.no_grad()
@@ -63,13 +61,10 @@ def quantized(linear: nn.Linear) -> nn.Linear:
     """`linear` with its weight in int8, one byte each, and a float32 scale for each row, on the same device.
 
     The arithmetic is bitsandbytes'. On a CPU it multiplies x by the dequantized weight. On a GPU it also
-    rounds x to int8, each row by its largest magnitude, so there `merged` equals what was trained up to that
-    rounding.
+    rounds each row of x to int8, so there `merged` equals what was trained only up to that rounding.
     """
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # it would say in each call that x is not float16
-    import bitsandbytes  # imported only where it is used: it takes seconds, and most runs do not need it
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else each call warns that x is not float16
+    import bitsandbytes  # here, because the import takes seconds and most runs do not need it
 
     out_size, in_size = linear.weight.shape
     options = {"bias": False, "has_fp16_weights": False, "threshold": 0.0}
@@ -86,13 +81,8 @@ def add_adapters(model: Qwen3, rank: int, alpha: float, int8: bool, seed: int = 
     The model must have its device and dtype already. The same base and seed give the same bits, the int8
     weights included; so a stopped run needs only the base and its `adapter_state`.
 
-    Args:
-        alpha: the adapters' product is scaled by alpha / rank.
-        int8: quantize the projections; the embedding, the head and the norms keep their dtype.
-        seed: of the adapters' first matrices.
-
-    Raises:
-        ValueError: a rank or an alpha that is not positive, or a model that has adapters already.
+    With `int8`, the projections are quantized; the embedding, the head and the norms keep their dtype.
+    Raises ValueError for a rank or an alpha that is not positive, or a model that has adapters already.
     """
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be a positive integer, not {rank!r}")
@@ -122,36 +112,30 @@ def has_int8(model: Qwen3) -> bool:
 
 
 def adapter_state(model: Qwen3) -> dict[str, Tensor]:
-    """The adapters' matrices by name, such as `model.layers.0.self_attn.q_proj.lora_a`: float32, and not
-    copies.
-    """
-    own = adapters(model)
+    """The adapters' own float32 matrices (no copies), by names like `model.layers.0.mlp.up_proj.lora_a`."""
     keys = ("lora_a", "lora_b")
-    return {f"{name}.{key}": getattr(part, key).detach() for name, part in own for key in keys}
+    return {f"{name}.{key}": getattr(part, key).detach() for name, part in adapters(model) for key in keys}
 
 
 def load_adapter_state(model: Qwen3, tensors: dict[str, Tensor]) -> None:
-    """Take back what `adapter_state` gave; nothing is changed where something does not fit.
+    """Copy what `adapter_state` returned into the adapters.
 
-    Raises:
-        ModelError: a matrix is missing, unexpected, or of another shape than the model's.
+    Raises ModelError, with nothing changed, if a matrix is missing, unexpected or of another shape.
     """
     own = adapter_state(model)
-    for name in tensors:
+    for name in own | tensors:
         if name not in own:
             raise ModelError(f"unexpected adapter {name}")
-    for name, matrix in own.items():
         if name not in tensors:
             raise ModelError(f"adapter {name} missing")
-        if tensors[name].shape != matrix.shape:
-            raise ModelError(f"adapter {name} is {list(tensors[name].shape)}, not {list(matrix.shape)}")
+        if tensors[name].shape != own[name].shape:
+            raise ModelError(f"adapter {name} is {list(tensors[name].shape)}, not {list(own[name].shape)}")
     for name, matrix in own.items():
         matrix.copy_(tensors[name])
 
 
 def plain_state(model: Qwen3, device=None) -> dict[str, Tensor]:
-    """The state dict of a plain Qwen3 equal to `model`: adapters merged in float32, then rounded to its
-    dtype.
+    """State dict of an equal Qwen3 without adapters, which are merged in float32, then rounded to its dtype.
 
     On `device`; None: where the model is. A model without adapters gives its own tensors.
     """
@@ -159,7 +143,6 @@ def plain_state(model: Qwen3, device=None) -> dict[str, Tensor]:
     for name, part in adapters(model):
         for key in part.state_dict(prefix=f"{name}."):
             del state[key]
-        state[f"{name}.weight"] = part.merged().to(
-            device, model.dtype
-        )  # at once: a GPU may have no room for all
+        # Moved one by one: a GPU may have no room for all of them.
+        state[f"{name}.weight"] = part.merged().to(device, model.dtype)
     return {name: tensor.to(device) for name, tensor in state.items()}

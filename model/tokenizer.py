@@ -16,8 +16,8 @@ class Tokenizer:
     Qwen3-Base ships Qwen2.5's `tokenizer.json`, in which `<think>` is not yet a token; entries that are only
     in `tokenizer_config.json` are added here, as transformers does.
 
-    `stop_token_ids` end a completion: those of `generation_config.json`, `<|endoftext|>`, and `<|im_end|>`,
-    which ends a turn of the chat format.
+    `stop_token_ids` end a completion: those of `generation_config.json`, `<|endoftext|>`, and `<|im_end|>`
+    (`end_of_turn_id`), which ends a turn of the chat format and with which SFT ends a completion.
     """
 
     def __init__(self, folder: str | Path):
@@ -39,29 +39,25 @@ class Tokenizer:
             raise
         except Exception as error:  # the backend raises bare Exception for a malformed file
             raise ModelError(f"{folder}: unreadable tokenizer files: {error}") from error
-        for token in ("<|im_end|>", "<|endoftext|>"):
-            if self.backend.token_to_id(token) is None:
+        ends = {token: self.backend.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")}
+        for token, token_id in ends.items():
+            if token_id is None:
                 raise ModelError(f"{folder}: no {token}, so this is not a Qwen3 chat tokenizer")
-            stops.add(self.backend.token_to_id(token))
-        self.stop_token_ids = tuple(sorted(stops))
+        self.stop_token_ids = tuple(sorted(stops.union(ends.values())))
+        self.end_of_turn_id = ends["<|im_end|>"]
 
     def _add_missing_tokens(self, added: dict, folder: Path) -> None:
         for token_id, fields in sorted(added.items(), key=lambda item: int(item[0])):
             if self.backend.token_to_id(fields["content"]) is None:
-                names = ("single_word", "lstrip", "rstrip", "normalized", "special")
-                flags = {name: fields[name] for name in names}
-                self.backend.add_tokens([tokenizers.AddedToken(fields["content"], **flags)])
+                flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+                token = tokenizers.AddedToken(fields["content"], **{flag: fields[flag] for flag in flags})
+                self.backend.add_tokens([token])
             if self.backend.token_to_id(fields["content"]) != int(token_id):
                 raise ModelError(f"{folder}: token {fields['content']!r} should have id {token_id}")
 
     def __len__(self) -> int:
         """Size of the vocabulary; embedding rows beyond it are padding."""
         return self.backend.get_vocab_size(with_added_tokens=True)
-
-    @property
-    def end_of_turn_id(self) -> int:
-        """The id of `<|im_end|>`, with which SFT ends a completion."""
-        return self.backend.token_to_id("<|im_end|>")
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; chat tokens in it, such as `<|im_end|>`, become single ids."""

@@ -1,6 +1,4 @@
-"""Checkpoints in and out: a folder in Hugging Face's layout, the hub, or the model embedded in this
-repository.
-"""
+"""Load and save models: folders in Hugging Face's layout, the hub, and the models embedded here."""
 
 import json
 from pathlib import Path
@@ -28,8 +26,7 @@ def load_model(
     """Load a model and its tokenizer.
 
     Args:
-        source: "tiny" or "tiny-calculus" (the embedded models), a folder in Hugging Face's layout, or a hub
-            id.
+        source: an embedded model ("tiny" or "tiny-calculus"), a folder in Hugging Face's layout, or a hub id.
         dtype: of the weights; None keeps the dtype that `config.json` names.
         revision: branch, tag or commit of a hub id.
 
@@ -58,8 +55,7 @@ def load_model(
 
 
 def save_model(folder: str | Path, model: Qwen3, tokenizer: Tokenizer) -> None:
-    """Write `config.json`, `model.safetensors` and the tokenizer's files: transformers and vLLM load the
-    folder.
+    """Write `config.json`, `model.safetensors` and the tokenizer's files, for transformers and vLLM to load.
 
     Adapters are merged into the weights, and int8 weights are written in the model's dtype.
     """
@@ -123,8 +119,8 @@ def read_state(folder: Path, model: Qwen3, device, dtype: torch.dtype) -> dict[s
                         raise ModelError(f"{path}: unexpected weight {name}")
                     shape = file.get_slice(name).get_shape()  # before any memory is taken
                     if tuple(shape) != expected[name]:
-                        wanted = list(expected[name])
-                        raise ModelError(f"{path}: {name} is {list(shape)}, config.json says {wanted}")
+                        config_shape = list(expected[name])
+                        raise ModelError(f"{path}: {name} is {list(shape)}, config.json says {config_shape}")
                     tensor = file.get_tensor(name).to(dtype)
                     if tied and name == HEAD:
                         head_copy = tensor
@@ -175,13 +171,8 @@ def read_json(path: Path) -> dict:
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """ "bfloat16" -> torch.bfloat16, for the dtypes that this project computes in."""
-    dtypes = {
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-        "float64": torch.float64,
-    }
-    if not isinstance(name, str) or name not in dtypes:
-        raise ModelError(f"dtype {name!r} is not one of {', '.join(dtypes)}")
-    return dtypes[name]
+    """The torch dtype of this name."""
+    names = ("float32", "bfloat16", "float16", "float64")
+    if name not in names:
+        raise ModelError(f"dtype {name!r} is not one of {', '.join(names)}")
+    return getattr(torch, name)

@@ -10,7 +10,6 @@ import re
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
@@ -26,16 +25,6 @@ PIECES = [
     "so ", "Answer: ", "x", "²", "٣", "−", "１", "\u2028", "\x00", "é", "漢", "<|im_end|>", "<ANSWER>", "< answer>", "</answer >",
     "999999999", "1e3", "0x10", "_", ",", "\t", "\r",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """Fuzz the reward."""
-
-    cases: int = 1_000_000
-    """Texts to judge."""
-    seed: int = 0
-    """Of the texts."""
 
 
 def solves(text: str, problem: Problem, thinking: bool) -> bool | None:
@@ -107,7 +96,7 @@ def fuzz(cases: int, seed: int) -> Counter:
             took = min(timed(text, problem, thinking)[1] for _ in range(5))
         shown = f"case {number}, seed {seed}: {text[:300]!r}, {problem}, thinking {thinking}"
         assert took <= LIMIT, f"{took:.3f} s for {len(text)} characters, {shown}"
-        if len(text) < 10_000:
+        if len(text) < 10_000 or judged.reward == 1.0:  # the second reading is slow
             reading = solves(text, problem, thinking)
             assert (judged.outcome == "malformed") == (reading is None), (
                 f"{judged}, but the second reading says {reading}, {shown}"
@@ -123,11 +112,12 @@ def timed(text: str, problem: Problem, thinking: bool):
     return score(text, problem, thinking), time.perf_counter() - start
 
 
-def main(arguments: Arguments) -> None:
+def main(cases: int = 1_000_000, seed: int = 0) -> None:
+    """Fuzz the reward with so many texts."""
     start = time.perf_counter()
-    found = fuzz(arguments.cases, arguments.seed)
-    print(f"{arguments.cases:,} texts, seed {arguments.seed}, {time.perf_counter() - start:.0f} s: {dict(found)}")
+    found = fuzz(cases, seed)
+    print(f"{cases:,} texts, seed {seed}, {time.perf_counter() - start:.0f} s: {dict(found)}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    tyro.cli(main)

@@ -7,7 +7,7 @@ import ast
 import copy
 import importlib.abc
 import importlib.util
-import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
@@ -36,9 +36,7 @@ LINE = "line = text.rstrip(BLANKS).rpartition('\\n')[2]"
 EQUIVALENT = {  # mutant -> why no test can, or need, see it
     "@dataclass(frozen=True)  ->  @dataclass()": "nothing changes a Score; frozen says so",
     "@dataclass(frozen=True)  ->  @dataclass(frozen=False)": "the same",
-    NEAR
-    + "  ->  "
-    + NEAR.replace("(3, 10)", "(2, 10)"): "the line falls to 0.3 just where near ends, so the floor is never above it",
+    f"{NEAR}  ->  {NEAR.replace('(3, 10)', '(2, 10)')}": "the line falls to 0.3 just where near ends: the floor is never above it",
     NEAR + "  ->  " + NEAR.replace("(3, 10)", "(3, 11)"): "the same",
     "if not thinking and text.lstrip(BLANKS).startswith('<think>'):  ->  if not thinking and text.strip(BLANKS).startswith('<think>'):": "only the beginning is looked at",
     "before, _, rest = text.partition('<answer>')  ->  before, _, rest = text.rpartition('<answer>')": "there is exactly one",
@@ -154,22 +152,14 @@ class Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self.source, f"<changed {self.name}>", "exec"), module.__dict__)
 
 
-def survives(job: tuple[str, str, str, int]) -> bool:
-    """Whether the tests of a module pass with its source replaced; runs in a process of its own."""
-    path, _, source, seconds = job
+def judge(path: str, source: str, seconds: int) -> None:
+    """Run the tests of a module with its source replaced, in a process of its own; exit code 0 if they pass."""
     torch.set_num_threads(1)
     sys.meta_path.insert(0, Loader(path.removesuffix(".py").replace("/", "."), source))
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     signal.alarm(seconds)
-    tests = [str(TESTS / name) for name in WATCHED[path]]
-    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
-    return code == pytest.ExitCode.OK
-
-
-def judge(job: tuple[str, str, str, int], results) -> None:
-    results.put((job[0], job[1], survives(job)))
+    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(str(TESTS / name) for name in WATCHED[path])]))
 
 
 def main(arguments: Arguments) -> None:
@@ -177,25 +167,26 @@ def main(arguments: Arguments) -> None:
     jobs = []
     for path in arguments.modules:
         source = (ROOT / path).read_text()
-        jobs.append((path, NOTHING, source, arguments.seconds))
-        jobs += [(path, what, changed, arguments.seconds) for what, changed in mutants(source)]
+        jobs += [(path, what, changed) for what, changed in [(NOTHING, source), *mutants(source)]]
+    count = len(jobs) - len(arguments.modules)
     fork = multiprocessing.get_context("fork")
-    results, running, left, survivors = fork.SimpleQueue(), [], list(jobs), []
-    while left or running:
-        while left and len(running) < arguments.processes:
-            running.append(fork.Process(target=judge, args=(left.pop(0), results)))
-            running[-1].start()
-        running[0].join(0.2)
-        running = [process for process in running if process.is_alive()]
-        while not results.empty():
-            path, what, survived = results.get()
-            if what == NOTHING and not survived:
+    running: dict = {}
+    survivors = []
+    while jobs or running:
+        while jobs and len(running) < arguments.processes:
+            path, what, source = jobs.pop(0)
+            process = fork.Process(target=judge, args=(path, source, arguments.seconds))
+            process.start()
+            running[process] = path, what
+        multiprocessing.connection.wait([process.sentinel for process in running])
+        for process in [process for process in running if not process.is_alive()]:
+            path, what = running.pop(process)
+            if what == NOTHING and process.exitcode:
                 sys.exit(f"{path}: its tests fail as it is")
-            if what != NOTHING and survived:
+            if what != NOTHING and not process.exitcode:
                 survivors.append((path, what))
     unexplained = [f"{path}: {what}" for path, what in survivors if what not in EQUIVALENT]
-    changed = len(jobs) - len(arguments.modules)
-    print(f"{changed} mutants, {changed - len(survivors)} noticed, {len(survivors) - len(unexplained)} explained")
+    print(f"{count} mutants, {count - len(survivors)} noticed, {len(survivors) - len(unexplained)} explained")
     if unexplained:
         sys.exit("not noticed:\n" + "\n".join(unexplained))
 

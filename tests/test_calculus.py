@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import Calculus, DataError
-from data.calculus import MAX_CHARACTERS, MAX_COEFFICIENT, MAX_PROBLEM_EXPONENT, Derivative, terms_of, trimmed
+from data.calculus import MAX_COEFFICIENT, MAX_PROBLEM_EXPONENT, Derivative, terms_of, trimmed
 from data.calculus import parse_polynomial as parse
 from data.calculus import sum_text as text_of
 from data.task import Score
@@ -144,15 +144,6 @@ def test_no_text_raises_and_only_an_equal_function_is_paid_in_full(text, thinkin
     assert (verdict.outcome == "correct") == equal
 
 
-@pytest.mark.parametrize(
-    "text", ["+" * 100_000 + "x", " " * 100_000 + "x", "9" * 100_000, "x + " * 25_000 + "x"], ids=list("+ 9x")
-)
-def test_a_hundred_kilobytes_earn_no_reward_and_are_not_even_read(text):
-    assert TASK.score(answered(text), PROBLEM) == Score(0.1, "wrong")
-    with pytest.raises(ValueError, match=f"at most {MAX_CHARACTERS}"):
-        parse(text)
-
-
 # Problems
 
 
@@ -166,11 +157,6 @@ def test_what_is_no_problem_is_refused(polynomial, order):
         Derivative(polynomial, order)
 
 
-def test_the_same_problem_has_the_same_key_however_it_is_given():
-    assert Derivative([7, 5, 0, 0]) == Derivative((7, 5)) and Derivative([7, 5, 0]).key == Derivative((7, 5)).key
-    assert Derivative((7, 5)).key < Derivative((9, 5)).key < Derivative((7, 5), 2).key
-
-
 def test_problems_as_text():
     assert str(PROBLEM) == "d/dx (3x^4 - 2x^3 + 5x + 7)"
     assert str(Derivative((0, -1, 1), 2)) == "d^2/dx^2 (x^2 - x)"
@@ -181,9 +167,10 @@ def test_problems_as_text():
 
 
 @given(PROBLEMS)
-def test_rows_round_trip_through_json(problem):
+def test_rows_round_trip_through_json_and_zeros_at_the_end_make_no_other_problem(problem):
     assert TASK.problem(json.loads(json.dumps(problem.row()))) == problem
     assert TASK.problem(json.loads(Calculus.stored.example)) == PROBLEM
+    assert Derivative([*problem.polynomial, 0, 0], problem.order).key == problem.key
 
 
 def test_a_parquet_file_may_have_a_column_for_the_order_or_not(tmp_path):

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from lab.errors import user_errors
 
 import eval as eval_command
 import train as train_command
 from data import GSM8K, Problem
 from lab.checkpoint import checkpoints
+from lab.errors import user_errors
 from lab.evaluate import evaluate
 from lab.recipe import RecipeError, problems_of
 from lab.runfolder import RunFolder

@@ -18,21 +18,28 @@ DRIFTED = "七十九 減 六十\n</think>\n<answer>79-60+17</answer>"
 
 
 @pytest.mark.parametrize(
+    "text", ["", "naïve é ß", "Đặng, ŁÓDŹ", "79 - 60 + 17 = 36", "\n\t </think>", "→ × ÷ ≠ √2 ½ ∞", "🙂👍🏽", "٣", "¿«»…—"]
+)
+def test_digits_symbols_and_accents_are_fine(text):
+    assert non_latin(text) == 0 and latin_only(text)
+
+
+@pytest.mark.parametrize(
     ("text", "count"),
     [
-        ("", 0),
-        ("79-60=19 ok", 0),
-        ("naïve é ß", 0),
         ("π r", 1),
         ("да, yes", 2),
         ("七十九 減 六十", 6),
-        ("½ ± ∞ 🙂", 0),
         ("ａ", 1),
+        ("so it is с", 1),
+        ("άρα", 3),
+        ("لذا", 3),
+        ("して", 2),
+        ("그래", 2),
     ],
 )
 def test_letters_outside_the_latin_script_are_counted_one_by_one(text, count):
-    assert non_latin(text) == count
-    assert latin_only(text) == (count == 0)
+    assert non_latin(text) == count and not latin_only(text)
 
 
 def rollout(text: str, settings: RewardSettings = RewardSettings()) -> Rollout:

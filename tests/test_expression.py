@@ -95,14 +95,6 @@ def test_values_are_exact_and_numbers_stand_in_order_of_appearance():
     assert parse_expression("7 - (2 + 7) * 0").numbers == (7, 2, 7, 0)
 
 
-def test_minus_and_division_group_to_the_left_and_unary_minus_binds_tightest():
-    assert evaluate_expression("10 - 4 - 3") == 3
-    assert evaluate_expression("16 / 4 / 2") == 2
-    assert evaluate_expression("2 - -3") == evaluate_expression("2--3") == 5
-    assert evaluate_expression("-2 * -3") == 6
-    assert evaluate_expression("-(2 - 5)") == 3
-
-
 REFUSED = {
     "empty": "", "power": "2 ** 5", "tower of powers": "99 ** 98 ** 97", "floor division": "11 // 2 * 5",
     "remainder": "11 % 2", "exponent": "1e9", "decimal": "2.5 * 10", "hexadecimal": "0x24", "underscore": "1_000",

@@ -24,7 +24,7 @@ def write_parquet(path, numbers, targets, names=("nums", "target")):
 def test_parquet_and_jsonl_give_the_rows_in_their_order(tmp_path):
     rows = [((44, 19, 35), 98), ((78, 1, 39, 83), 82), ((44, 19, 35), 98)]
     expected = [Problem(*row) for row in rows]
-    parquet = write_parquet(tmp_path / "a.parquet", [row[0] for row in rows], [row[1] for row in rows])
+    parquet = write_parquet(tmp_path / "me@home.parquet", [row[0] for row in rows], [row[1] for row in rows])
     assert load_problems(parquet) == load_problems(str(parquet)) == expected
     jsonl = tmp_path / "a.jsonl"
     jsonl.write_text("".join(json.dumps({"numbers": n, "target": t, "note": "-"}) + "\n\n" for n, t in rows))
@@ -100,17 +100,10 @@ def test_a_source_that_is_none_says_what_would_be_one(tmp_path):
     for source, message in [
         (tmp_path / "missing.parquet", "missing.parquet is no file"), (tmp_path / "folder.jsonl", "no file"),
         (tmp_path / "binary.jsonl", "UTF-8"), (tmp_path, "cannot read problems from"), ("hbu", "cannot read problems from 'hbu'"),
-        ("problems.csv", "'problems.csv'.*jsonl"), ("hub@", "'hub@' names no revision"),
+        ("problems.csv", "'problems.csv'.*jsonl"), ("hub@", "'hub@' names no revision"), ("a.parquet@main", "cannot read problems"),
     ]:  # fmt: skip
         with pytest.raises(DataError, match=message):
             load_problems(source)
-
-
-def test_a_revision_belongs_to_the_hub_and_not_to_a_file(tmp_path):
-    path = write_parquet(tmp_path / "me@home.parquet", [[1, 2]], [3])
-    assert load_problems(path) == [Problem((1, 2), 3)]
-    with pytest.raises(DataError, match="cannot read problems from"):
-        load_problems(f"{path}@main")
 
 
 # Splits

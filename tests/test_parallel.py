@@ -75,8 +75,9 @@ def in_processes(size: int, work, *arguments) -> None:
     ranks = [context.Process(target=be_rank, args=(number, size, port, work, *arguments)) for number in range(size)]
     for process in ranks:
         process.start()
+    deadline = time.monotonic() + 120
     for process in ranks:
-        process.join(120)
+        process.join(max(0.0, deadline - time.monotonic()))
     codes = [process.exitcode for process in ranks]
     for process in ranks:
         process.kill()

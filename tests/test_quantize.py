@@ -1,6 +1,5 @@
 """Adapters and int8 weights: the arithmetic of LoRA, a base that never moves, and checkpoints that are plain again."""
 
-import copy
 import subprocess
 import sys
 
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from reference import ROOT, TINY, TINY_TOKENS, random_ids, reference_model, same_weights
 from torch import nn
 
-from model import ModelError, Qwen3, Tokenizer, generate, load_model, save_model
+from model import ModelError, Qwen3, Tokenizer, load_model, save_model
 from model.quantize import LoRALinear, adapter_state, adapters, add_adapters, load_adapter_state, plain_state, quantized
 from rl.batch import completion_logprobs, make_batch
 from rl.sft import sft_step
@@ -22,10 +21,7 @@ IDS = random_ids(3, 11, high=48)
 SAMPLES = ragged_samples(4)
 BASES = pytest.mark.parametrize("int8", [False, True])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-SEVEN = {
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-}  # fmt: skip
+SEVEN = {*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down"))}
 
 
 def fill(model: Qwen3, seed: int = 7, std: float = 0.3) -> Qwen3:
@@ -38,6 +34,13 @@ def fill(model: Qwen3, seed: int = 7, std: float = 0.3) -> Qwen3:
 
 def adapted(int8: bool, rank: int = 3, alpha: float = 5.0, **shape) -> Qwen3:
     return fill(add_adapters(random_model(**shape), rank, alpha, int8))
+
+
+def merged_model(model: Qwen3) -> Qwen3:
+    """The plain model that equals an adapted one."""
+    plain = random_model(seed=9, dtype=model.dtype)
+    plain.load_state_dict(plain_state(model))
+    return plain
 
 
 def frozen(model: Qwen3) -> dict[str, torch.Tensor]:
@@ -57,22 +60,24 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 # One projection
 
 
+def projection(in_size: int, out_size: int, rank: int, alpha: float, int8: bool, dtype=torch.float32) -> LoRALinear:
+    base = nn.Linear(in_size, out_size, bias=False, dtype=dtype)
+    layer = LoRALinear(quantized(base) if int8 else base, rank, alpha)
+    nn.init.normal_(layer.lora_b)
+    return layer
+
+
 @settings(max_examples=60, deadline=None)
 @given(
-    sizes=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5)),
-    leading=st.lists(st.integers(1, 3), max_size=4),
-    alpha=st.floats(0.1, 64),
-    int8=st.booleans(),
-    seed=st.integers(0, 99),
-)
+    st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5)),
+    st.lists(st.integers(1, 3), max_size=4), st.floats(0.1, 64), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
 def test_a_projection_is_x_times_w_plus_alpha_over_rank_b_a(sizes, leading, alpha, int8, seed):
     """Against one plain float64 matrix: output, merged weight, and the gradients of x, A and B."""
     in_size, out_size, rank = sizes
     torch.manual_seed(seed)
-    base = nn.Linear(in_size, out_size, bias=False)
-    base = quantized(base) if int8 else base
-    layer = LoRALinear(base.requires_grad_(False), rank, alpha)
-    nn.init.normal_(layer.lora_b)
+    layer = projection(in_size, out_size, rank, alpha, int8)
+    base = layer.base.requires_grad_(False)
     weight = base.state.CB * base.state.SCB.double()[:, None] / 127 if int8 else base.weight.double()
     x, grad = torch.randn(*leading, in_size), torch.randn(*leading, out_size)
     ours = [x.clone().requires_grad_(), layer.lora_a, layer.lora_b]
@@ -95,18 +100,14 @@ def test_a_projection_is_x_times_w_plus_alpha_over_rank_b_a(sizes, leading, alph
 def test_every_way_of_calling_a_projection_gives_its_product(int8, dtype):
     """2-D and 3-D, with and without gradients, under inference mode, after `eval` and `train`."""
     torch.manual_seed(0)
-    base = nn.Linear(64, 96, bias=False, dtype=dtype)
-    layer = LoRALinear(quantized(base) if int8 else base, 4, 8.0)
-    nn.init.normal_(layer.lora_b)
+    layer = projection(64, 96, 4, 8.0, int8, dtype)
     x = torch.randn(2, 5, 64).to(dtype)
     x[..., 7] *= 50  # int8 activations would lose most of the other 63
     expected = x.double() @ layer.merged().double().T
     tolerance = 1e-6 if dtype == torch.float32 else 6e-3
     with torch.inference_mode():
-        sampled = layer(x)
-        flat = layer(x[0])
-    assert sampled.dtype == dtype and error(sampled, expected) < tolerance
-    assert error(flat, expected[0]) < tolerance
+        assert layer(x).dtype == dtype and error(layer(x), expected) < tolerance
+        assert error(layer(x[0]), expected[0]) < tolerance
     for mode in (layer.train, layer.eval):
         mode()
         trained = layer(x.requires_grad_())
@@ -141,16 +142,15 @@ def test_all_seven_projections_of_every_layer_and_nothing_else_get_adapters(int8
     assert add_adapters(model, 3, 6.0, int8) is model
     found = dict(adapters(model))
     assert found.keys() == {f"model.layers.{layer}.{name}" for layer in range(3) for name in SEVEN}
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert trained.keys() == {f"{name}.lora_{side}" for name in found for side in "ab"} == adapter_state(model).keys()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"{name}.lora_{side}" for name in found for side in "ab"} == adapter_state(model).keys()
     for name, part in found.items():
         out_size, in_size = bases[name].weight.shape
         assert part.lora_a.shape == (3, in_size) and part.lora_b.shape == (out_size, 3)
         assert part.lora_a.dtype == part.lora_b.dtype == torch.float32
         assert (part.base is bases[name]) == (not int8)
-    for name, parameter in model.named_parameters():
-        if name in before:
-            assert parameter is before[name], name
+    kept = [name for name, _ in model.named_parameters() if name in before]
+    assert kept and all(model.get_parameter(name) is before[name] for name in kept)
 
 
 @DTYPES
@@ -163,24 +163,17 @@ def test_new_adapters_change_nothing(int8, dtype):
     assert all(part.lora_b.count_nonzero() == 0 for _, part in adapters(model))
     if int8:
         assert 0 < error(model(IDS), expected.double()) < 0.1
-        quantized_base = random_model(seed=9, dtype=dtype)
-        quantized_base.load_state_dict(plain_state(model))
-        expected = quantized_base(IDS)
-    if dtype == torch.float32:
-        assert torch.equal(model(IDS), expected)
-    else:
-        assert error(model(IDS), expected.double()) < 0.02
-    assert model.dtype == dtype and model.device == torch.device("cpu")
+        expected = merged_model(model)(IDS)
+    assert error(model(IDS), expected.double()) <= (0 if dtype == torch.float32 else 0.02)
+    assert model.dtype == dtype
 
 
 def test_matrices_and_int8_weights_follow_the_seed_and_the_base_and_have_the_size_of_their_input():
     shape = {"hidden_size": 64, "intermediate_size": 96, "dtype": torch.bfloat16}
-    models = [
-        add_adapters(random_model(**shape), 8, 8.0, int8, seed) for int8, seed in ((True, 1), (True, 1), (False, 1), (True, 2))
-    ]
-    first, again, float_base, other = map(adapter_state, models)
-    assert same(first, again) and same(first, float_base)
-    assert same(*map(frozen, models[:2]))
+    first, again, other = (add_adapters(random_model(**shape), 8, 8.0, True, seed) for seed in (1, 1, 2))
+    assert same(frozen(first), frozen(again))
+    first, again, other = map(adapter_state, (first, again, other))
+    assert same(first, again) and same(first, adapter_state(add_adapters(random_model(**shape), 8, 8.0, False, 1)))
     drawn = [name for name in first if name.endswith("lora_a")]
     assert not any(torch.equal(first[name], other[name]) for name in drawn)
     assert len({float(first[name][0, 0]) for name in drawn}) == len(drawn)
@@ -189,19 +182,14 @@ def test_matrices_and_int8_weights_follow_the_seed_and_the_base_and_have_the_siz
 
 
 def test_an_int8_projection_holds_one_byte_a_weight_and_a_scale_a_row():
-    model = random_model()
-    names = {f"model.layers.{layer}.{name}" for layer in range(2) for name in SEVEN}
-    shapes = [tuple(model.get_submodule(name).weight.shape) for name in names]
-    add_adapters(model, 2, 2.0, int8=True)
+    model = add_adapters(random_model(), 2, 2.0, int8=True)
     for _ in range(2):  # before and after a first call
-        for name, (out_size, in_size) in zip(names, shapes, strict=True):
-            base = model.get_submodule(name).base
-            held = [base.state.CB, base.state.SCB, base.weight.data, base.weight.CB, base.weight.SCB]
-            held += [value for value in vars(base.state).values() if torch.is_tensor(value)]
-            held += [*base.parameters(), *base.buffers()]
-            storages = [tensor.untyped_storage() for tensor in held if tensor is not None]
+        for name, part in adapters(model):
+            base, size = part.base, part.lora_b.shape[0] * part.lora_a.shape[1]
+            tensors = [base.weight.data, base.weight.CB, base.weight.SCB, *vars(base.state).values(), *base.buffers()]
+            storages = [tensor.untyped_storage() for tensor in tensors if torch.is_tensor(tensor)]
             sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-            assert sum(sizes.values()) == out_size * in_size + 4 * out_size, name
+            assert sum(sizes.values()) == size + 4 * part.lora_b.shape[0], name
         with torch.inference_mode():
             model(IDS)
 
@@ -226,62 +214,33 @@ def test_a_rank_or_alpha_that_makes_no_sense_is_refused_and_the_model_left_as_it
         add_adapters(adapted(int8=False), 2, 2.0, int8=False)
 
 
-@BASES
-@torch.no_grad()
-def test_a_copy_of_an_adapted_model_is_the_same_and_its_own(int8):
-    model = adapted(int8)
-    expected = model(IDS)
-    other = copy.deepcopy(model)
-    assert torch.equal(other(IDS), expected)
-    fill(other, seed=8)
-    assert not torch.equal(other(IDS), expected) and torch.equal(model(IDS), expected)
-
-
-# Training and sampling
+# Training
 
 
 @pytest.mark.parametrize("int8, dtype", [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)])
 def test_adapters_learn_and_the_base_stays_bit_identical(int8, dtype):
     model = add_adapters(random_model(dtype=dtype), 4, 8.0, int8)
-    before, start = frozen(model), adapter_state(model)["model.layers.1.mlp.down_proj.lora_b"].clone()
-    optimizer = optimizer_for(model)
+    before, optimizer = frozen(model), optimizer_for(model)
     assert optimizer.parameters.keys() == adapter_state(model).keys() and optimizer.updated_fraction is None
     losses = [sft_step(model, optimizer, SAMPLES, 3e-2)["loss"] for _ in range(30)]
     assert losses[-1] < 0.6 * losses[0]
     assert same(frozen(model), before)
-    assert not torch.equal(adapter_state(model)["model.layers.1.mlp.down_proj.lora_b"], start)
+    assert all(part.lora_b.count_nonzero() for _, part in adapters(model))
 
 
 @BASES
 def test_every_adapter_gets_the_gradient_of_the_merged_weight(int8):
     """With W' = W + s B A: dA = s B^T dW' and dB = s dW' A^T, in every projection of the model."""
     model = adapted(int8)
-    plain = random_model(seed=9)
-    plain.load_state_dict(plain_state(model))
-    batch = make_batch(SAMPLES)
+    plain = merged_model(model)
     for each in (model, plain):
-        (completion_logprobs(each, batch).sum() / 10).backward()
-    merged = gradients(plain)
+        (completion_logprobs(each, make_batch(SAMPLES)).sum() / 10).backward()
+    weights = gradients(plain)
     for name, part in adapters(model):
-        weight = merged[f"{name}.weight"]
+        weight = weights[f"{name}.weight"]
         torch.testing.assert_close(part.lora_a.grad, 5 / 3 * part.lora_b.T @ weight, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(part.lora_b.grad, 5 / 3 * weight @ part.lora_a.T, rtol=1e-3, atol=1e-4)
         assert part.lora_a.grad.abs().max() > 1e-3
-
-
-@BASES
-def test_the_sampler_and_the_trainer_see_the_same_model(int8):
-    model = adapted(int8)
-    prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
-    sampled = generate(model, prompts, num_samples=3, max_new_tokens=6, seed=1)
-    plain = random_model(seed=9)
-    plain.load_state_dict(plain_state(model))
-    for prompt, group in zip(prompts, sampled, strict=True):
-        for completion in group:
-            ids = torch.tensor([prompt + completion.token_ids])
-            for each in (model, plain):
-                logprobs = each(ids[:, :-1]).log_softmax(-1).gather(-1, ids[:, 1:, None])[0, len(prompt) - 1 :, 0]
-                torch.testing.assert_close(torch.tensor(completion.logprobs), logprobs, rtol=0, atol=1e-4)
 
 
 # Saving and resuming
@@ -318,27 +277,24 @@ def test_adapters_that_do_not_fit_are_named_and_nothing_is_loaded():
     assert adapter_state(random_model()) == {}
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@DTYPES
 @BASES
-def test_the_plain_state_is_the_merged_weights_under_the_names_of_the_base(int8, tied):
-    base = random_model(tie_word_embeddings=tied)
+def test_the_plain_state_is_the_merged_weights_under_the_names_of_the_base(int8, dtype):
+    """A merged weight is rounded once: base and update are added in float32."""
+    base = random_model(dtype=dtype)
     before = {name: tensor.clone() for name, tensor in plain_state(base).items()}
     assert same(before, base.state_dict())
     model = fill(add_adapters(base, 3, 5.0, int8))
-    merged, tensors = plain_state(model), adapter_state(model)
+    merged, parts = plain_state(model), dict(adapters(model))
     assert merged.keys() == before.keys() and all(not tensor.requires_grad for tensor in merged.values())
     for name, tensor in before.items():
-        key = name.removesuffix("weight")
-        if f"{key}lora_a" not in tensors:
-            assert torch.equal(merged[name], tensor), name
-            continue
-        update = 5 / 3 * tensors[f"{key}lora_b"].double() @ tensors[f"{key}lora_a"].double()
-        assert error(merged[name] - update, tensor.double()) < (0.01 if int8 else 1e-6), name
-        assert error(merged[name] - tensor, update) < (0.02 if int8 else 1e-6), name
+        part = parts.get(name.removesuffix(".weight"))
+        assert torch.equal(merged[name], part.merged().to(dtype) if part else tensor), name
+        if part:
+            update = 5 / 3 * (part.lora_b.double() @ part.lora_a.double()).detach()
+            assert error(part.merged() - update, tensor.double()) < (0.01 if int8 else 1e-6), name
+            assert error(part.merged() - tensor, update) < (0.02 if int8 else 1e-6), name
     assert all(tensor.device.type == "meta" for tensor in plain_state(model, device="meta").values())
-    half = adapted(int8, dtype=torch.bfloat16, tie_word_embeddings=tied)
-    for name, part in adapters(half):  # rounded once: base and update are added in float32
-        assert torch.equal(plain_state(half)[f"{name}.weight"], part.merged().bfloat16())
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -355,7 +311,7 @@ def test_a_saved_model_is_a_plain_checkpoint_with_the_adapted_models_logits(int8
     ours, _ = load_model(tmp_path)
     assert type(ours.model.layers[0].self_attn.q_proj) is nn.Linear and ours.dtype == torch.float32
     torch.testing.assert_close(ours(ids), expected, rtol=0, atol=1e-4)
-    theirs = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", local_files_only=True)
+    theirs = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     torch.testing.assert_close(theirs(ids).logits, expected, rtol=0, atol=1e-4)
     assert torch.equal(model(ids), expected)  # saving has changed nothing
     assert largest_gap(plain_state(ours), plain_state(model)) == 0

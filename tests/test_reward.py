@@ -4,7 +4,7 @@ import time
 
 import pytest
 from fuzz_reward import fuzz
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data import Problem, score

@@ -36,7 +36,7 @@ def pair():
 
     def get(kind: str):
         if kind not in pairs:
-            folder = qwen3_file(f"{kind}/tokenizer.json").parent
+            folder = TINY if kind == "tiny" else qwen3_file(f"{kind}/tokenizer.json").parent
             pairs[kind] = Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
         return pairs[kind]
 
@@ -46,14 +46,14 @@ def pair():
 # The published tokenizers
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["instruct", "base", "tiny"])
 def test_ids_equal_transformers_and_give_the_text_back(kind, pair):
     ours, theirs = pair(kind)
     for text in TEXTS:
         ids = ours.encode(text)
         assert ids == theirs.encode(text, add_special_tokens=False)
-        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         assert ours.decode(ids) == unicodedata.normalize("NFC", text)
+    assert all(ours.encode(token)[0] in ours.stop_token_ids for token in ("<|im_end|>", "<|endoftext|>"))
 
     @settings(max_examples=150, deadline=None, derandomize=True)
     @given(st.lists(st.one_of(st.text(max_size=12), st.sampled_from(TEXTS + ["<think>", "</think>", "<|im_end|>"]))))
@@ -115,36 +115,20 @@ def test_both_ends_stop_a_completion_with_and_without_a_generation_config(kind, 
 def test_prompt_and_completion_are_joined_as_ids_since_their_text_would_give_others(kind, pair):
     ours, _ = pair(kind)
     prompt, completion = ours.encode("The answer is 12 plu"), ours.encode("s 3\n") + ours.encode("\nso")
-    joined = prompt + completion
-    again = ours.encode(ours.decode(joined))
-    assert ours.decode(again) == ours.decode(joined) and again != joined
+    assert ours.encode(ours.decode(prompt + completion)) != prompt + completion
     batch = make_batch([Sample(prompt, completion)])
-    assert batch.input_ids[0].tolist() == joined[:-1]
+    assert batch.input_ids[0].tolist() == (prompt + completion)[:-1]
     assert batch.target_ids[batch.mask].tolist() == completion
 
 
 @KINDS
 def test_saving_keeps_the_published_files_byte_for_byte(kind, pair, tmp_path):
-    ours, _ = pair(kind)
-    ours.save(tmp_path)
+    pair(kind)[0].save(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == qwen3_file(f"{kind}/{name}").read_bytes()
-    again = Tokenizer(tmp_path)
-    assert (len(again), again.stop_token_ids) == (len(ours), ours.stop_token_ids)
-    assert again.encode(TEXTS[3]) == ours.encode(TEXTS[3])
 
 
-# The embedded tokenizer, and files that are broken
-
-
-def test_the_embedded_tokenizer_equals_transformers_and_loses_no_text():
-    ours, theirs = Tokenizer(TINY), transformers.AutoTokenizer.from_pretrained(TINY)
-    for text in TEXTS:
-        ids = ours.encode(text)
-        assert ids == theirs.encode(text, add_special_tokens=False)
-        assert ours.decode(ids) == unicodedata.normalize("NFC", text)
-    for token in ("<|im_end|>", "<|endoftext|>"):
-        assert ours.encode(token)[0] in ours.stop_token_ids and len(ours.encode(token)) == 1
+# Files that are incomplete or broken
 
 
 @pytest.mark.parametrize(("eos", "added"), [(None, set()), ("absent", set()), (5, {5}), ([5, 9], {5, 9})])
@@ -167,13 +151,10 @@ def refusal(folder) -> str:
 
 
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|endoftext|>"])
-def test_a_missing_file_or_token_is_named(token, tmp_path):
+def test_a_missing_token_is_named(token, tmp_path):
     path = copy_tokenizer(tmp_path) / "tokenizer.json"
     path.write_text(path.read_text(encoding="utf-8").replace(token, "<|other|>"), encoding="utf-8")
     assert refusal(tmp_path) == f"{tmp_path}: no {token}, so this is not a Qwen3 chat tokenizer"
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (copy_tokenizer(tmp_path) / name).unlink()
-        assert refusal(tmp_path) == f"{tmp_path}: no {name}"
 
 
 def test_an_added_token_takes_its_own_id_or_is_refused(tmp_path):

@@ -13,7 +13,7 @@ import transformers
 from helpers import Hub
 from reference import TINY, TINY_TOKENS, copy_tokenizer, random_ids, reference_model, same_weights
 
-from model import ModelError, Qwen3, Qwen3Config, Tokenizer, load_model, save_model
+from model import ModelError, Tokenizer, load_model, save_model
 
 HEAD, EMBEDDING, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"
 INDEX = "model.safetensors.index.json"
@@ -21,7 +21,8 @@ IDS = random_ids(2, 15, high=TINY_TOKENS + 20)
 
 
 def make_reference(tied: bool, seed: int = 0) -> transformers.Qwen3ForCausalLM:
-    return reference_model(seed, vocab_size=TINY_TOKENS + 20, hidden_size=20, intermediate_size=28, tie_word_embeddings=tied)
+    shape = {"vocab_size": TINY_TOKENS + 20, "hidden_size": 20, "intermediate_size": 28}
+    return reference_model(seed, **shape, rope_theta=777.0, rms_norm_eps=1e-5, tie_word_embeddings=tied)
 
 
 @torch.no_grad()
@@ -66,8 +67,9 @@ def test_what_we_save_gives_the_same_logits_in_transformers_and_in_our_own_loade
     save_model(tmp_path / "a" / "b", model, Tokenizer(TINY))
     torch.testing.assert_close(logits_of_folder(tmp_path / "a" / "b"), model(IDS), rtol=0, atol=1e-4)
     again, tokenizer = load_model(tmp_path / "a" / "b")
-    assert torch.equal(again(IDS), model(IDS))
     assert again.config == model.config
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight), name
     stored = safetensors.torch.load_file(tmp_path / "a" / "b" / "model.safetensors")
     assert (HEAD in stored) == (not tied)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "a" / "b")
@@ -86,6 +88,9 @@ def test_what_transformers_saves_gives_the_same_logits_here(tied, shards, tmp_pa
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert sum(parameter.numel() for parameter in model.parameters()) == model.config.num_parameters()
+    last = sorted(tmp_path.glob("*.safetensors"))[-1]
+    last.unlink()
+    assert refusal(tmp_path) == f"{tmp_path}: no {last.name}"
 
 
 @torch.no_grad()
@@ -114,11 +119,11 @@ def test_a_saved_checkpoint_tells_other_tools_where_to_stop_and_keeps_their_sett
 
 @torch.no_grad()
 def test_saving_over_the_folder_a_model_came_from_keeps_it(folder):
-    before, tokenizer = load_model(folder)
-    expected = before(IDS)
-    save_model(folder, before, tokenizer)
-    assert torch.equal(load_model(folder)[0](IDS), expected)
-    assert torch.equal(before(IDS), expected)
+    model, tokenizer = load_model(folder)
+    expected = model(IDS)
+    save_model(folder, model, tokenizer)
+    for each in (model, load_model(folder)[0]):
+        assert torch.equal(each(IDS), expected)
 
 
 def test_a_loaded_model_knows_the_size_of_the_vocabulary_which_must_fit_its_embedding(folder):
@@ -141,8 +146,6 @@ def test_weights_keep_the_dtype_that_the_config_names_unless_told_otherwise(fiel
     for name, weight in half.named_parameters():
         assert torch.equal(weight, exact.get_parameter(name).to(torch.bfloat16)), name
     save_model(folder / "copy", half, tokenizer)
-    written = json.loads((folder / "copy" / "config.json").read_text())
-    assert written["torch_dtype"] == "bfloat16"
     assert load_model(folder / "copy")[0].dtype == torch.bfloat16
     assert transformers.AutoModelForCausalLM.from_pretrained(folder / "copy", dtype="auto").dtype == torch.bfloat16
 
@@ -213,7 +216,7 @@ def test_an_index_cannot_reach_outside_its_folder(folder, tmp_path):
     (folder / "sub").mkdir()
     for copy in (tmp_path / "evil.safetensors", tmp_path / "evil", folder / "sub" / "x.safetensors"):
         shutil.copy(folder / "model.safetensors", copy)
-    for name in ("../evil", "../evil.safetensors", f"{tmp_path}/evil.safetensors", "sub/x.safetensors", "..", ""):
+    for name in ("../evil", f"{tmp_path}/evil.safetensors", "sub/x.safetensors", "..", "", "absent.safetensors"):
         (folder / INDEX).write_text(json.dumps({"weight_map": {NORM: name}}))
         wrong = f"{folder / INDEX}: {name!r} is not a file name" if "/" in name else f"{folder}: no "
         assert refusal(folder).startswith(wrong)
@@ -229,13 +232,6 @@ def test_a_header_that_claims_too_much_is_refused_before_memory_is_taken(folder)
     assert str(folder / "model.safetensors") in refusal(folder)
     (folder / "model.safetensors").write_bytes((2**60).to_bytes(8, "little") + b"{}")
     assert str(folder / "model.safetensors") in refusal(folder)
-
-
-def test_a_missing_shard_is_named(folder):
-    make_reference(tied=False).save_pretrained(folder, max_shard_size="40KB")
-    shard = sorted(folder.glob("model-*.safetensors"))[1]
-    shard.unlink()
-    assert refusal(folder) == f"{folder}: no {shard.name}"
 
 
 class Bomb:
@@ -297,17 +293,3 @@ def test_what_cannot_be_a_hub_id_is_never_looked_up_on_the_hub(folder, monkeypat
         assert f"no such model folder: {source}" in refusal(source)
     assert "is a file" in refusal(folder / "model.safetensors")
     assert hub.downloads == []
-
-
-def test_a_model_built_here_saves_and_loads_with_every_bit(tmp_path):
-    config = Qwen3Config(
-        vocab_size=TINY_TOKENS + 1, hidden_size=6, intermediate_size=10, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=4, rms_norm_eps=1e-5, rope_theta=777.0, tie_word_embeddings=False,
-    )  # fmt: skip
-    model = Qwen3(config).init_weights(seed=3)
-    save_model(tmp_path, model, Tokenizer(TINY))
-    again, _ = load_model(tmp_path)
-    assert again.config == config
-    assert again.state_dict().keys() == model.state_dict().keys()
-    for name, weight in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], weight), name

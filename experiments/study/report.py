@@ -9,8 +9,22 @@ from itertools import cycle, pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
-from lab.plots import STYLES, plot_metrics
+from matplotlib.figure import Figure
 
+# The panels of training.png: a title, and its metrics, those drawn thin as True. Shares are shown in %.
+PANELS = (
+    ("reward", {"reward_mean": False}),
+    ("correct (%); thin: pass@8", {"train_accuracy": False, "pass_at_8": True}),
+    ("well-formed (%)", {"format_rate": False}),
+    ("completion length (tokens)", {"completion_length": False}),
+    ("cut off at the limit (%)", {"truncated_fraction": False}),
+    ("letters outside Latin script (%)", {"non_latin_fraction": False}),
+    ("entropy (nats a token)", {"policy_entropy": False}),
+    ("tokens clipped (%)", {"clip_fraction": False}),
+)
+STYLES = (  # color, line, marker
+    ("C0", "-", "o"), ("C1", "--", "s"), ("C2", ":", "^"), ("C4", (0, (5, 1, 1, 1)), "v"), ("C3", "-.", "D"),
+)  # fmt: skip
 BASELINE = "grpo"  # the other arms are compared with this one
 T_95 = (  # two-sided quantiles of Student's t for 1 to 20 degrees of freedom
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
@@ -235,7 +249,6 @@ def ablation_table(baseline: list[Run], ablations: Runs) -> str:
 
 def plot_accuracy(main: Runs, path: Path) -> None:
     """Held-out accuracy with its 95 % interval over GRPO steps, and over generated tokens."""
-    from matplotlib.figure import Figure
 
     def draw(axes, x: list[float], values: list[Estimate], color: str, **look) -> None:
         low, high = [value.low for value in values], [value.high for value in values]
@@ -265,3 +278,27 @@ def plot_accuracy(main: Runs, path: Path) -> None:
     for axes in (by_steps, by_tokens):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
+
+
+def plot_metrics(arms: dict[str, list[dict[str, list[float]]]], path: Path) -> None:
+    """The metrics of GRPO steps, a panel each.
+
+    `arms` has, for each name in the legend, its runs: for each metric, the values by step. Runs are averaged.
+    """
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    grid = figure.subplots(2, 4)
+    for axes, (title, names) in zip(grid.flat, PANELS, strict=True):
+        scale = 100 if "%" in title else 1
+        for (arm, runs), (color, line, _) in zip(arms.items(), cycle(STYLES)):
+            for name, thin in names.items():
+                series = [run[name] for run in runs if name in run]
+                average = [scale * sum(values) / len(values) for values in zip(*series, strict=True)]
+                if average:
+                    style = {"color": color, "linestyle": line, "linewidth": 0.8 if thin else 1.5}
+                    axes.plot(range(1, len(average) + 1), average, label=arm, **style)
+        drawn = [value for line in axes.lines for value in line.get_ydata() if not math.isnan(value)]
+        axes.set(title=title, xlabel="GRPO step", ylim=(0, None if any(drawn) else 1))
+        axes.grid(alpha=0.3)
+    if len(arms) > 1:
+        grid.flat[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)

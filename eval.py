@@ -93,15 +93,11 @@ def of_one_task(models: list[Model]) -> list[Model]:
     """Give models that have no task of their own the task of those that have one."""
     own = [model for model in models if model.trained or is_embedded(model.source)]
     task = (own or models)[0].recipe.task
-    result = []
-    for model in models:
-        if model not in own:
-            model = replace(model, recipe=replace(model.recipe, task=task))
-        elif type(model.recipe.task) is not type(task):
+    for model in own:
+        if type(model.recipe.task) is not type(task):
             kinds = f"{own[0].source} is for {task.kind} and {model.source} for {model.recipe.task.kind}"
             raise RecipeError(f"{kinds}: not comparable")
-        result.append(model)
-    return result
+    return [m if m in own else replace(m, recipe=replace(m.recipe, task=task)) for m in models]
 
 
 def problems_for(models: list[Model], arguments: Arguments) -> list[Problem]:
@@ -131,7 +127,9 @@ def problems_for(models: list[Model], arguments: Arguments) -> list[Problem]:
 
 def candidate_of(model: Model, problems: list[Problem], arguments: Arguments) -> Candidate:
     """A model's completions of the problems, sampled and greedy, or those in its file."""
-    task, sampling = model.recipe.task, model.recipe.sampling
+    recipe = model.recipe
+    task = recipe.task
+    sampling = recipe.sampling
     if model.is_file:
         completions = load_completions(model.source, task, sampling.thinking)
         groups = {group[0].problem.key: group for group in completions}
@@ -144,7 +142,6 @@ def candidate_of(model: Model, problems: list[Problem], arguments: Arguments) ->
         has_tokens = all(rollout.completion.token_ids for group in sampled.groups for rollout in group)
         limit = sampling.max_new_tokens if has_tokens else None
         return Candidate(model.source, task, sampled, None, sampling.thinking, limit)
-    recipe = model.recipe
     loaded = load_model(model.source, pick_device(recipe), pick_dtype(recipe), recipe.revision)
 
     def evaluated(temperature: float, samples: int) -> Evaluation:

@@ -1,8 +1,6 @@
-"""Give a model a problem, and watch it think: `make play`, or `python play.py
-runs/256-tiny/checkpoints/step_0226`.
+"""Give a model a problem, and watch it think: `make play`, or `python play.py tiny`.
 
-For Countdown type the numbers and then the target, as in `7 9 11 22`; an empty line takes a random problem,
-`q` ends.
+For Countdown type numbers and then the target: `7 9 11 22`. An empty line takes a random problem; `q` ends.
 """
 
 import random
@@ -58,27 +56,27 @@ def stream(model: Qwen3, prompt: list[int], sampling: SamplingSettings, stops, s
 
 def show_completion(model: Qwen3, tokenizer: Tokenizer, recipe: Recipe, problem: Problem, seed: int) -> None:
     """Print one completion as it is sampled, its verdict, and a solution."""
-    task, sampling = recipe.task, recipe.sampling
-    prompt = prompt_ids(tokenizer, task.prompt(problem), sampling.thinking)
+    task = recipe.task
+    thinking = recipe.sampling.thinking
+    prompt = prompt_ids(tokenizer, task.prompt(problem), thinking)
     print(f"\n{printable(str(problem))}")
-    ids, shown = [], ""
-    for token in stream(model, prompt, sampling, tokenizer.stop_token_ids, seed):
+    ids = []
+    shown = ""
+    for token in stream(model, prompt, recipe.sampling, tokenizer.stop_token_ids, seed):
         ids += [] if token in tokenizer.stop_token_ids else [token]
         text = tokenizer.decode(ids)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else half a character
             print(printable(text[len(shown) :]), end="", flush=True)
             shown = text
-    verdict = task.score(tokenizer.decode(ids), problem, sampling.thinking)
+    verdict = task.score(tokenizer.decode(ids), problem, thinking)
     solution = printable(task.solution(problem) or "there is none")
     print(f"\n{verdict.outcome}, reward {verdict.reward:.2f}. A solution: {solution}\n")
 
 
 def newest_checkpoint() -> str:
     runs = [folder.parent for folder in Path("runs").glob("**/checkpoints")]
-    folders = sorted(
-        (folder for run in runs for folder in checkpoints(run)), key=lambda path: path.stat().st_mtime
-    )
-    return str(folders[-1]) if folders else "tiny"
+    folders = [folder for run in runs for folder in checkpoints(run)]
+    return str(max(folders, key=lambda path: path.stat().st_mtime, default="tiny"))
 
 
 def main(arguments: Arguments) -> None:

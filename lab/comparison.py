@@ -1,13 +1,15 @@
 """Evaluations side by side: their numbers, a table of them, and the uncertainty of their differences."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 
 from rich.table import Table
 
 from data.task import Task
-from lab.evaluate import Evaluation, by_difficulty, distinct_answers, majority_accuracy, solved_shares
+from lab.evaluate import Evaluation, distinct_answers, majority_accuracy, solved_shares
 from lab.intervals import bootstrap_interval, mcnemar_p
 from rl.metrics import non_latin_fraction, pass_at_k
 
@@ -30,6 +32,9 @@ def measures(candidate: Candidate) -> dict:
     groups = sampled.groups
     samples = min(map(len, groups))
     total = sum(sampled.counts.values())
+    kinds = defaultdict(list)
+    for group in groups:
+        kinds[candidate.task.difficulty(group[0].problem)].append(group)
     numbers = {"name": candidate.name, "accuracy": estimate(sampled)}
     if candidate.greedy:
         numbers["greedy"] = estimate(candidate.greedy)
@@ -41,7 +46,7 @@ def measures(candidate: Candidate) -> dict:
         "outcomes": {outcome: count / total for outcome, count in sampled.counts.items()},
         "by_difficulty": {
             kind: estimate(Evaluation.of(some)) | {"problems": len(some)}
-            for kind, some in by_difficulty(groups, candidate.task).items()
+            for kind, some in sorted(kinds.items())
         },
         "non_latin_fraction": non_latin_fraction(groups),
     }
@@ -95,9 +100,9 @@ def comparison_table(title: str, candidates: list[dict], differences: list[dict]
     row("accuracy, sampled", interval_text, column("accuracy"))
     row("accuracy, greedy", interval_text, column("greedy"))
     most = max(column("samples"))
-    for k in [k for k in (2, 4, 8, 16, 32, 64) if k < most] + [most] * (most > 1):
-        row(f"pass@{k}", percent, [pass_at.get(k) for pass_at in column("pass_at")])
     if most > 1:
+        for k in [*(k for k in (2, 4, 8, 16, 32, 64) if k < most), most]:
+            row(f"pass@{k}", percent, [pass_at.get(k) for pass_at in column("pass_at")])
         row(f"majority of {most}", percent, column("majority"))
         row("distinct answers a problem", "{:.2f}".format, column("distinct_answers"))
 
@@ -117,8 +122,10 @@ def comparison_table(title: str, candidates: list[dict], differences: list[dict]
         estimates = [kinds[kind] for kinds in column("by_difficulty")]
         row(f"{kind} ({first['problems']})", interval_text, estimates)
     table.add_section()
-    row("sampled, against the first", difference_text, [None, *(d["accuracy"] for d in differences)])
-    row("greedy: gained, lost", flips_text, [None, *(d.get("greedy") for d in differences)])
+    in_points = partial(interval_text, sign="+", unit="points")
+    row("sampled, against the first", in_points, [None, *(d["accuracy"] for d in differences)])
+    flips = "+{gained}, -{lost} (p = {mcnemar_p:.2g})".format_map
+    row("greedy: gained, lost", flips, [None, *(d.get("greedy") for d in differences)])
     return table
 
 
@@ -126,15 +133,7 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def interval_text(estimate: dict) -> str:
-    mean, low, high = (100 * estimate[name] for name in ("mean", "low", "high"))
-    return f"{mean:.1f} % ({low:.1f} to {high:.1f})"
-
-
-def difference_text(estimate: dict) -> str:
-    mean, low, high = (100 * estimate[name] for name in ("mean", "low", "high"))
-    return f"{mean:+.1f} points ({low:+.1f} to {high:+.1f})"
-
-
-def flips_text(flips: dict) -> str:
-    return f"+{flips['gained']}, -{flips['lost']} (p = {flips['mcnemar_p']:.2g})"
+def interval_text(numbers: dict, sign: str = "", unit: str = "%") -> str:
+    """A mean and its interval in percent; `sign` "+" shows the sign of positive numbers too."""
+    mean, low, high = (f"{100 * numbers[name]:{sign}.1f}" for name in ("mean", "low", "high"))
+    return f"{mean} {unit} ({low} to {high})"

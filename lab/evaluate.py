@@ -86,9 +86,9 @@ def load_completions(path: str | Path, task: Task, thinking: bool) -> list[Group
         except (ValueError, TypeError, KeyError) as error:
             message = f"{path}, line {number}: not a completion ({error}); expected {expected}"
             raise DataError(message) from None
-        completion = Completion(ids, [], finished)
-        scored = Rollout(problem, [], completion, text, task.score(text, problem, thinking))
-        groups.setdefault(problem.key, []).append(scored)
+        score = task.score(text, problem, thinking)
+        rollout = Rollout(problem, [], Completion(ids, [], finished), text, score)
+        groups.setdefault(problem.key, []).append(rollout)
     if not groups:
         raise DataError(f"{path}: no completions in it")
     return list(groups.values())
@@ -103,13 +103,6 @@ def problems_hash(problems: list[Problem]) -> str:
 def solved_shares(groups: list[Group]) -> list[float]:
     """The share of each problem's completions that are correct."""
     return [fmean(rollout.score.outcome == "correct" for rollout in group) for group in groups]
-
-
-def by_difficulty(groups: list[Group], task: Task) -> dict[str, list[Group]]:
-    kinds: dict[str, list[Group]] = defaultdict(list)
-    for group in groups:
-        kinds[task.difficulty(group[0].problem)].append(group)
-    return dict(sorted(kinds.items()))
 
 
 def distinct_answers(groups: list[Group]) -> float:

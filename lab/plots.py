@@ -68,13 +68,9 @@ def plot_curve(rows: list[dict], paper: Points, path: Path) -> None:
 
 def stage_spans(rows: list[dict]) -> list[tuple[int, int, str]]:
     """(first step, last step, kind) of each stage that has been evaluated."""
-    spans = []
-    start = 0
-    for row, after in zip(rows, [*rows[1:], None], strict=True):
-        if row["step"] and (after is None or after["stage"] != row["stage"]):
-            spans.append((start, row["step"], row["kind"]))
-            start = row["step"]
-    return spans
+    ends = {row["stage"]: (row["step"], row["kind"]) for row in rows if row["step"]}  # the last one's
+    starts = [0, *(end for end, _ in ends.values())]
+    return [(start, end, kind) for start, (end, kind) in zip(starts, ends.values(), strict=False)]
 
 
 def paper_by_step(rows: list[dict], paper: Points) -> Points:
@@ -84,11 +80,6 @@ def paper_by_step(rows: list[dict], paper: Points) -> Points:
     to the SFT evaluation.
     """
     at_step = {(row["grpo_steps"], row["kind"] == "sft"): row["step"] for row in rows}
-    points = []
-    seen = set()
-    for grpo_steps, value in paper:
-        after_sft = grpo_steps in seen
-        seen.add(grpo_steps)
-        if (grpo_steps, after_sft) in at_step:
-            points.append((at_step[grpo_steps, after_sft], value))
-    return points
+    steps = [grpo_steps for grpo_steps, _ in paper]
+    keys = [(step, step in steps[:i]) for i, step in enumerate(steps)]
+    return [(at_step[key], value) for key, (_, value) in zip(keys, paper, strict=True) if key in at_step]

@@ -7,9 +7,7 @@ The page is `lab/report.html` with the data of the runs in it as JSON.
 import json
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
@@ -26,26 +24,13 @@ SERIES = (
     "reward_mean", "train_accuracy", "pass_at_8", "completion_length", "policy_entropy", "clip_fraction",
     "grad_norm", "loss", "format_rate", "truncated_fraction", "non_latin_fraction", "lr",
 )  # fmt: skip
-TRACES = 200  # traces shown of a run
+STEPS = 16  # of each run, evenly spread, whose rollouts are in the page
+GROUPS = 4  # of each of these steps
+SAMPLES = 8  # completions of each of these groups
+TRACES = 200  # of each run
 
 
-@dataclass(frozen=True)
-class Shown:
-    """How many rollouts of each run are in a page."""
-
-    steps: int = 16
-    """Steps of each run, evenly spread."""
-    groups: int = 4
-    """Groups of each step."""
-    samples: int = 8
-    """Completions of each group."""
-
-
-def write_report(
-    runs: tyro.conf.Positional[tuple[Path, ...]],
-    out: Path | None = None,
-    shown: Annotated[Shown, tyro.conf.arg(name="")] = Shown(),
-) -> Path:
+def write_report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> Path:
     """Write the page and return its path; RecipeError if a folder holds no run, or none is named.
 
     Args:
@@ -54,7 +39,7 @@ def write_report(
     """
     if not runs:
         raise RecipeError("name a run folder: python -m lab.report runs/256-tiny")
-    described = [describe(RunFolder(path), shown) for path in runs]
+    described = [describe(RunFolder(path)) for path in runs]
     data = {"written": time.strftime("%Y-%m-%d %H:%M"), "runs": described}
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     text = text.replace("<", "\\u003c")  # so that no completion can end the script element
@@ -64,7 +49,7 @@ def write_report(
     return out
 
 
-def describe(run: RunFolder, shown: Shown) -> dict:
+def describe(run: RunFolder) -> dict:
     """What the page shows of one run."""
     rows = run.metrics()
     if not run.holds_run or not rows:
@@ -84,12 +69,12 @@ def describe(run: RunFolder, shown: Shown) -> dict:
         "paper": paper_by_step(evaluations, paper_points(recipe)),
         "final": {name: value for name, value in rows[-1].items() if name.startswith("final")},
         "series": series | {"seconds": seconds},
-        "rollouts": rollouts(run, recipe.task, shown),
+        "rollouts": rollouts(run, recipe.task),
         "traces": traces(run, recipe.task),
     }
 
 
-def rollouts(run: RunFolder, task: Task, shown: Shown) -> list[dict]:
+def rollouts(run: RunFolder, task: Task) -> list[dict]:
     """Completions of evenly spread steps, divided into tokens if a checkpoint has the tokenizer."""
     files = run.rollout_files()
     folders = checkpoints(run.path)
@@ -98,14 +83,14 @@ def rollouts(run: RunFolder, task: Task, shown: Shown) -> list[dict]:
     except ModelError:
         tokenizer = None
     names = ("group", "outcome", "reward", "advantage", "finished", "tokens", "completion")
-    count = min(len(files), shown.steps)
+    count = min(len(files), STEPS)
     rows = []
     for i in range(count):
         path = files[round(i * (len(files) - 1) / max(1, count - 1))]
         samples = Counter()
         for _, row in read_jsonl(path, "a rollout"):
             samples[row["group"]] += 1
-            if row["group"] < shown.groups and samples[row["group"]] <= shown.samples:
+            if row["group"] < GROUPS and samples[row["group"]] <= SAMPLES:
                 entry = {"step": int(path.stem.removeprefix("step_")), "problem": str(task.problem(row))}
                 entry |= {name: row[name] for name in names}
                 if tokenizer:
@@ -130,11 +115,10 @@ def traces(run: RunFolder, task: Task) -> dict:
     """The number of SFT's traces, and the first of them."""
     path = run.path / "traces.jsonl"
     rows = [row for _, row in read_jsonl(path, "a trace")] if path.exists() else []
-    shown = []
-    for row in rows[:TRACES]:
-        shown.append(
-            {"problem": str(task.problem(row)), "step": row["step"], "completion": row["completion"]}
-        )
+    shown = [
+        {"problem": str(task.problem(row)), "step": row["step"], "completion": row["completion"]}
+        for row in rows[:TRACES]
+    ]
     return {"count": len(rows), "shown": shown}
 
 

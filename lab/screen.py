@@ -1,6 +1,7 @@
 """What a run shows: lines in a file or pipe, a live screen on a terminal, or nothing."""
 
 import contextlib
+import itertools
 import textwrap
 import time
 from collections import deque
@@ -103,7 +104,7 @@ class LiveScreen(Screen):
             super().step(row, stages, done, steps)
 
     def rollouts(self, groups: list[list[Rollout]]) -> None:
-        for rollout in (rollout for group in groups for rollout in group):
+        for rollout in itertools.chain(*groups):
             self.samples["correct" if rollout.score.outcome == "correct" else "wrong"] = rollout
 
     @contextlib.contextmanager
@@ -127,18 +128,18 @@ class LiveScreen(Screen):
             parts.append(Text("\n".join([f"held-out accuracy {self.evaluation}", *lines]), style="cyan"))
         parts.append(Text(self._figures(inner)))
         if self.console.height >= CHART_HEIGHT + ROLLOUT_LINES + 11:
-            narrow = width < 80  # room for one of the two
-            kinds = [kind for kind in ("correct", "wrong") if kind in self.samples][: 1 if narrow else 2]
-            panels = [self._draw_sample(kind, inner if narrow else (inner - 1) // 2) for kind in kinds]
-            parts += [Columns(panels, padding=(0, 0))] if panels else []
+            columns = 1 if width < 80 else 2
+            kinds = [kind for kind in ("correct", "wrong") if kind in self.samples][:columns]
+            panels = [self._draw_sample(kind, (inner + 1) // columns - 1) for kind in kinds]
+            parts.append(Columns(panels, padding=(0, 0)))
         return Panel(Group(*parts), title=self.recipe.out, width=width)
 
     def _draw_position(self, width: int) -> Table:
         """A line: the step, the present activity and its speed, and the time left."""
+        stages = self.recipe.stages
         name = "start"
-        if self.row and self.recipe.stages:
-            stage = self.row["stage"]
-            name = f"{self.recipe.stages[stage].kind.upper()} {stage + 1}/{len(self.recipe.stages)}"
+        if self.row and stages:
+            name = f"{self.row['kind'].upper()} {self.row['stage'] + 1}/{len(stages)}"
         time_left = ""
         if len(self.times) >= 3 and self.grpo_left:
             each = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
@@ -148,10 +149,10 @@ class LiveScreen(Screen):
         table = Table.grid(padding=(0, 2), expand=False)
         table.add_row(
             Text(f"{name}  step {self.position[0]}/{self.position[1]}", style="bold"),
-            Text(activity),
+            activity,
             ProgressBar(total=total, completed=done, width=max(8, width // 6)),
-            Text(f"{speed:,.0f} tokens/s" if speed else ""),
-            Text(time_left),
+            f"{speed:,.0f} tokens/s" if speed else "",
+            time_left,
         )
         return table
 
@@ -176,11 +177,12 @@ class LiveScreen(Screen):
         lines = printable(rollout.text).split("\n")
         if len(lines) > ROLLOUT_LINES:
             lines = ["...", *lines[1 - ROLLOUT_LINES :]]
-        lines += [""] * (ROLLOUT_LINES - len(lines))
         text = Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
         title = f"last {kind}: {printable(str(rollout.problem))}"
         style = "green" if kind == "correct" else "red"
-        return Panel(text, title=title, title_align="left", width=width, style=style)
+        return Panel(
+            text, title=title, title_align="left", width=width, height=ROLLOUT_LINES + 2, style=style
+        )
 
 
 def pick_screen(recipe: Recipe, quiet: bool = False, plain: bool = False) -> Screen:
@@ -199,14 +201,12 @@ def chart(points: list[tuple[int, float]], width: int, height: int) -> list[str]
     """
     last = max(1, points[-1][0])
     top = max(1e-9, *(y for _, y in points))
-    eighths = []  # heights of the columns, in eighths of a line
-    for column in range(width):
-        x = last * column / max(1, width - 1)
-        y = next((value for step, value in reversed(points) if step <= x + 1e-9), 0.0)
-        eighths.append(round(8 * height * y / top))
+    xs = [last * column / max(1, width - 1) for column in range(width)]
+    ys = [next((y for step, y in reversed(points) if step <= x + 1e-9), 0.0) for x in xs]
+    eighths = [round(8 * height * y / top) for y in ys]  # of a line
     lines = []
     for level in reversed(range(height)):
-        bars = "".join(BLOCKS[min(8, max(0, column - 8 * level))] for column in eighths)
+        bars = "".join(BLOCKS[min(8, max(0, bar - 8 * level))] for bar in eighths)
         label = f"{top:3.0f} %" if level == height - 1 else "  0 %" if level == 0 else ""
         lines.append(f"{label:>5} |{bars}")
     return lines
@@ -240,13 +240,12 @@ def describe_run(recipe: Recipe, model, train: list, held_out: list, resumed_at:
     on_gpu = model.device.type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     dtype = str(model.dtype).removeprefix("torch.")
-    stages = []
-    for stage in recipe.stages:
-        if stage.kind == "sft":
-            stages.append(f"SFT {stage.epochs} epochs")
-        else:
-            size = f"{stage.prompts_per_step} x {stage.samples_per_prompt}"
-            stages.append(f"GRPO {stage.steps} steps of {size}")
+    stages = [
+        f"SFT {stage.epochs} epochs"
+        if stage.kind == "sft"
+        else f"GRPO {stage.steps} steps of {stage.prompts_per_step} x {stage.samples_per_prompt}"
+        for stage in recipe.stages
+    ]
     resumed = "" if resumed_at is None else f", resumed after step {resumed_at}"
     return (
         f"model     {recipe.model}: {model.config.num_parameters():,} parameters, {dtype}, on {device}\n"

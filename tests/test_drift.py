@@ -47,12 +47,12 @@ def rollout(text: str, settings: RewardSettings = RewardSettings()) -> Rollout:
     return Rollout(PROBLEM, [1], Completion([5] * 4, [-0.5] * 4, True), text, rewarded)
 
 
-@pytest.mark.parametrize("guard", [False, True])
-def test_the_guard_gives_nothing_for_drift_and_leaves_the_verdict_alone(guard):
-    group = [rollout(text, RewardSettings(latin_only=guard)) for text in (RIGHT, DRIFTED, "七")]
-    assert [r.score for r in group] == [CORRECT, Score(0.0 if guard else 1.0, "correct"), MALFORMED]
+@pytest.mark.parametrize(("settings", "drifted"), [({}, 1.0), ({"latin_only": False}, 1.0), ({"latin_only": True}, 0.0)])
+def test_the_guard_gives_nothing_for_drift_and_leaves_the_verdict_alone(settings, drifted):
+    group = [rollout(text, RewardSettings(**settings)) for text in (RIGHT, DRIFTED, "七")]
+    assert [r.score for r in group] == [CORRECT, Score(drifted, "correct"), MALFORMED]
     metrics = rollout_metrics([group])
-    assert metrics["reward_mean"] == pytest.approx(1 / 3 if guard else 2 / 3)
+    assert metrics["reward_mean"] == pytest.approx((1 + drifted) / 3)
     assert metrics["train_accuracy"] == pytest.approx(2 / 3)
 
 

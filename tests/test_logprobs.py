@@ -47,17 +47,6 @@ def test_values_and_gradients_are_those_of_the_plain_way(tokens, seed, temperatu
                 torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10)
 
 
-def test_float32_agrees_to_1e_5_at_a_real_vocabulary():
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(70, 32, generator=generator).requires_grad_()
-    weight = (0.3 * torch.randn(20_000, 32, generator=generator)).requires_grad_()
-    targets = torch.randint(19_000, (70,), generator=generator)
-    pairs = target_logprobs(hidden, weight, targets, 1.0, 19_000), plain_way(hidden, weight, targets, 1.0, 19_000)
-    ours, plain = ([*pair, *torch.autograd.grad((pair[0] + pair[1]).mean(), (hidden, weight))] for pair in pairs)
-    for a, b in zip(ours, plain, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
-
-
 def test_bfloat16_gives_float32_results_and_bfloat16_gradients():
     hidden, weight, targets, on_logprobs, _ = inputs(9, 0, torch.bfloat16)
     logprobs, entropy = target_logprobs(hidden, weight, targets, 1.0, NUM_TOKENS)

@@ -8,8 +8,9 @@ import subprocess
 import pytest
 from test_commands import smoke_run  # noqa: F401  (a fixture)
 
+import lab.report
 from lab.errors import user_errors
-from lab.report import Shown, pieces, write_report
+from lab.report import pieces, write_report
 from lab.runfolder import RunFolder
 from model import Tokenizer
 from model.weights import TINY
@@ -23,7 +24,10 @@ def data_of(page: str) -> dict:
 def page(smoke_run, tmp_path_factory) -> str:  # noqa: F811
     """The page of the smoke run beside itself."""
     out = tmp_path_factory.mktemp("page") / "report.html"
-    assert write_report((smoke_run, smoke_run), out, Shown(steps=2, groups=1, samples=3)) == out
+    with pytest.MonkeyPatch.context() as patch:
+        for name, number in (("STEPS", 2), ("GROUPS", 1), ("SAMPLES", 3)):
+            patch.setattr(lab.report, name, number)
+        assert write_report((smoke_run, smoke_run), out) == out
     return out.read_text(encoding="utf-8")
 
 

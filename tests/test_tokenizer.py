@@ -1,4 +1,4 @@
-"""The tokenizer against transformers on Qwen3's own files, and what the sampler and the trainer take from it."""
+"""The tokenizer against transformers on Qwen3's own files, and broken files."""
 
 import json
 import shutil
@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from reference import TINY, TINY_TOKENS, copy_tokenizer, qwen3_file
 
 from model import ModelError, Tokenizer, prompt_ids, render_chat
-from rl.batch import Sample, make_batch
 
 KINDS = pytest.mark.parametrize("kind", ["instruct", "base"])
 END_OF_TEXT, IM_START, IM_END, THINK, END_THINK = 151643, 151644, 151645, 151667, 151668
@@ -66,19 +65,10 @@ def test_ids_equal_transformers_and_give_the_text_back(kind, pair):
 @KINDS
 def test_thinking_and_chat_tokens_are_one_id_each_for_base_too_and_ids_without_a_text_decode_to_nothing(kind, pair):
     ours, _ = pair(kind)
-    ids = {
-        "<|endoftext|>": END_OF_TEXT,
-        "<|im_start|>": IM_START,
-        "<|im_end|>": IM_END,
-        "<think>": THINK,
-        "</think>": END_THINK,
-    }
-    for text, token_id in ids.items():
-        assert ours.encode(text) == [token_id]
-        assert ours.decode([token_id]) == text
-    assert len(ours) == 151669
-    assert len(ours.encode("<answer>")) == 3
-    assert len(ours.encode("1234567890")) == 10
+    ids = {END_OF_TEXT: "<|endoftext|>", IM_START: "<|im_start|>", IM_END: "<|im_end|>", THINK: "<think>"}
+    for token_id, text in (ids | {END_THINK: "</think>"}).items():
+        assert ours.encode(text) == [token_id] and ours.decode([token_id]) == text
+    assert (len(ours), len(ours.encode("<answer>")), len(ours.encode("1234567890"))) == (151669, 3, 10)
     assert ours.decode(list(range(151669, 151936))) == ""
     assert ours.decode([16, 151700, 17, 151935]) == "12"
 
@@ -109,16 +99,6 @@ def test_both_ends_stop_a_completion_with_and_without_a_generation_config(kind, 
     shutil.copytree(qwen3_file(f"{kind}/tokenizer.json").parent, tmp_path / kind)
     shutil.copy(qwen3_file(f"configs/{kind}.generation_config.json"), tmp_path / kind / "generation_config.json")
     assert sorted(Tokenizer(tmp_path / kind).stop_token_ids) == [END_OF_TEXT, IM_END]
-
-
-@KINDS
-def test_prompt_and_completion_are_joined_as_ids_since_their_text_would_give_others(kind, pair):
-    ours, _ = pair(kind)
-    prompt, completion = ours.encode("The answer is 12 plu"), ours.encode("s 3\n") + ours.encode("\nso")
-    assert ours.encode(ours.decode(prompt + completion)) != prompt + completion
-    batch = make_batch([Sample(prompt, completion)])
-    assert batch.input_ids[0].tolist() == (prompt + completion)[:-1]
-    assert batch.target_ids[batch.mask].tolist() == completion
 
 
 @KINDS

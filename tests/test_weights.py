@@ -107,23 +107,17 @@ def test_a_tied_checkpoint_may_have_a_copy_of_its_head_but_no_other_head(tmp_pat
     assert refusal(tmp_path) == f"{tmp_path}: {HEAD} differs from {EMBEDDING}, though config.json ties them"
 
 
-def test_a_saved_checkpoint_tells_other_tools_where_to_stop_and_keeps_their_settings(folder):
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 9, "top_k": 20, "temperature": 0.6}))
-    model, tokenizer = load_model(folder)
-    save_model(folder / "copy", model, tokenizer)
-    theirs = transformers.GenerationConfig.from_pretrained(folder / "copy")
-    assert set(theirs.eos_token_id) == set(tokenizer.stop_token_ids) == {9, *Tokenizer(TINY).stop_token_ids}
-    assert (theirs.top_k, theirs.temperature) == (20, 0.6)
-    assert Tokenizer(folder / "copy").stop_token_ids == tokenizer.stop_token_ids
-
-
 @torch.no_grad()
-def test_saving_over_the_folder_a_model_came_from_keeps_it(folder):
+def test_saving_over_its_own_folder_keeps_a_model_and_tells_other_tools_where_to_stop(folder):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 9, "top_k": 20, "temperature": 0.6}))
     model, tokenizer = load_model(folder)
     expected = model(IDS)
     save_model(folder, model, tokenizer)
-    for each in (model, load_model(folder)[0]):
-        assert torch.equal(each(IDS), expected)
+    assert torch.equal(load_model(folder)[0](IDS), expected) and torch.equal(model(IDS), expected)
+    theirs = transformers.GenerationConfig.from_pretrained(folder)
+    assert set(theirs.eos_token_id) == set(tokenizer.stop_token_ids) == {9, *Tokenizer(TINY).stop_token_ids}
+    assert (theirs.top_k, theirs.temperature) == (20, 0.6)
+    assert Tokenizer(folder).stop_token_ids == tokenizer.stop_token_ids
 
 
 def test_a_loaded_model_knows_the_size_of_the_vocabulary_which_must_fit_its_embedding(folder):
@@ -157,7 +151,6 @@ def test_a_weight_that_is_missing_unexpected_or_misshapen_is_named(folder):
     path = folder / "model.safetensors"
     whole = safetensors.torch.load_file(path)
     up, gate, bias = (f"model.layers.0.{name}" for name in ("mlp.up_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.bias"))
-    key = "model.layers.1.self_attn.k_proj.weight"
     cases = [
         ({NORM: None}, f"{folder}: weight {NORM} missing"),
         ({HEAD: None}, f"{folder}: weight {HEAD} missing"),  # the checkpoint is untied
@@ -165,23 +158,23 @@ def test_a_weight_that_is_missing_unexpected_or_misshapen_is_named(folder):
         ({bias: torch.zeros(28)}, f"{path}: unexpected weight {bias}"),
         ({gate: whole[gate].T.contiguous()}, f"{path}: {gate} is [20, 28], config.json says [28, 20]"),
     ]
-    for name in (EMBEDDING, HEAD, NORM, key, "model.layers.0.self_attn.q_norm.weight"):
-        rows, *rest = whole[name].shape
-        cases.append(
-            ({name: whole[name][1:].clone()}, f"{path}: {name} is {[rows - 1, *rest]}, config.json says {[rows, *rest]}")
-        )
+    for name in (EMBEDDING, HEAD, NORM, "model.layers.0.self_attn.q_norm.weight"):
+        shape, cut = list(whole[name].shape), whole[name][1:].clone()
+        cases.append(({name: cut}, f"{path}: {name} is {list(cut.shape)}, config.json says {shape}"))
     for change, message in cases:
         weights = {name: tensor for name, tensor in (whole | change).items() if tensor is not None}
         safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
         assert refusal(folder) == message
 
 
-def test_a_truncated_weight_file_is_named(folder):
+def test_a_weight_file_that_is_cut_or_whose_header_claims_terabytes_is_refused_before_memory_is_taken(folder):
     path = folder / "model.safetensors"
-    content = path.read_bytes()
-    for kept in (0, 4, 100, -1, -1000):
-        path.write_bytes(content[:kept])
-        assert str(path) in refusal(folder)
+    sound = path.read_bytes()
+    header = json.dumps({NORM: {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
+    claims = [len(header).to_bytes(8, "little") + header + b"\0" * 64, (2**60).to_bytes(8, "little") + b"{}"]
+    for content in [*claims, *(sound[:kept] for kept in (0, 4, 100, -1, -1000))]:
+        path.write_bytes(content)
+        assert refusal(folder).startswith(f"{path}: ")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
@@ -198,18 +191,18 @@ def test_an_unusable_value_in_the_config_is_named_with_its_file_before_anything_
     path = folder / "config.json"
     sound = path.read_text()
     sizes = [
-        ("num_hidden_layers", 10**12),
-        ("hidden_size", 2**40),
-        ("vocab_size", 10**30),
-        ("head_dim", 10**6),
-        ("vocab_size", 0),
+        {"num_hidden_layers": 10**12},
+        {"hidden_size": 2**40},
+        {"vocab_size": 10**4000},
+        {"head_dim": 10**6},
+        {"vocab_size": 0},
     ]
-    dtypes = [("dtype", "int8"), ("dtype", "float33"), ("dtype", ["float32"]), ("dtype", 32)]
-    for field, value in [*sizes, *dtypes, ("model_type", "llama"), ("rope_parameters", 3)]:
-        path.write_text(json.dumps(json.loads(sound) | {field: value}))
+    dtypes = [{"dtype": value} for value in ("int8", "float33", ["float32"], 32)]
+    for change in [*sizes, *dtypes, {"model_type": "llama"}, {"rope_parameters": 3}]:
+        path.write_text(json.dumps(json.loads(sound) | change))
         message = refusal(folder)
-        assert message.startswith(f"{path}: ") and field in message
-        assert "must be a whole number, 1 to" in message or (field, value) not in sizes
+        assert message.startswith(f"{path}: ") and next(iter(change)) in message and len(message) < 300
+        assert "must be a whole number, 1 to" in message or change not in sizes
 
 
 def test_an_index_cannot_reach_outside_its_folder(folder, tmp_path):
@@ -225,27 +218,12 @@ def test_an_index_cannot_reach_outside_its_folder(folder, tmp_path):
         assert str(folder) in refusal(folder)
 
 
-def test_a_header_that_claims_too_much_is_refused_before_memory_is_taken(folder):
-    """A file of a few bytes whose header speaks of terabytes."""
-    header = json.dumps({NORM: {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 64)
-    assert str(folder / "model.safetensors") in refusal(folder)
-    (folder / "model.safetensors").write_bytes((2**60).to_bytes(8, "little") + b"{}")
-    assert str(folder / "model.safetensors") in refusal(folder)
-
-
-class Bomb:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 def test_no_pickle_is_ever_read(folder, tmp_path):
-    bomb = pickle.dumps(Bomb(tmp_path / "exploded"))
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    bomb = pickle.dumps(Bomb())
     (folder / "pytorch_model.bin").write_bytes(bomb)
     (folder / "model.safetensors").unlink()
     assert refusal(folder) == f"{folder}: no model.safetensors"

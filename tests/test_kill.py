@@ -15,7 +15,7 @@ from lab.checkpoint import checkpoints
 from lab.runfolder import RunFolder
 from lab.stages import train
 
-KILLS = 20
+KILLS = 10
 OPTIONS = ["--checkpoint-every", 1, "--keep-checkpoints", 2, "--stages.0.steps", 6, "--stages.2.steps", 4]
 SMALL = ["--evaluation.every", 3, "--evaluation.problems", 4, "--evaluation.final-problems", 4]
 
@@ -44,12 +44,12 @@ def modified(run: Path) -> float:
     return metrics.stat().st_mtime if metrics.exists() else 0.0
 
 
-def test_a_run_killed_twenty_times_ends_bit_for_bit_as_if_it_had_not_been(tmp_path, monkeypatch):
+def test_a_run_killed_ten_times_ends_bit_for_bit_as_if_it_had_not_been(tmp_path, monkeypatch):
     context = multiprocessing.get_context("forkserver")
     # Everything is imported before the fork, so that a process costs what its run costs. Python 3.11 does not
     # tell the server of sys.path.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    context.set_forkserver_preload(["test_kill", "torch.utils.tensorboard", "matplotlib.pyplot"])
+    context.set_forkserver_preload(["test_kill", "torch.utils.tensorboard", "matplotlib.figure"])
 
     def start(run: Path) -> multiprocessing.Process:
         process = context.Process(target=attempt, args=(str(run),))
@@ -82,4 +82,4 @@ def test_a_run_killed_twenty_times_ends_bit_for_bit_as_if_it_had_not_been(tmp_pa
             assert process.exitcode == -9
             kills += 1
             in_writes += writing(run)
-    assert in_writes >= 3, "no kill came while a checkpoint was being written"
+    assert in_writes >= 2, "no kill came while a checkpoint was being written"

@@ -25,6 +25,7 @@ from lab.memory_plan import gb, plan_memory, work_of
 from lab.recipe import EvaluationSettings, Recipe
 from model import Qwen3, Qwen3Config, add_adapters
 from model.memory import free_memory
+from model.weights import init_weights
 from rl.grpo import GRPOStage, grpo_step
 from rl.optimizer import Optimizer, OptimizerSettings
 from rl.rollout import SamplingSettings
@@ -87,7 +88,7 @@ def random_model(config: Qwen3Config, dtype: torch.dtype, device: str) -> Qwen3:
     model = model.to(dtype).to_empty(device=device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    return model.init_weights(0)
+    return init_weights(model, 0)
 
 
 class RandomTask:

@@ -34,6 +34,7 @@ from rich.table import Table
 
 import model.sampler
 from model import Qwen3, Qwen3Config, generate
+from model.weights import init_weights
 
 STOP = 0  # the first token of the vocabulary, so the random number 0 picks it
 
@@ -255,7 +256,7 @@ def roofline_seconds(case: Case) -> float:
 
 
 def measure(case: Case, settings: Settings) -> dict[str, float]:
-    decoder = Qwen3(case.config).to(case.dtype).init_weights(0)
+    decoder = init_weights(Qwen3(case.config).to(case.dtype), 0)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(
         1, case.config.vocab_size, (case.prompts, case.prompt_length), generator=generator

@@ -14,18 +14,6 @@ MAX_NUMBER = 999_999_999  # nine digits, as in an expression
 NEAR_DISTANCE = 10  # largest distance from the target that earns part of the reward
 EQUATION_CHARACTERS = DIGITS + "+-*/()=" + BLANKS
 
-PAPER = {  # new tokens -> (GRPO step, accuracy in %): Tables 1 and 2 of the paper, with Qwen3-1.7B
-    256: [
-        (0, 0.0), (10, 0.1), (20, 0.2), (30, 0.2), (40, 3.3), (50, 9.2), (60, 13.5), (70, 21.5), (80, 37.3),
-        (80, 31.6), (90, 44.0), (100, 44.5), (110, 44.5), (120, 45.5), (130, 44.0), (140, 44.6), (150, 45.8),
-        (160, 45.3), (170, 47.1), (180, 48.8),
-    ],
-    512: [
-        (0, 11.4), (10, 21.1), (20, 28.1), (30, 30.5), (40, 30.2), (50, 31.6), (60, 36.1), (70, 36.4),
-        (80, 39.2),
-    ],
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -76,7 +64,6 @@ class Countdown(Task):
         "Jiayi-Pan/Countdown-Tasks-3to4",  # 490,364 problems
         {"hub": "data/train-00000-of-00001.parquet"},
     )
-    published = PAPER
     input_format = "numbers and then the target, as in 7 9 11 22"
 
     def __post_init__(self):

@@ -40,8 +40,6 @@ class Task(ABC):
     kind: str  # the task's name in a recipe
     stored: ClassVar[Format]  # how files hold its problems
     input_format: ClassVar[str]  # what `parse_input` reads, shown to the user
-    # Accuracies of a paper, plotted beside a run's: new tokens allowed -> [(GRPO step, accuracy in %)].
-    published: ClassVar[dict[int, list[tuple[int, float]]]] = {}
 
     def generate(self, count: int, seed: int) -> list[Problem]:
         """`count` different problems; the same arguments give the same list. ValueError: there are fewer."""

@@ -33,12 +33,10 @@ class Cache(Protocol):
 class KVCache:
     """Keys and values of up to `max_length` tokens for each of `batch_size` rows.
 
-    Each row has its own length, and its next token goes to slot `lengths[row]`. Prompts of different lengths
-    are padded on the right: padding lies beyond the row's length, is never attended to, and is overwritten by
-    the row's next tokens. So there is no padding mask.
-
-    Shapes: `keys[layer]` and `values[layer]` are [batch, kv_heads, max_length, head_dim]; `lengths` is
-        [batch], int64.
+    Each row has its own length, and its next token goes to slot `lengths[row]`. Ragged prompts are padded on
+    the right: padding lies beyond the row's length, is never attended to, and is overwritten by the row's
+    next tokens. Shapes: `keys[layer]`, `values[layer]` [batch, kv_heads, max_length, head_dim]; `lengths`
+    [batch], int64.
     """
 
     def __init__(self, config: Qwen3Config, batch_size: int, max_length: int, device="cpu", dtype=None):

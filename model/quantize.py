@@ -81,8 +81,8 @@ def add_adapters(model: Qwen3, rank: int, alpha: float, int8: bool, seed: int = 
     The model must have its device and dtype already. The same base and seed give the same bits, the int8
     weights included; so a stopped run needs only the base and its `adapter_state`.
 
-    With `int8`, the projections are quantized; the embedding, the head and the norms keep their dtype.
-    Raises ValueError for a rank or an alpha that is not positive, or a model that has adapters already.
+    With `int8`, the projections are quantized; the embedding, the head and the norms keep their dtype. Raises
+    ValueError for a rank or an alpha that is not positive, or a model that has adapters already.
     """
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be a positive integer, not {rank!r}")

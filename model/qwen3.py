@@ -155,16 +155,6 @@ class Qwen3(nn.Module):
     def forward(self, token_ids: Tensor, cache: Cache | None = None) -> Tensor:
         return self.lm_head(self.model(token_ids, cache))
 
-    def init_weights(self, seed: int, std: float = 0.02) -> "Qwen3":
-        """Draw all matrices from N(0, std²) and set the norms to one, for training from nothing."""
-        generator = torch.Generator(self.device).manual_seed(seed)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=std, generator=generator)
-            else:
-                nn.init.ones_(parameter)
-        return self
-
     @property
     def device(self) -> torch.device:
         return self.lm_head.weight.device

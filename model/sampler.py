@@ -165,10 +165,9 @@ def generate(
 
     Args:
         temperature: 0 is greedy.
-        top_k, top_p: sample from the k likeliest tokens, or from the likeliest that reach probability p
-            together. Not for training, which scores tokens under the full distribution.
-        max_cache_tokens: tokens whose keys and values may be in memory at once, a group's prompt counted
-            once; None: what free memory allows. Prompts that do not fit wait for the next batch.
+        top_k, top_p: sample from the k likeliest tokens, or the likeliest of joint probability p. Not for
+            training.
+        max_cache_tokens: tokens of keys and values in memory at once; None: what fits. Other prompts wait.
         only: sample for `prompts[only]`, as if for all; ranks divide one call among them in this way.
         on_progress: called now and then with (completions done, tokens sampled so far).
         cancel: when a signal or another thread sets it, sampling ends with `Cancelled`.
@@ -303,8 +302,8 @@ class DecodeBatch:
         self.logprobs.index_copy_(1, column, logprobs[:, None])
 
     def compact(self, count: int, below: float) -> tuple[int, int]:
-        """Drop finished rows, if at most `below` of all are unfinished; return completions done, tokens
-        sampled.
+        """Drop finished rows if at most `below` of all are unfinished; return completions done, tokens so
+        far.
         """
         stops = torch.isin(self.token_ids[:, :count], self.stops)  # [rows, count]
         finished = stops.any(1)

@@ -68,7 +68,6 @@ class Tokenizer:
         return self.backend.decode(list(token_ids), skip_special_tokens=False)
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer's files into `folder`, unchanged."""
         for name, content in self.files.items():
             (Path(folder) / name).write_bytes(content)
 
@@ -87,8 +86,8 @@ def render_chat(user: str, system: str | None = None, thinking: bool | None = No
 def prompt_ids(tokenizer: Tokenizer, user: str, thinking: bool) -> list[int]:
     """Ids of a prompt, in rollouts, SFT and evaluation alike.
 
-    With `thinking` the assistant's turn begins with an open `<think>`, which the completion has to close
-    before it answers; without, the thinking block is empty and closed.
+    With `thinking` it ends in an open `<think>`, which the completion has to close before it answers;
+    without, the thinking block is empty and closed.
     """
     text = render_chat(user, thinking=thinking)
     return tokenizer.encode(text + "<think>\n" if thinking else text)

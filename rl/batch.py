@@ -141,16 +141,12 @@ def batches_of(model: Qwen3, samples: list[Sample], token_budget: int) -> Iterat
 
 
 def halve_on_oom(
-    add_gradient: Callable[..., Counter],
-    optimizer: Optimizer,
-    model: Qwen3,
-    samples: list[Sample],
-    *arguments,
+    add_gradient: Callable, optimizer: Optimizer, model: Qwen3, samples: list, *arguments
 ) -> Counter:
     """Return `add_gradient(model, micro-batches, *arguments)`, which adds to the gradient.
 
     On OOM: drop the gradient, halve the micro-batch for good, start over; the result is the same. The error
-    is raised where every sample is alone already, or other ranks of a sharded model would not start over.
+    is raised if every sample is alone already, or if other ranks of a sharded model would not start over.
     """
     while True:
         try:
@@ -170,8 +166,8 @@ def halve_on_oom(
 def score_completions(model: Qwen3, batch: Batch, temperature: float = 1.0) -> TokenLogprobs:
     """Log-probability of each completion token, and the entropy there; [rows, time], zero outside the mask.
 
-    It is the sampler's `token_logprobs` at the same temperature. Only completion positions go through the
-    output head, a few hundred at a time.
+    As in the sampler (`token_logprobs`), but only completion positions go through the output head, a few at a
+    time.
     """
     hidden = model.model(batch.input_ids, batch.layout)[0]  # [tokens, hidden]
     hidden = hidden.index_select(0, batch.logit_positions[batch.mask])  # [completion tokens, hidden]

@@ -1,7 +1,7 @@
 """One run on several processes: functions that change nothing when there is one.
 
-All ranks have the same problems and make the same decisions. What is sampled, learned and measured does not
-depend on their number, except for the order in which gradients are added.
+All ranks have the same problems and make the same decisions: results do not depend on the number of ranks,
+except for the order in which gradients are added.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """GRPO: sample groups of completions, compare each with its group, learn from the difference.
 
-What this leaves out of PPO, and why. No critic: the other completions of a group say what reward to expect
-(the paper, section 2.2). No generalised advantage estimation: the reward comes once, at the end. No KL
-penalty by default: the reward is exact and cannot be fooled into nonsense; `kl_coef` brings it back.
+What it leaves out of PPO, and why. No critic: the others of a group say what reward to expect (the paper,
+section 2.2). No generalised advantage estimation: the reward comes once, at the end. No KL penalty by
+default: the reward is exact, and cannot be fooled into nonsense; `kl_coef` brings it back.
 """
 
 import math
@@ -158,10 +158,9 @@ def add_gradient(
 def update_metrics(updates: list[tuple[Counter, float]], tokens: int) -> dict[str, float]:
     """The metrics of a step, from each update's (sums of `add_gradient`, gradient norm or NaN if skipped).
 
-    Returns:
-        Means over the updates taken: `loss`, `grad_norm`. Shares of all `tokens` of the step: `clip_fraction`
-        and its two parts. In nats per token learned from: `policy_entropy`, exact; before the first update,
-        `log_ratio_mean` and `log_ratio_std` between trainer and sampler, zero if the two agree.
+    `policy_entropy` is exact, `log_ratio_*` is between trainer and sampler before the first update, zero if
+    the two agree; both in nats, over the tokens learned from. Clip fractions are shares of all `tokens` of
+    the step.
     """
     taken = [(sums, norm) for sums, norm in updates if math.isfinite(norm)]
     total: Counter = Counter()

@@ -26,7 +26,8 @@ def grpo_loss(
         -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + kl_coef * k3
 
     The minimum holds for A < 0 too: a bad token that became likelier is pushed down without limit, one that
-    became rarer by more than `clip_low` has no gradient.
+    became rarer by more than `clip_low` has no gradient. The result is near zero in the first update, where
+    every ratio is one and advantages sum to zero: watch the gradient norm and the reward instead.
 
     Args:
         logprobs: of the policy in training; the only argument with a gradient.
@@ -36,10 +37,6 @@ def grpo_loss(
         aggregation, denominator: how the tokens become one number, see `aggregate`.
         ref_logprobs, kl_coef: a frozen reference, and the weight of the KL penalty towards it. k3 is an
             unbiased estimate of the divergence, never negative (http://joschu.net/blog/kl-approx.html).
-
-    Returns:
-        A scalar, near zero in the first update: advantages sum to zero in a group, and every ratio is one.
-        Watch the gradient norm and the reward instead.
     """
     if advantages.dim() == 1:
         advantages = advantages[:, None]
@@ -90,9 +87,7 @@ def loss_denominator(lengths: list[int], max_length: int, aggregation: str) -> f
 def clip_counts(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float
 ) -> tuple[int, int]:
-    """How many tokens the clip leaves without gradient: (A < 0 and ratio < 1 - low, A > 0 and ratio > 1 +
-    high).
-    """
+    """Tokens that the clip leaves without gradient: (A < 0, ratio < 1 - low), (A > 0, ratio > 1 + high)."""
     ratio = (logprobs - old_logprobs).exp()
     below = (advantages[:, None] < 0) & (ratio < 1 - low) & mask
     above = (advantages[:, None] > 0) & (ratio > 1 + high) & mask

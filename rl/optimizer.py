@@ -40,30 +40,19 @@ class Optimizer:
     weights below float32 there are two ways out. "masters": AdamW updates float32 copies, which are then
     rounded into the weights; 4 bytes a weight. "stochastic" (bfloat16 only): each update is rounded up or
     down by chance, so that its expectation is exact; no memory, but noise of the size of the rounding.
-    Float32 weights are updated in place.
+    Float32 weights are updated in place. Each piece has its own AdamW, so that one at a time has temporaries.
 
-    AdamW treats each weight by itself, so each piece of a parameter has its own AdamW, and only one piece at
-    a time has temporaries.
-
-    Attributes:
-        micro_batch_tokens: tokens of a forward and backward; halved whenever memory runs out.
-        updated_fraction: share of the weights below float32 that the last step changed; None for float32. If
-            it is near zero with masters, the learning rate is too small to show in the weights' precision.
-        skipped_in_a_row: updates skipped since the last one taken.
+    `updated_fraction` is the share of weights below float32 that the last step changed (None for float32):
+    near zero with masters, the learning rate is too small to show in the weights' precision.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        settings: OptimizerSettings = OptimizerSettings(),
-        micro_batch_tokens: int = 8192,
-    ):
+    def __init__(self, model: nn.Module, settings=OptimizerSettings(), micro_batch_tokens: int = 8192):
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         # Smallest first: when the largest tensor needs room for its update, the other gradients are gone.
         self.parameters = dict(sorted(trained, key=lambda item: item[1].numel()))
         self.stochastic = settings.rounding == "stochastic"
-        self.micro_batch_tokens = micro_batch_tokens
-        self.skipped_in_a_row = 0
+        self.micro_batch_tokens = micro_batch_tokens  # of a forward and backward; halved if memory runs out
+        self.skipped_in_a_row = 0  # updates skipped since the last one taken
         self.steps = 0
         self.updated_fraction = None if all(p.dtype == torch.float32 for _, p in trained) else 0.0
         self.masters: dict[str, list[nn.Parameter]] = {}

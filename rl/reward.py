@@ -13,8 +13,7 @@ class RewardSettings:
     near_miss: bool = True
     """Reward answers that the task calls near; without, they earn what any other wrong answer earns."""
     latin_only: bool = False
-    """Against drift into other languages: a completion with a letter outside the Latin script earns nothing.
-    """
+    """Against drift into other languages: a completion with a letter outside the Latin script earns 0."""
 
 
 def reward_for(score: Score, text: str, settings: RewardSettings) -> Score:

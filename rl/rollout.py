@@ -54,22 +54,14 @@ def collect_rollouts(
     """Sample and score `num_samples` completions of each problem, as `[problem][sample]`.
 
     A group is an index of this list, not a prompt: the same problem twice makes two groups. Each rank samples
-    its share of the groups, and gets all of them. `watch` may be `on_progress` and `cancel` of `generate`.
+    its share and gets all. `watch` may be `on_progress` and `cancel` of `generate`.
     """
     prompts = [prompt_ids(tokenizer, task.prompt(problem), sampling.thinking) for problem in problems]
-    options = asdict(sampling)
+    options = asdict(sampling) | {"num_samples": num_samples, "stop_token_ids": tokenizer.stop_token_ids}
     del options["thinking"]  # a matter of the prompt; the others are arguments of `generate`
     with sampling_model(model) as sampler:
-        completions = generate(
-            sampler,
-            prompts,
-            num_samples=num_samples,
-            stop_token_ids=tokenizer.stop_token_ids,
-            seed=seed,
-            only=slice(rank(), None, world_size()),
-            **options,
-            **watch,
-        )
+        only = slice(rank(), None, world_size())
+        completions = generate(sampler, prompts, seed=seed, only=only, **options, **watch)
     groups = []
     for problem, prompt, its_completions in zip(share(problems), share(prompts), completions, strict=True):
         group = []

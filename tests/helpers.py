@@ -10,6 +10,7 @@ import torch
 from data import Problem
 from data.task import Score
 from model import Qwen3, Qwen3Config
+from model.weights import init_weights
 from rl.batch import Sample
 from rl.optimizer import Optimizer, OptimizerSettings
 
@@ -22,7 +23,7 @@ PROBLEM = Problem((79, 60, 17), 36)
 
 def random_model(seed: int = 0, dtype: torch.dtype = torch.float32, std: float = 0.25, **changes) -> Qwen3:
     """A Qwen3 of some 5,000 parameters, random enough that its distributions are far from uniform."""
-    return Qwen3(Qwen3Config(**SHAPE | changes)).to(dtype).init_weights(seed, std)
+    return init_weights(Qwen3(Qwen3Config(**SHAPE | changes)).to(dtype), seed, std)
 
 
 def optimizer_for(model: Qwen3, budget: int = 1000, **settings) -> Optimizer:

@@ -10,6 +10,7 @@ import transformers
 from reference import SHAPES, qwen3_file, random_ids, reference_model, same_weights
 
 from model import KVCache, ModelError, Qwen3, Qwen3Config
+from model.weights import init_weights
 
 SIZES = {  # hidden, layers, heads, intermediate, tied -> parameters, the tied head counted once
     "0.6B": ((1024, 28, 16, 3072, True), 596_049_920),
@@ -222,7 +223,7 @@ def test_fresh_weights_follow_the_seed_and_leave_no_weight_out(tied):
     for model, seed in zip(models, (0, 0, 1)):
         for weight in model.parameters():
             weight.data.fill_(torch.nan)
-        assert model.init_weights(seed, std=0.05) is model
+        assert init_weights(model, seed, std=0.05) is model
     for name, weight in models[0].named_parameters():
         again, other = (model.get_parameter(name) for model in models[1:])
         assert torch.equal(weight, again) and torch.equal(weight, other) == (weight.dim() == 1), name

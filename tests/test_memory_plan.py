@@ -12,6 +12,7 @@ from lab.memory_plan import activation_bytes, check_plan, plan_memory, work_of
 from lab.recipe import EvaluationSettings, ParallelSettings, Recipe, load_recipe
 from lab.sharding import Sharding
 from model import ModelError, Qwen3, Qwen3Config, add_adapters
+from model.weights import init_weights
 from rl.batch import Sample, make_batch
 from rl.grpo import GRPOStage
 from rl.optimizer import OptimizerSettings
@@ -36,7 +37,8 @@ def test_activations_are_those_that_autograd_keeps(shape, dtype):
     batch = make_batch([Sample([7] * 140, [number] * 60, [-1.0] * 60, 1.0) for number in range(16)])
 
     def kept(layers: int) -> int:
-        model = Qwen3(Qwen3Config(48, hidden, inner, layers, heads, kv_heads, head_dim)).to(dtype).init_weights(0)
+        config = Qwen3Config(48, hidden, inner, layers, heads, kv_heads, head_dim)
+        model = init_weights(Qwen3(config).to(dtype), 0)
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         alive = {}
 

@@ -30,7 +30,7 @@ from experiments.bases.attempts import (
 )
 from experiments.bases.derivations import derivation_document
 from model import Qwen3, Qwen3Config, Tokenizer, prompt_ids, save_model
-from model.weights import TINY
+from model.weights import TINY, init_weights
 from rl.batch import Sample
 from rl.optimizer import Optimizer
 from rl.sft import sft_step
@@ -189,7 +189,7 @@ def main(settings: TinyBase) -> None:
     steps = settings.steps or corpus.steps
     out = settings.out or (TINY if settings.task == "countdown" else TINY.with_name(f"tiny-{settings.task}"))
     tokenizer = train_tokenizer(out, corpus)
-    model = Qwen3(tiny_config(len(tokenizer), corpus.layers)).init_weights(settings.seed)
+    model = init_weights(Qwen3(tiny_config(len(tokenizer), corpus.layers)), settings.seed)
     model.num_tokens = len(tokenizer)
     print(f"{model.config.num_parameters():,} parameters, {len(tokenizer)} tokens")
     optimizer = Optimizer(model, micro_batch_tokens=MICRO_BATCH_TOKENS)

@@ -25,7 +25,7 @@ class Problem(Protocol):
 
 @dataclass(frozen=True)
 class Score:
-    reward: float  # 0 to 1
+    reward: float  # 0 to 1 from a task; a recipe may change it
     outcome: str  # "correct", "near", "wrong" or "malformed"
 
 

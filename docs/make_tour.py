@@ -405,7 +405,8 @@ def second_stop(walk: Walk) -> list[str]:
     low, high = clip_counts(walk.logprobs(), *walk.clipping)
     return [
         f"""{at(grpo_step)} takes {walk.stage.updates_per_step} optimizer steps with the completions of one
-        step, each on its own share of the groups. Here is one group, so it is used twice. The loss is now
+        step, each on its own part of the groups. With one group the second part is empty, so this page uses
+        the group again. The loss is now
         {sums["loss"]:.4f}: lower, as the policy went where it was pushed. The gradient comes from the
         tokens that are not clipped, and its norm is {norm:.3f}. After this step {low} tokens are clipped
         below and {high} above. With each further step these completions, sampled by an older policy, would
@@ -461,7 +462,7 @@ def whole_stop(walk: Walk) -> list[str]:
     names = ("loss", "grad_norm", "policy_entropy", "clip_fraction", "log_ratio_mean", "log_ratio_std")
     rows = [("metric", "value"), *((name, f"{metrics[name] + 0.0:.4f}") for name in names)]
     return [
-        f"""Stops 3 to 10 are one function, {at(grpo_step)}, which is what a run calls at each step. Here it
+        f"""Stops 1 to 10 are one function, {at(grpo_step)}, which is what a run calls at each step. Here it
         takes the untrained model, the same problem and seed, and makes one update. Are its completions
         those above? {yes(groups[0] == walk.group)}. And its advantages?
         {yes(torch.equal(advantages[0], walk.batch.advantages))}. Does the model end with exactly the

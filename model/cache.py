@@ -20,10 +20,8 @@ class Cache(Protocol):
         """Positions of the next `time` tokens of each row: [batch, time]."""
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Store the new tokens' keys and values, then attend to all that each query may see, after RoPE.
-
-        `queries` and the result are [batch, heads, time, head_dim], the others [batch, kv_heads, time,
-        head_dim].
+        """Store the new keys and values [batch, kv_heads, time, head_dim], then attend to all that each query
+        may see. `queries`, after RoPE, and the result are [batch, heads, time, head_dim].
         """
 
     def advance(self, time: int) -> None:
@@ -33,10 +31,9 @@ class Cache(Protocol):
 class KVCache:
     """Keys and values of up to `max_length` tokens for each of `batch_size` rows.
 
-    Each row has its own length, and its next token goes to slot `lengths[row]`. Ragged prompts are padded on
-    the right: padding lies beyond the row's length, is never attended to, and is overwritten by the row's
-    next tokens. Shapes: `keys[layer]`, `values[layer]` [batch, kv_heads, max_length, head_dim]; `lengths`
-    [batch], int64.
+    A row's next token goes to slot `lengths[row]`. Ragged prompts are padded on the right: padding lies
+    beyond the row's length, is never attended to, and is overwritten by the row's next tokens. Shapes:
+    `keys[layer]`, `values[layer]` [batch, kv_heads, max_length, head_dim]; `lengths` [batch], int64.
     """
 
     def __init__(self, config: Qwen3Config, batch_size: int, max_length: int, device="cpu", dtype=None):
@@ -65,9 +62,8 @@ class KVCache:
         self.values[layer][rows, :, self.positions] = values.transpose(1, 2)
         keys = self.keys[layer][:, :, : self.end]
         values = self.values[layer][:, :, : self.end]
-        return F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=self.mask, is_causal=self.mask is None, enable_gqa=True
-        )
+        options = {"attn_mask": self.mask, "is_causal": self.mask is None, "enable_gqa": True}
+        return F.scaled_dot_product_attention(queries, keys, values, **options)
 
     def advance(self, time: int) -> None:
         self.lengths = self.lengths + time  # not +=: `set_lengths` may have stored the caller's own tensor
@@ -92,10 +88,9 @@ class GroupCache:
 
     All rows decode in lock-step, one token a forward, so they have equally many own tokens. Attention to a
     prompt is one matrix product for all rows of its group; prompt scores and own scores then pass through one
-    softmax (Hydragen, arXiv:2402.05099, computes two and merges them). Own tokens lie in blocks; a full block
-    is followed by a new one, so nothing is copied to make room. Attention reads the stored slots or, if
-    `static`, whole blocks: shapes then change only once a block, as a CUDA graph requires, and oneDNN
-    multiplies contiguous bfloat16 blocks at twice the speed.
+    softmax (Hydragen, arXiv:2402.05099, computes two and merges them). Own tokens lie in blocks, so nothing
+    is copied to make room. Attention reads the stored slots or, if `static`, whole blocks: shapes then change
+    only once a block, as a CUDA graph requires, and oneDNN is twice as fast on contiguous bfloat16 blocks.
 
     Shapes: `prompt_keys[layer]`, `prompt_values[layer]` [prompts, kv_heads, longest, head_dim]; blocks in
     `keys[layer]`, `values[layer]` [rows * kv_heads, block, head_dim]; `prompt_of` [rows], ascending.
@@ -128,9 +123,8 @@ class GroupCache:
 
     def new_block(self, size: int) -> Tensor:
         _, kv_heads, _, head_dim = self.prompt_keys[0].shape
-        shape = (len(self.prompt_of) * kv_heads, size, head_dim)
-        # Zero-filled where attention reads unused slots, which could hold NaN.
-        return self.prompt_keys[0].new_zeros(shape) if self.static else self.prompt_keys[0].new_empty(shape)
+        block = self.prompt_keys[0].new_empty(len(self.prompt_of) * kv_heads, size, head_dim)
+        return block.zero_() if self.static else block  # attention reads unused slots, which could hold NaN
 
     @property
     def visible(self) -> int:
@@ -138,11 +132,10 @@ class GroupCache:
         return self.room if self.static else self.count
 
     def build_grid(self) -> None:
-        """Map rows to the grid of `times_prompt`: a matrix a prompt and key-value head, in it a line a row.
+        """Map pairs (row, key-value head), numbered row * kv_heads + head, to the grid of `times_prompt`.
 
-        A pair is (row, key-value head), numbered row * kv_heads + head. The grid is [prompts, kv_heads, most
-        rows of a prompt]. `pair_at`: grid slot -> pair, arbitrary where the slot is empty. `slot_of`: pair ->
-        grid slot.
+        The grid is [prompts, kv_heads, most rows of a prompt]. `slot_of`: pair -> grid slot. `pair_at`: grid
+        slot -> pair, arbitrary where the slot is empty.
         """
         kv_heads = self.prompt_keys[0].shape[1]
         prompts = len(self.prompt_lengths)
@@ -182,8 +175,7 @@ class GroupCache:
         # Added to the scores: 0 where a row may look, else -inf. [rows * kv_heads, 1, longest + visible]
         bias = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -torch.inf)
         self.bias = bias[:, None].expand(-1, self.prompt_keys[0].shape[1], -1).reshape(-1, 1, bias.shape[-1])
-        # Slot of the next token in the last block. A graph must read it on the device; a slice is faster on a
-        # CPU.
+        # Slot of the next token in the last block. A graph reads it on the device; a CPU is faster by slice.
         slot = (self.count - 1) % self.block
         self.slot = self.stored % self.block if self.stored.is_cuda else slice(slot, slot + 1)
         return lengths + self.stored

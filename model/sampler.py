@@ -47,8 +47,8 @@ class Completion:
 def token_logprobs(logits: Tensor, temperature: float, num_tokens: int) -> Tensor:
     """Log-probabilities [..., num_tokens] in nats, float32 or above, from logits [..., vocab].
 
-    Ids from `num_tokens` on have no text: they are cut off, and never sampled. Temperature 0 means greedy
-    decoding, with the log-probabilities of temperature 1.
+    Ids from `num_tokens` on have no text and are never sampled. Temperature 0 is greedy decoding, with the
+    log-probabilities of temperature 1.
     """
     logits = logits[..., :num_tokens]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -124,8 +124,7 @@ def plain_completion(
 ) -> Completion:
     """Sample one completion without a cache: every token comes from a forward over all tokens before it.
 
-    `uniforms` is [max_new_tokens], the random number of each token, in [0, 1); `stops` are the stop token
-    ids.
+    `uniforms` is [max_new_tokens], each token's random number in [0, 1); `stops` are the stop token ids.
     """
     token_ids: list[int] = []
     logprobs: list[float] = []
@@ -158,25 +157,20 @@ def generate(
 ) -> list[list[Completion]]:
     """Sample `num_samples` completions of at most `max_new_tokens` tokens for each prompt of ids.
 
-    Each sample has its own random stream, made from the seed, the ids of its prompt and its number in the
-    group. So a completion does not depend on the batch it is sampled in (up to the rounding of matrix
-    products of other sizes), and no two groups share a stream, even with equal prompts. Returns
-    `[prompt][sample]`, for `prompts[only]`.
+    Each sample has its own random stream (see `random_streams`). So a completion does not depend on the batch
+    it is sampled in, up to the rounding of matrix products of other sizes. Returns `[prompt][sample]`.
 
     Args:
         temperature: 0 is greedy.
-        top_k, top_p: sample from the k likeliest tokens, or the likeliest of joint probability p. Not for
-            training.
+        top_k, top_p: sample from the k likeliest tokens, or the likeliest of joint probability p.
         max_cache_tokens: tokens of keys and values in memory at once; None: what fits. Other prompts wait.
-        only: sample for `prompts[only]`, as if for all; ranks divide one call among them in this way.
+        only: sample for `prompts[only]`, as if for all; so ranks divide one call among them.
         on_progress: called now and then with (completions done, tokens sampled so far).
         cancel: when a signal or another thread sets it, sampling ends with `Cancelled`.
 
     Raises ValueError for an argument out of its range, ModelError if there is no room for one completion.
     """
     check_arguments(model, prompts, num_samples, max_new_tokens, temperature, top_k, top_p)
-    if not prompts[only]:
-        return []
     uniforms = random_streams(prompts, num_samples, max_new_tokens, seed, only)
     prompts = prompts[only]
     stops = torch.tensor(list(stop_token_ids), dtype=torch.int64, device=model.device)
@@ -201,8 +195,7 @@ def generate(
 
 def check_arguments(model, prompts, num_samples, max_new_tokens, temperature, top_k, top_p) -> None:
     """Raise ValueError for an argument out of its range."""
-    counts = {"num_samples": num_samples, "max_new_tokens": max_new_tokens, "top_k": top_k}
-    for name, value in counts.items():
+    for name, value in dict(num_samples=num_samples, max_new_tokens=max_new_tokens, top_k=top_k).items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
     if not 0 <= temperature < float("inf"):
@@ -215,36 +208,31 @@ def check_arguments(model, prompts, num_samples, max_new_tokens, temperature, to
             raise ValueError(f"a prompt needs at least one id, all of them in [0, {vocab}), not {prompt[:8]}")
 
 
-def plan_batches(
-    lengths: list[int], num_samples: int, max_new_tokens: int, max_cache_tokens: int
-) -> list[tuple]:
-    """Divide groups into batches (prompts, samples) whose keys and values fit, however long completions get.
+def plan_batches(lengths: list[int], num_samples: int, max_new_tokens: int, room: int) -> list[tuple]:
+    """Divide groups into batches (prompts, samples), each with at most `room` tokens of keys and values.
 
     Groups stay whole and in order; one that is too large by itself is divided into as few parts as possible.
     """
+    own = num_samples * max_new_tokens  # tokens of a group beside its prompt
     batches = []
-    start = 0
+    start = end = 0
     while start < len(lengths):
-        end, longest = start, 0
-        while end < len(lengths):
-            longest = max(longest, lengths[end])
-            if (end + 1 - start) * (longest + num_samples * max_new_tokens) > max_cache_tokens:
-                break
+        while end < len(lengths) and (end + 1 - start) * (max(lengths[start : end + 1]) + own) <= room:
             end += 1
         if end > start:
             batches.append((slice(start, end), slice(0, num_samples)))
             start = end
             continue
-        fitting = (max_cache_tokens - lengths[start]) // max_new_tokens
+        fitting = (room - lengths[start]) // max_new_tokens
         if fitting < 1:
             raise ModelError(
-                f"room for {max_cache_tokens} tokens of keys and values; a prompt of {lengths[start]} and "
+                f"room for {room} tokens of keys and values; a prompt of {lengths[start]} and "
                 f"{max_new_tokens} new ones need {lengths[start] + max_new_tokens}: lower max_new_tokens, "
                 "raise max_cache_tokens if memory allows, or take a smaller model"
             )
         for first in range(0, num_samples, fitting):
             batches.append((slice(start, start + 1), slice(first, min(first + fitting, num_samples))))
-        start += 1
+        start = end = start + 1
     return batches
 
 
@@ -302,9 +290,7 @@ class DecodeBatch:
         self.logprobs.index_copy_(1, column, logprobs[:, None])
 
     def compact(self, count: int, below: float) -> tuple[int, int]:
-        """Drop finished rows if at most `below` of all are unfinished; return completions done, tokens so
-        far.
-        """
+        """Drop finished rows if at most `below` of all are unfinished; return completions done, tokens."""
         stops = torch.isin(self.token_ids[:, :count], self.stops)  # [rows, count]
         finished = stops.any(1)
         lengths = torch.where(finished, stops.int().argmax(1) + 1, count)
@@ -315,8 +301,8 @@ class DecodeBatch:
         keep = (~dropped).nonzero()[:, 0]
         if len(keep) <= below * len(dropped):
             columns = (self.numbers, lengths, finished, self.token_ids, self.logprobs)
-            for row in zip(*(column[dropped].tolist() for column in columns), strict=True):
-                number, length, ended, token_ids, logprobs = row
+            rows = zip(*(column[dropped].tolist() for column in columns), strict=True)
+            for number, length, ended, token_ids, logprobs in rows:
                 self.completions[number] = Completion(token_ids[:length], logprobs[:length], ended)
             self.numbers = self.numbers[keep]
             self.uniforms = self.uniforms[keep]

@@ -86,7 +86,7 @@ def make_batch(samples: list[Sample], device="cpu") -> Batch:
 
 
 def prompt_groups(samples: list[Sample]) -> list[list[int]]:
-    """Indices of samples that share a prompt, longest first; samples with a unique prompt form one group."""
+    """Indices of samples that share a prompt, longest first; the others form one group."""
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for index in sorted(range(len(samples)), key=lambda index: -len(samples[index])):
         by_prompt.setdefault(tuple(samples[index].prompt_ids), []).append(index)

@@ -39,7 +39,7 @@ class GRPOStage:
     samples_per_prompt: Count = 8
     """Completions in a group."""
     updates_per_step: Count = 2
-    """Optimizer steps a rollout batch, each on its own share of the groups; the second needs the clip."""
+    """Optimizer steps a rollout batch, each on its own part of the groups; the second needs the clip."""
     learning_rate: Positive = 2e-6
     """Reached after the warm-up."""
     warmup_steps: CountOrZero = 5
@@ -84,9 +84,13 @@ def grpo_step(
     """
     # 1. Sample and score. The completions of one problem are a group.
     start = time.perf_counter()
-    count = settings.samples_per_prompt
-    options = {"sampling": sampling, "seed": seed, "reward": reward} | watch
-    groups = collect_rollouts(model, tokenizer, task, problems, num_samples=count, **options)
+    options = {
+        "num_samples": settings.samples_per_prompt,
+        "sampling": sampling,
+        "seed": seed,
+        "reward": reward,
+    }
+    groups = collect_rollouts(model, tokenizer, task, problems, **options, **watch)
     sampled = time.perf_counter()
 
     # 2. Compare with the group. The advantage says how much better a completion did than its group.
@@ -104,6 +108,7 @@ def grpo_step(
         part = samples[number :: settings.updates_per_step]
         lengths = [len(sample.completion_ids) for group in part for sample in group]
         denominator = loss_denominator(lengths, sampling.max_new_tokens, settings.aggregation)
+        # A completion without an advantage has no gradient: it only counts in the denominator.
         own = [sample for group in share(part) for sample in group if sample.advantage or settings.kl_coef]
         arguments = (settings, sampling.temperature, denominator, reference)
         sums = sum_counts(halve_on_oom(add_gradient, optimizer, model, own, *arguments))

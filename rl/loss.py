@@ -1,4 +1,4 @@
-"""The two losses, as pure functions of tensors. Every tensor is [rows, time] as in `rl.batch.Batch`."""
+"""The two losses, as pure functions of tensors: [rows, time] as in `rl.batch.Batch`, advantages [rows]."""
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ def grpo_loss(
         -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + kl_coef * k3
 
     The minimum holds for A < 0 too: a bad token that became likelier is pushed down without limit, one that
-    became rarer by more than `clip_low` has no gradient. The result is near zero in the first update, where
-    every ratio is one and advantages sum to zero: watch the gradient norm and the reward instead.
+    became rarer by more than `clip_low` has no gradient. While every ratio is one,
+    the result is minus the mean of A over the tokens: watch the gradient norm and the reward instead.
 
     Args:
         logprobs: of the policy in training; the only argument with a gradient.

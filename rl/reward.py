@@ -8,7 +8,7 @@ from data.traces import latin_only
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """What earns a reward beside a correct answer."""
+    """How a recipe changes the rewards of verdicts; each field is an option `--reward.<field>`."""
 
     near_miss: bool = True
     """Reward answers that the task calls near; without, they earn what any other wrong answer earns."""

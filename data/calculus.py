@@ -46,7 +46,7 @@ def parse_polynomial(text: str) -> Polynomial:
 
 def trimmed(coefficients: Sequence[int]) -> Polynomial:
     """The coefficients without the zeros at the end."""
-    length = max((i + 1 for i, coefficient in enumerate(coefficients) if coefficient), default=0)
+    length = max((i for i, coefficient in enumerate(coefficients, 1) if coefficient), default=0)
     return tuple(coefficients[:length])
 
 
@@ -101,19 +101,15 @@ class Derivative:
     def key(self) -> tuple[int, Polynomial]:
         return self.order, self.polynomial
 
-    def derivatives(self) -> list[Polynomial]:
-        """The polynomial and its derivatives up to `order`."""
-        polynomials = [self.polynomial]
-        for _ in range(self.order):
-            polynomials.append(differentiate(polynomials[-1]))
-        return polynomials
-
     @property
     def value(self) -> Polynomial:
-        return self.derivatives()[-1]
+        derivative = self.polynomial
+        for _ in range(self.order):
+            derivative = differentiate(derivative)
+        return derivative
 
     def row(self) -> dict:
-        return {"polynomial": list(self.polynomial), "order": self.order}
+        return {"polynomial": self.polynomial, "order": self.order}
 
 
 @dataclass(frozen=True)
@@ -198,8 +194,9 @@ class Calculus(Task):
             return None
 
     def difficulty(self, problem: Derivative) -> str:
-        """By the number of single terms to differentiate, over all orders."""
-        return steps_difficulty(sum(len(terms_of(polynomial)) for polynomial in problem.derivatives()[:-1]))
+        """By the number of single terms to differentiate, over all orders; x^e is gone after e + 1 times."""
+        exponents = [exponent for _, exponent in terms_of(problem.polynomial)]
+        return steps_difficulty(sum(min(exponent + 1, problem.order) for exponent in exponents))
 
     def solution(self, problem: Derivative) -> str:
         return sum_text(terms_of(problem.value))

@@ -136,7 +136,7 @@ def answer_expression(before: str, content: str) -> Expression | None:
     """The expression that an answer block claims, or None.
 
     It may end in `= value` if the value is right. A bare number counts only right after an equation with this
-    value, as in `(79 - 60) + 17 = 36 <answer>36</answer>`; copying the target from the prompt is not enough.
+    value, as in `(79 - 60) + 17 = 36 <answer>36</answer>`; copying the target is not enough.
     """
     try:
         if "=" in content:

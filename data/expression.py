@@ -1,8 +1,8 @@
 """Exact arithmetic on untrusted text: a small recursive-descent parser instead of `eval`.
 
 The policy is rewarded for whatever this parser accepts, so it accepts little: whole numbers of at most nine
-digits without leading zeros, `+ - * /`, a unary minus, parentheses and blanks. `2 ** 5`, `11 // 2` and `2.5`
-are refused. Values are fractions, so `1 / 3 * 3` is exactly 1. Length and nesting are bounded.
+digits without leading zeros, `+ - * /`, a unary minus, parentheses and blanks. Values are fractions, so
+`1 / 3 * 3` is exactly 1. Length and nesting are bounded.
 """
 
 import re
@@ -44,10 +44,7 @@ def parse_expression(text: str) -> Expression:
 
 
 def parse_equation(text: str) -> Expression:
-    """Parse `expression = number`, such as `79 - 60 + 17 = 36`, and return the expression.
-
-    ExpressionError also if the right side is not a single number or not the value of the expression.
-    """
+    """Parse `expression = number`, as in `1 + 2 = 3`. ExpressionError if it is none, or the two differ."""
     left, _, right = text.partition("=")
     expression = parse_expression(left)
     number = parse_expression(right)

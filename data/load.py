@@ -25,15 +25,12 @@ class Format:
 
 
 def read_problems(source: str | Path, stored: Format, problem_of: Callable[[dict], P]) -> list[P]:
-    """Read problems in the source's order, duplicates included.
+    """Read problems in the source's order, duplicates included. DataError: it has none, or a bad row.
 
     Args:
-        source: "hub" (or another name in `stored.files`), also with "@" and a branch, tag or commit; or the
-            path of a .parquet or .jsonl file.
+        source: the path of a .parquet or .jsonl file, or a name in `stored.files`, such as "hub"; also
+            "hub@" and a branch, tag or commit.
         problem_of: row -> problem, or ValueError, TypeError or KeyError.
-
-    Raises:
-        DataError: the source cannot be downloaded or read, lacks a column, is empty, or a row is no problem.
     """
     name, at, revision = str(source).partition("@")
     path = Path(source)
@@ -94,8 +91,7 @@ def read_parquet(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, dic
 def read_jsonl(path: str | Path, expected: str) -> Iterator[tuple[int, dict]]:
     """(line number, row) of each line that is not blank. Only a line feed ends a line, U+2028 does not.
 
-    DataError: the file cannot be read, is not UTF-8, or has a line that is no JSON object, as `expected`
-        there.
+    DataError: the file cannot be read, is not UTF-8, or a line is no JSON object; it should be `expected`.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as file:
@@ -119,17 +115,14 @@ def read_jsonl(path: str | Path, expected: str) -> Iterator[tuple[int, dict]]:
 def split_problems(problems: Iterable[P], held_out: int, seed: int = 0) -> tuple[list[P], list[P]]:
     """Split into (train, held out), which share no `key`, by the problems and the seed, whatever their order.
 
-    Duplicates are dropped first; one row in twelve of the Countdown dataset is one. DataError: `held_out` is
-    negative or leaves no problem to train on.
+    Duplicates are dropped first; one row in twelve of the Countdown dataset is one.
     """
-    if held_out < 0:
-        raise DataError(f"held_out must be 0 or more, not {held_out}")
     unique: dict = {}
     for problem in problems:
         kept = unique.setdefault(problem.key, problem)
         if list(problem.row().values()) < list(kept.row().values()):  # the same duplicate in any order
             unique[problem.key] = problem
-    if len(unique) <= held_out:
+    if not 0 <= held_out < len(unique):
         raise DataError(f"cannot hold out {held_out} of {len(unique)} different problems; hold out fewer")
     shuffled = [unique[key] for key in sorted(unique)]
     random.Random(seed).shuffle(shuffled)

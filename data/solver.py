@@ -1,7 +1,4 @@
-"""The search behind Countdown: an exact solver, and problems that have a solution.
-
-Subsets of the numbers are bit masks, taken in order: their values come from those of their splits into two.
-"""
+"""The search behind Countdown: an exact solver, and problems with a solution. Subsets are bit masks."""
 
 import functools
 import itertools
@@ -22,17 +19,13 @@ def solve(problem: "Problem", operators: str = "+-*/") -> str | None:
     """An expression that uses every number once and equals the target, or None if there is none.
 
     Intermediate values may be fractions, so `8 / (3 - 8 / 3)` is found. The search is exhaustive: some 10 ms
-    for four numbers, a fraction of a second for five, 10 seconds for six without a solution.
-
-    `solve(problem, "+-")` shows whether these operators suffice. ValueError: others than `+ - * /`, or none.
+    for four numbers, 10 seconds for six without a solution. ValueError: operators other than `+ - * /`.
     """
     if not operators or not set(operators) <= set(OPERATORS):
         raise ValueError(f"operators must be some of + - * /, not {operators!r}")
     everything = (1 << len(problem.numbers)) - 1
     # subset -> value -> the first expression that makes it
-    made: dict[int, dict[Fraction, str]] = {
-        1 << i: {Fraction(number): str(number)} for i, number in enumerate(problem.numbers)
-    }
+    made = {1 << i: {Fraction(number): str(number)} for i, number in enumerate(problem.numbers)}
     for subset in range(1, everything + 1):
         values = made.setdefault(subset, {})
         for left, right in _splits(subset):
@@ -58,24 +51,16 @@ def draw_problems(count: int, seed: int, settings: "Countdown") -> list[tuple[tu
 
     Numbers are drawn uniformly, then the target uniformly from those they make in whole steps. So a target
     that only a division makes is as likely as one with ten solutions by addition. Problems that differ only
-    in the order of their numbers are the same.
-
-    ValueError: a negative count, or 2,000 draws in a row gave no new problem.
+    in the order of their numbers are the same. ValueError: a negative count, or too few problems.
     """
     if count < 0:
         raise ValueError(f"count must be 0 or more, not {count}")
     rng = random.Random(seed)
-    with_four = round(count * settings.four_number_share)
-    problems = _draw(count - with_four, 3, settings, rng) + _draw(with_four, 4, settings, rng)
-    rng.shuffle(problems)
-    return problems
-
-
-def _draw(count: int, size: int, settings: "Countdown", rng: random.Random) -> list[tuple]:
-    """`count` different problems of `size` numbers."""
+    with_three = count - round(count * settings.four_number_share)
     problems: dict[tuple, tuple] = {}
     misses = 0
     while len(problems) < count:
+        size = 3 if len(problems) < with_three else 4
         numbers = tuple(rng.randint(settings.min_number, settings.max_number) for _ in range(size))
         ordered = tuple(sorted(numbers))
         targets = _reachable(ordered, settings.min_target, settings.max_target)
@@ -83,24 +68,23 @@ def _draw(count: int, size: int, settings: "Countdown", rng: random.Random) -> l
         if new:
             target = rng.choice(new)
             problems[ordered, target] = (numbers, target)
-            misses = 0
-            continue
-        misses += 1
+        misses = 0 if new else misses + 1
         if misses == MAX_MISSES:
-            only = f"found only {len(problems)} of {count} different problems with {size} numbers"
+            only = f"found only {len(problems)} of {count} different problems, no more with {size} numbers"
             raise ValueError(f"{only}; ask for fewer, or change {settings}")
-    return list(problems.values())
+    drawn = list(problems.values())
+    rng.shuffle(drawn)
+    return drawn
 
 
 @functools.lru_cache(maxsize=4096)
 def _reachable(numbers: tuple[int, ...], low: int, high: int) -> tuple[int, ...]:
     """The targets from `low` to `high` that use every number once with whole intermediate values, ascending.
 
-    Faster than `solve`: no expressions, no fractions. Negative intermediate values are left out, since a
-    positive target they lead to is also reached by subtracting the other way round.
+    Negative ones are left out: a positive target is also reached by subtracting the other way round.
     """
     everything = (1 << len(numbers)) - 1
-    made: dict[int, set[int]] = {1 << i: {number} for i, number in enumerate(numbers)}
+    made = {1 << i: {number} for i, number in enumerate(numbers)}
     for subset in range(1, everything + 1):
         values = made.setdefault(subset, set())
         for left, right in _splits(subset):

@@ -1,7 +1,6 @@
 """What a task is, and where the answer is in a completion. Nothing here is specific to one task.
 
-To add a task, write a file such as data/gsm8k.py and add its class to `AnyTask` in data/__init__.py. It says
-what the problems are (`stored`, `problem`), how they are asked (`prompt`) and how an answer is read (`read`).
+To add a task, write a file such as data/gsm8k.py and add its class to `AnyTask` in data/__init__.py.
 """
 
 from abc import ABC, abstractmethod
@@ -90,11 +89,8 @@ def split_answer(text: str, thinking: bool) -> tuple[str, str] | None:
     """(text between the thinking and the answer block, content of the block), or None if malformed.
 
     After the thinking there must be exactly one block. In the thinking, a single `<answer>` or `</answer>` is
-    ignored, since it may be talk about the format; a pair is malformed.
-
-    Args:
-        thinking: True if the prompt ended inside an open `<think>`, which the completion must close, once.
-            False if not; a completion that begins with its own `<think>` is then judged as if it had.
+    ignored, since it may be talk about the format; a pair is malformed. With `thinking`, the prompt ended in
+    an open `<think>`, which the completion must close once; else the completion may open one itself.
     """
     if not thinking and text.lstrip(BLANKS).startswith("<think>"):
         text = text.partition("<think>")[2]

@@ -20,8 +20,9 @@ class Cache(Protocol):
         """Positions of the next `time` tokens of each row: [batch, time]."""
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Store the new keys and values [batch, kv_heads, time, head_dim], then attend to all that each query
-        may see. `queries`, after RoPE, and the result are [batch, heads, time, head_dim].
+        """Store `keys` and `values` [batch, kv_heads, time, head_dim]; attend to all that a query may see.
+
+        `queries`, after RoPE as the keys are, and the result are [batch, heads, time, head_dim].
         """
 
     def advance(self, time: int) -> None:
@@ -120,16 +121,12 @@ class GroupCache:
                 blocks.append(self.new_block(size))
             self.room += size
         self.count = count
+        self.visible = self.room if self.static else count  # slots of own tokens that attention reads
 
     def new_block(self, size: int) -> Tensor:
         _, kv_heads, _, head_dim = self.prompt_keys[0].shape
         block = self.prompt_keys[0].new_empty(len(self.prompt_of) * kv_heads, size, head_dim)
         return block.zero_() if self.static else block  # attention reads unused slots, which could hold NaN
-
-    @property
-    def visible(self) -> int:
-        """Slots of own tokens that attention reads; while it stays, every forward uses the same tensors."""
-        return self.room if self.static else self.count
 
     def build_grid(self) -> None:
         """Map pairs (row, key-value head), numbered row * kv_heads + head, to the grid of `times_prompt`.

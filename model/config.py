@@ -13,8 +13,8 @@ class ModelError(ValueError):
 class Qwen3Config:
     """Shape of a dense Qwen3 decoder; field names and meanings are Hugging Face's.
 
-    `head_dim` is independent of `hidden_size / num_attention_heads`: Qwen3-0.6B has 16 heads of 128 on a
-    hidden size of 1024. `num_key_value_heads` divides `num_attention_heads` (grouped-query attention).
+    `head_dim` is not `hidden_size / num_attention_heads`: Qwen3-0.6B has 16 heads of 128 for a hidden size of
+    1024. `num_key_value_heads` divides `num_attention_heads` (grouped-query attention).
     """
 
     vocab_size: int
@@ -52,18 +52,16 @@ class Qwen3Config:
     def from_hf(cls, hf: dict) -> "Qwen3Config":
         """Build from a parsed `config.json` of transformers 4, or 5 (`rope_theta` inside `rope_parameters`).
 
-        Fields that do not change the arithmetic are ignored. Raises ModelError for another architecture, a
-        feature that this decoder lacks, or a missing or malformed field.
+        Fields that do not change the arithmetic are ignored. ModelError: another architecture, a feature that
+        this decoder lacks, or a missing or malformed field.
         """
         if not isinstance(hf, dict):
             raise ModelError(f"config: expected a JSON object, not {type(hf).__name__}")
-        model_type = hf.get("model_type")
-        if model_type != "qwen3":
-            raise ModelError(f"config: model_type {model_type!r:.60} is not supported; only dense 'qwen3'")
         rope = hf.get("rope_parameters") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
         layers = hf.get("layer_types") or []
         supported = {
+            "model_type": hf.get("model_type") == "qwen3",
             "attention_bias": hf.get("attention_bias", False) is False,
             "hidden_act": hf.get("hidden_act", "silu") == "silu",
             "use_sliding_window": hf.get("use_sliding_window", False) is False,
@@ -73,7 +71,7 @@ class Qwen3Config:
         }
         for name, is_supported in supported.items():
             if not is_supported:
-                raise ModelError(f"config: {name} = {hf[name]!r:.60} is not supported")
+                raise ModelError(f"config: {name} {hf.get(name)!r:.60} is not supported, only dense Qwen3")
         values = {name: hf[name] for name in cls.__dataclass_fields__ if name in hf}
         if "rope_theta" in rope:
             values["rope_theta"] = rope["rope_theta"]
@@ -106,8 +104,7 @@ class Qwen3Config:
     def num_parameters(self) -> int:
         """Parameters of the whole model; a tied output head counts once."""
         heads = self.num_attention_heads + self.num_key_value_heads
-        attention = self.hidden_size * self.head_dim * 2 * heads
-        norms = 2 * self.hidden_size + 2 * self.head_dim
-        layer = attention + 3 * self.hidden_size * self.intermediate_size + norms
+        projections = self.hidden_size * (2 * heads * self.head_dim + 3 * self.intermediate_size)
+        layer = projections + 2 * self.hidden_size + 2 * self.head_dim
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return embeddings + self.num_hidden_layers * layer + self.hidden_size

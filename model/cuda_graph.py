@@ -6,9 +6,8 @@ import torch
 
 
 class GraphedStep:
-    """Runs `function`, which takes and returns nothing, as one CUDA graph.
+    """Runs `function` as one CUDA graph: launching its thousand small kernels takes longer than running them.
 
-    A decoding step is a thousand small kernels, and launching each from Python takes longer than running it.
     A graph records addresses and shapes, so `function` must work in place on the same tensors in every call;
     a new `shape` says that they have changed.
     """

@@ -20,10 +20,8 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    limits = []
-    for line in read("/proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            limits.append(1024 * int(line.split()[1]))
+    meminfo = read("/proc/meminfo").splitlines()
+    limits = [1024 * int(line.split()[1]) for line in meminfo if line.startswith("MemAvailable:")]
     limit, used = (read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
     if limit.isdigit() and used.isdigit():
         limits.append(max(0, int(limit) - int(used)))

@@ -36,8 +36,8 @@ class PackedGroups:
     """Attention within a stream [1, tokens]: to the group's prefix, and causally to the token's own branch.
 
     It is passed to the decoder in place of a cache, and stores nothing. The rest of the decoder works on each
-    token by itself, so a prefix is computed once, and unequal lengths need no padding beyond a block's. The
-    prefix's keys and values are repeated before each branch's own, under a causal mask aligned at the end.
+    token by itself, so a prefix is computed once. Its keys and values are repeated before each branch's own,
+    under a causal mask aligned at the end.
     """
 
     def __init__(self, groups: list[PackedGroup], device="cpu"):

@@ -1,8 +1,8 @@
 """Training in little memory: frozen base weights, in int8 if wanted, with low-rank adapters beside them.
 
-LoRA (Hu et al., arXiv:2106.09685, section 4.1) learns the change of a weight W [out, in] as (alpha / rank) B
-A, with A [rank, in] and B [out, rank]: two thin matrices have gradients and optimizer states, W has neither.
-The int8 weights are those of LLM.int8() (Dettmers et al., arXiv:2208.07339, section 2.1): each row divided by
+LoRA (Hu et al., arXiv:2106.09685, section 4.1) learns the change of a weight W [out, in] as (alpha / rank)
+B A. Only A [rank, in] and B [out, rank], two thin matrices, have gradients and optimizer states. The
+int8 weights are those of LLM.int8() (Dettmers et al., arXiv:2208.07339, section 2.1): each row divided by
 its largest magnitude, which is kept in float32, and rounded to -127 .. 127.
 """
 
@@ -30,11 +30,12 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator | None = None):
         super().__init__()
-        self.base, self.scale = base, alpha / rank
-        (out_size, in_size), device = base.weight.shape, base.weight.device
+        self.base = base
+        self.scale = alpha / rank
+        out_size, in_size = base.weight.shape
         drawn = torch.randn(rank, in_size, generator=generator, dtype=torch.float32) / in_size**0.5
-        self.lora_a = nn.Parameter(drawn.to(device))  # drawn on the CPU: the same on every device
-        self.lora_b = nn.Parameter(torch.zeros(out_size, rank, dtype=torch.float32, device=device))
+        self.lora_a = nn.Parameter(drawn.to(base.weight.device))  # drawn on the CPU: the same on every device
+        self.lora_b = nn.Parameter(self.lora_a.new_zeros(out_size, rank))
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # bitsandbytes takes no more than three axes
@@ -49,19 +50,17 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merged(self) -> Tensor:
         """The equivalent single weight, W + (alpha / rank) B A: [out, in] in float32."""
+        weight = self.base.weight.float()
         if self.base.weight.dtype == torch.int8:
-            state = self.base.state
-            weight = state.CB.float() * (state.SCB[:, None] * (1 / 127))
-        else:
-            weight = self.base.weight.float()
+            weight *= self.base.state.SCB[:, None] * (1 / 127)
         return weight + self.scale * (self.lora_b @ self.lora_a)
 
 
 def quantized(linear: nn.Linear) -> nn.Linear:
-    """`linear` with its weight in int8, one byte each, and a float32 scale for each row, on the same device.
+    """`linear` with its weight in int8 and a float32 scale for each row, on the same device.
 
-    The arithmetic is bitsandbytes'. On a CPU it multiplies x by the dequantized weight. On a GPU it also
-    rounds each row of x to int8, so there `merged` equals what was trained only up to that rounding.
+    On a CPU, bitsandbytes multiplies x by the dequantized weight. On a GPU it also rounds each row of x to
+    int8, so there `merged` equals what was trained only up to that rounding.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else each call warns that x is not float16
     import bitsandbytes  # here, because the import takes seconds and most runs do not need it
@@ -78,11 +77,10 @@ def quantized(linear: nn.Linear) -> nn.Linear:
 def add_adapters(model: Qwen3, rank: int, alpha: float, int8: bool, seed: int = 0) -> Qwen3:
     """Put adapters on all seven projections of each layer, in place, and freeze everything else.
 
-    The model must have its device and dtype already. The same base and seed give the same bits, the int8
-    weights included; so a stopped run needs only the base and its `adapter_state`.
-
-    With `int8`, the projections are quantized; the embedding, the head and the norms keep their dtype. Raises
-    ValueError for a rank or an alpha that is not positive, or a model that has adapters already.
+    The model must have its device and dtype already. With `int8`, the projections are quantized; the
+    embedding, the head and the norms keep their dtype. The same base and seed give the same bits, so a
+    stopped run needs only the base and its `adapter_state`. ValueError: a rank or an alpha that is not
+    positive, or a model that has adapters already.
     """
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be a positive integer, not {rank!r}")
@@ -118,10 +116,7 @@ def adapter_state(model: Qwen3) -> dict[str, Tensor]:
 
 
 def load_adapter_state(model: Qwen3, tensors: dict[str, Tensor]) -> None:
-    """Copy what `adapter_state` returned into the adapters.
-
-    Raises ModelError, with nothing changed, if a matrix is missing, unexpected or of another shape.
-    """
+    """Copy what `adapter_state` returned into the adapters. ModelError, nothing changed: it does not fit."""
     own = adapter_state(model)
     for name in own | tensors:
         if name not in own:
@@ -135,14 +130,10 @@ def load_adapter_state(model: Qwen3, tensors: dict[str, Tensor]) -> None:
 
 
 def plain_state(model: Qwen3, device=None) -> dict[str, Tensor]:
-    """State dict of an equal Qwen3 without adapters, which are merged in float32, then rounded to its dtype.
-
-    On `device`; None: where the model is. A model without adapters gives its own tensors.
-    """
+    """State dict, on `device`, of an equal Qwen3 without adapters, merged in float32 and then rounded."""
     state = model.state_dict()
     for name, part in adapters(model):
         for key in part.state_dict(prefix=f"{name}."):
             del state[key]
-        # Moved one by one: a GPU may have no room for all of them.
-        state[f"{name}.weight"] = part.merged().to(device, model.dtype)
+        state[f"{name}.weight"] = part.merged().to(device, model.dtype)  # a GPU may have no room for all
     return {name: tensor.to(device) for name, tensor in state.items()}

@@ -1,9 +1,8 @@
 """The Qwen3 decoder, from token ids to logits. One forward serves training, prefill and cached decoding.
 
-The order of operations and their precision follow Hugging Face's `modeling_qwen3.py`, so that logits agree;
-module names are Hugging Face's, so that `state_dict()` is the published checkpoint format. The architecture
-(Qwen3 technical report, arXiv:2505.09388, section 2): pre-norm, grouped-query attention with an RMSNorm on
-each query and key head, rotary positions, SwiGLU.
+The architecture (Qwen3 technical report, arXiv:2505.09388, section 2): pre-norm, grouped-query attention with
+an RMSNorm on each query and key head, rotary positions, SwiGLU. Order and precision of the operations are
+those of Hugging Face's `modeling_qwen3.py`, so logits agree; module names are those of its checkpoints.
 """
 
 import torch
@@ -52,7 +51,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: Qwen3Config, layer: int):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer = layer
+        self.head_dim = config.head_dim
         query_size = config.num_attention_heads * config.head_dim
         key_value_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
@@ -135,10 +135,9 @@ class Decoder(nn.Module):
 class Qwen3(nn.Module):
     """A Qwen3 language model: token ids [batch, time] -> logits [batch, time, vocab].
 
-    Pad rows of unequal length on the right, with any id, and ignore the padding's logits: attention is
-    causal, so padding cannot reach the tokens before it. `num_tokens` is the size of the tokenizer's
-    vocabulary; embedding rows beyond it are padding, whose ids are never sampled and take no part in the
-    softmax (`model.sampler`).
+    Pad rows of unequal length on the right, with any id: attention is causal, so padding cannot reach the
+    tokens before it. `num_tokens` is the size of the tokenizer's vocabulary; embedding rows beyond it are
+    padding, which is never sampled and takes no part in the softmax (`model.sampler`).
     """
 
     sharding = None  # how it is divided among processes, if it is, see `lab.sharding`

@@ -17,7 +17,7 @@ class Tokenizer:
     in `tokenizer_config.json` are added here, as transformers does.
 
     `stop_token_ids` end a completion: those of `generation_config.json`, `<|endoftext|>`, and `<|im_end|>`
-    (`end_of_turn_id`), which ends a turn of the chat format and with which SFT ends a completion.
+    (`end_of_turn_id`), which ends a chat turn and, in SFT, a completion.
     """
 
     def __init__(self, folder: str | Path):
@@ -30,13 +30,11 @@ class Tokenizer:
             config = json.loads(self.files["tokenizer_config.json"])
             generation = json.loads(self.files.get("generation_config.json", b"{}"))
             self.backend = tokenizers.Tokenizer.from_buffer(self.files["tokenizer.json"])
-            self._add_missing_tokens(config.get("added_tokens_decoder", {}), folder)
+            self._add_missing_tokens(config.get("added_tokens_decoder", {}))
             stops = generation.get("eos_token_id")
             stops = set(stops if isinstance(stops, list) else [] if stops is None else [stops])
             if not all(type(stop) is int and 0 <= stop < len(self) for stop in stops):
-                raise ModelError(f"{folder}: eos_token_id {stops} in generation_config.json are no token ids")
-        except ModelError:
-            raise
+                raise ValueError(f"eos_token_id {stops} in generation_config.json are no token ids")
         except Exception as error:  # the backend raises bare Exception for a malformed file
             raise ModelError(f"{folder}: unreadable tokenizer files: {error}") from error
         ends = {token: self.backend.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")}
@@ -46,14 +44,14 @@ class Tokenizer:
         self.stop_token_ids = tuple(sorted(stops.union(ends.values())))
         self.end_of_turn_id = ends["<|im_end|>"]
 
-    def _add_missing_tokens(self, added: dict, folder: Path) -> None:
+    def _add_missing_tokens(self, added: dict) -> None:
         for token_id, fields in sorted(added.items(), key=lambda item: int(item[0])):
             if self.backend.token_to_id(fields["content"]) is None:
                 flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
                 token = tokenizers.AddedToken(fields["content"], **{flag: fields[flag] for flag in flags})
                 self.backend.add_tokens([token])
             if self.backend.token_to_id(fields["content"]) != int(token_id):
-                raise ModelError(f"{folder}: token {fields['content']!r} should have id {token_id}")
+                raise ValueError(f"token {fields['content']!r} should have id {token_id}")
 
     def __len__(self) -> int:
         """Size of the vocabulary; embedding rows beyond it are padding."""
@@ -73,10 +71,9 @@ class Tokenizer:
 
 
 def render_chat(user: str, system: str | None = None, thinking: bool | None = None) -> str:
-    """One user turn in Qwen3's chat format, ready for the assistant's answer.
+    """One user turn in Qwen3's chat format, ready for the assistant's answer, as the official template gives.
 
-    This is the official template with `add_generation_prompt=True` and `enable_thinking=thinking`: None and
-    True leave it to the model to open `<think>`; False adds an empty, closed one.
+    None and True leave it to the model to open `<think>`; False adds an empty, closed one.
     """
     text = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
     text += f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
@@ -84,10 +81,6 @@ def render_chat(user: str, system: str | None = None, thinking: bool | None = No
 
 
 def prompt_ids(tokenizer: Tokenizer, user: str, thinking: bool) -> list[int]:
-    """Ids of a prompt, in rollouts, SFT and evaluation alike.
-
-    With `thinking` it ends in an open `<think>`, which the completion has to close before it answers;
-    without, the thinking block is empty and closed.
-    """
+    """Ids of a prompt. It ends in an open `<think>` with `thinking`, else in an empty, closed one."""
     text = render_chat(user, thinking=thinking)
     return tokenizer.encode(text + "<think>\n" if thinking else text)

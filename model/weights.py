@@ -15,30 +15,29 @@ from model.qwen3 import Qwen3
 from model.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "tiny"
-EMBEDDED = {"tiny": TINY, "tiny-calculus": Path(__file__).parent / "tiny-calculus"}
+EMBEDDED = {"tiny": TINY, "tiny-calculus": TINY.with_name("tiny-calculus")}
 FILES = ["*.safetensors", "*.json"]  # what is downloaded: never a pickle
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def load_model(
     source: str | Path, device="cpu", dtype: torch.dtype | None = None, revision: str | None = None
 ) -> tuple[Qwen3, Tokenizer]:
-    """Load a model and its tokenizer.
+    """Load a model and its tokenizer. ModelError: not a complete and consistent Qwen3 checkpoint.
 
     Args:
         source: an embedded model ("tiny" or "tiny-calculus"), a folder in Hugging Face's layout, or a hub id.
         dtype: of the weights; None keeps the dtype that `config.json` names.
         revision: branch, tag or commit of a hub id.
-
-    Raises:
-        ModelError: the source cannot be found, or is not a complete and consistent Qwen3 checkpoint.
     """
     folder = resolve_source(source, revision)
     hf_config = read_json(folder / "config.json")
+    dtype_name = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
     try:
         config = Qwen3Config.from_hf(hf_config)
-        if dtype is None:
-            dtype = parse_dtype(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
+        if dtype is None and dtype_name not in DTYPES:
+            raise ModelError(f"dtype {dtype_name!r} is not one of {', '.join(DTYPES)}")
     except ModelError as error:
         raise ModelError(f"{folder / 'config.json'}: {error}") from error
     tokenizer = Tokenizer(folder)
@@ -46,7 +45,7 @@ def load_model(
         raise ModelError(f"{folder}: {len(tokenizer)} tokens but only {config.vocab_size} embedding rows")
     with torch.device("meta"):  # no memory is taken before the weights come
         model = Qwen3(config)
-    state = read_state(folder, model, device, dtype)
+    state = read_state(folder, model, device, dtype or getattr(torch, dtype_name))
     model.load_state_dict(state, assign=True, strict=False)  # read_state has checked every name and shape
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -55,10 +54,7 @@ def load_model(
 
 
 def save_model(folder: str | Path, model: Qwen3, tokenizer: Tokenizer) -> None:
-    """Write `config.json`, `model.safetensors` and the tokenizer's files, for transformers and vLLM to load.
-
-    Adapters are merged into the weights, and int8 weights are written in the model's dtype.
-    """
+    """Write a folder that transformers and vLLM load, with adapters merged, all in the model's dtype."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.contiguous() for name, tensor in plain_state(model, device="cpu").items()}
@@ -92,16 +88,14 @@ def is_embedded(source: str | Path) -> bool:
 
 def resolve_source(source: str | Path, revision: str | None = None) -> Path:
     """The local folder of `source`, downloaded from the hub if it is neither embedded nor a folder here."""
-    if is_embedded(source):
-        return EMBEDDED[str(source)]
-    folder = Path(source).expanduser()
+    folder = EMBEDDED.get(str(source), Path(source).expanduser())
     if folder.is_dir():
         return folder
     if folder.exists():
         raise ModelError(f"{source} is a file; a model is a folder with config.json and safetensors in it")
     parts = str(source).split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
-        known = f'a hub id looks like "Qwen/Qwen3-1.7B"; embedded are {", ".join(EMBEDDED)}'
+        known = f"a hub id looks like Qwen/Qwen3-1.7B; embedded are {', '.join(EMBEDDED)}"
         raise ModelError(f"no such model folder: {source} ({known})")
     try:
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=FILES, revision=revision))
@@ -115,13 +109,12 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
 def read_state(folder: Path, model: Qwen3, device, dtype: torch.dtype) -> dict[str, Tensor]:
     """All of `model`'s weights from `folder`, single or sharded, with exactly the right names and shapes.
 
-    A tied checkpoint may store a copy of the output head (Qwen3-1.7B does, its Base does not), which must
-    equal the embedding. Anything else missing, unexpected or misshapen is refused.
+    A tied checkpoint may store a copy of the output head (Qwen3-1.7B does, its Base does not), if it equals
+    the embedding. Anything else missing, unexpected or misshapen is refused.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = model.config.tie_word_embeddings
     state: dict[str, Tensor] = {}
-    head_copy = None
     for path in weight_files(folder):
         try:
             with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
@@ -129,21 +122,16 @@ def read_state(folder: Path, model: Qwen3, device, dtype: torch.dtype) -> dict[s
                     if name not in expected:
                         raise ModelError(f"{path}: unexpected weight {name}")
                     shape = file.get_slice(name).get_shape()  # before any memory is taken
-                    if tuple(shape) != expected[name]:
-                        config_shape = list(expected[name])
-                        raise ModelError(f"{path}: {name} is {list(shape)}, config.json says {config_shape}")
-                    tensor = file.get_tensor(name).to(dtype)
-                    if tied and name == HEAD:
-                        head_copy = tensor
-                    else:
-                        state[name] = tensor
+                    if shape != expected[name]:
+                        raise ModelError(f"{path}: {name} is {shape}, config.json says {expected[name]}")
+                    state[name] = file.get_tensor(name).to(dtype)
         except (safetensors.SafetensorError, OSError) as error:
             raise ModelError(f"{path}: cannot be read ({error}); is the file complete?") from error
     missing = [name for name in expected if name not in state and not (tied and name == HEAD)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(f"{folder}: weight {missing[0]}{more} missing")
-    if head_copy is not None and not torch.equal(head_copy, state[EMBEDDING]):
+    if tied and HEAD in state and not torch.equal(state.pop(HEAD), state[EMBEDDING]):
         raise ModelError(f"{folder}: {HEAD} differs from {EMBEDDING}, though config.json ties them")
     return state
 
@@ -151,21 +139,18 @@ def read_state(folder: Path, model: Qwen3, device, dtype: torch.dtype) -> dict[s
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, following `model.safetensors.index.json` where there is one."""
     index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelError(f"{index}: no weight_map")
         names = sorted(set(map(str, weight_map.values())))
-        for name in names:
-            if Path(name).name != name:
-                raise ModelError(f"{index}: {name!r} is not a file name")
-        files = [folder / name for name in names]
-    else:
-        files = [folder / "model.safetensors"]
-    for path in files:
-        if not path.is_file():
-            raise ModelError(f"{folder}: no {path.name}")
-    return files
+    for name in names:
+        if Path(name).name != name:
+            raise ModelError(f"{index}: {name!r} is not a file name")
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder}: no {name}")
+    return [folder / name for name in names]
 
 
 def read_json(path: Path) -> dict:
@@ -179,11 +164,3 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise ModelError(f"{path}: expected a JSON object, not {type(content).__name__}")
     return content
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """The torch dtype of this name."""
-    names = ("float32", "bfloat16", "float16", "float64")
-    if name not in names:
-        raise ModelError(f"dtype {name!r} is not one of {', '.join(names)}")
-    return getattr(torch, name)

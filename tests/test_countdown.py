@@ -103,9 +103,9 @@ def test_the_seed_decides_the_problems_and_neither_the_process_nor_the_global_ra
 
 
 def test_settings_that_hold_too_few_problems_are_an_error_and_not_an_endless_loop():
-    with pytest.raises(ValueError, match=r"found only \d+ of 1000 different problems with 3 numbers.* max_number=3"):
+    with pytest.raises(ValueError, match=r"found only \d+ of 1000 different problems, no more with 3 numbers.* max_number=3"):
         generate_problems(1000, 0, Countdown(1, 3, 10, 20, 0.0))
-    with pytest.raises(ValueError, match="found only 0 of 1 different problems with 4 numbers"):
+    with pytest.raises(ValueError, match="found only 0 of 1 different problems, no more with 4 numbers"):
         generate_problems(1, 0, Countdown(1, 2, 5000, 5001, 1.0))
     assert generate_problems(0, 0) == []
     with pytest.raises(ValueError, match="-1"):

@@ -49,9 +49,9 @@ def _splits(subset: int) -> Iterator[tuple[int, int]]:
 def draw_problems(count: int, seed: int, settings: "Countdown") -> list[tuple[tuple[int, ...], int]]:
     """(numbers, target) of `count` different problems with a solution; the same arguments give the same list.
 
-    Numbers are drawn uniformly, then the target uniformly from those they make in whole steps. So a target
-    that only a division makes is as likely as one with ten solutions by addition. Problems that differ only
-    in the order of their numbers are the same. ValueError: a negative count, or too few problems.
+    Numbers are drawn uniformly, then the target uniformly from those they make in whole steps: one that only
+    a division makes is as likely as one with ten solutions. Problems that differ only in the order of their
+    numbers are the same. ValueError: a negative count, or there are too few.
     """
     if count < 0:
         raise ValueError(f"count must be 0 or more, not {count}")

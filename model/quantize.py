@@ -77,10 +77,9 @@ def quantized(linear: nn.Linear) -> nn.Linear:
 def add_adapters(model: Qwen3, rank: int, alpha: float, int8: bool, seed: int = 0) -> Qwen3:
     """Put adapters on all seven projections of each layer, in place, and freeze everything else.
 
-    The model must have its device and dtype already. With `int8`, the projections are quantized; the
-    embedding, the head and the norms keep their dtype. The same base and seed give the same bits, so a
-    stopped run needs only the base and its `adapter_state`. ValueError: a rank or an alpha that is not
-    positive, or a model that has adapters already.
+    The model must have its device and dtype already. With `int8`, the projections are quantized, and nothing
+    else. The same base and seed give the same bits, so a stopped run needs only the base and its
+    `adapter_state`. ValueError: rank or alpha is not positive, or the model has adapters already.
     """
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be a positive integer, not {rank!r}")

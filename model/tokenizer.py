@@ -13,9 +13,7 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 class Tokenizer:
     """A Qwen3 tokenizer, read from `tokenizer.json` and `tokenizer_config.json` in `folder`.
 
-    Qwen3-Base ships Qwen2.5's `tokenizer.json`, in which `<think>` is not yet a token; entries that are only
-    in `tokenizer_config.json` are added here, as transformers does.
-
+    Tokens that are only in the latter are added, as transformers does: `<think>` is one in Qwen3-Base.
     `stop_token_ids` end a completion: those of `generation_config.json`, `<|endoftext|>`, and `<|im_end|>`
     (`end_of_turn_id`), which ends a chat turn and, in SFT, a completion.
     """

@@ -18,7 +18,7 @@ from lab.comparison import Candidate, comparison_table, difference, measures
 from lab.device import pick_device, pick_dtype
 from lab.errors import user_errors
 from lab.evaluate import EVALUATION_SEED, Evaluation, evaluate, load_completions, problems_hash
-from lab.recipe import EvaluationSettings, Recipe, RecipeError, load_recipe, problems_of, recipe_for
+from lab.recipe import EvaluationSettings, Recipe, RecipeError, checked, load_recipe, problems_of, recipe_for
 from lab.screen import printable, progress_bar
 from model import load_model
 from model.weights import is_embedded
@@ -75,9 +75,9 @@ class Model:
 
 def model_of(source: str, arguments: Arguments) -> Model:
     """The model with the recipe that trained it, or the default one, changed by the command line."""
-    trained_by = saved_recipe(source)
-    recipe = trained_by
-    if recipe is None:
+    recipe = saved_recipe(source)
+    trained = recipe is not None
+    if not trained:
         recipe = load_recipe(arguments.recipe)[1] if arguments.recipe else recipe_for(source)
         recipe = replace(recipe, model="tiny" if source.endswith(".jsonl") else source)
         if arguments.count is not None:
@@ -86,7 +86,7 @@ def model_of(source: str, arguments: Arguments) -> Model:
     sampling = replace(recipe.sampling, **{name: value for name, value in given.items() if value is not None})
     problems = arguments.problems or recipe.problems
     recipe = replace(recipe, stages=(), device=arguments.device, problems=problems, sampling=sampling)
-    return Model(source, recipe, trained=trained_by is not None)
+    return Model(source, checked(recipe), trained)
 
 
 def of_one_task(models: list[Model]) -> list[Model]:

@@ -15,7 +15,7 @@ from data.task import Problem
 from lab.checkpoint import checkpoints, saved_recipe
 from lab.device import pick_device, pick_dtype
 from lab.errors import user_errors
-from lab.recipe import Recipe, recipe_for
+from lab.recipe import Recipe, checked, recipe_for
 from lab.screen import printable
 from model import KVCache, Qwen3, Tokenizer, load_model, prompt_ids
 from model.sampler import random_streams, sample
@@ -84,7 +84,8 @@ def main(arguments: Arguments) -> None:
     recipe = saved_recipe(source) or recipe_for(source)
     given = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
     changes = {name: value for name, value in given.items() if value is not None}
-    recipe = replace(recipe, stages=(), device=arguments.device, sampling=replace(recipe.sampling, **changes))
+    sampling = replace(recipe.sampling, **changes)
+    recipe = checked(replace(recipe, stages=(), device=arguments.device, sampling=sampling))
     model, tokenizer = load_model(source, pick_device(recipe), pick_dtype(recipe), recipe.revision)
     rng = random.Random(arguments.seed)
     print(f"{source}. Type {recipe.task.input_format}; an empty line for a random problem, q to end.")

@@ -14,7 +14,7 @@ import tyro
 
 from lab.errors import fail, user_errors
 from lab.processes import lost_process
-from lab.recipe import Recipe, RecipeError, load_recipe
+from lab.recipe import Recipe, RecipeError, checked, load_recipe
 from lab.runfolder import RunFolder
 from lab.stages import train
 from model.weights import is_embedded
@@ -68,13 +68,13 @@ def parse(arguments: list[str]) -> Arguments:
     )
     if parsed.recipe_name != name:
         raise RecipeError(f"name the recipe before the options: python train.py {parsed.recipe_name} ...")
-    if requested != "auto":
-        return parsed
-    if is_embedded(model) and not parsed.quiet and os.environ.get("RANK", "0") == "0":
-        print(
-            f"no CUDA device: taking the embedded {model} model, recipe {run_name} (or --model {REAL_MODEL})"
-        )
-    return replace(parsed, recipe=replace(parsed.recipe, model=model))
+    recipe = parsed.recipe
+    if requested == "auto":
+        recipe = replace(recipe, model=model)
+        if is_embedded(model) and not parsed.quiet and os.environ.get("RANK", "0") == "0":
+            taken = f"taking the embedded {model} model, recipe {run_name}"
+            print(f"no CUDA device: {taken} (or --model {REAL_MODEL})")
+    return replace(parsed, recipe=checked(recipe))
 
 
 def main(arguments: Arguments) -> None:

@@ -16,13 +16,10 @@ LARGEST_AUTO = {"cpu": 2**13, "cuda": 2**15}  # tokens of a micro-batch; larger 
 TRANSIENT_LAYERS = 3  # layers' worth of activations that backward allocates and frees on its way; measured
 STEP_BYTES = 20  # of an optimizer step, per weight of a piece: float32 weight, gradient and temporaries
 MARGIN = 0.92  # of the free memory; the rest is for what the plan does not cover
-SMALLER = "try --adapters.rank 16 or a smaller --model"
-SAVINGS = {  # options of OptimizerSettings that need less memory
-    "activation-checkpointing": {"activation_checkpointing": True},
-    "kind adamw8bit": {"kind": "adamw8bit"},
-    "rounding stochastic": {"rounding": "stochastic"},
-    "micro-batch-tokens auto": {"micro_batch_tokens": "auto"},
-}
+LESS = (
+    "try --optimizer.activation-checkpointing, --optimizer.kind adamw8bit, --optimizer.rounding stochastic, "
+    "--adapters.rank 16, or a smaller --model"
+)
 
 
 @dataclass(frozen=True)
@@ -193,19 +190,8 @@ def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int
     return replace(plan, whole_copy=whole_copy, sampling=min(wanted, room) + (whole_copy or plan.gathered))
 
 
-def check_plan(plan: MemoryPlan, model: Qwen3, settings: OptimizerSettings, work: Work, free: int) -> None:
-    """Refuse a run that cannot fit, by a ModelError that says what would make it fit."""
+def check_plan(plan: MemoryPlan, free: int) -> None:
+    """Refuse a run that cannot fit, by a ModelError that says what it needs and which options need less."""
     need = plan.peak - plan.process
-    if need <= free:
-        return
-    leanest = settings
-    advice = []
-    for option, change in SAVINGS.items():
-        changed = plan_memory(model, replace(settings, **change), work, free, plan.process)
-        if changed.peak < plan.peak:
-            advice.append(f"--optimizer.{option} saves {gb(plan.peak - changed.peak)}")
-            leanest = replace(leanest, **change)
-    least = plan_memory(model, leanest, work, free, plan.process)
-    beyond = "" if least.peak - least.process <= free else f"; even together that is not enough: {SMALLER}"
-    listed = ", ".join(advice) + beyond if advice else SMALLER
-    raise ModelError(f"this run needs {gb(need)} of memory and {gb(free)} are free ({plan}): {listed}")
+    if need > free:
+        raise ModelError(f"this run needs {gb(need)} of memory and {gb(free)} are free ({plan}): {LESS}")

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -13,8 +12,6 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from lab.recipe import Recipe
@@ -122,11 +119,11 @@ class LiveScreen(Screen):
     def draw(self) -> Panel:
         width = min(self.console.width, 120)
         inner = width - 4
-        parts = [self._draw_position(inner)]
+        parts = [self._draw_position()]
         if self.points:
             lines = chart(self.points, min(60, inner - 8), CHART_HEIGHT)
             parts.append(Text("\n".join([f"held-out accuracy {self.evaluation}", *lines]), style="cyan"))
-        parts.append(Text(self._figures(inner)))
+        parts.append(self._figures())
         if self.console.height >= CHART_HEIGHT + ROLLOUT_LINES + 11:
             columns = 1 if width < 80 else 2
             kinds = [kind for kind in ("correct", "wrong") if kind in self.samples][:columns]
@@ -134,43 +131,34 @@ class LiveScreen(Screen):
             parts.append(Columns(panels, padding=(0, 0)))
         return Panel(Group(*parts), title=self.recipe.out, width=width)
 
-    def _draw_position(self, width: int) -> Table:
-        """A line: the step, the present activity and its speed, and the time left."""
+    def _draw_position(self) -> Columns:
+        """The step, the present activity and its speed, and the time left."""
         stages = self.recipe.stages
         name = "start"
         if self.row and stages:
             name = f"{self.row['kind'].upper()} {self.row['stage'] + 1}/{len(stages)}"
-        time_left = ""
+        activity, done, total, speed = self.progress
+        parts = [f"{name}  step {self.position[0]}/{self.position[1]}", activity]
+        if speed:
+            parts += [f"{done}/{total} completions", f"{speed:,.0f} tokens/s"]
         if len(self.times) >= 3 and self.grpo_left:
             each = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
             minutes, seconds = divmod(round(each * self.grpo_left), 60)
-            time_left = f"{minutes}:{seconds:02} of GRPO left"
-        activity, done, total, speed = self.progress
-        table = Table.grid(padding=(0, 2), expand=False)
-        table.add_row(
-            Text(f"{name}  step {self.position[0]}/{self.position[1]}", style="bold"),
-            activity,
-            ProgressBar(total=total, completed=done, width=max(8, width // 6)),
-            f"{speed:,.0f} tokens/s" if speed else "",
-            time_left,
-        )
-        return table
+            parts.append(f"{minutes}:{seconds:02} of GRPO left")
+        return Columns(parts, padding=(0, 2))
 
-    def _figures(self, width: int) -> str:
-        """The last step's metrics, in lines of at most `width`."""
+    def _figures(self) -> Columns:
+        """The last step's metrics."""
         row = self.row
-        if not row or not row["step"]:
-            return ""
-        parts = step_figures(row)
-        if row["kind"] == "grpo":
+        parts = step_figures(row) if row.get("step") else []
+        if parts and row["kind"] == "grpo":
             parts += [
                 f"entropy {row['policy_entropy']:.2f}",
                 f"clipped {100 * row['clip_fraction']:.1f} %",
                 f"{row['tokens_per_second']:,.0f} tokens/s",
                 f"{row['rollout_seconds'] + row['update_seconds']:.1f} s a step",
             ]
-        unbroken = ["\N{NO-BREAK SPACE}".join(part.split()) for part in parts]
-        return textwrap.fill("   ".join(unbroken), width).replace("\N{NO-BREAK SPACE}", " ")
+        return Columns(parts, padding=(0, 2))
 
     def _draw_sample(self, kind: str, width: int) -> Panel:
         rollout = self.samples[kind]

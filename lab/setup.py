@@ -67,7 +67,7 @@ def set_up(recipe: Recipe, checkpoint: Path | None) -> tuple[Qwen3, Tokenizer, l
     longest = max(len(prompt_ids(tokenizer, recipe.task.prompt(problem), thinking)) for problem in held_out)
     work = work_of(recipe, longest, world_size())
     plan = plan_memory(model, recipe.optimizer, work, free, process)
-    check_plan(plan, model, recipe.optimizer, work, free)
+    check_plan(plan, free)
     if sharding := model.sharding:
         full = {"auto": plan.whole_copy > 0, "whole": True, "layers": False}[recipe.parallel.sampling]
         model.sharding = replace(sharding, full_to_sample=not any_rank(not full))

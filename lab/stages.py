@@ -42,12 +42,8 @@ SKIPPED = (
 def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -> None:
     """Run `recipe` into its run folder, from the start or, with `resume`, from the last checkpoint there.
 
-    `quiet` shows nothing but errors, `plain` a line a step on a terminal too; `wandb` logs to Weights &
-    Biases.
-
-    Raises:
-        ModelError, DataError, RecipeError: something that the user named cannot be used.
-        Stopped: a signal has ended the run.
+    `quiet`, `plain` and `wandb` as in train.py. ModelError, DataError, RecipeError: something that the user
+    named cannot be used. Stopped: a signal has ended the run.
     """
     # 1. Set up: the run's folder and screen, its model and problems, and where it stands.
     run = RunFolder(recipe.out)
@@ -70,7 +66,7 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
         # 2. Accuracy before any step. Only now does the folder hold a run: a failed start is not in the way.
         if not broadcast(resume and bool(run.metrics())):
             kind = recipe.stages[0].kind if recipe.stages else "baseline"
-            row = {"stage": 0, "kind": kind, "step": 0, "grpo_steps": 0} | evaluation(last=not recipe.stages)
+            row = {"stage": 0, "kind": kind, "step": 0, "grpo_steps": 0} | evaluation(not recipe.stages)
             if is_main() and not resume:
                 run.create(recipe)
             record(run, screen, recipe, row, 0, 0)
@@ -87,10 +83,9 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
             save = partial(save_now, run, model, tokenizer, recipe, state)
             if stage.kind == "grpo":
                 steps = stage.steps
-                settings = (recipe, state, problems, run, screen, stop)
-                step = partial(take_grpo_step, model, tokenizer, optimizer, *settings)
-                if stage.kl_coef:
-                    step = partial(step, reference=stage_start_model(model, recipe, run, state))
+                reference = stage_start_model(model, recipe, run, state) if stage.kl_coef else None
+                models = (model, tokenizer, optimizer, reference)
+                step = partial(take_grpo_step, *models, recipe, state, problems, run, screen, stop)
             else:
                 schedule = sft_batches(tokenizer, recipe, run, screen, state, held_out)
                 steps = len(schedule)
@@ -112,7 +107,7 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                 row |= {"grpo_steps": state.grpo_steps, "peak_memory_bytes": peak_memory(model.device)}
                 last = state.stage_step == steps
                 if last or state.stage_step % recipe.evaluation.every == 0:
-                    row |= evaluation(last=last and state.stage == len(recipe.stages) - 1)
+                    row |= evaluation(last and state.stage == len(recipe.stages) - 1)
                 record(run, screen, recipe, row, state.stage_step, steps)
                 if optimizer.skipped_in_a_row >= MAX_SKIPPED_UPDATES:
                     raise RecipeError(f"{optimizer.skipped_in_a_row} {SKIPPED}")
@@ -138,13 +133,13 @@ def take_grpo_step(
     model: Qwen3,
     tokenizer: Tokenizer,
     optimizer: Optimizer,
+    reference: Qwen3 | None,
     recipe: Recipe,
     state: TrainState,
     problems: list[Problem],
     run: RunFolder,
     screen: Screen,
     stop: Stop,
-    reference: Qwen3 | None = None,
 ) -> dict:
     """The next problems, a GRPO step on them, and their rollouts on the screen and in the run's folder."""
     stage = recipe.stages[state.stage]

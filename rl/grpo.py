@@ -84,13 +84,8 @@ def grpo_step(
     """
     # 1. Sample and score. The completions of one problem are a group.
     start = time.perf_counter()
-    options = {
-        "num_samples": settings.samples_per_prompt,
-        "sampling": sampling,
-        "seed": seed,
-        "reward": reward,
-    }
-    groups = collect_rollouts(model, tokenizer, task, problems, **options, **watch)
+    options = {"num_samples": settings.samples_per_prompt, "sampling": sampling, "seed": seed}
+    groups = collect_rollouts(model, tokenizer, task, problems, reward=reward, **options, **watch)
     sampled = time.perf_counter()
 
     # 2. Compare with the group. The advantage says how much better a completion did than its group.
@@ -140,12 +135,9 @@ def add_gradient(
             with torch.no_grad():
                 ref_logprobs = completion_logprobs(reference, batch, temperature)
         surrogate = (batch.old_logprobs, batch.advantages, batch.mask, settings.clip_low, settings.clip_high)
-        options = {
-            "aggregation": settings.aggregation,
-            "denominator": denominator,
-            "kl_coef": settings.kl_coef,
-        }
-        loss = grpo_loss(logprobs, *surrogate, ref_logprobs=ref_logprobs, **options)
+        average = {"aggregation": settings.aggregation, "denominator": denominator}
+        kl = {"ref_logprobs": ref_logprobs, "kl_coef": settings.kl_coef}
+        loss = grpo_loss(logprobs, *surrogate, **average, **kl)
         loss.backward()
         logprobs = logprobs.detach()
         log_ratio = (logprobs - batch.old_logprobs)[batch.mask].double()

@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from rl.distributed import PIECE, local
-from rl.ranges import Range
 
 MAX_GRAD_NORM = 1.0
 
@@ -26,7 +26,7 @@ class OptimizerSettings:
     """
     rounding: Literal["masters", "stochastic"] = "masters"
     """How weights below float32 keep small updates: float32 copies, or rounding up or down by chance."""
-    micro_batch_tokens: Annotated[int, Range(1, 10**9)] | Literal["auto"] = "auto"
+    micro_batch_tokens: Annotated[int, Interval(ge=1, le=10**9)] | Literal["auto"] = "auto"
     """Tokens of a forward and backward; affects memory and speed, not the gradient. auto: what memory allows.
     """
     activation_checkpointing: bool = False

@@ -3,10 +3,12 @@
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
+from annotated_types import Interval
+
 from data.task import Problem, Score, Task
 from model import Completion, Qwen3, Tokenizer, generate, prompt_ids
 from rl.distributed import gather, rank, sampling_model, share, world_size
-from rl.ranges import Count, NonNegative, Range
+from rl.ranges import Count, NonNegative
 from rl.reward import RewardSettings, reward_for
 
 
@@ -20,11 +22,11 @@ class SamplingSettings:
     """Softmax temperature; training needs it above 0."""
     thinking: bool = True
     """Open a <think> block in the prompt; without, the prompt closes an empty one."""
-    max_cache_tokens: Annotated[int, Range(1, 10**12)] | None = None
+    max_cache_tokens: Annotated[int, Interval(ge=1, le=10**12)] | None = None
     """Tokens whose keys and values are in memory at once, a group's prompt counted once; None: what fits."""
     top_k: Count | None = None
     """Sample from the k likeliest tokens only (evaluation; training refuses it)."""
-    top_p: Annotated[float, Range(0, 1, above=True)] | None = None
+    top_p: Annotated[float, Interval(gt=0, le=1)] | None = None
     """Sample from the likeliest tokens of this joint probability only (evaluation; training refuses it)."""
 
 

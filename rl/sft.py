@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
+from annotated_types import Interval
 
 from model import Qwen3
 from rl.batch import Batch, Sample, completion_logprobs, halve_on_oom
 from rl.distributed import share, sum_counts, sum_gradients
 from rl.loss import sft_loss
 from rl.optimizer import Optimizer
-from rl.ranges import Count, Positive, Range
+from rl.ranges import Count, Positive
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class SFTStage:
     """Imitation of curated correct traces."""
 
     kind: Literal["sft"] = "sft"
-    epochs: Annotated[int, Range(1, 1000)] = 2
+    epochs: Annotated[int, Interval(ge=1, le=1000)] = 2
     """Passes over the traces."""
     batch_size: Count = 64
     """Traces an optimizer step."""

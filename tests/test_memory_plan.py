@@ -139,15 +139,9 @@ def test_auto_takes_what_is_left_and_no_less_than_the_longest_sample():
 def test_a_run_that_cannot_fit_is_refused_with_what_would_help():
     model = random_model(dtype=torch.bfloat16, num_hidden_layers=8)
     plan = plan_memory(model, SETTINGS, WORK, free=10**9)
-    check_plan(plan, model, SETTINGS, WORK, free=plan.peak)
-    with pytest.raises(ModelError) as caught:
-        check_plan(plan, model, SETTINGS, WORK, free=plan.peak - 1)
-    message = str(caught.value)
-    for option in ("activation-checkpointing saves", "kind adamw8bit saves", "rounding stochastic saves"):
-        assert f"--optimizer.{option}" in message
-    assert "smaller --model" not in message
-    with pytest.raises(ModelError, match="not enough: try --adapters.rank 16 or a smaller --model"):
-        check_plan(plan, model, SETTINGS, WORK, free=1000)
+    check_plan(plan, free=plan.peak)
+    with pytest.raises(ModelError, match="activation-checkpointing.*smaller --model"):
+        check_plan(plan, free=plan.peak - 1)
 
 
 @pytest.mark.parametrize("asked, room, full", [("auto", 1, True), ("auto", 0, False), ("whole", 0, True), ("layers", 1, False)])

@@ -7,7 +7,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from lab.recipe import RECIPES, Recipe, RecipeError, build_recipe, from_dict, load_recipe, read_tables, to_dict
+from lab.recipe import RECIPES, Recipe, RecipeError, build_recipe, checked, from_dict, load_recipe, read_tables, to_dict
 from rl.grpo import GRPOStage
 from rl.rollout import SamplingSettings
 from rl.sft import SFTStage
@@ -100,20 +100,16 @@ def stage(kind: str, text: str = "") -> str:
         (stage("grpo", "clip_low = 1.1"), "stages.0.clip_low"),
         (stage("grpo", 'aggregation = "mean"'), "stages.0.aggregation"),
         (stage("grpo", "prompts_per_step = 2\nupdates_per_step = 3"), "stages.0.updates_per_step"),
-        (
-            stage("grpo", "prompts_per_step = 10_000\nsamples_per_prompt = 101"),
-            "stages.0: prompts_per_step x samples_per_prompt",
-        ),
         (stage("sft", "traces = 1"), "stages.0.traces"),
-        (stage("ppo"), "stages.0.kind"),
-        ("[[stages]]\nsteps = 3", "stages.0.kind"),
-        ('[[stages]]\nkind = ["grpo"]', "stages.0.kind"),
+        (stage("ppo"), "stages.0: input tag 'ppo'"),
+        ("[[stages]]\nsteps = 3", "stages.0.kind is missing"),
+        ('[[stages]]\nkind = ["grpo"]', "stages.0: input tag"),
         ('[stages]\nkind = "grpo"', "stages"),
         ("stages = [1]", "stages"),
         ("grpo = 3\n" + stage("grpo"), "grpo"),
         ('[task]\nkind = "countdown"\nmin_number = 9\nmax_number = 3', "task"),
-        ("[task]\nmax_number = 9", "task.kind"),
-        ("task = 3", "task.kind"),
+        ("[task]\nmax_number = 9", "task.kind is missing"),
+        ("task = 3", "task"),
     ],
 )
 def test_a_mistake_is_refused_by_its_fields_name(tmp_path, text, field):
@@ -142,7 +138,7 @@ def test_no_number_of_a_recipe_is_without_bounds_trap_generated_problems_ten_to_
             values = {field: value} | ({"kind": "countdown"} if tables == ["task"] else {})
             for table in reversed(tables):
                 values = {"stages": [{"kind": table} | values]} if table in ("grpo", "sft") else {table: values}
-            with pytest.raises(RecipeError, match=f"{field}.* must be "):
+            with pytest.raises(RecipeError, match=f"{field}(:| .*must be)"):
                 from_dict(Recipe, values)
 
 
@@ -151,12 +147,11 @@ def test_fields_that_are_gone_are_dropped_at_their_old_default_and_refused_at_an
     old = {"max_skipped_updates": 5, "weight_decay": 0.0, "max_grad_norm": 1.0}
     stages = [{"kind": "grpo", "steps": 7, "importance_cap": None}]
     assert from_dict(Recipe, {"optimizer": old, "stages": stages}) == Recipe(stages=(GRPOStage(steps=7),))
-    for values, message in (
-        ({"optimizer": old | {"weight_decay": 0.1}}, "optimizer.weight_decay is no longer a field"),
-        ({"stages": [stages[0] | {"importance_cap": 2.0}]}, "stages.0.importance_cap is no longer a field"),
-        ({"weight_decay": 0.0}, "unknown field weight_decay"),
+    for values, field in (
+        ({"optimizer": old | {"weight_decay": 0.1}}, "optimizer.weight_decay"),
+        ({"stages": [stages[0] | {"importance_cap": 2.0}]}, "stages.0.importance_cap"),
     ):
-        with pytest.raises(RecipeError, match=message):
+        with pytest.raises(RecipeError, match=f"unknown field {field}"):
             from_dict(Recipe, values)
 
 
@@ -169,8 +164,9 @@ def test_training_refuses_top_k_and_top_p_trap_scored_under_another_distribution
 
 def test_overrides_are_checked_like_a_recipes_own_values():
     _, recipe = load_recipe("256")
-    with pytest.raises(RecipeError, match="sampling.max_new_tokens must be from 1 to 1,000,000, not 0"):
-        replace(recipe, sampling=replace(recipe.sampling, max_new_tokens=0))
+    assert checked(recipe) == recipe
+    with pytest.raises(RecipeError, match="sampling.max_new_tokens: input should be greater than or equal to 1, not 0"):
+        checked(replace(recipe, sampling=replace(recipe.sampling, max_new_tokens=0)))
 
 
 def test_a_missing_recipe_names_those_there_are_and_a_file_that_is_not_toml_is_named(tmp_path):

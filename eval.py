@@ -9,18 +9,30 @@ import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import torch
 import tyro
 from rich.console import Console
 
+from data.load import fingerprint
+from data.load import fingerprint
 from data.task import Problem
-from lab.checkpoint import saved_recipe
+from lab.checkpoint import saved_recipe, seen_by, seen_by
 from lab.comparison import Candidate, comparison_table, difference, measures
-from lab.device import pick_device, pick_dtype
+from lab.device import pick_device
 from lab.errors import user_errors
 from lab.evaluate import EVALUATION_SEED, Evaluation, evaluate, load_completions, problems_hash
-from lab.recipe import EvaluationSettings, Recipe, RecipeError, checked, load_recipe, problems_of, recipe_for
+from lab.recipe import (
+    AdapterSettings,
+    EvaluationSettings,
+    Recipe,
+    RecipeError,
+    checked,
+    load_recipe,
+    problems_of,
+    recipe_for,
+)
 from lab.screen import printable, progress_bar
-from model import load_model
+from lab.setup import load_policy
 from model.weights import is_embedded
 
 
@@ -79,7 +91,8 @@ def model_of(source: str, arguments: Arguments) -> Model:
     trained = recipe is not None
     if not trained:
         recipe = load_recipe(arguments.recipe)[1] if arguments.recipe else recipe_for(source)
-        recipe = replace(recipe, model="tiny" if source.endswith(".jsonl") else source)
+        model = "tiny" if source.endswith(".jsonl") else source
+        recipe = replace(recipe, model=model, adapters=AdapterSettings())
         if arguments.count is not None:
             recipe = replace(recipe, evaluation=EvaluationSettings(problems=arguments.count))
     given = {field.name: getattr(arguments, field.name) for field in fields(recipe.sampling)}
@@ -101,7 +114,7 @@ def of_one_task(models: list[Model]) -> list[Model]:
 
 
 def problems_for(models: list[Model], arguments: Arguments) -> list[Problem]:
-    """The problems for all models: those of a file, or held-out ones that no model was trained on."""
+    """The problems for all models: those of a file, or held-out ones; none that a model was trained on."""
     files = [model for model in models if model.is_file]
     if arguments.problems and arguments.problems.partition("@")[0] not in ("hub", "generated"):
         problems = models[0].recipe.task.load(arguments.problems)
@@ -109,20 +122,19 @@ def problems_for(models: list[Model], arguments: Arguments) -> list[Problem]:
         groups = load_completions(files[0].source, files[0].recipe.task, thinking=True)
         problems = [group[0].problem for group in groups]
     else:
-        trained = [model for model in models if model.trained]
-        splits = [problems_of(model.recipe) for model in trained or models[:1]]
-        held_out = splits[0][1]
-        seen = {problem.key for train, _ in splits[1:] for problem in train}
-        problems = [problem for problem in held_out if problem.key not in seen]
-        if len(problems) < len(held_out):
-            left_out = f"{len(held_out) - len(problems)} of {len(held_out)} problems left out"
-            print(f"note: {left_out}: others of the models were trained on them", file=sys.stderr)
-    most = len(problems)
+        first = ([model for model in models if model.trained] or models)[0]
+        problems = problems_of(first.recipe, seen_by(first.source))[1]
+    seen = {mark for model in models for mark in seen_by(model.source)}
+    unseen = [problem for problem in problems if fingerprint(problem) not in seen]
+    if len(unseen) < len(problems):
+        left_out = f"{len(problems) - len(unseen)} of {len(problems)} problems left out"
+        print(f"note: {left_out}: one of the models was trained on them", file=sys.stderr)
+    most = len(unseen)
     if not most:
         raise RecipeError("all problems were trained on by one of the models; give others by --problems")
     if arguments.count is not None and not 1 <= arguments.count <= most:
         raise RecipeError(f"--count must be from 1 to {most}: there are no more problems to evaluate on")
-    return problems[: arguments.count]
+    return unseen[: arguments.count]
 
 
 def candidate_of(model: Model, problems: list[Problem], arguments: Arguments) -> Candidate:
@@ -142,7 +154,8 @@ def candidate_of(model: Model, problems: list[Problem], arguments: Arguments) ->
         has_tokens = all(rollout.completion.token_ids for group in sampled.groups for rollout in group)
         limit = sampling.max_new_tokens if has_tokens else None
         return Candidate(model.source, task, sampled, None, sampling.thinking, limit)
-    loaded = load_model(model.source, pick_device(recipe), pick_dtype(recipe), recipe.revision)
+    checkpoint = Path(model.source) if model.trained else None
+    loaded = load_policy(recipe, checkpoint, torch.device(pick_device(recipe)))
 
     def evaluated(temperature: float, samples: int) -> Evaluation:
         options = {"sampling": replace(sampling, temperature=temperature), "num_samples": samples}

@@ -13,11 +13,12 @@ import tyro
 
 from data.task import Problem
 from lab.checkpoint import checkpoints, saved_recipe
-from lab.device import pick_device, pick_dtype
+from lab.device import pick_device
 from lab.errors import user_errors
-from lab.recipe import Recipe, checked, recipe_for
+from lab.recipe import AdapterSettings, Recipe, checked, recipe_for
 from lab.screen import printable
-from model import KVCache, Qwen3, Tokenizer, load_model, prompt_ids
+from lab.setup import load_policy
+from model import KVCache, Qwen3, Tokenizer, prompt_ids
 from model.sampler import random_streams, sample
 from rl.rollout import SamplingSettings
 
@@ -81,12 +82,14 @@ def newest_checkpoint() -> str:
 
 def main(arguments: Arguments) -> None:
     source = arguments.model or newest_checkpoint()
-    recipe = saved_recipe(source) or recipe_for(source)
+    trained = saved_recipe(source)
+    recipe = trained or replace(recipe_for(source), model=source, adapters=AdapterSettings())
     given = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
     changes = {name: value for name, value in given.items() if value is not None}
     sampling = replace(recipe.sampling, **changes)
     recipe = checked(replace(recipe, stages=(), device=arguments.device, sampling=sampling))
-    model, tokenizer = load_model(source, pick_device(recipe), pick_dtype(recipe), recipe.revision)
+    device = torch.device(pick_device(recipe))
+    model, tokenizer = load_policy(recipe, Path(source) if trained else None, device)
     rng = random.Random(arguments.seed)
     print(f"{source}. Type {recipe.task.input_format}; an empty line for a random problem, q to end.")
     while True:

@@ -128,7 +128,7 @@ class Calculus(Task):
     max_order: int = 3
     """How often to differentiate at most, from 1 to 5."""
 
-    stored = Format('{"polynomial": [7, 5, 0, -2, 3], "order": 1}', {"polynomial": "polynomial"})
+    stored = Format('{"polynomial": [7, 5, 0, -2, 3], "order": 1}')
     input_format = "a polynomial such as 3x^4 - 2x + 5, or 3x^4 - 2x + 5; 2 for its second derivative"
 
     def __post_init__(self):

@@ -60,7 +60,6 @@ class Countdown(Task):
 
     stored = Format(
         '{"numbers": [79, 60, 17], "target": 36}',
-        {"nums": "numbers", "target": "target"},
         "Jiayi-Pan/Countdown-Tasks-3to4",  # 490,364 problems
         {"hub": "data/train-00000-of-00001.parquet"},
     )
@@ -79,7 +78,7 @@ class Countdown(Task):
         return [Problem(numbers, target) for numbers, target in draw_problems(count, seed, self)]
 
     def problem(self, row: dict) -> Problem:
-        return Problem(row["numbers"], row["target"])
+        return Problem(row["nums"] if "nums" in row else row["numbers"], row["target"])  # nums: on the hub
 
     def parse_input(self, text: str) -> Problem:
         words = text.replace(",", " ").replace("->", " ").split()

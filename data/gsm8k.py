@@ -1,4 +1,4 @@
-"""GSM8K: word problems with a number as the answer (arXiv:2110.14168); the last number counts."""
+"""GSM8K: word problems with a number as the answer (arXiv:2110.14168)."""
 
 import re
 from dataclasses import dataclass
@@ -9,9 +9,20 @@ from data.load import Format
 from data.task import Task, steps_difficulty
 
 MAX_CHARACTERS = 256  # of an answer block
-NUMBER = re.compile(  # 18 or 1,234 or -2.50, but no part of a longer word or number
-    r"(?<![\w.,])-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,18})(?:\.[0-9]{1,18})?(?![\w]|[.,][0-9])", re.ASCII
+NUMBER = re.compile(  # 18 or 1,234 or -2.50 or 3/4, but no part of a longer word or number
+    r"(?<![\w.,/^:])-?\s?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,18})(?:\.[0-9]{1,18})?(?:/[0-9]{1,18})?"
+    r"(?![\w/^:]|[.,][0-9])",
+    re.ASCII,
 )
+# How LaTeX and Unicode write a minus, currency, spaces in a number, and words around it.
+PLAIN = {
+    "\N{MINUS SIGN}": "-", r"\!": "", "{,}": ",", r"\,": "\N{THIN SPACE}", r"\boxed": "", r"\text": "",
+    r"\dfrac": r"\frac", r"\$": "", r"\%": "%", "$": "", "\N{EURO SIGN}": "", "\N{POUND SIGN}": "", "*": "",
+}  # fmt: skip
+THOUSANDS = re.compile(
+    "(?<=[0-9])[\N{THIN SPACE}\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}](?=[0-9]{3}(?![0-9]))"
+)
+FRACTION = re.compile(r"\\frac\{([0-9]+)\}\{([0-9]+)\}")
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,7 @@ class WordProblem:
 
     @property
     def value(self) -> Fraction:
-        return last_number(self.answer.rpartition("####")[2])
+        return read_number(self.answer.rpartition("####")[2])
 
     @property
     def key(self) -> str:
@@ -50,7 +61,6 @@ class GSM8K(Task):
 
     stored = Format(
         '{"question": "Ann has 3 apples and eats 1. How many are left?", "answer": "3 - 1 = 2\\n#### 2"}',
-        {"question": "question", "answer": "answer"},
         "openai/gsm8k",
         {"hub": "main/train-00000-of-00001.parquet", "hub-test": "main/test-00000-of-00001.parquet"},
     )
@@ -74,7 +84,7 @@ class GSM8K(Task):
         )
 
     def read(self, content: str) -> Fraction | None:
-        return last_number(content)
+        return read_number(content)
 
     def difficulty(self, problem: WordProblem) -> str:
         """By the number of calculations in the worked answer, which GSM8K writes as `<<48/2=24>>`."""
@@ -84,7 +94,18 @@ class GSM8K(Task):
         return problem.answer.rpartition("####")[2].strip()
 
 
-def last_number(text: str) -> Fraction | None:
-    """The last number of a short text, exactly; `$`, `%` and commas between thousands are ignored."""
-    numbers = NUMBER.findall(text) if len(text) <= MAX_CHARACTERS else []
-    return Fraction(numbers[-1].replace(",", "")) if numbers else None
+def read_number(text: str) -> Fraction | None:
+    """The one number of a short text, exactly, or of what follows its last `=`; None if it is not certain.
+
+    `$9,500`, `9{,}500` and `9500.00 dollars` are the same; two numbers such as "5 or 6" are none.
+    """
+    if len(text) > MAX_CHARACTERS:
+        return None
+    for written, plain in PLAIN.items():
+        text = text.replace(written, plain)
+    text = FRACTION.sub(r"\1/\2", THOUSANDS.sub("", text)).rpartition("=")[2]
+    numbers = NUMBER.findall(text)
+    if len(numbers) != 1 or any(letter.isdigit() for letter in NUMBER.sub("", text)):
+        return None
+    top, _, bottom = re.sub(r"[\s,]", "", numbers[0]).partition("/")
+    return Fraction(top) / int(bottom or 1) if int(bottom or 1) else None

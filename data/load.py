@@ -1,7 +1,7 @@
 """Problems from files and the hub, the held-out split, and the order of the training problems."""
 
+import hashlib
 import json
-import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,6 @@ class DataError(ValueError):
 @dataclass(frozen=True)
 class Format:
     example: str  # a line of a .jsonl file
-    columns: dict[str, str]  # required column of a .parquet file -> its name in a row
     repository: str = ""  # a dataset on the hub
     files: dict[str, str] = field(default_factory=dict)  # "hub" and other sources -> file in the repository
 
@@ -46,12 +45,13 @@ def read_problems(source: str | Path, stored: Format, problem_of: Callable[[dict
         raise DataError(f'{path} is no file; give "hub" or the path of a .parquet or .jsonl file')
     problems = []
     place = "row" if path.suffix == ".parquet" else "line"
-    rows = read_parquet(path, stored.columns) if place == "row" else read_jsonl(path, stored.example)
+    rows = read_parquet(path) if place == "row" else read_jsonl(path, stored.example)
     for number, row in rows:
         try:
             problems.append(problem_of(row))
         except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{path}, {place} {number}: {error}; expected {stored.example}") from error
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise DataError(f"{path}, {place} {number}: {reason}; expected {stored.example}") from error
     if not problems:
         raise DataError(f"{path} holds no problems; give a file with at least one")
     return problems
@@ -72,8 +72,8 @@ def download(repository: str, file: str, revision: str | None) -> Path:
     return Path(folder) / file
 
 
-def read_parquet(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, dict]]:
-    """(row number, row), with `columns` renamed; DataError if one of them is missing."""
+def read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
+    """(row number, row) of each row; DataError if the file cannot be read."""
     import pyarrow
     import pyarrow.parquet
 
@@ -81,11 +81,7 @@ def read_parquet(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, dic
         table = pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} cannot be read as parquet; write or download it again") from error
-    if not set(table.column_names).issuperset(columns):
-        raise DataError(f"{path} needs the columns {list(columns)}, not {table.column_names}; rename them")
-    values = {columns.get(name, name): table[name].to_pylist() for name in table.column_names}
-    for number, row in enumerate(zip(*values.values(), strict=True), start=1):
-        yield number, dict(zip(values, row, strict=True))
+    return enumerate(table.to_pylist(), 1)
 
 
 def read_jsonl(path: str | Path, expected: str) -> Iterator[tuple[int, dict]]:
@@ -112,21 +108,30 @@ def read_jsonl(path: str | Path, expected: str) -> Iterator[tuple[int, dict]]:
         raise DataError(f"{path} cannot be read as UTF-8 text ({error}); check the file") from None
 
 
-def split_problems(problems: Iterable[P], held_out: int, seed: int = 0) -> tuple[list[P], list[P]]:
-    """Split into (train, held out), which share no `key`, by the problems and the seed, whatever their order.
+def fingerprint(problem) -> str:
+    """16 hex digits that follow from a problem's `key` alone."""
+    return hashlib.blake2b(repr(problem.key).encode(), digest_size=8, key=b"held out").hexdigest()
 
-    Duplicates are dropped first; one row in twelve of the Countdown dataset is one.
+
+def split_problems(problems: Iterable[P], held_out: int, seen: Iterable[str] = ()) -> tuple[list[P], list[P]]:
+    """Split into (train, held out), which share no `key`: those with the smallest fingerprints are held out.
+
+    So the split follows from the problems alone, and one more or less of them moves at most one other.
+    Problems whose fingerprints are `seen` are not held out. Duplicates are dropped first; one row in twelve
+    of the Countdown dataset is one.
     """
     unique: dict = {}
     for problem in problems:
         kept = unique.setdefault(problem.key, problem)
         if list(problem.row().values()) < list(kept.row().values()):  # the same duplicate in any order
             unique[problem.key] = problem
-    if not 0 <= held_out < len(unique):
-        raise DataError(f"cannot hold out {held_out} of {len(unique)} different problems; hold out fewer")
-    shuffled = [unique[key] for key in sorted(unique)]
-    random.Random(seed).shuffle(shuffled)
-    return shuffled[held_out:], shuffled[:held_out]
+    by_fingerprint = {fingerprint(problem): problem for problem in unique.values()}
+    fresh = sorted(by_fingerprint.keys() - set(seen))
+    if not 0 <= held_out <= len(fresh) or held_out == len(unique):
+        raise DataError(f"cannot hold out {held_out} of {len(fresh)} different problems; hold out fewer")
+    kept_back = fresh[:held_out]
+    train = sorted(by_fingerprint.keys() - set(kept_back))
+    return [by_fingerprint[mark] for mark in train], [by_fingerprint[mark] for mark in kept_back]
 
 
 def endless_problems(problems: list[P], seed: int, position: int, count: int) -> list[P]:

@@ -90,12 +90,11 @@ def split_answer(text: str, thinking: bool) -> tuple[str, str] | None:
 
     After the thinking there must be exactly one block. In the thinking, a single `<answer>` or `</answer>` is
     ignored, since it may be talk about the format; a pair is malformed. With `thinking`, the prompt ended in
-    an open `<think>`, which the completion must close once; else the completion may open one itself.
+    an open `<think>`, which the completion must close once. A completion may open it itself, at its start.
     """
-    if not thinking and text.lstrip(BLANKS).startswith("<think>"):
-        text = text.partition("<think>")[2]
-        thinking = True
-    if thinking:
+    rest = without_think(text)
+    if thinking or rest != text:
+        text = rest
         thoughts, closed, text = text.partition("</think>")
         if not closed or "<think>" in thoughts or "</answer>" in thoughts.partition("<answer>")[2]:
             return None
@@ -106,6 +105,11 @@ def split_answer(text: str, thinking: bool) -> tuple[str, str] | None:
     if not closed or "<think>" in before or "</think>" in before:
         return None
     return before, content
+
+
+def without_think(text: str) -> str:
+    """A completion without a `<think>` at its start, as it is where the prompt has opened the tag."""
+    return text.partition("<think>")[2] if text.lstrip(BLANKS).startswith("<think>") else text
 
 
 def steps_difficulty(steps: int) -> str:

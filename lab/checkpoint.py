@@ -8,36 +8,47 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import safetensors
 import safetensors.torch
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
+from data.load import fingerprint
+from data.task import Problem
 from lab.optimizer_state import load_state_tensors, state_tensors
 from lab.recipe import Recipe, RecipeError, from_dict, to_dict
-from model import ModelError, Qwen3, Tokenizer, adapter_state, load_adapter_state, save_model
+from model import Qwen3, Tokenizer, adapter_state, load_adapter_state, save_model
 from model.weights import read_json
 from rl.optimizer import Optimizer
 
 STATE, OPTIMIZER, RECIPE = "trainer_state.json", "optimizer.safetensors", "recipe.json"
 ADAPTERS, DIGESTS = "adapters.safetensors", "sha256.json"
 PARTIAL, REMOVED = ".partial", ".removed"  # suffixes of folders that are being written, or deleted
+WholeNumber = Annotated[int, Interval(ge=0, le=10**12)]
 
 
 @dataclass
 class TrainState:
     """Where a run stands; its counters are also the random state and the position in the data."""
 
-    stage: int = 0
-    stage_step: int = 0  # steps done in this stage
-    step: int = 0  # steps done in all stages
-    grpo_steps: int = 0  # of them, GRPO steps; the paper's tables count these
-    problems_seen: int = 0  # position in the endless shuffled sequence of training problems
+    stage: WholeNumber = 0
+    stage_step: WholeNumber = 0  # steps done in this stage
+    step: WholeNumber = 0  # steps done in all stages
+    grpo_steps: WholeNumber = 0  # of them, GRPO steps; the paper's tables count these
+    problems_seen: WholeNumber = 0  # position in the endless shuffled sequence of training problems
+    problems: dict[str, str] = field(default_factory=dict)  # hashes of the lists "train" and "held_out"
+    seen: list[str] = field(default_factory=list)  # fingerprints of all problems that it was trained on
+
+    def see(self, problems: Iterable[Problem]) -> None:
+        """Note that the model is trained on `problems`."""
+        self.seen = sorted({*self.seen, *map(fingerprint, problems)})
 
 
 def save_checkpoint(
@@ -130,12 +141,17 @@ def newest_checkpoint(run: Path, say: Callable[[str], None] = print) -> Path | N
 def load_state(folder: Path) -> TrainState:
     """The counters of a checkpoint. RecipeError: the folder is no checkpoint of a run, or it is damaged."""
     try:
-        state = TrainState(**read_json(folder / STATE))
-        if not all(type(value) is int and 0 <= value <= 10**12 for value in asdict(state).values()):
-            raise TypeError("its counters must be whole numbers")
-    except (ModelError, TypeError) as error:
+        state = from_dict(TrainState, read_json(folder / STATE))
+        if state.problems_seen and not state.seen:
+            raise ValueError("an older version did not note which problems it has seen; train it anew")
+    except ValueError as error:
         raise RecipeError(f"{folder / STATE}: not the state of a run: {error}") from None
     return state
+
+
+def seen_by(model: str) -> list[str]:
+    """The fingerprints of the problems that a model was trained on; empty for a model from elsewhere."""
+    return load_state(Path(model)).seen if (Path(model) / STATE).is_file() else []
 
 
 def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
@@ -166,7 +182,8 @@ def checkpoints(run: Path) -> list[Path]:
 def prune_checkpoints(run: Path, keep: int, accuracies: dict[int, float]) -> None:
     """Delete all but the latest `keep` checkpoints, stage ends, and the best of `accuracies` (by step)."""
     folders = checkpoints(run)
-    best = max(folders, key=lambda folder: accuracies.get(step_of(folder), -1.0), default=None)
+    evaluated = [folder for folder in folders if step_of(folder) in accuracies]
+    best = max(evaluated, key=lambda folder: accuracies[step_of(folder)], default=None)
     for folder in folders[:-keep]:
         if folder != best and load_state(folder).stage_step != 0:
             remove_checkpoint(folder)

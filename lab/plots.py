@@ -1,11 +1,16 @@
 """Accuracy over a run beside the paper's, as a table (`curve.md`) and a picture (`curve.png`)."""
 
+import os
+from importlib.util import find_spec
 from pathlib import Path
-
-from matplotlib.figure import Figure  # without pyplot, which keeps every figure and may open windows
 
 from lab.recipe import Recipe
 from lab.runfolder import RunFolder
+
+backend = os.environ.get("MPLBACKEND", "")
+if backend.startswith("module://") and not find_spec(backend[9:].split(".")[0]):
+    del os.environ["MPLBACKEND"]  # a notebook's, which is not installed here
+from matplotlib.figure import Figure  # noqa: E402  without pyplot, which keeps figures and may open windows
 
 Points = list[tuple[int, float]]  # (step, accuracy in %)
 PAPER = {  # by new tokens: (GRPO step, accuracy in %) of Tables 1 and 2 of the paper, with Qwen3-1.7B

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import tomllib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -88,7 +89,7 @@ class Recipe:
     generated_problems: Count = 20000
     """How many problems to generate, the held-out ones included."""
     seed: Annotated[int, Interval(ge=0, le=2**31)] = 0
-    """Of the problems, their order, and sampling."""
+    """Of the problems' order, and of sampling; which problems there are does not depend on it."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     reward: RewardSettings = field(default_factory=RewardSettings)
@@ -129,8 +130,11 @@ def check_grpo(number: int, stage: GRPOStage, sampling: SamplingSettings) -> Non
         )
 
 
-def problems_of(recipe: Recipe) -> tuple[list[Problem], list[Problem]]:
-    """The training and the held-out problems of a recipe; none is in both."""
+def problems_of(recipe: Recipe, seen: Iterable[str] = ()) -> tuple[list[Problem], list[Problem]]:
+    """The training and the held-out problems of a recipe; none is in both.
+
+    `seen` are the fingerprints of problems that the model was trained on before: they are not held out.
+    """
     source = recipe.problems
     if source == "auto":
         source = "generated" if is_embedded(recipe.model) else "hub"
@@ -138,10 +142,10 @@ def problems_of(recipe: Recipe) -> tuple[list[Problem], list[Problem]]:
         problems = recipe.task.load(source)
     else:
         try:
-            problems = recipe.task.generate(recipe.generated_problems, recipe.seed)
+            problems = recipe.task.generate(recipe.generated_problems, seed=0)
         except ValueError as error:
             raise DataError(f"task: {error}") from None
-    return split_problems(problems, recipe.evaluation.held_out, recipe.seed)
+    return split_problems(problems, recipe.evaluation.held_out, seen)
 
 
 def load_recipe(name: str, variant: str = "") -> tuple[str, Recipe]:

@@ -5,6 +5,7 @@ The page is `lab/report.html` with the data of the runs in it as JSON.
 """
 
 import json
+import math
 import time
 from collections import Counter
 from pathlib import Path
@@ -58,7 +59,10 @@ def describe(run: RunFolder) -> dict:
     recipe = from_dict(Recipe, config["recipe"])
     evaluations = [row for row in rows if "eval_accuracy" in row]
     columns = ("step", "eval_accuracy", "eval_low", "eval_high")
-    series = {name: [[row["step"], row[name]] for row in rows if name in row] for name in SERIES}
+    series = {
+        name: [[row["step"], row[name]] for row in rows if math.isfinite(row.get(name, math.nan))]
+        for name in SERIES
+    }
     updates = [row for row in rows if "update_seconds" in row]
     seconds = [[row["step"], row.get("rollout_seconds", 0) + row["update_seconds"]] for row in updates]
     return {

@@ -79,13 +79,17 @@ class RunFolder:
             advice = "go on with it by --resume, or name another folder by --out"
             raise RecipeError(f"{self.path} already holds a run; {advice}")
 
-    def create(self, recipe: Recipe) -> None:
-        """Write config.json, with which a new run begins. RecipeError: there is a run already."""
+    def create(self, recipe: Recipe, problems: dict[str, str]) -> None:
+        """Write config.json, with which a new run begins. RecipeError: there is a run already.
+
+        `problems` are the hashes of the problems to train on and of those held out.
+        """
         self.check_free()
         self.path.mkdir(parents=True, exist_ok=True)
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions["platform"] = platform.platform()
-        config = {"recipe": to_dict(recipe), "versions": versions, "git_revision": git_revision()}
+        config = {"recipe": to_dict(recipe), "problems": problems}
+        config |= {"versions": versions, "git_revision": git_revision()}
         temporary = self.path / "config.partial"
         temporary.write_text(json.dumps(config, indent=2) + "\n")
         temporary.replace(self.path / "config.json")
@@ -101,6 +105,15 @@ class RunFolder:
             old, new = started.get(name), given.get(name)
             if name not in FREE_ON_RESUME and old != new:
                 raise RecipeError(f"{self.path} was started with {name} = {old!r}, not {new!r}")
+
+    def check_problems(self, problems: dict[str, str]) -> None:
+        """Refuse to resume with other problems than the run was started with, by their hashes."""
+        started = read_json(self.path / "config.json").get("problems")
+        if started != problems:
+            advice = "give it those, or start a new run"
+            raise RecipeError(
+                f"{self.path} was started with other problems ({started}, not {problems}): {advice}"
+            )
 
     def rewind(self, step: int) -> None:
         """Delete metrics and rollouts of the steps after `step`, which a resumed run writes again."""

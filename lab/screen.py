@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -153,8 +154,8 @@ class LiveScreen(Screen):
         parts = step_figures(row) if row.get("step") else []
         if parts and row["kind"] == "grpo":
             parts += [
-                f"entropy {row['policy_entropy']:.2f}",
-                f"clipped {100 * row['clip_fraction']:.1f} %",
+                f"entropy {shown(row['policy_entropy'])}",
+                f"clipped {shown(100 * row['clip_fraction'], 1)} %",
                 f"{row['tokens_per_second']:,.0f} tokens/s",
                 f"{row['rollout_seconds'] + row['update_seconds']:.1f} s a step",
             ]
@@ -260,14 +261,19 @@ def step_line(row: dict, stages: int, done: int, steps: int) -> str:
 def step_figures(row: dict) -> list[str]:
     """The most important metrics of a step, in columns."""
     if row["kind"] == "sft":
-        return [f"loss {row['loss']:.4f}", f"grad {row['grad_norm']:.2f}"]
+        return [f"loss {shown(row['loss'], 4)}", f"grad {shown(row['grad_norm'])}"]
     return [
         f"reward {row['reward_mean']:.3f}",
         f"correct {100 * row['train_accuracy']:4.1f} %",
         f"format {100 * row['format_rate']:3.0f} %",
         f"length {row['completion_length']:3.0f}",
-        f"grad {row['grad_norm']:.2f}",
+        f"grad {shown(row['grad_norm'])}",
     ]
+
+
+def shown(value: float, digits: int = 2) -> str:
+    """A number, or a dash if it could not be measured."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
 
 
 def final_line(row: dict, problems: int) -> str:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import torch
 
-from lab.checkpoint import TrainState, checkpoints, load_adapters, load_state, newest_checkpoint
+from data.task import Problem
+from lab.checkpoint import TrainState, checkpoints, load_adapters, load_state, newest_checkpoint, seen_by
 from lab.device import held_memory, pick_device, pick_dtype, return_freed_blocks
+from lab.evaluate import problems_hash
 from lab.memory_plan import check_plan, gb, plan_memory, work_of
 from lab.recipe import Recipe, RecipeError, problems_of
 from lab.runfolder import RunFolder
@@ -30,14 +32,16 @@ def find_state(recipe: Recipe, run: RunFolder, resume: bool, screen) -> tuple[Tr
     if not resume:
         if is_main():
             run.check_free()
-        return TrainState(), None
+        return TrainState(seen=seen_by(recipe.model)), None
     run.check_recipe(recipe)
     checkpoint = broadcast(newest_checkpoint(run.path, screen.say) if is_main() else None)
-    return load_state(checkpoint) if checkpoint else TrainState(), checkpoint
+    return load_state(checkpoint) if checkpoint else TrainState(seen=seen_by(recipe.model)), checkpoint
 
 
-def set_up(recipe: Recipe, checkpoint: Path | None) -> tuple[Qwen3, Tokenizer, list, list, int, str]:
-    """Load what a run works with, and see whether it fits into memory.
+def set_up(
+    recipe: Recipe, checkpoint: Path | None, state: TrainState
+) -> tuple[Qwen3, Tokenizer, list[Problem], list[Problem], int, str]:
+    """Load what a run works with, see whether it fits into memory, and note in `state` which problems it has.
 
     Returns:
         The model to train; its tokenizer; problems to train on, and held-out ones; the tokens of a
@@ -50,19 +54,9 @@ def set_up(recipe: Recipe, checkpoint: Path | None) -> tuple[Qwen3, Tokenizer, l
     return_freed_blocks()
     device = torch.device(pick_device(recipe))
     free, process = free_memory(device), held_memory(device)
-    adapted = recipe.adapters.rank > 0
-    # A checkpoint holds adapters merged and rounded; to resume bit for bit they are put on the base again.
-    source = recipe.model if adapted or checkpoint is None else checkpoint
-    sharded = recipe.parallel.kind == "shard" and world_size() > 1
-    model, tokenizer = load_model(source, "cpu" if sharded else device, pick_dtype(recipe), recipe.revision)
-    if sharded:
-        shard(model, device)
-    if adapted:
-        add_adapters(model, recipe.adapters.rank, recipe.adapters.alpha, recipe.adapters.int8, recipe.seed)
-        if checkpoint is not None:
-            load_adapters(checkpoint, model)
-    model.model.checkpoint_activations = recipe.optimizer.activation_checkpointing
-    problems, held_out = problems_of(recipe)
+    model, tokenizer = load_policy(recipe, checkpoint, device)
+    problems, held_out = problems_of(recipe, state.seen)
+    state.problems = {"train": problems_hash(problems), "held_out": problems_hash(held_out)}
     thinking = recipe.sampling.thinking
     longest = max(len(prompt_ids(tokenizer, recipe.task.prompt(problem), thinking)) for problem in held_out)
     work = work_of(recipe, longest, world_size())
@@ -75,14 +69,29 @@ def set_up(recipe: Recipe, checkpoint: Path | None) -> tuple[Qwen3, Tokenizer, l
     return model, tokenizer, problems, held_out, plan.micro_batch_tokens, memory
 
 
+def load_policy(recipe: Recipe, checkpoint: Path | None, device: torch.device) -> tuple[Qwen3, Tokenizer]:
+    """The model as `checkpoint` has it, or before any training, with adapters, and sharded if asked for."""
+    adapted = recipe.adapters.rank > 0
+    # A checkpoint holds adapters merged and rounded; to resume bit for bit they are put on the base again.
+    source = recipe.model if adapted or checkpoint is None else checkpoint
+    sharded = recipe.parallel.kind == "shard" and world_size() > 1
+    model, tokenizer = load_model(source, "cpu" if sharded else device, pick_dtype(recipe), recipe.revision)
+    if sharded:
+        shard(model, device)
+    if adapted:
+        add_adapters(model, recipe.adapters.rank, recipe.adapters.alpha, recipe.adapters.int8, recipe.seed)
+        if checkpoint is not None:
+            load_adapters(checkpoint, model)
+    model.model.checkpoint_activations = recipe.optimizer.activation_checkpointing
+    return model, tokenizer
+
+
 def stage_start_model(model: Qwen3, recipe: Recipe, run: RunFolder, state: TrainState) -> Qwen3:
     """The reference of the KL penalty: a frozen copy of the policy as it was when the stage began."""
-    source = recipe.model
+    start = None
     for folder in checkpoints(run.path):
         saved = load_state(folder)
         if (saved.stage, saved.stage_step) == (state.stage, 0):
-            source = folder
-    sharded = bool(model.sharding)
-    reference, _ = load_model(source, "cpu" if sharded else model.device, model.dtype, recipe.revision)
-    reference.requires_grad_(False)
-    return shard(reference, model.device) if sharded else reference
+            start = folder
+    reference, _ = load_policy(recipe, start, model.device)
+    return reference.requires_grad_(False)

@@ -7,7 +7,7 @@ from functools import partial
 
 from data import DataError
 from data.load import endless_problems
-from data.task import Problem
+from data.task import Problem, without_think
 from data.traces import Trace, curate, load_traces, save_traces
 from lab.checkpoint import TrainState, load_optimizer, prune_checkpoints, save_checkpoint
 from lab.device import peak_memory
@@ -53,10 +53,11 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
         resume = broadcast(resume or (restarted() and run.holds_run))
         screen = stack.enter_context(pick_screen(recipe, quiet or not is_main(), plain))
         state, checkpoint = find_state(recipe, run, resume, screen)
-        model, tokenizer, problems, held_out, micro_batch_tokens, memory = set_up(recipe, checkpoint)
+        model, tokenizer, problems, held_out, micro_batch_tokens, memory = set_up(recipe, checkpoint, state)
         screen.say(describe_run(recipe, model, problems, held_out, state.step if resume else None))
         screen.say(memory)
         if resume and is_main():
+            run.check_problems(state.problems)
             run.rewind(state.step if checkpoint else -1)
         screen.history(run.metrics())
         if wandb and is_main():
@@ -68,7 +69,7 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
             kind = recipe.stages[0].kind if recipe.stages else "baseline"
             row = {"stage": 0, "kind": kind, "step": 0, "grpo_steps": 0} | evaluation(not recipe.stages)
             if is_main() and not resume:
-                run.create(recipe)
+                run.create(recipe, state.problems)
             record(run, screen, recipe, row, 0, 0)
 
         # 3. The stages, each with a new optimizer.
@@ -113,6 +114,16 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                     raise RecipeError(f"{optimizer.skipped_in_a_row} {SKIPPED}")
                 if not last and state.stage_step % recipe.checkpoint_every == 0:
                     save(optimizer)
+            if not steps and state.stage == len(recipe.stages) - 1:  # no step has made the last evaluation
+                row = {"stage": state.stage, "kind": stage.kind, "step": state.step}
+                row |= {"grpo_steps": state.grpo_steps} | evaluation(True)
+                if is_main():
+                    run.log(row)
+            if not steps and state.stage == len(recipe.stages) - 1:  # no step has made the last evaluation
+                row = {"stage": state.stage, "kind": stage.kind, "step": state.step}
+                row |= {"grpo_steps": state.grpo_steps} | evaluation(True)
+                if is_main():
+                    run.log(row)
             micro_batch_tokens = optimizer.micro_batch_tokens
             del optimizer, step  # frees their memory before the next stage takes its own
             state.stage += 1
@@ -164,6 +175,7 @@ def take_grpo_step(
             cancel=cancel,
         )
     state.problems_seen += count
+    state.see(chosen)
     screen.rollouts(groups)
     if is_main():
         run.save_rollouts(state.step + 1, state.stage, groups, advantages)
@@ -206,9 +218,12 @@ def sft_batches(
         return []
     samples = []
     for trace in traces:
-        prompt = prompt_ids(tokenizer, recipe.task.prompt(trace.problem), recipe.sampling.thinking)
-        samples.append(Sample(prompt, tokenizer.encode(trace.completion) + [tokenizer.end_of_turn_id]))
+        thinking = recipe.sampling.thinking
+        prompt = prompt_ids(tokenizer, recipe.task.prompt(trace.problem), thinking)
+        completion = without_think(trace.completion) if thinking else trace.completion  # the prompt opens it
+        samples.append(Sample(prompt, tokenizer.encode(completion) + [tokenizer.end_of_turn_id]))
     source = stage.traces or run.path / "traces.jsonl"
+    state.see(trace.problem for trace in traces)
     solved = len({trace.problem.key for trace in traces})
     screen.say(f"sft on {len(traces)} curated traces of {solved} problems ({source})")
     return sft_schedule(samples, stage.batch_size, stage.epochs, recipe.seed)

@@ -1,5 +1,7 @@
 """Where metrics are shown besides metrics.jsonl: TensorBoard always, Weights & Biases with --wandb."""
 
+import math
+import secrets
 from pathlib import Path
 
 from lab.recipe import RecipeError
@@ -23,7 +25,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases, which is installed separately; a resumed run continues under the same id."""
+    """Weights & Biases, which is installed separately; a resumed run goes on under the id in its folder."""
 
     def __init__(self, folder: Path, config: dict):
         """RecipeError: it is not installed, or does not start."""
@@ -32,8 +34,11 @@ class WandB:
         except ImportError:
             advice = "pip install wandb, or leave out --wandb"
             raise RecipeError(f"Weights & Biases is not installed: {advice}") from None
-        name = "-".join(folder.parts[-2:])
-        options = {"project": "group-relative-rl", "name": name, "id": name, "resume": "allow"}
+        id_file = folder / "wandb_id"  # of this run alone, not of any that was in a folder of this name
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(8))
+        options = {"project": "group-relative-rl", "name": "-".join(folder.parts[-2:])}
+        options |= {"id": id_file.read_text(), "resume": "allow"}
         try:
             self.run = wandb.init(**options, dir=str(folder), config=config)
         except Exception as error:  # its own errors differ from version to version
@@ -44,4 +49,8 @@ class WandB:
 
 
 def numbers(row: dict) -> dict[str, float]:
-    return {name: value for name, value in row.items() if isinstance(value, (int, float)) and name != "step"}
+    """What of `row` can be drawn: numbers that were measured, without the step."""
+    values = {
+        name: value for name, value in row.items() if isinstance(value, (int, float)) and name != "step"
+    }
+    return {name: value for name, value in values.items() if math.isfinite(value)}

@@ -57,7 +57,7 @@ class Qwen3Config:
         """
         if not isinstance(hf, dict):
             raise ModelError(f"config: expected a JSON object, not {type(hf).__name__}")
-        rope = hf.get("rope_parameters") or {}
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # of transformers 5, 4
         rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
         layers = hf.get("layer_types") or []
         supported = {
@@ -65,8 +65,7 @@ class Qwen3Config:
             "attention_bias": hf.get("attention_bias", False) is False,
             "hidden_act": hf.get("hidden_act", "silu") == "silu",
             "use_sliding_window": hf.get("use_sliding_window", False) is False,
-            "rope_scaling": hf.get("rope_scaling") is None,
-            "rope_parameters": rope_type == "default",
+            "rope_parameters" if hf.get("rope_parameters") else "rope_scaling": rope_type == "default",
             "layer_types": isinstance(layers, list) and all(kind == "full_attention" for kind in layers),
         }
         for name, is_supported in supported.items():

@@ -24,7 +24,9 @@ def free_memory(device: torch.device) -> int:
     limits = [1024 * int(line.split()[1]) for line in meminfo if line.startswith("MemAvailable:")]
     limit, used = (read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
     if limit.isdigit() and used.isdigit():
-        limits.append(max(0, int(limit) - int(used)))
+        pages = dict(line.split() for line in read("/sys/fs/cgroup/memory.stat").splitlines())
+        cached = sum(int(pages.get(name, 0)) for name in ("inactive_file", "active_file"))  # freed on demand
+        limits.append(max(0, int(limit) - int(used) + cached))
     return min(limits, default=8 * 2**30) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 

@@ -255,7 +255,8 @@ class DecodeBatch:
         self.numbers = torch.arange(rows, device=device)  # index in `completions`
         self.uniforms = uniforms.flatten(0, 1).to(device)
         self.token_ids = torch.zeros(rows, self.max_new_tokens, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(rows, self.max_new_tokens, device=device)
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        self.logprobs = torch.zeros(rows, self.max_new_tokens, dtype=dtype, device=device)
         logits, cache = prefill(model, prompts)
         if static is None:
             static = device.type == "cuda" or model.dtype == torch.bfloat16

@@ -7,7 +7,7 @@ import tokenizers
 
 from model.config import ModelError
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 
 
 class Tokenizer:
@@ -28,6 +28,8 @@ class Tokenizer:
             config = json.loads(self.files["tokenizer_config.json"])
             generation = json.loads(self.files.get("generation_config.json", b"{}"))
             self.backend = tokenizers.Tokenizer.from_buffer(self.files["tokenizer.json"])
+            self.backend.no_truncation()  # transformers saves both there, and does not heed them either
+            self.backend.no_padding()
             self._add_missing_tokens(config.get("added_tokens_decoder", {}))
             stops = generation.get("eos_token_id")
             stops = set(stops if isinstance(stops, list) else [] if stops is None else [stops])

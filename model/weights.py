@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from model.config import ModelError, Qwen3Config
 from model.quantize import plain_state
 from model.qwen3 import Qwen3
+from model.tokenizer import FILES as TOKENIZER_FILES
 from model.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "tiny"
 EMBEDDED = {"tiny": TINY, "tiny-calculus": TINY.with_name("tiny-calculus")}
-FILES = ["*.safetensors", "*.json"]  # what is downloaded: never a pickle
+INDEX = "model.safetensors.index.json"
+DOWNLOADED = ["config.json", *TOKENIZER_FILES, INDEX, "model.safetensors", "model-*.safetensors"]  # no pickle
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -98,7 +100,9 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
         known = f"a hub id looks like Qwen/Qwen3-1.7B; embedded are {', '.join(EMBEDDED)}"
         raise ModelError(f"no such model folder: {source} ({known})")
     try:
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=FILES, revision=revision))
+        return Path(
+            huggingface_hub.snapshot_download(str(source), allow_patterns=DOWNLOADED, revision=revision)
+        )
     except Exception as error:  # a dozen kinds: no network, no such repository, gated, disk full
         named = f"{source} at revision {revision}" if revision else source
         reason = str(error).strip().split("\n")[0] or type(error).__name__
@@ -137,10 +141,10 @@ def read_state(folder: Path, model: Qwen3, device, dtype: torch.dtype) -> dict[s
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, following `model.safetensors.index.json` where there is one."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
+    """The safetensors files of a checkpoint: `model.safetensors`, or else those that the index names."""
+    index = folder / INDEX
+    names = ["model.safetensors"]  # beside which an index is left over from an earlier save
+    if index.is_file() and not (folder / names[0]).is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelError(f"{index}: no weight_map")

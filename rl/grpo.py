@@ -19,7 +19,7 @@ from data.task import Problem, Task
 from model import Qwen3, Tokenizer
 from rl.advantage import group_advantages
 from rl.batch import Batch, Sample, completion_logprobs, halve_on_oom, score_completions
-from rl.distributed import share, sum_counts, sum_gradients
+from rl.distributed import add_counts, any_rank, share, sum_counts, sum_gradients
 from rl.loss import clip_counts, grpo_loss, loss_denominator
 from rl.optimizer import Optimizer
 from rl.ranges import Count, CountOrZero, NonNegative, Positive, Share
@@ -103,13 +103,17 @@ def grpo_step(
         part = samples[number :: settings.updates_per_step]
         lengths = [len(sample.completion_ids) for group in part for sample in group]
         denominator = loss_denominator(lengths, sampling.max_new_tokens, settings.aggregation)
-        # A completion without an advantage has no gradient: it only counts in the denominator.
+        # A completion without an advantage has no gradient: it only counts in the denominator. Where no
+        # completion has one, a group is scored for the metrics, and there is no update.
         own = [sample for group in share(part) for sample in group if sample.advantage or settings.kl_coef]
+        teaches = any_rank(bool(own))
+        own = own if teaches else [sample for group in share(part)[:1] for sample in group]
         arguments = (settings, sampling.temperature, denominator, reference)
-        sums = sum_counts(halve_on_oom(add_gradient, optimizer, model, own, *arguments))
+        with torch.set_grad_enabled(teaches):
+            sums = sum_counts(halve_on_oom(add_gradient, optimizer, model, own, *arguments))
         sum_gradients(optimizer.parameters.values())
         finite = all(map(math.isfinite, sums.values()))
-        updates.append((sums, optimizer.step(learning_rate, skip=not finite)))
+        updates.append((sums, optimizer.step(learning_rate, skip=not finite) if teaches else None))
     seconds = {"rollout_seconds": sampled - start, "update_seconds": time.perf_counter() - sampled}
     tokens = sum(len(sample.completion_ids) for group in samples for sample in group)
     return groups, advantages, update_metrics(updates, tokens) | {"lr": learning_rate} | seconds
@@ -138,7 +142,8 @@ def add_gradient(
         average = {"aggregation": settings.aggregation, "denominator": denominator}
         kl = {"ref_logprobs": ref_logprobs, "kl_coef": settings.kl_coef}
         loss = grpo_loss(logprobs, *surrogate, **average, **kl)
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
         logprobs = logprobs.detach()
         log_ratio = (logprobs - batch.old_logprobs)[batch.mask].double()
         low, high = clip_counts(logprobs, *surrogate)
@@ -152,28 +157,33 @@ def add_gradient(
     return sums
 
 
-def update_metrics(updates: list[tuple[Counter, float]], tokens: int) -> dict[str, float]:
-    """The metrics of a step, from each update's (sums of `add_gradient`, gradient norm or NaN if skipped).
+def update_metrics(updates: list[tuple[Counter, float | None]], tokens: int) -> dict[str, float]:
+    """The metrics of a step, from each update's (sums of `add_gradient`, gradient norm).
 
-    `policy_entropy` is exact, `log_ratio_*` is between trainer and sampler before the first update, zero if
-    the two agree; both in nats, over the tokens learned from. Clip fractions are shares of all `tokens` of
-    the step.
+    The norm is NaN if the update was skipped, None if no completion had an advantage. `policy_entropy` is
+    exact, `log_ratio_*` is between trainer and sampler before the first update, zero if the two agree; both
+    in nats. Clip fractions are shares of all `tokens` of the step. What could not be measured is NaN.
     """
-    taken = [(sums, norm) for sums, norm in updates if math.isfinite(norm)]
-    total: Counter = Counter()
-    for sums, _ in taken:
-        total.update(sums)
-    first = taken[0][0] if taken else total
-    mean = first["log_ratio"] / max(1, first["tokens"])
-    variance = first["log_ratio_squared"] / max(1, first["tokens"]) - mean**2
+    measured = [sums for sums, _ in updates if all(map(math.isfinite, sums.values()))]
+    scored = add_counts(measured)
+    learned = [(sums, norm) for sums, norm in updates if norm is not None and math.isfinite(norm)]
+    total = add_counts(sums for sums, _ in learned)
+    first = measured[0] if measured else Counter()
+    mean = mean_of(first["log_ratio"], first["tokens"])
+    variance = mean_of(first["log_ratio_squared"], first["tokens"]) - mean**2
+    low, high = (mean_of(total[name], tokens if learned else 0) for name in ("clipped_low", "clipped_high"))
     return {
-        "loss": total["loss"] / max(1, len(taken)),
-        "grad_norm": sum(norm for _, norm in taken) / max(1, len(taken)),
-        "skipped_updates": len(updates) - len(taken),
-        "policy_entropy": total["entropy"] / max(1, total["tokens"]),
-        "clip_fraction": (total["clipped_low"] + total["clipped_high"]) / tokens,
-        "clip_fraction_low": total["clipped_low"] / tokens,
-        "clip_fraction_high": total["clipped_high"] / tokens,
+        "loss": mean_of(total["loss"], len(learned)),
+        "grad_norm": mean_of(sum(norm for _, norm in learned), len(learned)),
+        "skipped_updates": sum(norm is not None for _, norm in updates) - len(learned),
+        "policy_entropy": mean_of(scored["entropy"], scored["tokens"]),
+        "clip_fraction": low + high,
+        "clip_fraction_low": low,
+        "clip_fraction_high": high,
         "log_ratio_mean": mean,
-        "log_ratio_std": max(0.0, variance) ** 0.5,
+        "log_ratio_std": max(variance, 0.0) ** 0.5,
     }
+
+
+def mean_of(total: float, count: int) -> float:
+    return total / count if count else math.nan

@@ -51,7 +51,7 @@ def sft_step(model: Qwen3, optimizer: Optimizer, samples: list[Sample], learning
 
     Returns:
         `loss` in nats a token, `grad_norm` before clipping, and `tokens`. An update that is not finite is
-        skipped (see `Optimizer.step`): `skipped_updates` is 1, loss and norm are 0.
+        skipped (see `Optimizer.step`): `skipped_updates` is 1, loss and norm are NaN.
     """
     tokens = sum(len(sample.completion_ids) for sample in samples)
     sums = sum_counts(halve_on_oom(add_sft_gradient, optimizer, model, share(samples), tokens))
@@ -59,8 +59,8 @@ def sft_step(model: Qwen3, optimizer: Optimizer, samples: list[Sample], learning
     norm = optimizer.step(learning_rate, skip=not math.isfinite(sums["loss"]))
     taken = math.isfinite(norm)
     return {
-        "loss": sums["loss"] if taken else 0.0,
-        "grad_norm": norm if taken else 0.0,
+        "loss": sums["loss"] if taken else math.nan,
+        "grad_norm": norm,
         "skipped_updates": int(not taken),
         "tokens": tokens,
     }

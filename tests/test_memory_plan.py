@@ -8,6 +8,7 @@ from helpers import random_model
 
 import lab.setup
 import model.logprobs
+from lab.checkpoint import TrainState
 from lab.memory_plan import activation_bytes, check_plan, plan_memory, work_of
 from lab.recipe import EvaluationSettings, ParallelSettings, Recipe, load_recipe
 from lab.sharding import Sharding
@@ -150,5 +151,5 @@ def test_a_sharded_model_is_sampled_in_full_where_the_plan_has_room_or_as_asked(
     monkeypatch.setattr(lab.setup, "plan_memory", lambda *arguments: replace(real(*arguments), whole_copy=room))
     monkeypatch.setattr(Qwen3, "sharding", Sharding(torch.float32))
     recipe = replace(load_recipe("smoke")[1], parallel=ParallelSettings(sampling=asked))
-    policy, *_ = lab.setup.set_up(recipe, None)
+    policy, *_ = lab.setup.set_up(recipe, None, TrainState())
     assert policy.sharding.full_to_sample == full

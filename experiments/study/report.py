@@ -9,7 +9,9 @@ from itertools import cycle, pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
-from matplotlib.figure import Figure
+import numpy as np
+
+from lab.plots import Figure
 
 # The panels of training.png: a title, and its metrics, those drawn thin as True. Shares are shown in %.
 PANELS = (
@@ -75,7 +77,7 @@ class Run:
     seed: int
     evaluations: list[dict]
     final: dict
-    steps: dict[str, list[float]]
+    steps: dict[str, np.ndarray]
     seconds: float
 
     @property
@@ -120,6 +122,9 @@ def load_runs(results: Path) -> Runs:
     runs: Runs = defaultdict(list)
     for path in sorted((results / "runs").glob("*.json")):
         row = json.loads(path.read_text())
+        row["steps"] = {
+            name: np.array(values, dtype=float) for name, values in row["steps"].items()
+        }  # None is NaN
         fields = ("arm", "seed", "evaluations", "final", "steps", "seconds")
         runs[row["arm"]].append(Run(**{name: row[name] for name in fields}))
     return {arm: sorted(runs_of_arm, key=lambda run: run.seed) for arm, runs_of_arm in runs.items()}
@@ -241,7 +246,7 @@ def ablation_table(baseline: list[Run], ablations: Runs) -> str:
         row = [name, len(runs), Estimate.of([end_accuracy(run) for run in runs]), difference]
         has_greedy = all(run.final for run in runs)
         row.append(Estimate.of([greedy_accuracy(run) for run in runs]) if has_greedy else "")
-        row += [f"{mean(mean(run.steps[metric][-10:]) for run in runs):.3g}" for metric in metrics]
+        row += [f"{mean(np.nanmean(run.steps[metric][-10:]) for run in runs):.3g}" for metric in metrics]
         rows.append(row)
     columns = ["change", "seeds", "final, %", "against grpo, same seeds", "greedy, %", *metrics.values()]
     return table(columns, rows)
@@ -280,7 +285,7 @@ def plot_accuracy(main: Runs, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def plot_metrics(arms: dict[str, list[dict[str, list[float]]]], path: Path) -> None:
+def plot_metrics(arms: dict[str, list[dict[str, np.ndarray]]], path: Path) -> None:
     """The metrics of GRPO steps, a panel each.
 
     `arms` has, for each name in the legend, its runs: for each metric, the values by step. Runs are averaged.
@@ -292,8 +297,8 @@ def plot_metrics(arms: dict[str, list[dict[str, list[float]]]], path: Path) -> N
         for (arm, runs), (color, line, _) in zip(arms.items(), cycle(STYLES)):
             for name, thin in names.items():
                 series = [run[name] for run in runs if name in run]
-                average = [scale * sum(values) / len(values) for values in zip(*series, strict=True)]
-                if average:
+                if series:
+                    average = scale * np.ma.masked_invalid(series).mean(axis=0).filled(math.nan)
                     style = {"color": color, "linestyle": line, "linewidth": 0.8 if thin else 1.5}
                     axes.plot(range(1, len(average) + 1), average, label=arm, **style)
         drawn = [value for line in axes.lines for value in line.get_ydata() if not math.isnan(value)]

@@ -7,6 +7,7 @@ from its last checkpoint.
 """
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -173,7 +174,9 @@ def result_of(run: StudyRun, rows: list[dict]) -> dict:
         "evaluations": evaluations,
         "final": {name: value for name, value in rows[-1].items() if name.startswith("final")},
         "steps": {
-            name: [round(row[name], 5) for row in steps] for name in KEPT if steps and name in steps[0]
+            name: [None if math.isnan(row[name]) else round(row[name], 5) for row in steps]
+            for name in KEPT
+            if steps and name in steps[0]
         },
         "versions": config["versions"],
         "git_revision": config["git_revision"],

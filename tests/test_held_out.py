@@ -1,0 +1,110 @@
+"""Held out means held out: no problem that is evaluated was sampled in training, by any of the models shown."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_commands import fails, smoke
+
+import eval as eval_command
+from data import Countdown, Problem, generate_problems, split_problems
+from data.load import endless_problems, fingerprint, read_jsonl
+from lab.checkpoint import RECIPE, STATE, TrainState, load_state, seen_by
+from lab.recipe import EvaluationSettings, Recipe, RecipeError, problems_of, to_dict
+from lab.runfolder import RunFolder
+from lab.stages import train
+
+POOL = generate_problems(120, seed=3)
+SMALL = Countdown(max_number=4, max_target=24)
+
+
+def write(path: Path, problems: list[Problem]) -> str:
+    path.write_text("".join(json.dumps(problem.row()) + "\n" for problem in problems))
+    return str(path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.permutations(range(120)), st.integers(2, 119), st.integers(1, 60))
+def test_the_split_follows_from_the_problems_and_a_new_one_moves_at_most_one(order, size, count):
+    problems = [POOL[i] for i in order[:size]]
+    count = min(count, size - 1)
+    train, held_out = split_problems(problems, count)
+    assert not {p.key for p in train} & {p.key for p in held_out} and len(train) + len(held_out) == size
+    assert split_problems(reversed(problems), count) == (train, held_out)
+    grown = split_problems([*problems, POOL[order[-1]]], count)[1]
+    assert len({p.key for p in held_out} - {p.key for p in grown}) <= 1
+    seen = [fingerprint(problem) for problem in problems[: (size - count) // 2]]
+    assert not {fingerprint(problem) for problem in split_problems(problems, count, seen)[1]} & set(seen)
+
+
+def trained(folder: Path, recipe: Recipe, steps: int, resumed: bool) -> set:
+    """Leave the state and recipe of a model trained for so many steps; return the keys of what it has sampled."""
+    folder.mkdir()
+    state = TrainState(seen=seen_by(recipe.model))
+    sampled = set()
+    for step in range(steps):
+        chosen = endless_problems(problems_of(recipe, state.seen)[0], recipe.seed, state.problems_seen, 3)
+        sampled |= {problem.key for problem in chosen}
+        state.problems_seen += 3
+        state.see(chosen)
+        if resumed or step == steps - 1:
+            (folder / STATE).write_text(json.dumps(asdict(state)))
+            state = load_state(folder)
+    (folder / RECIPE).write_text(json.dumps(to_dict(recipe)))
+    return sampled
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_whatever_was_trained_on_what_nothing_evaluated_was_sampled(tmp_path_factory, data):
+    """Three runs on sources of their own, the file growing in between, some on top of another; then any two are shown."""
+    here = tmp_path_factory.mktemp("runs")
+    sampled = {}
+    for number in range(3):
+        size = data.draw(st.integers(30, 120))
+        file = write(here / "mine.jsonl", data.draw(st.permutations(POOL))[:size])
+        recipe = Recipe(
+            model=data.draw(st.sampled_from(["tiny", *sampled])),
+            problems=data.draw(st.sampled_from([file, "generated"])),
+            task=data.draw(st.sampled_from([SMALL, Countdown()])),
+            generated_problems=60,
+            seed=data.draw(st.integers(0, 3)),
+            evaluation=EvaluationSettings(problems=data.draw(st.integers(1, 8))),
+        )
+        folder = str(here / str(number))
+        before = sampled.get(recipe.model, set())
+        sampled[folder] = before | trained(Path(folder), recipe, data.draw(st.integers(1, 4)), data.draw(st.booleans()))
+    shown = data.draw(st.lists(st.sampled_from([*sampled, "tiny"]), min_size=1, max_size=2, unique=True))
+    source = data.draw(st.sampled_from([None, "generated", file]))
+    arguments = eval_command.Arguments(tuple(shown), problems=source)
+    models = [eval_command.model_of(model, arguments) for model in shown]
+    try:
+        evaluated = eval_command.problems_for(models, arguments)
+    except RecipeError as error:
+        assert "trained on by one of the models" in str(error)
+        return
+    for model in shown:
+        assert not sampled.get(model, set()) & {problem.key for problem in evaluated}
+
+
+def test_a_run_notes_what_it_has_sampled_and_resumes_only_on_the_same_problems(tmp_path, capsys):
+    source = write(tmp_path / "mine.jsonl", POOL)
+    run = tmp_path / "run"
+    recipe = smoke("--out", run, "--problems", source, "--evaluation.problems", 8).recipe
+    train(replace(recipe, stages=recipe.stages[:1]), quiet=True)
+    state = load_state(max((run / "checkpoints").iterdir()))
+    rows = [row for path in RunFolder(run).rollout_files() for _, row in read_jsonl(path, "")]
+    assert state.seen == sorted({fingerprint(Problem(tuple(row["numbers"]), row["target"])) for row in rows})
+    assert state.problems == json.loads((run / "config.json").read_text())["problems"]
+    write(tmp_path / "mine.jsonl", POOL[1:])
+    again = replace(recipe, stages=recipe.stages[:1])
+    assert "other problems" in fails(capsys, lambda: train(again, resume=True, quiet=True))
+
+
+def test_a_checkpoint_that_does_not_say_what_it_has_seen_is_refused(tmp_path):
+    (tmp_path / STATE).write_text(json.dumps({"stage": 0, "stage_step": 1, "step": 1, "problems_seen": 12}))
+    with pytest.raises(RecipeError, match="older version"):
+        seen_by(str(tmp_path))

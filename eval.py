@@ -15,8 +15,10 @@ from rich.console import Console
 
 from data.load import fingerprint
 from data.load import fingerprint
+from data.load import fingerprint
+from data.load import fingerprint
 from data.task import Problem
-from lab.checkpoint import saved_recipe, seen_by, seen_by
+from lab.checkpoint import saved_recipe, seen_by, seen_by, seen_by, seen_by
 from lab.comparison import Candidate, comparison_table, difference, measures
 from lab.device import pick_device
 from lab.errors import user_errors
@@ -42,34 +44,21 @@ class Arguments:
 
     models: tyro.conf.Positional[tuple[str, ...]]
     """Checkpoint folders, tiny, hub ids, or .jsonl files with a problem's fields and a completion a line."""
-    recipe: str | None = None
-    """The recipe for models not trained here; default: 256, or that of an embedded model."""
+    recipe: str | None = None  # For models not trained here; default: 256, or an embedded model's own
     problems: str | None = None
     """hub, hub@COMMIT, generated, a .parquet or .jsonl; default: held out by the first model trained here."""
-    count: int | None = None
-    """Number of problems; default: all."""
-    samples: int = 4
-    """Completions per problem, for pass@k, the majority vote and the number of different answers."""
-    max_new_tokens: int | None = None
-    """Token limit of a completion; default: the recipe's."""
-    temperature: float | None = None
-    """Of the samples; 0 leaves only the greedy ones. Default: the recipe's."""
-    top_k: int | None = None
-    """Sample from the k likeliest tokens only."""
-    top_p: float | None = None
-    """Sample from the likeliest tokens of this joint probability only."""
-    max_cache_tokens: int | None = None
-    """Tokens whose keys and values are in memory at once; default: the recipe's, or what memory allows."""
-    thinking: bool | None = None
-    """Whether the prompt opens a <think> block; default: the recipe's."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    seed: int = EVALUATION_SEED
-    """Of the sampling; the same seed gives the same completions."""
-    examples: int = 1
-    """Completions to print of each model and outcome."""
-    json: str | None = None
-    """Write all numbers to this file; - prints them instead of the table."""
+    count: int | None = None  # Number of problems; default: all
+    samples: int = 4  # Completions a problem, for pass@k and the majority vote
+    max_new_tokens: int | None = None  # Token limit of a completion; default: the recipe's
+    temperature: float | None = None  # Of the samples; 0 leaves only the greedy ones. Default: the recipe's
+    top_k: int | None = None  # Sample from the k likeliest tokens only
+    top_p: float | None = None  # Sample from the likeliest tokens of this joint probability only
+    max_cache_tokens: int | None = None  # Tokens of keys and values in memory; default: what fits
+    thinking: bool | None = None  # Whether the prompt opens a <think> block; default: the recipe's
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    seed: int = EVALUATION_SEED  # Of the sampling; the same seed gives the same completions
+    examples: int = 1  # Completions to print of each model and outcome
+    json: str | None = None  # Write all numbers to this file; - prints them instead of the table
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,10 @@ class Arguments:
 
     model: tyro.conf.Positional[str | None] = None
     """A checkpoint folder, tiny, or a hub id; default: the newest checkpoint in runs/, or tiny."""
-    max_new_tokens: int | None = None
-    """Tokens a completion may have; default: the recipe's."""
-    temperature: float | None = None
-    """0 is greedy; default: the recipe's."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    seed: int | None = None
-    """Of the sampling and of random problems; default: a new one each time."""
+    max_new_tokens: int | None = None  # Tokens a completion may have; default: the recipe's
+    temperature: float | None = None  # 0 is greedy; default: the recipe's
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    seed: int | None = None  # Of the sampling and of random problems; default: a new one each time
 
 
 @torch.inference_mode()

@@ -12,8 +12,8 @@ from typing import Annotated
 import torch
 import tyro
 
+from lab.device import lost_process
 from lab.errors import fail, user_errors
-from lab.processes import lost_process
 from lab.recipe import Recipe, RecipeError, checked, load_recipe
 from lab.runfolder import RunFolder
 from lab.stages import train
@@ -29,14 +29,10 @@ class Arguments:
     recipe_name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
     """A name in recipes/ (256, 512, baseline, calculus, gsm8k, smoke, ...) or a path ending in .toml."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
-    resume: bool = False
-    """Go on from the last checkpoint of the run folder."""
-    quiet: bool = False
-    """Print nothing but errors."""
-    plain: bool = False
-    """Print a line a step, also on a terminal, which otherwise shows a live picture of the run."""
-    wandb: bool = False
-    """Log to Weights & Biases too; it has to be installed."""
+    resume: bool = False  # Go on from the last checkpoint of the run folder
+    quiet: bool = False  # Print nothing but errors
+    plain: bool = False  # Print a line a step also on a terminal, instead of a live screen
+    wandb: bool = False  # Log to Weights & Biases too; it has to be installed
 
 
 def parse(arguments: list[str]) -> Arguments:

@@ -18,9 +18,8 @@ import torch
 from costs import Setting, recipe_of, state_bytes
 from memory import RandomTask, random_model
 
-from lab.device import held_memory, peak_memory, return_freed_blocks
+from lab.device import held_memory, peak_memory, processes, return_freed_blocks
 from lab.memory_plan import plan_memory, work_of
-from lab.processes import processes
 from lab.sharding import shard
 from model import Qwen3
 from model.memory import free_memory

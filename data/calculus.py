@@ -117,16 +117,11 @@ class Calculus(Task):
     """Derivatives of polynomials, and which of them the generator draws."""
 
     kind: Literal["calculus"] = "calculus"
-    min_terms: int = 2
-    """Fewest terms of a polynomial."""
-    max_terms: int = 6
-    """Most terms of a polynomial; each is a step at each order."""
-    max_exponent: int = 9
-    """Largest exponent, at most 30."""
-    max_coefficient: int = 99
-    """Largest coefficient, of either sign, at most 999,999."""
-    max_order: int = 3
-    """How often to differentiate at most, from 1 to 5."""
+    min_terms: int = 2  # Fewest terms of a polynomial
+    max_terms: int = 6  # Most terms of a polynomial; each is a step at each order
+    max_exponent: int = 9  # Largest exponent, at most 30
+    max_coefficient: int = 99  # Largest coefficient, of either sign, at most 999,999
+    max_order: int = 3  # How often to differentiate at most, from 1 to 5
 
     stored = Format('{"polynomial": [7, 5, 0, -2, 3], "order": 1}')
     input_format = "a polynomial such as 3x^4 - 2x + 5, or 3x^4 - 2x + 5; 2 for its second derivative"
@@ -145,8 +140,6 @@ class Calculus(Task):
                 raise ValueError(f"{name} must be a whole number from 1 to {limit} here, not {value!r}")
 
     def generate(self, count: int, seed: int) -> list[Derivative]:
-        if count < 0:
-            raise ValueError(f"count must be 0 or more, not {count}")
         rng = random.Random(seed)
         problems: dict[Derivative, None] = {}
         misses = 0

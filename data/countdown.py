@@ -46,16 +46,11 @@ class Problem:
 class Countdown(Task):
     """Make a target from a few numbers. The default ranges are those of the hub dataset."""
 
-    min_number: int = 1
-    """Smallest number of a problem."""
-    max_number: int = 99
-    """Largest number of a problem; smaller is easier."""
-    min_target: int = 10
-    """Smallest target."""
-    max_target: int = 100
-    """Largest target."""
-    four_number_share: float = 0.5
-    """Share of problems with 4 numbers, from 0 to 1; the others have 3."""
+    min_number: int = 1  # Smallest number of a problem
+    max_number: int = 99  # Largest number of a problem; smaller is easier
+    min_target: int = 10  # Smallest target
+    max_target: int = 100  # Largest target
+    four_number_share: float = 0.5  # Share of problems with 4 numbers, from 0 to 1; the others have 3
     kind: Literal["countdown"] = "countdown"
 
     stored = Format(

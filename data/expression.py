@@ -1,8 +1,7 @@
 """Exact arithmetic on untrusted text: a small recursive-descent parser instead of `eval`.
 
-The policy is rewarded for whatever this parser accepts, so it accepts little: whole numbers of at most nine
-digits without leading zeros, `+ - * /`, a unary minus, parentheses and blanks. Values are fractions, so
-`1 / 3 * 3` is exactly 1. Length and nesting are bounded.
+It accepts whole numbers of at most nine digits without leading zeros, `+ - * /`, a unary minus, parentheses
+and blanks. Values are fractions, so `1 / 3 * 3` is exactly 1. Length and nesting are bounded.
 """
 
 import re

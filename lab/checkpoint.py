@@ -1,16 +1,11 @@
-"""Checkpoints: Hugging Face folders that any tool loads, with what resuming needs; safetensors and JSON only.
-
-There is no random state to save: every random choice follows from the recipe's seed and a counter of
-`TrainState`.
-"""
+"""Checkpoints: Hugging Face folders that any tool loads, with what resuming needs; no pickle."""
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -22,10 +17,11 @@ from torch import Tensor
 
 from data.load import fingerprint
 from data.task import Problem
-from lab.optimizer_state import load_state_tensors, state_tensors
 from lab.recipe import Recipe, RecipeError, from_dict, to_dict
+from lab.sharding import full_pieces, local_pieces
 from model import Qwen3, Tokenizer, adapter_state, load_adapter_state, save_model
 from model.weights import read_json
+from rl.distributed import is_sharded
 from rl.optimizer import Optimizer
 
 STATE, OPTIMIZER, RECIPE = "trainer_state.json", "optimizer.safetensors", "recipe.json"
@@ -36,7 +32,7 @@ WholeNumber = Annotated[int, Interval(ge=0, le=10**12)]
 
 @dataclass
 class TrainState:
-    """Where a run stands; its counters are also the random state and the position in the data."""
+    """Where a run stands; there is no random state, since random choices follow from seed and counters."""
 
     stage: WholeNumber = 0
     stage_step: WholeNumber = 0  # steps done in this stage
@@ -61,8 +57,8 @@ def save_checkpoint(
 ) -> None:
     """Write `folder` whole or not at all: write a folder beside it, sync it to the disk, then rename it.
 
-    `optimizer` is None at the end of a stage, since the next stage starts with a new one. RecipeError: the
-    folder cannot be written, for example because the disk is full; earlier checkpoints are left as they were.
+    `optimizer` is None at a stage's end: the next one has its own. RecipeError: the folder cannot be written,
+    for example because the disk is full; earlier checkpoints are left as they were.
     """
     temporary = folder.with_name(folder.name + PARTIAL)
     try:
@@ -120,10 +116,7 @@ def damage(folder: Path) -> str | None:
 
 
 def newest_checkpoint(run: Path, say: Callable[[str], None] = print) -> Path | None:
-    """The newest undamaged checkpoint of a run. Damaged ones are renamed, and `say` is told.
-
-    It also removes what a killed process left half written or half deleted.
-    """
+    """The newest whole checkpoint of a run. Damaged ones are renamed, half-written ones removed."""
     for folder in list((run / "checkpoints").glob("*")):
         if folder.suffix in (PARTIAL, REMOVED):
             shutil.rmtree(folder, ignore_errors=True)
@@ -155,18 +148,17 @@ def seen_by(model: str) -> list[str]:
 
 
 def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
-    """Put the saved moments and master weights back into `optimizer`."""
-    resume_from(folder / OPTIMIZER, partial(load_state_tensors, optimizer))
+    load_into(optimizer, load_state_tensors, folder / OPTIMIZER)
 
 
 def load_adapters(folder: Path, model: Qwen3) -> None:
-    """Put the saved adapters into `model`, which has the same base as when they were saved."""
-    resume_from(folder / ADAPTERS, partial(load_adapter_state, model))
+    load_into(model, load_adapter_state, folder / ADAPTERS)
 
 
-def resume_from(path: Path, load: Callable[[dict[str, Tensor]], None]) -> None:
+def load_into(target, load: Callable[[object, dict[str, Tensor]], None], path: Path) -> None:
+    """Put the tensors of a file back into an optimizer or a model. RecipeError: they do not fit."""
     try:
-        load(safetensors.torch.load_file(path))
+        load(target, safetensors.torch.load_file(path))
     except torch.OutOfMemoryError:
         raise
     except (OSError, safetensors.SafetensorError, KeyError, IndexError, ValueError, RuntimeError) as error:
@@ -210,3 +202,49 @@ def saved_recipe(folder: str | Path) -> Recipe | None:
         return from_dict(Recipe, read_json(path))
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from None
+
+
+def state_tensors(optimizer: Optimizer, saved_dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Everything that resuming needs, as (name, tensor): masters of rounded weights, and Adam's moments.
+
+    `saved_dtype` is that of sharded parameters in the checkpoint: here they are float32. All ranks of a
+    sharded model have to call this.
+    """
+    yield "updates", torch.tensor(optimizer.steps)
+    for name, parameter in optimizer.parameters.items():
+        dtype = saved_dtype if is_sharded(parameter) else parameter.dtype
+        columns: dict[str, dict[int, Tensor]] = {}
+        if dtype != torch.float32 and not optimizer.stochastic:
+            columns["master"] = dict(enumerate(master.detach() for master in optimizer.masters[name]))
+        for number, (master, adamw) in enumerate(
+            zip(optimizer.masters[name], optimizer.optimizers[name], strict=True)
+        ):
+            for key, value in adamw.state[master].items():
+                columns.setdefault(key, {})[number] = torch.as_tensor(value)
+        for key, numbered in columns.items():
+            if is_sharded(parameter):
+                numbered = dict(enumerate(full_pieces(list(numbered.values()), parameter)))
+            for number, value in numbered.items():
+                yield f"{name}|{number}|{key}", value
+
+
+@torch.no_grad()
+def load_state_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Take back what `state_tensors` gave, for a model with the same parameters."""
+    optimizer.steps = int(tensors["updates"])
+    columns: dict[tuple[str, str], dict[int, Tensor]] = {}
+    for full_name in tensors.keys() - {"updates"}:
+        name, number, key = full_name.split("|")
+        columns.setdefault((name, key), {})[int(number)] = tensors[full_name]
+    for (name, key), numbered in columns.items():
+        parameter = optimizer.parameters[name]
+        if is_sharded(parameter):
+            numbered = dict(enumerate(local_pieces([numbered[n] for n in sorted(numbered)], parameter)))
+        for number, value in numbered.items():
+            master = optimizer.masters[name][number]
+            if key == "master":
+                master.copy_(value)
+                continue
+            count = key == "step" and not value.is_floating_point()  # bitsandbytes counts in a plain integer
+            state = optimizer.optimizers[name][number].state[master]
+            state[key] = int(value) if count else value.to(master.device)

@@ -9,8 +9,14 @@ from statistics import fmean
 from rich.table import Table
 
 from data.task import Task
-from lab.evaluate import Evaluation, distinct_answers, majority_accuracy, solved_shares
-from lab.intervals import bootstrap_interval, mcnemar_p
+from lab.evaluate import (
+    Evaluation,
+    bootstrap_interval,
+    distinct_answers,
+    majority_accuracy,
+    mcnemar_p,
+    solved_shares,
+)
 from rl.metrics import non_latin_fraction, pass_at_k
 
 
@@ -64,8 +70,8 @@ def estimate(evaluation: Evaluation) -> dict[str, float]:
 def difference(first: Candidate, other: Candidate) -> dict:
     """How much more `other` solves than `first`, on the same problems in the same order.
 
-    Sampled completions: the mean difference of the solved shares with its paired bootstrap interval. Greedy
-    ones: the number of problems that only one of the two solves, and McNemar's exact p-value.
+    Sampled: the mean difference of solved shares, with its paired bootstrap interval. Greedy: how many
+    problems only one of the two solves, and McNemar's exact p-value.
     """
     shares = zip(solved_shares(first.sampled.groups), solved_shares(other.sampled.groups), strict=True)
     gains = [after - before for before, after in shares]

@@ -1,7 +1,11 @@
-"""How the commands fail: one clear line, exit code 2, no traceback."""
+"""How the commands end: an error in one clear line, and Ctrl-C or SIGTERM where a run can be resumed."""
 
 import contextlib
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 
 import torch
 
@@ -14,8 +18,7 @@ from model import ModelError
 def user_errors(out_of_memory: str = "take a smaller model"):
     """Turn errors that the user can do something about into one line on standard error and exit code 2.
 
-    Other exceptions are bugs of this project and keep their traceback. Ctrl-C also ends in one line, with
-    what its KeyboardInterrupt says, and exit code 130. `out_of_memory` is the advice for a full GPU.
+    Other exceptions are bugs and keep their traceback. Ctrl-C ends in one line too, with exit code 130.
     """
     try:
         yield
@@ -35,3 +38,44 @@ def user_errors(out_of_memory: str = "take a smaller model"):
 def fail(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has ended the run. The message says how to resume; `exit_code` is the shell's convention."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+class Stop:
+    """Whether a signal has asked the run to end, and the signal's number; printed if `announce`."""
+
+    def __init__(self, announce: bool = True):
+        self.number: int | None = None
+        self.requested = threading.Event()
+        self.announce = announce
+
+    def handle(self, number: int, frame=None) -> None:
+        if self.requested.is_set():
+            show_cursor = b"\x1b[?25h" * os.isatty(2)
+            os.write(2, show_cursor + b"\nstopped at once.\n")
+            os._exit(128 + number)
+        self.number = number
+        self.requested.set()
+        if self.announce:
+            os.write(2, b"\nstopping where the run can go on; once more stops it at once\n")
+
+
+@contextlib.contextmanager
+def stoppable(announce: bool = True) -> Iterator[Stop]:
+    """Send both signals to the `Stop` it gives, for the length of the block; in a thread, change nothing."""
+    stop = Stop(announce)
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+        before = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
+
 from data.load import DataError, read_jsonl
 from data.task import Problem, Task
-from lab.intervals import wilson_interval
 from model import Completion, Qwen3, Tokenizer
 from rl.rollout import Rollout, SamplingSettings, collect_rollouts
 
@@ -21,10 +23,7 @@ Group = list[Rollout]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scored completions of some problems.
-
-    The interval counts problems, because completions of one problem are not independent.
-    """
+    """Scored completions; the interval counts problems, since completions of one are not independent."""
 
     accuracy: float  # share of a problem's completions that are correct, averaged over problems
     low: float  # end of its 95 % interval
@@ -68,10 +67,10 @@ def evaluate(
 
 
 def load_completions(path: str | Path, task: Task, thinking: bool) -> list[Group]:
-    """Score completions made elsewhere: a line each, with a problem's fields and `completion`.
+    """Score completions made elsewhere: a line each, with a problem's fields and `completion`, in any order.
 
-    The lines of one problem are its group, in any order. Lines may have `token_ids` and `finished`, as in a
-    run's rollouts/; then lengths and truncation are known too. DataError names what is wrong, and its line.
+    Lines may have `token_ids` and `finished`, as in a run's rollouts/; then lengths and truncation are known
+    too. DataError names what is wrong, and its line.
     """
     groups: dict[Hashable, Group] = {}
     expected = task.stored.example[:-1] + ', "completion": "..."}'
@@ -115,10 +114,7 @@ def distinct_answers(groups: list[Group]) -> float:
 
 
 def majority_accuracy(groups: list[Group], task: Task, thinking: bool) -> float:
-    """Share of problems whose most frequent answer is correct (self-consistency, arXiv:2203.11171).
-
-    `task.answer` says which answers are the same. Of equally frequent ones the first counts.
-    """
+    """Share of problems whose most frequent answer is right (arXiv:2203.11171); of equals, the first."""
     solved = 0
     for group in groups:
         votes: dict[Hashable, list[Rollout]] = defaultdict(list)
@@ -127,3 +123,31 @@ def majority_accuracy(groups: list[Group], task: Task, thinking: bool) -> float:
         votes.pop(None, None)  # completions without an answer
         solved += bool(votes) and max(votes.values(), key=len)[0].score.outcome == "correct"
     return solved / len(groups)
+
+
+RESAMPLES = 10_000
+
+
+def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson, 1927); it lies in [0, 1] and is not empty at 0 or 1."""
+    share = successes / trials
+    centre = share + z * z / (2 * trials)
+    margin = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return max(0.0, (centre - margin) / scale), min(1.0, (centre + margin) / scale)
+
+
+def bootstrap_interval(values: list[float], seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean of `values`, such as paired differences, by resampling (Efron, 1979)."""
+    drawn = np.asarray(values)
+    rng = np.random.default_rng(seed)
+    means = [rng.choice(drawn, len(drawn)).mean() for _ in range(RESAMPLES)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def mcnemar_p(only_first: int, only_second: int) -> float:
+    """Exact two-sided p-value of McNemar's test (1947), from the problems that only one of the two solves."""
+    trials = only_first + only_second
+    tail = sum(math.comb(trials, k) for k in range(min(only_first, only_second) + 1))
+    return min(1.0, 2 * tail / 2**trials)

@@ -112,11 +112,10 @@ def gb(size: int) -> str:
 
 
 def activation_bytes(config: Qwen3Config, itemsize: int, key_copies: float) -> int:
-    """Bytes that autograd keeps of one token in one layer (`model.qwen3.DecoderLayer`) for backward.
+    """Bytes that autograd keeps of one token in one `model.qwen3.DecoderLayer` for backward.
 
     Of an RMSNorm the input in float32, the normalised values and the result; queries and attention's output,
-    twice; keys and values, and those of prompt and branch joined (`key_copies`); of the MLP both projections,
-    the activation and the product.
+    twice; keys and values, also joined to the prompt's; of the MLP projections, activation and product.
     """
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
@@ -127,10 +126,7 @@ def activation_bytes(config: Qwen3Config, itemsize: int, key_copies: float) -> i
 
 
 def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int, process=0) -> MemoryPlan:
-    """Work out a run's memory, and with it the tokens of a micro-batch if `settings` say "auto".
-
-    Before the weights came, `free` bytes could be allocated and `process` bytes were held.
-    """
+    """Work out a run's memory; before the weights came, `free` bytes were free and `process` bytes held."""
     config = model.config
     size = model.dtype.itemsize
     head = model.lm_head.weight

@@ -35,12 +35,9 @@ class RecipeError(ValueError):
 class EvaluationSettings:
     """Accuracy on problems that are never trained on."""
 
-    every: Count = 10
-    """Steps between evaluations; there is one before the first step and one at each stage's end."""
-    problems: Count = 512
-    """Held-out problems, one completion each."""
-    final_problems: CountOrZero = 0
-    """Held-out problems for an evaluation at the run's end, sampled and greedy; 0: there is none."""
+    every: Count = 10  # Steps between evaluations; a stage's end and the run's start have one too
+    problems: Count = 512  # Held-out problems, one completion each
+    final_problems: CountOrZero = 0  # Held-out problems for a last evaluation, sampled and greedy; 0: none
 
     @property
     def held_out(self) -> int:
@@ -54,18 +51,15 @@ class AdapterSettings:
 
     rank: Annotated[int, Interval(ge=0, le=4096)] = 0
     """Rank; 0 trains the weights themselves. Adapters want five to ten times the learning rate."""
-    alpha: Positive = 32.0
-    """The adapters' product is scaled by alpha / rank."""
-    int8: bool = True
-    """Keep the frozen projections in 8 bits (bitsandbytes); checkpoints are plain and merged all the same."""
+    alpha: Positive = 32.0  # The adapters' product is scaled by alpha / rank
+    int8: bool = True  # Keep the frozen projections in 8 bits (bitsandbytes); checkpoints are plain
 
 
 @dataclass(frozen=True)
 class ParallelSettings:
     """How the processes that torchrun starts hold a model; without torchrun this changes nothing."""
 
-    kind: Literal["replicate", "shard"] = "replicate"
-    """replicate: each rank has all weights. shard: each has a part of every layer (FSDP2)."""
+    kind: Literal["replicate", "shard"] = "replicate"  # Each rank has all weights, or a part (FSDP2)
     sampling: Literal["auto", "whole", "layers"] = "auto"
     """Gather a sharded model once a rollout phase (whole), or each layer for every token; auto: what fits."""
 
@@ -74,34 +68,25 @@ class ParallelSettings:
 class Recipe:
     """One experiment: a model, its problems, and the stages of its training."""
 
-    model: str = "auto"
-    """"auto" (Qwen/Qwen3-1.7B on a CUDA device, else tiny), "tiny", a folder, or a hub id."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the weights; auto is what the checkpoint is stored in."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    model: str = "auto"  # "auto" (Qwen/Qwen3-1.7B on a CUDA device, else tiny), "tiny", a folder, or a hub id
+    revision: str | None = None  # Branch, tag or commit of a hub id
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # Of the weights; auto: as stored
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
     problems: str = "auto"
     """"hub" (the task's dataset; hub@COMMIT pins it), "generated", or a .parquet or .jsonl file; auto:
     generated for tiny, else hub."""
     task: Annotated[AnyTask, Discriminator("kind")] = field(default_factory=Countdown)
-    generated_problems: Count = 20000
-    """How many problems to generate, the held-out ones included."""
-    seed: Annotated[int, Interval(ge=0, le=2**31)] = 0
-    """Of the problems' order, and of sampling; which problems there are does not depend on it."""
+    generated_problems: Count = 20000  # How many problems to generate, the held-out ones included
+    seed: Annotated[int, Interval(ge=0, le=2**31)] = 0  # Of the problems' order and of sampling
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     reward: RewardSettings = field(default_factory=RewardSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     adapters: AdapterSettings = field(default_factory=AdapterSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
-    checkpoint_every: Count = 10
-    """Steps between checkpoints; there is one at each stage's end."""
-    keep_checkpoints: Count = 2
-    """How many of the latest checkpoints to keep; stage ends and the most accurate one are kept too."""
-    out: str = ""
-    """Run folder; empty is runs/<recipe>."""
+    checkpoint_every: Count = 10  # Steps between checkpoints; there is one at each stage's end
+    keep_checkpoints: Count = 2  # Latest checkpoints to keep, beside stage ends and the most accurate one
+    out: str = ""  # Run folder; empty is runs/<recipe>
     stages: tuple[Annotated[GRPOStage | SFTStage, Discriminator("kind")], ...] = ()
 
     def __post_init__(self):

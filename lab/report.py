@@ -32,10 +32,9 @@ TRACES = 200  # of each run
 
 
 def write_report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> Path:
-    """Write the page and return its path; RecipeError if a folder holds no run, or none is named.
+    """Write a page about run folders, and return its path. RecipeError: a folder holds no run.
 
     Args:
-        runs: run folders.
         out: the page; None: report.html in the first run's folder.
     """
     if not runs:

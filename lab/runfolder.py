@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -18,9 +19,58 @@ from data.load import read_jsonl
 from data.task import Task
 from data.traces import Trace
 from lab.recipe import Recipe, RecipeError, from_dict, to_dict
-from lab.trackers import TensorBoard, WandB
 from model.weights import read_json
 from rl.rollout import Rollout
+
+
+class TensorBoard:
+    """Event files in the run folder; opened with the first row, since the import is slow."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.writer = None
+
+    def log(self, row: dict) -> None:
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.folder), purge_step=row["step"])
+        for name, value in numbers(row).items():
+            self.writer.add_scalar(name, value, row["step"])
+        self.writer.flush()
+
+
+class WandB:
+    """Weights & Biases, which is installed separately; a resumed run goes on under the id in its folder."""
+
+    def __init__(self, folder: Path, config: dict):
+        """RecipeError: it is not installed, or does not start."""
+        try:
+            import wandb
+        except ImportError:
+            advice = "pip install wandb, or leave out --wandb"
+            raise RecipeError(f"Weights & Biases is not installed: {advice}") from None
+        id_file = folder / "wandb_id"  # of this run alone, not of any that was in a folder of this name
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(8))
+        options = {"project": "group-relative-rl", "name": "-".join(folder.parts[-2:])}
+        options |= {"id": id_file.read_text(), "resume": "allow"}
+        try:
+            self.run = wandb.init(**options, dir=str(folder), config=config)
+        except Exception as error:  # its own errors differ from version to version
+            raise RecipeError(f"Weights & Biases does not start ({error}); try WANDB_MODE=offline") from None
+
+    def log(self, row: dict) -> None:
+        self.run.log(numbers(row), step=row["step"])
+
+
+def numbers(row: dict) -> dict[str, float]:
+    """What of `row` can be drawn: numbers that were measured, without the step."""
+    values = {
+        name: value for name, value in row.items() if isinstance(value, (int, float)) and name != "step"
+    }
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
 
 # What may differ when a run is resumed: where it lies, and what changes memory and speed only.
 FREE_ON_RESUME = {
@@ -30,10 +80,7 @@ FREE_ON_RESUME = {
 
 
 class RunFolder:
-    """`runs/<name>/`: config.json, metrics.jsonl, rollouts/, checkpoints/ and TensorBoard events.
-
-    metrics.jsonl is the source of truth: the curve, the report and TensorBoard show what is in it.
-    """
+    """`runs/<name>/`: config.json, metrics.jsonl, of which all else is a view, rollouts/ and checkpoints/."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -48,8 +95,7 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Lock the folder for the length of the block; the system drops the lock of a process that died.
 
-        Raises:
-            RecipeError: another process has the lock, or the folder cannot be written.
+        RecipeError: another process has the lock, or the folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -80,10 +126,7 @@ class RunFolder:
             raise RecipeError(f"{self.path} already holds a run; {advice}")
 
     def create(self, recipe: Recipe, problems: dict[str, str]) -> None:
-        """Write config.json, with which a new run begins. RecipeError: there is a run already.
-
-        `problems` are the hashes of the problems to train on and of those held out.
-        """
+        """Write config.json, with which a run begins; `problems` are hashes. RecipeError: there is a run."""
         self.check_free()
         self.path.mkdir(parents=True, exist_ok=True)
         versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -151,10 +194,7 @@ class RunFolder:
         return lines
 
     def save_rollouts(self, step: int, stage: int, groups: list[list[Rollout]], advantages: Tensor) -> None:
-        """Write rollouts/step_NNNN.jsonl: each completion of the step with its verdict and its advantage.
-
-        `advantages` are [groups, samples].
-        """
+        """Write rollouts/step_NNNN.jsonl: each completion with verdict and advantage [groups, samples]."""
         path = self.path / "rollouts" / f"step_{step:04d}.jsonl"
         path.parent.mkdir(exist_ok=True)
         with open(path, "w", encoding="utf-8") as file:

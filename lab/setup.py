@@ -19,11 +19,7 @@ from rl.distributed import any_rank, broadcast, is_main, world_size
 
 
 def find_state(recipe: Recipe, run: RunFolder, resume: bool, screen) -> tuple[TrainState, Path | None]:
-    """The state of a run, and the checkpoint to resume from, if there is one.
-
-    Raises:
-        RecipeError: the run cannot start or resume here, or an SFT stage has nothing to learn from.
-    """
+    """The state of a run, and the checkpoint to resume from. RecipeError: it cannot start or resume."""
     before = None
     for number, stage in enumerate(recipe.stages):
         if stage.kind == "sft" and stage.traces is None and before != "grpo":
@@ -43,13 +39,8 @@ def set_up(
 ) -> tuple[Qwen3, Tokenizer, list[Problem], list[Problem], int, str]:
     """Load what a run works with, see whether it fits into memory, and note in `state` which problems it has.
 
-    Returns:
-        The model to train; its tokenizer; problems to train on, and held-out ones; the tokens of a
-        micro-batch; a line on what memory will hold.
-
-    Raises:
-        ModelError, DataError: the model or the problems cannot be loaded, or the run does not fit into
-            memory.
+    Returns model, tokenizer, problems to train on, held-out ones, tokens of a micro-batch, and a line on
+    memory. ModelError, DataError: something cannot be loaded, or the run does not fit into memory.
     """
     return_freed_blocks()
     device = torch.device(pick_device(recipe))

@@ -1,8 +1,7 @@
 """A model too large for one device: FSDP2's `fully_shard` divides each layer's weights among the ranks.
 
-A layer is gathered for its forward and its backward, and freed in between (ZeRO-3, arXiv:1910.02054). Each
-rank keeps its shard in float32 and computes in the model's dtype: these are the masters of `rl.optimizer`,
-for free. Embedding, last norm and output head stay full on each rank.
+A layer is gathered for its forward and its backward, and freed in between (ZeRO-3, arXiv:1910.02054). Shards
+are float32, computation is in the model's dtype. Embedding, last norm and output head are full on each rank.
 """
 
 import contextlib
@@ -63,9 +62,8 @@ def any_sampling(busy: bool) -> bool:
 
 def shard(model: Qwen3, device: torch.device) -> Qwen3:
     """Shard `model`'s layers over all processes, in place, and move this rank's part to `device`."""
-    from torch.distributed.device_mesh import (
-        init_device_mesh,
-    )  # half a second that one process can do without
+    # Here, because the imports take half a second, which one process can do without.
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(torch.device(device).type, (world_size(),))

@@ -9,20 +9,17 @@ from data import DataError
 from data.load import endless_problems
 from data.task import Problem, without_think
 from data.traces import Trace, curate, load_traces, save_traces
-from lab.checkpoint import TrainState, load_optimizer, prune_checkpoints, save_checkpoint
-from lab.device import peak_memory
+from lab.checkpoint import TrainState, load_optimizer, prune_checkpoints, save_checkpoint, state_tensors
+from lab.device import peak_memory, processes, restarted
+from lab.errors import Stop, Stopped, stoppable
 from lab.evaluate import EVALUATION_SEED, evaluate
-from lab.optimizer_state import state_tensors
 from lab.plots import paper_points, write_curve
-from lab.processes import processes, restarted
 from lab.recipe import Recipe, RecipeError, to_dict
 from lab.report import write_report
-from lab.runfolder import RunFolder
+from lab.runfolder import RunFolder, WandB
 from lab.screen import Screen, describe_run, final_line, pick_screen
 from lab.setup import find_state, set_up, stage_start_model
 from lab.sharding import full_model, round_to_saved
-from lab.signals import Stop, Stopped, stoppable
-from lab.trackers import WandB
 from model import Qwen3, Tokenizer, prompt_ids
 from model.sampler import Cancelled
 from rl.batch import Sample
@@ -114,6 +111,16 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                     raise RecipeError(f"{optimizer.skipped_in_a_row} {SKIPPED}")
                 if not last and state.stage_step % recipe.checkpoint_every == 0:
                     save(optimizer)
+            if not steps and state.stage == len(recipe.stages) - 1:  # no step has made the last evaluation
+                row = {"stage": state.stage, "kind": stage.kind, "step": state.step}
+                row |= {"grpo_steps": state.grpo_steps} | evaluation(True)
+                if is_main():
+                    run.log(row)
+            if not steps and state.stage == len(recipe.stages) - 1:  # no step has made the last evaluation
+                row = {"stage": state.stage, "kind": stage.kind, "step": state.step}
+                row |= {"grpo_steps": state.grpo_steps} | evaluation(True)
+                if is_main():
+                    run.log(row)
             if not steps and state.stage == len(recipe.stages) - 1:  # no step has made the last evaluation
                 row = {"stage": state.stage, "kind": stage.kind, "step": state.step}
                 row |= {"grpo_steps": state.grpo_steps} | evaluation(True)

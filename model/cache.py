@@ -32,9 +32,9 @@ class Cache(Protocol):
 class KVCache:
     """Keys and values of up to `max_length` tokens for each of `batch_size` rows.
 
-    A row's next token goes to slot `lengths[row]`. Ragged prompts are padded on the right: padding lies
-    beyond the row's length, is never attended to, and is overwritten by the row's next tokens. Shapes:
-    `keys[layer]`, `values[layer]` [batch, kv_heads, max_length, head_dim]; `lengths` [batch], int64.
+    A row's next token goes to slot `lengths[row]`. Padding on the right of ragged prompts lies beyond the
+    row's length, is never attended to, and is overwritten. Shapes: `keys[layer]`, `values[layer]` [batch,
+    kv_heads, max_length, head_dim]; `lengths` [batch], int64.
     """
 
     def __init__(self, config: Qwen3Config, batch_size: int, max_length: int, device="cpu", dtype=None):
@@ -87,11 +87,11 @@ class KVCache:
 class GroupCache:
     """A cache for groups of rows that share a prompt, which is stored once and read once for the whole group.
 
-    All rows decode in lock-step, one token a forward, so they have equally many own tokens. Attention to a
-    prompt is one matrix product for all rows of its group; prompt scores and own scores then pass through one
-    softmax (Hydragen, arXiv:2402.05099, computes two and merges them). Own tokens lie in blocks, so nothing
-    is copied to make room. Attention reads the stored slots or, if `static`, whole blocks: shapes then change
-    only once a block, as a CUDA graph requires, and oneDNN is twice as fast on contiguous bfloat16 blocks.
+    All rows decode in lock-step, one token a forward. Attention to a prompt is one matrix product for all
+    rows of its group; prompt scores and own scores then pass through one softmax (Hydragen, arXiv:2402.05099,
+    computes two and merges them). Own tokens lie in blocks, so nothing is copied to make room. Attention
+    reads the stored slots or, if `static`, whole blocks: shapes then change only once a block, as a CUDA
+    graph requires, and oneDNN is twice as fast.
 
     Shapes: `prompt_keys[layer]`, `prompt_values[layer]` [prompts, kv_heads, longest, head_dim]; blocks in
     `keys[layer]`, `values[layer]` [rows * kv_heads, block, head_dim]; `prompt_of` [rows], ascending.

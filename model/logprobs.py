@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens, and the entropy beside them, without all logits at once.
 
-The float32 logits of 8,192 tokens are 5 GB for Qwen3, and plain training holds three copies. Here a few
-hundred tokens at a time go through the output head; backward computes their logits again.
+The float32 logits of 8,192 tokens are 5 GB for Qwen3. Here a few hundred tokens at a time go through the
+output head; backward computes their logits again.
 """
 
 from collections.abc import Iterator

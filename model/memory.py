@@ -14,8 +14,8 @@ LOGITS_COPIES = 6  # [rows, vocab] in float32: logits, log-probabilities, expone
 def free_memory(device: torch.device) -> int:
     """Bytes that new tensors on `device` can take.
 
-    On a GPU, what the driver and torch's allocator have free. Else what the system, or the container, says is
-    available, shared evenly among torchrun's processes on this machine; 8 GiB if it says nothing.
+    On a GPU, what the driver and torch's allocator have free. Else what the system or the container says,
+    shared among torchrun's processes on this machine; 8 GiB if it says nothing.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

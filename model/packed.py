@@ -35,9 +35,8 @@ class PackedGroup:
 class PackedGroups:
     """Attention within a stream [1, tokens]: to the group's prefix, and causally to the token's own branch.
 
-    It is passed to the decoder in place of a cache, and stores nothing. The rest of the decoder works on each
-    token by itself, so a prefix is computed once. Its keys and values are repeated before each branch's own,
-    under a causal mask aligned at the end.
+    It is passed to the decoder in place of a cache, and stores nothing. A prefix is computed once; its keys
+    and values are repeated before each branch's own, under a causal mask aligned at the end.
     """
 
     def __init__(self, groups: list[PackedGroup], device="cpu"):

@@ -59,8 +59,7 @@ class LoRALinear(nn.Module):
 def quantized(linear: nn.Linear) -> nn.Linear:
     """`linear` with its weight in int8 and a float32 scale for each row, on the same device.
 
-    On a CPU, bitsandbytes multiplies x by the dequantized weight. On a GPU it also rounds each row of x to
-    int8, so there `merged` equals what was trained only up to that rounding.
+    On a GPU bitsandbytes rounds each row of x to int8 too, so `merged` equals what was trained up to that.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else each call warns that x is not float16
     import bitsandbytes  # here, because the import takes seconds and most runs do not need it
@@ -78,8 +77,8 @@ def add_adapters(model: Qwen3, rank: int, alpha: float, int8: bool, seed: int = 
     """Put adapters on all seven projections of each layer, in place, and freeze everything else.
 
     The model must have its device and dtype already. With `int8`, the projections are quantized, and nothing
-    else. The same base and seed give the same bits, so a stopped run needs only the base and its
-    `adapter_state`. ValueError: rank or alpha is not positive, or the model has adapters already.
+    else. The same base and seed give the same bits. ValueError: rank or alpha is not positive, or the model
+    has adapters already.
     """
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be a positive integer, not {rank!r}")

@@ -105,8 +105,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Everything below the output head: token ids [batch, time] -> hidden states [batch, time, hidden].
 
-    With `checkpoint_activations`, training keeps only the input of each layer and computes the rest again in
-    backward: a third more arithmetic for a fraction of the memory (arXiv:1604.06174).
+    With `checkpoint_activations`, backward computes each layer again from its input (arXiv:1604.06174).
     """
 
     def __init__(self, config: Qwen3Config):
@@ -135,9 +134,8 @@ class Decoder(nn.Module):
 class Qwen3(nn.Module):
     """A Qwen3 language model: token ids [batch, time] -> logits [batch, time, vocab].
 
-    Pad rows of unequal length on the right, with any id: attention is causal, so padding cannot reach the
-    tokens before it. `num_tokens` is the size of the tokenizer's vocabulary; embedding rows beyond it are
-    padding, which is never sampled and takes no part in the softmax (`model.sampler`).
+    Pad rows of unequal length on the right, with any id. `num_tokens` is the size of the tokenizer's
+    vocabulary; embedding rows beyond it are padding, which is never sampled and takes no part in the softmax.
     """
 
     sharding = None  # how it is divided among processes, if it is, see `lab.sharding`

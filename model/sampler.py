@@ -1,12 +1,11 @@
 """Sampling: from logits to tokens, and from prompts to completions.
 
 `plain_completion` is all that sampling is; `generate` does the same for many completions at once, and fast.
-`token_logprobs` serves the sampler and the trainer alike, so their ratio is one until the weights move.
 """
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from threading import Event
 
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from model.cache import GroupCache, KVCache
 from model.config import ModelError
-from model.cuda_graph import GraphedStep
 from model.memory import cache_tokens_that_fit
 from model.quantize import has_int8
 from model.qwen3 import Qwen3
@@ -47,8 +45,8 @@ class Completion:
 def token_logprobs(logits: Tensor, temperature: float, num_tokens: int) -> Tensor:
     """Log-probabilities [..., num_tokens] in nats, float32 or above, from logits [..., vocab].
 
-    Ids from `num_tokens` on have no text and are never sampled. Temperature 0 is greedy decoding, with the
-    log-probabilities of temperature 1.
+    It serves sampler and trainer alike. Ids from `num_tokens` on have no text and are never sampled.
+    Temperature 0 is greedy decoding, with the log-probabilities of temperature 1.
     """
     logits = logits[..., :num_tokens]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -60,8 +58,7 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Sample one token a row from logits [rows, vocab]: ids [rows] and their log-probabilities [rows].
 
-    Inverse-CDF sampling: the first token at which the cumulative probability passes the row's uniform number
-    in [0, 1). `torch.multinomial` would need a random number for each entry of the vocabulary.
+    It is the first token at which the cumulative probability passes the row's uniform number in [0, 1).
     """
     token_ids, chosen = [], []
     size = rows_at_once(logits)
@@ -102,7 +99,7 @@ def random_streams(
 ) -> Tensor:
     """Uniform numbers in [0, 1), [prompts[only], num_samples, max_new_tokens], from one generator a sample.
 
-    A generator's key is (seed, prompt, how often this prompt came before in `prompts`, number of the sample).
+    Its key is (seed, prompt, how often this prompt came before in `prompts`, number of the sample).
     """
     seen: Counter[str] = Counter()
     keys = []
@@ -124,7 +121,7 @@ def plain_completion(
 ) -> Completion:
     """Sample one completion without a cache: every token comes from a forward over all tokens before it.
 
-    `uniforms` is [max_new_tokens], each token's random number in [0, 1); `stops` are the stop token ids.
+    `uniforms` [max_new_tokens] are random numbers in [0, 1), `stops` the stop token ids.
     """
     token_ids: list[int] = []
     logprobs: list[float] = []
@@ -157,8 +154,8 @@ def generate(
 ) -> list[list[Completion]]:
     """Sample `num_samples` completions of at most `max_new_tokens` tokens for each prompt of ids.
 
-    Each sample has its own random stream (see `random_streams`). So a completion does not depend on the batch
-    it is sampled in, up to the rounding of matrix products of other sizes. Returns `[prompt][sample]`.
+    Each sample has its own random stream (see `random_streams`), so a completion does not depend on its
+    batch, up to the rounding of matrix products of other sizes. Returns `[prompt][sample]`.
 
     Args:
         temperature: 0 is greedy.
@@ -225,11 +222,9 @@ def plan_batches(lengths: list[int], num_samples: int, max_new_tokens: int, room
             continue
         fitting = (room - lengths[start]) // max_new_tokens
         if fitting < 1:
-            raise ModelError(
-                f"room for {room} tokens of keys and values; a prompt of {lengths[start]} and "
-                f"{max_new_tokens} new ones need {lengths[start] + max_new_tokens}: lower max_new_tokens, "
-                "raise max_cache_tokens if memory allows, or take a smaller model"
-            )
+            need = f"a prompt of {lengths[start]} and {max_new_tokens} new tokens"
+            advice = "lower max_new_tokens, raise max_cache_tokens if memory allows, or take a smaller model"
+            raise ModelError(f"room for {room} tokens of keys and values, not for {need}: {advice}")
         for first in range(0, num_samples, fitting):
             batches.append((slice(start, start + 1), slice(first, min(first + fitting, num_samples))))
         start = end = start + 1
@@ -239,9 +234,9 @@ def plan_batches(lengths: list[int], num_samples: int, max_new_tokens: int, room
 class DecodeBatch:
     """`num_samples` completions for each prompt, decoded in lock-step: one token a row in each forward.
 
-    Finished rows keep decoding, their output discarded, until enough have finished; then the batch is
-    compacted. `uniforms` are random numbers, [prompts, num_samples, max_new_tokens], `stops` the stop token
-    ids. `static` keeps shapes constant between compactions (see `GroupCache`); None: where that is faster.
+    Finished rows keep decoding, their output discarded, until the batch is compacted. `uniforms` are random
+    numbers, [prompts, num_samples, max_new_tokens]. `static` keeps shapes constant between compactions (see
+    `GroupCache`); None: where that is faster.
     """
 
     def __init__(self, model: Qwen3, prompts, uniforms, stops, distribution: Distribution, static=None):
@@ -312,6 +307,31 @@ class DecodeBatch:
             if len(keep):
                 self.cache.select(keep)
         return done, tokens
+
+
+class GraphedStep:
+    """Runs `function` as one CUDA graph: launching its thousand small kernels takes longer than running them.
+
+    It must work in place on the same tensors in every call; a new `shape` says that they have changed.
+    """
+
+    def __init__(self, function: Callable[[], None]):
+        self.function = function
+        self.shape: Hashable = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, shape: Hashable) -> None:
+        if shape != self.shape:  # once without a graph: libraries set themselves up on their first call
+            self.graph = None
+            self.shape = shape
+            self.function()
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, pool=self.pool):  # records, and runs nothing
+                self.function()
+        self.graph.replay()
 
 
 def prefill(model: Qwen3, prompts: list[list[int]]) -> tuple[Tensor, KVCache]:

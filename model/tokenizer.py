@@ -13,9 +13,8 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "c
 class Tokenizer:
     """A Qwen3 tokenizer, read from `tokenizer.json` and `tokenizer_config.json` in `folder`.
 
-    Tokens that are only in the latter are added, as transformers does: `<think>` is one in Qwen3-Base.
-    `stop_token_ids` end a completion: those of `generation_config.json`, `<|endoftext|>`, and `<|im_end|>`
-    (`end_of_turn_id`), which ends a chat turn and, in SFT, a completion.
+    Tokens that are only in the latter are added, such as `<think>` in Qwen3-Base. `stop_token_ids` end a
+    completion: those of `generation_config.json`, `<|endoftext|>`, and `<|im_end|>` (`end_of_turn_id`).
     """
 
     def __init__(self, folder: str | Path):

@@ -7,16 +7,10 @@ from torch import Tensor
 def group_advantages(rewards: Tensor, delta: float = 1e-4, scale_by_std: bool = True) -> Tensor:
     """(reward - group mean) / (group standard deviation + delta), the paper's A_i (section 2.2).
 
-    The standard deviation is the population's (divided by n), so a group of one is defined too. A group whose
-    rewards are all equal gets exactly zero, not the rounding error of its mean divided by delta.
-
-    Args:
-        rewards: [groups, samples]. Groups are rows, so two groups of the same prompt stay apart.
-        scale_by_std: False keeps the plain difference, as in Dr. GRPO (arXiv:2503.20783): dividing gives more
-            weight to groups that are almost all right or almost all wrong.
-
-    Returns:
-        [groups, samples], float32 (float64 for float64 rewards).
+    `rewards` and result are [groups, samples]; the standard deviation is the population's. A group whose
+    rewards are all equal gets exactly zero, not the rounding error of its mean divided by delta. Without
+    `scale_by_std` it is the plain difference, as in Dr. GRPO (arXiv:2503.20783): dividing gives more weight
+    to groups that are almost all right or almost all wrong.
     """
     rewards = torch.as_tensor(rewards)
     if rewards.dim() != 2:

@@ -31,10 +31,9 @@ class Sample:
 class Batch:
     """Samples as tensors: one stream of tokens for the decoder; for the loss, rows of completion tokens.
 
-    A prompt that several samples share stands once in the stream, without its last id: that id predicts the
-    first id of every completion, so it begins each sample's own branch. The last id of a completion predicts
-    nothing and is left out. The mask is made from lengths, never from ids: Qwen3-Base pads with the id that
-    also ends its completions.
+    A shared prompt stands once in the stream, without its last id: that predicts the first id of every
+    completion, so it begins each sample's own branch. A completion's last id predicts nothing and is left
+    out. The mask is made from lengths, never from ids: Qwen3-Base pads with an id that also ends completions.
     """
 
     input_ids: Tensor  # [1, tokens], int64
@@ -47,10 +46,7 @@ class Batch:
 
 
 def make_batch(samples: list[Sample], device="cpu") -> Batch:
-    """Pack `samples` into a stream; rows keep their order.
-
-    An empty list gives a dummy batch without a target, so that a rank without samples can join collectives.
-    """
+    """Pack `samples` into a stream; rows keep their order. None give a dummy batch, for an idle rank."""
     # 1. The mask, from the lengths.
     real = bool(samples)
     samples = samples or [Sample([0], [0])]
@@ -111,8 +107,8 @@ def stream_tokens(samples: list[Sample]) -> int:
 def micro_batches(samples: list[Sample], token_budget: int) -> list[list[Sample]]:
     """Divide `samples` so that the stream of each micro-batch has at most `token_budget` tokens.
 
-    Samples of one prompt stay together if they fit. The largest part comes first, so that a budget too large
-    for the memory fails at once. A sample longer than the budget goes alone.
+    Samples of one prompt stay together if they fit; a sample longer than the budget goes alone. The largest
+    part comes first, so that a budget too large for the memory fails at once.
     """
     parts: list[list[Sample]] = []
     for members in prompt_groups(samples):
@@ -143,10 +139,9 @@ def batches_of(model: Qwen3, samples: list[Sample], token_budget: int) -> Iterat
 def halve_on_oom(
     add_gradient: Callable, optimizer: Optimizer, model: Qwen3, samples: list, *arguments
 ) -> Counter:
-    """Return `add_gradient(model, micro-batches, *arguments)`, which adds to the gradient.
+    """Return `add_gradient(model, micro-batches, *arguments)`; on OOM halve the micro-batch and start over.
 
-    On OOM: drop the gradient, halve the micro-batch for good, start over; the result is the same. The error
-    is raised if every sample is alone already, or if other ranks of a sharded model would not start over.
+    The error is raised if every sample is alone already, or if other ranks of a sharded model go on.
     """
     while True:
         try:
@@ -166,8 +161,7 @@ def halve_on_oom(
 def score_completions(model: Qwen3, batch: Batch, temperature: float = 1.0) -> TokenLogprobs:
     """Log-probability of each completion token, and the entropy there; [rows, time], zero outside the mask.
 
-    As in the sampler (`token_logprobs`), but only completion positions go through the output head, a few at a
-    time.
+    As in the sampler, but only completion positions go through the output head, a few at a time.
     """
     hidden = model.model(batch.input_ids, batch.layout)[0]  # [tokens, hidden]
     hidden = hidden.index_select(0, batch.logit_positions[batch.mask])  # [completion tokens, hidden]

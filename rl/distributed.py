@@ -1,7 +1,6 @@
 """One run on several processes: functions that change nothing when there is one.
 
-All ranks have the same problems and make the same decisions: results do not depend on the number of ranks,
-except for the order in which gradients are added.
+All ranks make the same decisions, so results depend on their number only by the order of adding gradients.
 """
 
 import contextlib
@@ -74,10 +73,7 @@ def add_counts(parts: Iterable[Counter]) -> Counter:
 
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up all ranks' gradients in float32; a rank without samples has none, which counts as zero.
-
-    Sharded parameters are left out: FSDP has added theirs in backward.
-    """
+    """Add up all ranks' gradients in float32; no gradient counts as zero. FSDP has added those of shards."""
     if world_size() == 1:
         return
     parameters = [parameter for parameter in parameters if not is_sharded(parameter)]

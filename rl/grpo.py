@@ -1,8 +1,7 @@
 """GRPO: sample groups of completions, compare each with its group, learn from the difference.
 
-What it leaves out of PPO, and why. No critic: the others of a group say what reward to expect (the paper,
-section 2.2). No generalised advantage estimation: the reward comes once, at the end. No KL penalty by
-default: the reward is exact, and cannot be fooled into nonsense; `kl_coef` brings it back.
+Against PPO, there is no critic: the others of a group say what reward to expect (the paper, section 2.2). The
+reward comes once, at the end, and is exact, so there is no GAE and, without `kl_coef`, no KL penalty.
 """
 
 import math
@@ -32,28 +31,17 @@ class GRPOStage:
     """Reinforcement on sampled groups."""
 
     kind: Literal["grpo"] = "grpo"
-    steps: Count = 80
-    """Rollout batches."""
-    prompts_per_step: Count = 32
-    """Groups in a rollout batch."""
-    samples_per_prompt: Count = 8
-    """Completions in a group."""
-    updates_per_step: Count = 2
-    """Optimizer steps a rollout batch, each on its own part of the groups; the second needs the clip."""
-    learning_rate: Positive = 2e-6
-    """Reached after the warm-up."""
-    warmup_steps: CountOrZero = 5
-    """Steps of linear rise to the learning rate."""
-    end_rate: Share = 1.0
-    """Share of the learning rate that is left at the stage's end; it falls linearly. 1 keeps it constant."""
-    clip_low: Share = 0.25
-    """The ratio is clipped below at 1 - clip_low; 1 disables it."""
-    clip_high: NonNegative = 0.25
-    """The ratio is clipped above at 1 + clip_high; 1e9 disables it."""
-    aggregation: Literal["token", "sequence", "constant"] = "token"
-    """How token losses are averaged."""
-    scale_by_std: bool = True
-    """Divide advantages by the group's standard deviation."""
+    steps: Count = 80  # Rollout batches
+    prompts_per_step: Count = 32  # Groups in a rollout batch
+    samples_per_prompt: Count = 8  # Completions in a group
+    updates_per_step: Count = 2  # Optimizer steps a rollout batch; the second one needs the clip
+    learning_rate: Positive = 2e-6  # Reached after the warm-up
+    warmup_steps: CountOrZero = 5  # Steps of linear rise to the learning rate
+    end_rate: Share = 1.0  # Share of the learning rate that is left at the end; it falls linearly
+    clip_low: Share = 0.25  # The ratio is clipped below at 1 - clip_low; 1 disables it
+    clip_high: NonNegative = 0.25  # The ratio is clipped above at 1 + clip_high; 1e9 disables it
+    aggregation: Literal["token", "sequence", "constant"] = "token"  # How token losses are averaged
+    scale_by_std: bool = True  # Divide advantages by the group's standard deviation
     kl_coef: NonNegative = 0.0
     """Weight of the KL penalty towards the policy at the stage's start; above 0, memory holds a copy of it.
     """
@@ -127,10 +115,7 @@ def add_gradient(
     denominator: float,
     reference=None,
 ) -> Counter:
-    """Add the gradient of `grpo_loss` over `batches`, however the samples are divided among them.
-
-    Returns sums over the tokens; `log_ratio` is between the trainer's and the sampler's log-probabilities.
-    """
+    """Add the gradient of `grpo_loss` over `batches`; return sums over their tokens for `update_metrics`."""
     sums: Counter = Counter()
     for batch in batches:
         logprobs, entropy = score_completions(model, batch, temperature)
@@ -160,9 +145,9 @@ def add_gradient(
 def update_metrics(updates: list[tuple[Counter, float | None]], tokens: int) -> dict[str, float]:
     """The metrics of a step, from each update's (sums of `add_gradient`, gradient norm).
 
-    The norm is NaN if the update was skipped, None if no completion had an advantage. `policy_entropy` is
-    exact, `log_ratio_*` is between trainer and sampler before the first update, zero if the two agree; both
-    in nats. Clip fractions are shares of all `tokens` of the step. What could not be measured is NaN.
+    The norm is NaN if the update was skipped, None if nothing had an advantage. `policy_entropy` is exact,
+    `log_ratio_*` is trainer against sampler before the first update; both in nats. Clip fractions are shares
+    of all `tokens` of the step. What could not be measured is NaN.
     """
     measured = [sums for sums, _ in updates if all(map(math.isfinite, sums.values()))]
     scored = add_counts(measured)

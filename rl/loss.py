@@ -25,9 +25,8 @@ def grpo_loss(
 
         -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + kl_coef * k3
 
-    The minimum holds for A < 0 too: a bad token that became likelier is pushed down without limit, one that
-    became rarer by more than `clip_low` has no gradient. While every ratio is one,
-    the result is minus the mean of A over the tokens: watch the gradient norm and the reward instead.
+    For A < 0 a token that became likelier is pushed down without limit; one that became rarer by more than
+    `clip_low` has no gradient. While every ratio is one, the result is minus the mean of A.
 
     Args:
         logprobs: of the policy in training; the only argument with a gradient.
@@ -35,7 +34,7 @@ def grpo_loss(
         advantages: [rows], or [rows, time].
         mask: True where there is a completion token.
         aggregation, denominator: how the tokens become one number, see `aggregate`.
-        ref_logprobs, kl_coef: a frozen reference, and the weight of the KL penalty towards it. k3 is an
+        ref_logprobs, kl_coef: a frozen reference, and the weight of the KL penalty towards it; k3 is an
             unbiased estimate of the divergence, never negative (http://joschu.net/blog/kl-approx.html).
     """
     if advantages.dim() == 1:
@@ -60,12 +59,11 @@ def aggregate(per_token: Tensor, mask: Tensor, aggregation="token", denominator=
     """One number from [rows, time]; masked positions do not count, whatever they hold.
 
     - "token": sum over all tokens / number of tokens (DAPO, arXiv:2503.14476). All tokens weigh the same.
-    - "sequence": mean over rows of each row's mean (the original GRPO). Tokens of long completions weigh
-      less.
+    - "sequence": mean over rows of each row's mean (the original GRPO). Tokens of long rows weigh less.
     - "constant": sum / (rows * longest possible completion) (Dr. GRPO, arXiv:2503.20783).
 
-    `denominator` is the divisor of the whole update when `mask` is only a micro-batch of it (see
-    `loss_denominator`): the losses, and so the gradients, of micro-batches then add up to the update's.
+    `denominator` is that of the whole update where `mask` is a micro-batch of it (see `loss_denominator`):
+    the losses, and so the gradients, of micro-batches then add up to the update's.
     """
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, not {aggregation!r}")

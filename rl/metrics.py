@@ -11,8 +11,7 @@ Groups = list[list[Rollout]]
 def rollout_metrics(groups: Groups) -> dict[str, float]:
     """The metrics of a rollout batch, under the names of `metrics.jsonl`; shares are from 0 to 1.
 
-    `entropy` is estimated from the samples: the mean of -logprob over the sampled tokens, in nats. Its
-    expectation is the policy's entropy, and it needs no pass over the vocabulary.
+    `entropy` is estimated by the mean of -logprob over the sampled tokens, in nats.
     """
     rollouts = [rollout for group in groups for rollout in group]
     count = len(rollouts)

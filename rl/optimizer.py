@@ -22,28 +22,23 @@ class OptimizerSettings:
     """The update, in GRPO and in SFT alike."""
 
     kind: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
-    """adamw: torch's; adamw8bit: bitsandbytes'; paged_adamw8bit: moments go to the CPU when the GPU is full.
-    """
+    """adamw: torch's; adamw8bit: bitsandbytes'; paged_adamw8bit: its moments leave a full GPU for the CPU."""
     rounding: Literal["masters", "stochastic"] = "masters"
     """How weights below float32 keep small updates: float32 copies, or rounding up or down by chance."""
     micro_batch_tokens: Annotated[int, Interval(ge=1, le=10**9)] | Literal["auto"] = "auto"
-    """Tokens of a forward and backward; affects memory and speed, not the gradient. auto: what memory allows.
-    """
-    activation_checkpointing: bool = False
-    """Keep only each layer's input and compute the rest again in backward: less memory, a third slower."""
+    """Tokens of a forward and backward; affects memory and speed, not the gradient. auto: what fits."""
+    activation_checkpointing: bool = False  # Compute activations again in backward: less memory, slower
 
 
 class Optimizer:
-    """AdamW, one piece of a parameter at a time.
+    """AdamW, one piece of a parameter at a time, so that only one piece at a time has temporaries.
 
-    Near 0.02 a bfloat16 weight moves in steps of 1.2e-4, so an update of 1e-6 would round to nothing. For
-    weights below float32 there are two ways out. "masters": AdamW updates float32 copies, which are then
-    rounded into the weights; 4 bytes a weight. "stochastic" (bfloat16 only): each update is rounded up or
-    down by chance, so that its expectation is exact; no memory, but noise of the size of the rounding.
-    Float32 weights are updated in place. Each piece has its own AdamW, so that one at a time has temporaries.
+    Near 0.02 a bfloat16 weight moves in steps of 1.2e-4, so an update of 1e-6 would round to nothing. With
+    "masters", AdamW updates float32 copies, which are then rounded into the weights: 4 bytes a weight. With
+    "stochastic" (bfloat16 only), each update is rounded up or down by chance, with the exact expectation: no
+    memory, but noise. Float32 weights are updated in place.
 
-    `updated_fraction` is the share of weights below float32 that the last step changed (None for float32):
-    near zero with masters, the learning rate is too small to show in the weights' precision.
+    `updated_fraction` is the share of weights below float32 that the last step changed; None for float32.
     """
 
     def __init__(self, model: nn.Module, settings=OptimizerSettings(), micro_batch_tokens: int = 8192):
@@ -159,6 +154,5 @@ def make_adamw(kind: str, parameter: nn.Parameter) -> torch.optim.Optimizer:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of 4-bit kernels, not used here
     from bitsandbytes import optim  # takes seconds, and most runs do not need it
 
-    return {"adamw8bit": optim.AdamW8bit, "paged_adamw8bit": optim.PagedAdamW8bit}[kind](
-        [parameter], **options
-    )
+    adamw = optim.AdamW8bit if kind == "adamw8bit" else optim.PagedAdamW8bit
+    return adamw([parameter], **options)

@@ -10,10 +10,8 @@ from data.traces import latin_only
 class RewardSettings:
     """How a recipe changes the rewards of verdicts; each field is an option `--reward.<field>`."""
 
-    near_miss: bool = True
-    """Reward answers that the task calls near; without, they earn what any other wrong answer earns."""
-    latin_only: bool = False
-    """Against drift into other languages: a completion with a letter outside the Latin script earns 0."""
+    near_miss: bool = True  # Reward near answers; without, they earn what other wrong answers earn
+    latin_only: bool = False  # A completion with a letter outside the Latin script earns 0
 
 
 def reward_for(score: Score, text: str, settings: RewardSettings) -> Score:

@@ -16,16 +16,12 @@ from rl.reward import RewardSettings, reward_for
 class SamplingSettings:
     """How completions are sampled, in training and in evaluation alike."""
 
-    max_new_tokens: Count = 256
-    """Tokens a completion may have, its stop token included."""
-    temperature: NonNegative = 1.0
-    """Softmax temperature; training needs it above 0."""
-    thinking: bool = True
-    """Open a <think> block in the prompt; without, the prompt closes an empty one."""
+    max_new_tokens: Count = 256  # Tokens a completion may have, its stop token included
+    temperature: NonNegative = 1.0  # Softmax temperature; training needs it above 0
+    thinking: bool = True  # Open a <think> block in the prompt; without, the prompt closes an empty one
     max_cache_tokens: Annotated[int, Interval(ge=1, le=10**12)] | None = None
     """Tokens whose keys and values are in memory at once, a group's prompt counted once; None: what fits."""
-    top_k: Count | None = None
-    """Sample from the k likeliest tokens only (evaluation; training refuses it)."""
+    top_k: Count | None = None  # Sample from the k likeliest tokens only (evaluation; training refuses it)
     top_p: Annotated[float, Interval(gt=0, le=1)] | None = None
     """Sample from the likeliest tokens of this joint probability only (evaluation; training refuses it)."""
 
@@ -55,8 +51,8 @@ def collect_rollouts(
 ) -> list[list[Rollout]]:
     """Sample and score `num_samples` completions of each problem, as `[problem][sample]`.
 
-    A group is an index of this list, not a prompt: the same problem twice makes two groups. Each rank samples
-    its share and gets all. `watch` may be `on_progress` and `cancel` of `generate`.
+    The same problem twice makes two groups. Each rank samples its share and gets all. `watch` may be
+    `on_progress` and `cancel` of `generate`.
     """
     prompts = [prompt_ids(tokenizer, task.prompt(problem), sampling.thinking) for problem in problems]
     options = asdict(sampling) | {"num_samples": num_samples, "stop_token_ids": tokenizer.stop_token_ids}

@@ -22,18 +22,12 @@ class SFTStage:
     """Imitation of curated correct traces."""
 
     kind: Literal["sft"] = "sft"
-    epochs: Annotated[int, Interval(ge=1, le=1000)] = 2
-    """Passes over the traces."""
-    batch_size: Count = 64
-    """Traces an optimizer step."""
-    learning_rate: Positive = 5e-6
-    """Peak; falls linearly to zero over the stage."""
-    max_traces: Count = 2400
-    """At most so many traces; those of later steps are taken first."""
-    traces_per_problem: Count = 2
-    """At most so many traces of one problem; the shortest are taken."""
-    traces: str | None = None
-    """Your own JSONL file instead of rollouts of the stage before: a problem and a "completion" a line."""
+    epochs: Annotated[int, Interval(ge=1, le=1000)] = 2  # Passes over the traces
+    batch_size: Count = 64  # Traces an optimizer step
+    learning_rate: Positive = 5e-6  # Peak; falls linearly to zero over the stage
+    max_traces: Count = 2400  # At most so many traces; those of later steps are taken first
+    traces_per_problem: Count = 2  # At most so many traces of one problem; the shortest are taken
+    traces: str | None = None  # Your own JSONL, a problem and a completion a line; None: rollouts
 
 
 def sft_schedule(samples: list[Sample], batch_size: int, epochs: int, seed: int) -> list[list[Sample]]:
@@ -49,9 +43,8 @@ def sft_schedule(samples: list[Sample], batch_size: int, epochs: int, seed: int)
 def sft_step(model: Qwen3, optimizer: Optimizer, samples: list[Sample], learning_rate: float) -> dict:
     """One optimizer step on `samples`: loss on the completions only, averaged over their tokens.
 
-    Returns:
-        `loss` in nats a token, `grad_norm` before clipping, and `tokens`. An update that is not finite is
-        skipped (see `Optimizer.step`): `skipped_updates` is 1, loss and norm are NaN.
+    Returns `loss` in nats a token, `grad_norm` before clipping, `tokens`, and `skipped_updates`: 1 if the
+    update was not finite; loss and norm are NaN then.
     """
     tokens = sum(len(sample.completion_ids) for sample in samples)
     sums = sum_counts(halve_on_oom(add_sft_gradient, optimizer, model, share(samples), tokens))
@@ -67,7 +60,6 @@ def sft_step(model: Qwen3, optimizer: Optimizer, samples: list[Sample], learning
 
 
 def add_sft_gradient(model: Qwen3, batches: Iterable[Batch], tokens: int) -> Counter:
-    """Add the gradient of `sft_loss`, averaged over `tokens`, micro-batch by micro-batch; return the loss."""
     sums: Counter = Counter()
     for batch in batches:
         loss = sft_loss(completion_logprobs(model, batch), batch.mask, tokens)

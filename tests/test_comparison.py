@@ -12,8 +12,7 @@ from test_evaluate import GROUPS, answered
 
 from data import Countdown, Problem
 from lab.comparison import Candidate, comparison_table, difference, measures
-from lab.evaluate import Evaluation
-from lab.intervals import bootstrap_interval, mcnemar_p, wilson_interval
+from lab.evaluate import Evaluation, bootstrap_interval, mcnemar_p, wilson_interval
 
 FIRST_ONLY = [group[:1] for group in GROUPS]  # correct, correct, correct, malformed
 WORSE = [answered(group[0].problem, *["7-1-2"] * 4) for group in GROUPS[:2]] + GROUPS[2:]
@@ -46,13 +45,6 @@ def test_measures_by_hand():
     assert (found["completion_length"], found["truncated_fraction"], found["non_latin_fraction"]) == (1, 0, 0)
 
 
-def test_texts_made_elsewhere_have_no_lengths_and_no_greedy_row():
-    found = measures(candidate(GROUPS, greedy=None, limit=None))
-    assert not {"greedy", "completion_length", "truncated_fraction"} & found.keys()
-    text = shown([candidate(GROUPS, greedy=None, limit=None)])
-    assert "greedy" not in text and "length" not in text and "pass@4" in text
-
-
 def test_a_difference_is_taken_problem_by_problem():
     found = difference(candidate(WORSE, greedy=[g[:1] for g in WORSE], name="before"), candidate(GROUPS, name="after"))
     assert (found["from"], found["to"]) == ("before", "after")
@@ -74,6 +66,8 @@ def test_the_table_has_a_column_a_model_and_says_the_difference_in_points():
     assert "75.0 %" in rows["pass@4"] and "pass@8" not in text
     single = shown([candidate(FIRST_ONLY)])
     assert "pass@" not in single and "majority" not in single and "against" not in single
+    elsewhere = shown([candidate(GROUPS, greedy=None, limit=None)])  # texts that are only scored
+    assert "greedy" not in elsewhere and "length" not in elsewhere and "pass@4" in elsewhere
 
 
 def test_problems_count_alike_and_k_goes_up_to_the_samples_that_all_have():
@@ -81,13 +75,6 @@ def test_problems_count_alike_and_k_goes_up_to_the_samples_that_all_have():
     found = measures(candidate(uneven, greedy=None))
     assert found["samples"] == 2 and set(found["pass_at"]) == {1, 2}
     assert found["pass_at"][1] == pytest.approx((0.75 + 0.5) / 2) == found["accuracy"]["mean"]
-
-
-def test_wilson_interval_of_known_cases():
-    assert wilson_interval(8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-6)  # the textbook example
-    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.277533), abs=1e-6)
-    assert wilson_interval(1, 2) == pytest.approx((0.094531, 0.905469), abs=1e-6)
-    assert wilson_interval(50, 100) == pytest.approx((0.403832, 0.596168), abs=1e-6)
 
 
 @settings(deadline=None, derandomize=True)
@@ -101,17 +88,11 @@ def test_wilson_interval_lies_in_0_to_1_around_the_share_and_solves_its_equation
     for end in (low, high):
         if 1e-9 < end < 1 - 1e-9:
             assert abs(share - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / trials), rel=1e-6)
-    mirrored = wilson_interval(trials - successes, trials)
-    assert (low, high) == pytest.approx((1 - mirrored[1], 1 - mirrored[0]), abs=1e-12)
 
 
-def test_a_bootstrap_of_two_values_has_the_quantiles_of_its_three_means():
-    """Means 0, 1/2 and 1 come up in a quarter, a half and a quarter of the draws."""
-    assert bootstrap_interval([0.0, 1.0]) == (0.0, 1.0)
+def test_a_bootstrap_of_few_values_has_their_quantiles_and_one_of_many_is_the_normal_interval():
+    assert bootstrap_interval([0.0, 1.0]) == (0.0, 1.0)  # means of 0, 1/2 and 1 in a quarter, a half and a quarter of the draws
     assert bootstrap_interval([0.25] * 7) == (0.25, 0.25)
-
-
-def test_a_bootstrap_of_many_values_is_the_normal_interval():
     values = [1.0] * 300 + [0.0] * 500 + [-1.0] * 224
     mean = sum(values) / 1024
     error = math.sqrt(sum((value - mean) ** 2 for value in values) / 1024 / 1024)

@@ -4,22 +4,18 @@ import math
 
 import pytest
 import torch
-from helpers import PROBLEM, optimizer_for, ragged_samples, random_model
+from helpers import optimizer_for, ragged_samples, random_model
+from test_commands import fails, smoke
+from test_grpo import sampler_that_is_off, take_step
 
 import rl.grpo
-from data.task import CORRECT, WRONG
-from lab.errors import user_errors
-from lab.optimizer_state import state_tensors
+from lab.checkpoint import state_tensors
 from lab.runfolder import RunFolder
 from lab.stages import train
-from model import Completion, generate
+from model import generate
 from model.sampler import sample
-from rl.grpo import GRPOStage, grpo_loss, grpo_step
-from rl.rollout import Rollout, SamplingSettings
+from rl.grpo import grpo_loss
 from rl.sft import sft_step
-from train import parse
-
-BAD = [math.nan, math.inf, -math.inf]
 
 
 def copies(model, optimizer) -> list[torch.Tensor]:
@@ -32,37 +28,28 @@ def equal(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
     return all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("bad", BAD)
-def test_an_update_with_a_bad_gradient_changes_nothing_and_the_next_one_is_taken(bad):
-    model, samples = random_model(), ragged_samples(3)
-    optimizer = optimizer_for(model)
-    sft_step(model, optimizer, samples, 1e-2)
-    before = copies(model, optimizer)
-    handle = model.lm_head.weight.register_hook(lambda gradient: gradient * bad)
-    metrics = sft_step(model, optimizer, samples, 1e-2)
-    assert metrics == {"loss": 0.0, "grad_norm": 0.0, "skipped_updates": 1, "tokens": metrics["tokens"]}
-    assert equal(before, copies(model, optimizer)) and all(p.grad is None for p in model.parameters())
-    assert optimizer.skipped_in_a_row == 1
-    handle.remove()
-    assert sft_step(model, optimizer, samples, 1e-2)["skipped_updates"] == 0
-    assert optimizer.skipped_in_a_row == 0 and not equal(before, copies(model, optimizer))
-
-
-@pytest.mark.parametrize("bad", BAD)
-def test_a_bad_log_probability_of_the_sampler_skips_only_the_update_that_has_it(bad, monkeypatch):
-    good = Rollout(PROBLEM, [1, 2], Completion([3, 4], [-1.0, -2.0], True), "", CORRECT)
-    groups = [[good, Rollout(PROBLEM, [1, 2], Completion([5], [logprob], True), "", WRONG)] for logprob in (-1.5, bad)]
-    options = {"sampling": SamplingSettings(), "learning_rate": 1e-2, "seed": 0}
-    ends = []
-    for count in (1, 2):
-        model = random_model()
-        optimizer = optimizer_for(model)
-        monkeypatch.setattr(rl.grpo, "collect_rollouts", lambda *_, count=count, **__: groups[:count])
-        settings = GRPOStage(updates_per_step=count)  # a group each
-        _, _, metrics = grpo_step(model, None, optimizer, None, [None] * count, settings=settings, **options)
-        assert metrics["skipped_updates"] == count - 1 and all(map(math.isfinite, metrics.values()))
-        ends.append(copies(model, optimizer))
-    assert equal(*ends) and not equal(ends[0], copies(random_model(), optimizer))
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("source", ["loss", "gradient", "sampler"])
+def test_an_update_that_is_not_finite_changes_nothing_and_is_counted_and_the_next_one_is_taken(source, bad, monkeypatch):
+    model = random_model()
+    optimizer = optimizer_for(model, budget=30)
+    sft_step(model, optimizer, ragged_samples(3), 1e-2)  # so that the optimizer has a state
+    before, take = [], optimizer.step
+    monkeypatch.setattr(optimizer, "step", lambda *a, **options: before.append(copies(model, optimizer)) or take(*a, **options))
+    if source == "loss":  # of one micro-batch of the first update; its gradient is finite
+        losses, loss = [], rl.grpo.grpo_loss
+        error = lambda: losses.append(0) or (bad if len(losses) == 2 else 0.0)  # noqa: E731
+        monkeypatch.setattr(rl.grpo, "grpo_loss", lambda *a, **options: loss(*a, **options) + error())
+    if source == "gradient":
+        model.lm_head.weight.register_hook(lambda gradient: gradient * (1.0 if before else bad))
+    if source == "sampler":  # a log-probability of the first group's first sample, first of the first update
+        shifts = []
+        off = sampler_that_is_off(lambda place: shifts.append(0) or (bad if len(shifts) == 1 else 0.0))
+        monkeypatch.setattr(rl.grpo, "collect_rollouts", off)
+    _, _, metrics = take_step(model, optimizer, updates_per_step=2)
+    assert metrics["skipped_updates"] == 1 and optimizer.skipped_in_a_row == 0
+    assert equal(before[0], before[1]) and not equal(before[1], copies(model, optimizer))
+    assert all(map(math.isfinite, metrics.values())) and metrics["grad_norm"] > 0 and metrics["policy_entropy"] > 1
 
 
 def test_bad_weights_still_sample_something():
@@ -83,12 +70,10 @@ def test_a_run_goes_on_past_a_fault_and_counts_it_and_five_in_a_row_end_it_with_
         return grpo_loss(*arguments, **options) * (1.0 if losses[0] in (1, 2, 5, 6) else math.nan)
 
     monkeypatch.setattr(rl.grpo, "grpo_loss", loss)
-    options = ["--out", str(tmp_path), "--stages.0.steps", "9", "--optimizer.micro-batch-tokens", "1000000"]
-    with pytest.raises(SystemExit) as exit_, user_errors():
-        train(parse(["smoke", "--model", "tiny", *options]).recipe, quiet=True)
-    message = capsys.readouterr().err
-    assert exit_.value.code == 2 and message.count("\n") == 1
+    options = ["--out", tmp_path, "--stages.0.steps", 9, "--optimizer.micro-batch-tokens", 1_000_000]
+    message = fails(capsys, lambda: train(smoke(*options).recipe, quiet=True))
     assert "6 updates in a row" in message and "learning rate" in message
     rows = RunFolder(tmp_path).metrics()
     assert [row["skipped_updates"] for row in rows[1:]] == [0, 2, 0, 2, 2, 2]
-    assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
+    taken = [row for row in rows if not row.get("skipped_updates")]
+    assert all(math.isfinite(value) for row in taken for value in row.values() if isinstance(value, float))

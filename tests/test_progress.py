@@ -1,6 +1,7 @@
 """What a user sees while completions are sampled; and Ctrl-C ends a command cleanly, at the cost of a step at most."""
 
 import io
+import itertools
 import os
 import pty
 import re
@@ -10,9 +11,10 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import pairwise
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from helpers import random_model
@@ -23,9 +25,9 @@ import lab.screen
 import model.sampler
 import rl.grpo
 from lab.checkpoint import checkpoints
+from lab.errors import Stopped
 from lab.runfolder import RunFolder
 from lab.screen import progress_bar
-from lab.signals import Stopped
 from lab.stages import train
 from model import generate
 from model.sampler import plan_batches
@@ -33,10 +35,8 @@ from train import parse
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = [[5, 17, 3, 44, 9], [8, 2], [40, 2, 2, 30, 31, 12, 4, 4, 25], [19, 6, 40], [8, 1, 37, 20, 3, 9, 13]]
+ESCAPE = r"\x1b\[([?\d;]*[a-zA-Z])"
 RICH = {"FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"}  # variables that tell it of a terminal
-
-
-# Reports of generate
 
 
 def expected_reports(groups, room, check_every) -> list[tuple[int, int]]:
@@ -56,27 +56,30 @@ def expected_reports(groups, room, check_every) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("check_every", [3, 8])
 @pytest.mark.parametrize("stops", [(), (7, 30), range(0, 48, 2)], ids=["none stops", "some stop", "all stop"])
-def test_reports_only_grow_are_true_on_the_way_and_end_at_the_totals(stops, check_every, monkeypatch):
+def test_reports_are_true_on_the_way_and_end_at_the_totals(stops, check_every, monkeypatch):
     monkeypatch.setitem(model.sampler.CHECK_EVERY, "cpu", check_every)
     decoder = random_model(std=0.2)
     for room in (32, 160, 10**6):
         options = dict(num_samples=3, max_new_tokens=23, stop_token_ids=stops, seed=5, max_cache_tokens=room)
         reports = []
         groups = generate(decoder, PROMPTS, **options, on_progress=lambda *report, to=reports: to.append(report))
-        for (done, tokens), (later_done, later_tokens) in pairwise(reports):
-            assert done <= later_done and tokens <= later_tokens
         assert reports[-1] == (15, sum(len(completion.token_ids) for group in groups for completion in group))
         assert reports == expected_reports(groups, room, check_every)
         assert generate(decoder, PROMPTS, **options) == groups  # the same without reports
 
 
-# The line at the bottom of a terminal
+def exit_code(monkeypatch, command: str, *arguments) -> int:
+    """How `python command arguments` ends, in this process."""
+    monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / command), run_name="__main__")
+    return ended.value.code
 
 
 def screen_of(text: str) -> list[str]:
     """The lines that a terminal shows in the end, without blanks after them; what rich does not send is not known."""
     rows, row, column = [""], 0, 0
-    for moved, sent in re.findall(r"\x1b\[([?\d;]*[a-zA-Z])|([\r\n]|[^\x1b\r\n]+)", text):
+    for moved, sent in re.findall(ESCAPE + r"|([\r\n]|[^\x1b\r\n]+)", text):
         if sent == "\n":
             row, column = row + 1, 0
             rows += [""] * (row + 1 - len(rows))
@@ -99,17 +102,9 @@ def screen_of(text: str) -> list[str]:
 def terminal(monkeypatch) -> io.StringIO:
     """In the place of standard error: a terminal of 100 columns."""
     written = io.StringIO()
-
-    def console(stderr):
-        assert stderr
-        return Console(file=written, force_terminal=True, width=100)
-
-    monkeypatch.setattr(lab.screen, "Console", console)
+    console = Console(file=written, force_terminal=True, width=100)
+    monkeypatch.setattr(lab.screen, "Console", lambda stderr: console)
     return written
-
-
-def plain(text: str) -> str:
-    return re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", text)
 
 
 def test_a_terminal_shows_completions_done_and_tokens_a_second_and_keeps_nothing_after_an_error(terminal, monkeypatch):
@@ -119,20 +114,9 @@ def test_a_terminal_shows_completions_done_and_tokens_a_second_and_keeps_nothing
         show(3, 900)
         show(31, 4938)
         raise KeyboardInterrupt
-    shown = plain(terminal.getvalue())
+    shown = re.sub(ESCAPE, "", terminal.getvalue())
     assert "rollout" in shown and "31/77 completions  1,234 tokens/s" in shown
     assert screen_of(terminal.getvalue() + "next") == ["next"]
-
-
-def test_nothing_is_shown_where_there_is_no_terminal(monkeypatch, capfd):
-    for name in RICH:
-        monkeypatch.delenv(name, raising=False)
-    with progress_bar("rollout", 77) as show:
-        assert show is None
-    assert capfd.readouterr() == ("", "")
-
-
-# Ctrl-C
 
 
 class OnTerminal:
@@ -151,31 +135,17 @@ class OnTerminal:
         os.close(slave)
         self.text = ""
 
-    def read_until(self, pattern: str | None, seconds: float = 120) -> None:
+    def read_until(self, pattern: str | None) -> None:
         """Read on until `pattern` has been printed; None: until the process ends."""
-        deadline = time.monotonic() + seconds
         while pattern is None or not re.search(pattern, self.text):
-            assert time.monotonic() < deadline, f"no {pattern or 'end'} in {seconds} s:\n{self.text}"
-            if not select.select([self.master], [], [], 0.1)[0]:
-                continue
+            assert select.select([self.master], [], [], 120)[0], f"nothing more in two minutes:\n{self.text}"
             try:
                 self.text += os.read(self.master, 65536).decode(errors="replace")
             except OSError:  # Linux's way of saying that nobody has the terminal open any more
                 assert pattern is None, f"ended without {pattern}:\n{self.text}"
                 return
 
-    def interrupt(self) -> tuple[int, list[str]]:
-        """Send what Ctrl-C sends: exit code, and what is left on the screen."""
-        self.process.send_signal(signal.SIGINT)
-        self.read_until(None, seconds=60)
-        code = self.process.wait(timeout=60)
-        assert "Traceback" not in self.text and "Exception" not in self.text, self.text
-        return code, screen_of(self.text)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
+    def close(self) -> None:
         self.process.kill()
         self.process.wait()
         os.close(self.master)
@@ -190,14 +160,16 @@ TRAIN = [
 
 def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
-    with OnTerminal("train.py", *TRAIN, "--out", out) as command:
+    with closing(OnTerminal("train.py", *TRAIN, "--out", out)) as command:
         command.read_until(r"grpo 1/3 +3/500.*?\n")
-        code, left = command.interrupt()
-    assert code == 130
-    shown = plain(command.text)
-    assert "rollout" in shown and "12/12 completions" in shown and "evaluation" in shown and "5/5 completions" in shown
+        command.process.send_signal(signal.SIGINT)
+        command.read_until(None)
+        assert command.process.wait(timeout=10) == 130
+    assert "Traceback" not in command.text and "Exception" not in command.text, command.text
+    shown = re.sub(ESCAPE, "", command.text)
+    assert all(words in shown for words in ("rollout", "12/12 completions", "evaluation", "5/5 completions"))
     # Nothing of these stays: first the run's own lines, a line for each step, then what Ctrl-C says.
-    *lines, stopped = [line for line in left if line]
+    *lines, stopped = [line for line in screen_of(command.text) if line]
     lines.remove("stopping where the run can go on; once more stops it at once")
     assert [line.split()[0] for line in lines[:6]] == ["model", "problems", "stages", "run", "memory", "before"]
     assert [line.split()[:3] for line in lines[6:]] == [["grpo", "1/3", f"{n}/500"] for n in range(1, len(lines) - 5)]
@@ -205,25 +177,13 @@ def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on_where_it_stopped(tmp_p
     assert stopped == f"stopped. Saved after step {last}; go on with the same command and --resume."
     assert [row["step"] for row in old] == list(range(last + 1)) and last >= 3  # nothing is lost
 
-    said = []
-
-    def signalled_after_two_steps(row, *arguments):
-        said.append(row["step"])
-        if len(said) == 2:
-            signal.raise_signal(signal.SIGTERM)
-        return "step"
-
-    monkeypatch.setattr(lab.screen, "step_line", signalled_after_two_steps)
-    monkeypatch.setattr(sys, "argv", ["train.py", *TRAIN, "--out", str(out), "--resume"])
-    with pytest.raises(SystemExit) as exit_:
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-    assert exit_.value.code == 143  # SIGTERM's
+    monkeypatch.setattr(lab.screen, "step_line", lambda *arguments: signal.raise_signal(signal.SIGTERM) or "step")
+    assert exit_code(monkeypatch, "train.py", *TRAIN, "--out", out, "--resume") == 143  # SIGTERM's
     printed = capsys.readouterr()
     assert f"resumed after step {last}" in printed.out
-    assert printed.err.endswith(f"\nstopped. Saved after step {last + 2}; go on with the same command and --resume.\n")
-    assert said == [last + 1, last + 2]
+    assert printed.err.endswith(f"\nstopped. Saved after step {last + 1}; go on with the same command and --resume.\n")
     rows = RunFolder(out).metrics()
-    assert [row["step"] for row in rows] == list(range(last + 3)) and rows[: last + 1] == old
+    assert [row["step"] for row in rows] == list(range(last + 2)) and rows[: last + 1] == old
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -234,11 +194,10 @@ def test_a_stop_drops_rollouts_but_finishes_an_update_and_the_run_goes_on_as_if_
 
     def stops_at(name, call, saved, resume):
         """Train with a signal at this call of `rl.grpo.<name>`."""
-        real, calls = getattr(rl.grpo, name), []
+        real, calls = getattr(rl.grpo, name), itertools.count(1)
 
         def signalled(*arguments, **options):
-            calls.append(name)
-            if len(calls) == call:
+            if next(calls) == call:
                 signal.raise_signal(signal.SIGINT)
             return real(*arguments, **options)
 
@@ -256,35 +215,28 @@ def test_a_stop_drops_rollouts_but_finishes_an_update_and_the_run_goes_on_as_if_
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
     slow = ["--stages.0.prompts-per-step", "64", "--stages.0.samples-per-prompt", "64", "--sampling.max-new-tokens", "250"]
-    with OnTerminal("train.py", *TRAIN, *slow, "--out", tmp_path / "run") as command:
+    with closing(OnTerminal("train.py", *TRAIN, *slow, "--out", tmp_path / "run")) as command:
         command.read_until("/4096 completions")
         for _ in range(2):
             time.sleep(0.05)
             command.process.send_signal(signal.SIGTERM)
-        command.read_until(None, seconds=60)
+        command.read_until(None)
         assert command.process.wait(timeout=10) == 143
     assert screen_of(command.text)[-1] == "stopped at once."
 
 
 @pytest.mark.parametrize(("command", "arguments"), [("train.py", TRAIN), ("eval.py", ["tiny", "--count", "2"])])
 def test_ctrl_c_advises_no_resume_where_nothing_can_be_resumed(command, arguments, tmp_path, monkeypatch, capsys):
-    def interrupted(*arguments, **options):
-        raise KeyboardInterrupt
-
-    out = ["--out", str(tmp_path / "run")] if command == "train.py" else []
-    monkeypatch.setattr(lab.evaluate, "collect_rollouts", interrupted)  # in the evaluation before any step
-    monkeypatch.setattr(sys, "argv", [command, *arguments, *out])
-    with pytest.raises(SystemExit) as exit_:
-        runpy.run_path(str(ROOT / command), run_name="__main__")
-    assert exit_.value.code == 130
+    out = ["--out", tmp_path / "run"] if command == "train.py" else []
+    # In the evaluation before any step.
+    monkeypatch.setattr(lab.evaluate, "collect_rollouts", mock.Mock(side_effect=KeyboardInterrupt))
+    assert exit_code(monkeypatch, command, *arguments, *out) == 130
     assert capsys.readouterr().err == "\nstopped.\n"
 
 
 def test_a_quiet_run_shows_nothing_on_a_terminal(tmp_path, terminal, monkeypatch, capfd):
-    def interrupted(*arguments, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(rl.grpo, "sum_gradients", interrupted)  # after an evaluation and a step's rollouts
+    # After an evaluation and a step's rollouts.
+    monkeypatch.setattr(rl.grpo, "sum_gradients", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train(parse([*TRAIN, "--out", str(tmp_path / "run")]).recipe, quiet=True)
     assert terminal.getvalue() == ""

@@ -11,8 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lab.recipe import Recipe, RecipeError
-from lab.runfolder import RunFolder
-from lab.trackers import WandB
+from lab.runfolder import RunFolder, WandB
 
 HOLD = "import sys, time; from lab.runfolder import RunFolder\nwith RunFolder(sys.argv[1]).locked(): print('held', flush=True); time.sleep(60)"
 
@@ -27,7 +26,7 @@ def test_a_second_process_is_refused_and_a_dead_ones_lock_is_none(tmp_path):
         holder.kill()
     assert (run.path / "lock").exists()  # stale: nothing to clean up by hand
     with run.locked():
-        run.create(Recipe())
+        run.create(Recipe(), {})
     with run.locked():
         assert run.holds_run
 

@@ -2,35 +2,30 @@
 
 import contextlib
 import copy
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from reference import reference_model, same_weights
+from torch.utils._pytree import tree_map_only
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import model.sampler
 from model import generate
-from model.cuda_graph import GraphedStep
-from model.sampler import DecodeBatch, plain_completion, random_streams, sample
+from model.sampler import DecodeBatch, GraphedStep, plain_completion, random_streams, sample
 from rl.batch import Sample, completion_logprobs, make_batch
 
 PROMPTS = [[5, 17, 3, 44, 9], [8], [61, 2, 2, 30, 71, 12, 4, 4, 25], [19, 6, 40], [8, 1, 77, 50, 3, 9, 13]]
 ALMOST_ONE = 1 - 2**-24  # the largest float32 below one, and the largest number that a stream can hold
 
 
-def soft_reference(seed: int = 0, **shape):
+@pytest.fixture(scope="module")
+def reference():
     """A random model whose next token is far from certain, so that sampling has choices to get wrong."""
-    reference = reference_model(seed, **shape)
+    reference = reference_model()
     with torch.no_grad():
         reference.lm_head.weight.mul_(0.5)
     return reference
-
-
-@pytest.fixture(scope="module")
-def reference():
-    return soft_reference()
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +34,9 @@ def decoder(reference):
 
 
 @torch.no_grad()
-def teacher_forced(reference, prompt, token_ids, temperature=1.0, num_tokens=None) -> list[float]:
+def teacher_forced(reference, prompt, token_ids, temperature=1.0) -> list[float]:
     """Log-probabilities of `token_ids` after `prompt` by one uncached forward of transformers."""
-    logits = reference(torch.tensor([prompt + token_ids])).logits[0, len(prompt) - 1 : -1, :num_tokens]
+    logits = reference(torch.tensor([prompt + token_ids])).logits[0, len(prompt) - 1 : -1]
     logprobs = (logits.double() / temperature).log_softmax(-1)
     return logprobs.gather(-1, torch.tensor(token_ids)[:, None])[:, 0].tolist()
 
@@ -57,21 +52,13 @@ def assert_same(ours, theirs):
         assert one.logprobs == pytest.approx(other.logprobs, abs=2e-5)
 
 
-# What is sampled
-
-
 @torch.no_grad()
 def test_greedy_decoding_of_ragged_prompts_equals_that_of_transformers(reference, decoder):
-    longest = max(map(len, PROMPTS))
-    padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in PROMPTS])
-    attention_mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
-    expected = reference.generate(
-        padded, attention_mask=attention_mask, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
-    )[:, longest:].tolist()
     groups = generate(decoder, PROMPTS, max_new_tokens=24, temperature=0)
-    assert [group[0].token_ids for group in groups] == expected
-    assert len(set(map(tuple, expected))) == len(PROMPTS)
-    for prompt, [completion] in zip(PROMPTS, groups):  # greedy reports log-probabilities at temperature 1
+    options = dict(max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for prompt, [completion] in zip(PROMPTS, groups):
+        assert completion.token_ids == reference.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+        # Greedy decoding reports log-probabilities at temperature 1.
         assert completion.logprobs == pytest.approx(teacher_forced(reference, prompt, completion.token_ids), abs=1e-4)
 
 
@@ -148,21 +135,15 @@ def test_a_long_tail_of_rare_tokens_keeps_its_share_of_a_vocabulary_as_large_as_
     assert sampled.min() > 0 and len(set(sampled.tolist())) == 12
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.3}, {"temperature": 1.0, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.3, "top_p": 0.9}], ids=str)
 def test_an_id_past_the_tokenizers_vocabulary_is_never_sampled_however_large_its_logit(options):
-    reference = soft_reference(seed=2)
+    reference = reference_model(seed=2)
     with torch.no_grad():  # of 83 ids the last 20 are padding of the embedding, with by far the largest logits
         reference.lm_head.weight[63:] = 60 * torch.randn(20, 44, generator=torch.Generator().manual_seed(0))
     decoder = same_weights(reference)
     decoder.num_tokens = 63
     groups = generate(decoder, PROMPTS, num_samples=6, max_new_tokens=10, **options)
     assert max(max(completion.token_ids) for completion in flat(groups)) < 63
-    for prompt, group in zip(PROMPTS, groups):
-        for completion in group:
-            exact = teacher_forced(reference, prompt, completion.token_ids, options["temperature"] or 1.0, num_tokens=63)
-            assert completion.logprobs == pytest.approx(exact, abs=1e-4)
-    unlimited = generate(same_weights(reference), PROMPTS, num_samples=6, max_new_tokens=10, **options)
-    assert min(min(completion.token_ids) for completion in flat(unlimited)) >= 63
 
 
 @pytest.mark.parametrize("stops", [[], [7, 30]], ids=str)
@@ -184,25 +165,10 @@ def test_a_completion_does_not_depend_on_its_ragged_batch_and_without_a_stop_has
 def test_every_sample_copy_of_a_prompt_and_seed_has_its_own_uniform_stream():
     prompts = [[1, 2, 3], [1, 23], [12, 3], [3, 2, 1], [1, 2, 3]]
     streams = torch.stack([random_streams(prompts, 4, 80, seed) for seed in (0, 1)])  # [seeds, prompts, samples, tokens]
-    assert len(set(streams.flatten().tolist())) == streams.numel() == 3200
+    assert len(set(streams.flatten().tolist())) == streams.numel()
     assert torch.equal(random_streams([[1, 2, 3]] * 3, 5, 90, 0)[:2, :4, :80], streams[0, [0, 4]])
     counts = torch.histc(streams, 20, 0, 1)  # of about 160
     assert counts.min() > 110 and counts.max() < 210
-
-
-def test_a_row_ends_with_its_first_stop_id_on_the_last_slot_too(decoder):
-    endless = flat(generate(decoder, PROMPTS, num_samples=4, max_new_tokens=12, seed=2))
-    stops = [id_ for id_, _ in Counter(id_ for completion in endless for id_ in completion.token_ids).most_common(5)]
-    on_last_slot = 0
-    for length in range(1, 13):
-        options = dict(num_samples=4, max_new_tokens=length, stop_token_ids=stops, seed=2)
-        for completion, free in zip(flat(generate(decoder, PROMPTS, **options)), endless, strict=True):
-            stopped = [place for place, id_ in enumerate(free.token_ids[:length], 1) if id_ in stops]
-            expected = free.token_ids[: min(stopped, default=length)]
-            assert (completion.token_ids, completion.finished) == (expected, bool(stopped))
-            assert completion.logprobs == pytest.approx(free.logprobs[: len(expected)], abs=1e-5)
-            on_last_slot += stopped == [length]
-    assert on_last_slot > 5
 
 
 def forwards(decoder, call):
@@ -215,12 +181,10 @@ def forwards(decoder, call):
         hook.remove()
 
 
-@pytest.mark.parametrize("num_samples", [1, 7])
-def test_a_prompt_is_prefilled_once_and_decoding_takes_as_many_forwards_as_tokens(num_samples, decoder):
-    _, shapes = forwards(decoder, lambda: generate(decoder, PROMPTS, num_samples=num_samples, max_new_tokens=6))
-    assert shapes == [(len(PROMPTS), 9)] + [(len(PROMPTS) * num_samples, 1)] * 5
-    _, shapes = forwards(decoder, lambda: generate(decoder, PROMPTS, num_samples=num_samples, max_new_tokens=1))
-    assert shapes == [(len(PROMPTS), 9)]  # one new token needs the prefill alone
+def test_a_prompt_is_prefilled_once_and_decoding_takes_as_many_forwards_as_tokens(decoder):
+    for length in (6, 1):  # one new token needs the prefill alone
+        _, shapes = forwards(decoder, lambda: generate(decoder, PROMPTS, num_samples=7, max_new_tokens=length))  # noqa: B023
+        assert shapes == [(len(PROMPTS), 9)] + [(len(PROMPTS) * 7, 1)] * (length - 1)
     assert forwards(decoder, lambda: generate(decoder, [], max_new_tokens=6)) == ([], [])
     _, shapes = forwards(decoder, lambda: generate(decoder, PROMPTS, max_new_tokens=500, stop_token_ids=range(83)))
     assert len(shapes) <= 1 + model.sampler.CHECK_EVERY["cpu"]  # decoding ends soon after the last row has finished
@@ -237,9 +201,8 @@ BAD = [
 
 @pytest.mark.parametrize(("message", "change"), BAD, ids=str)
 def test_an_argument_out_of_its_range_is_refused_with_its_value(message, change, decoder):
-    options = dict(prompts=[[1, 2]], max_new_tokens=2) | change
     with pytest.raises(ValueError, match=message):
-        generate(decoder, **options)
+        generate(decoder, **{"prompts": [[1, 2]], "max_new_tokens": 2} | change)
 
 
 STOPS = (7, 30, 51, 12)
@@ -262,6 +225,16 @@ def test_a_batch_gives_what_the_plain_sampler_gives(distribution, static, decode
     assert_same(batch.completions, one_by_one(decoder, distribution))
 
 
+def test_a_row_that_stops_on_its_last_slot_is_finished_and_one_token_less_is_not(decoder):
+    options = dict(num_samples=5, stop_token_ids=STOPS, seed=3)
+    free = flat(generate(decoder, COPIES, max_new_tokens=40, **options))
+    last = max(len(completion.token_ids) for completion in free if completion.finished)
+    for length in (last, last - 1):
+        for ours, other in zip(flat(generate(decoder, COPIES, max_new_tokens=length, **options)), free, strict=True):
+            assert ours.token_ids == other.token_ids[:length]
+            assert ours.finished == (other.finished and len(other.token_ids) <= length)
+
+
 @pytest.mark.parametrize(("compact_below", "check_every", "prefilled"), [(0.9, 8, 99), (0, 8, 1), (1, 1, 15)])
 def test_generate_gives_what_the_plain_sampler_gives_however_work_is_cut(
     compact_below, check_every, prefilled, decoder, monkeypatch
@@ -269,26 +242,15 @@ def test_generate_gives_what_the_plain_sampler_gives_however_work_is_cut(
     monkeypatch.setattr(model.sampler, "PREFILL_TOKENS", prefilled)
     monkeypatch.setitem(model.sampler.COMPACT_BELOW, "cpu", compact_below)
     monkeypatch.setitem(model.sampler.CHECK_EVERY, "cpu", check_every)
-    expected, reports = one_by_one(decoder, (1.0, None, None)), []
-    options = dict(num_samples=5, max_new_tokens=40, stop_token_ids=STOPS, seed=3, on_progress=lambda *r: reports.append(r))
-    for room in (None, 450, 130):  # one batch; several; parts of groups
-        reports.clear()
-        groups, shapes = forwards(
-            decoder, lambda options=options | {"max_cache_tokens": room}: generate(decoder, COPIES, **options)
-        )
+    expected = one_by_one(decoder, (1.0, None, None))
+    for room in (None, 450, 130, 49):  # one batch; several; parts of groups; one sample at a time
+        options = dict(num_samples=5, max_new_tokens=40, stop_token_ids=STOPS, seed=3, max_cache_tokens=room)
+        groups, shapes = forwards(decoder, lambda: generate(decoder, COPIES, **options))  # noqa: B023
         assert_same(flat(groups), expected)
-        assert reports == sorted(reports) and reports[-1] == (20, sum(len(c.token_ids) for c in expected))
         if room is None:
             prompts, rows = ([rows for rows, time in shapes if (time == 1) == own] for own in (False, True))
             assert prompts == {99: [4], 1: [1] * 4, 15: [2, 2]}[prefilled]
             assert set(rows) == {20} if compact_below == 0 else len(set(rows)) > 2
-
-
-def on_meta(value):
-    """Tensors on the meta device have shapes and no numbers, so that reading a number is an error."""
-    if isinstance(value, list):
-        return [on_meta(item) for item in value]
-    return value.to("meta") if isinstance(value, torch.Tensor) else value
 
 
 @pytest.mark.parametrize("distribution", [(1.0, None, None), (0, None, None), (0.8, 5, 0.9)], ids=str)
@@ -304,8 +266,8 @@ def test_a_step_never_waits_for_the_device(compacted, distribution, decoder):
         batch.compact(count, below=1.0)
         assert 0 < len(batch.numbers) < 20
     batch.model = copy.deepcopy(decoder).to("meta")
-    for holder in (batch, batch.cache):
-        vars(holder).update({name: on_meta(value) for name, value in vars(holder).items()})
+    for holder in (batch, batch.cache):  # a tensor on the meta device has no numbers: reading one is an error
+        vars(holder).update(tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), vars(holder)))
     batch.cache.reserve(count)
     batch.step()
     assert batch.token_ids.is_meta and batch.cache.stored.is_meta

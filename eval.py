@@ -14,25 +14,13 @@ import tyro
 from rich.console import Console
 
 from data.load import fingerprint
-from data.load import fingerprint
-from data.load import fingerprint
-from data.load import fingerprint
 from data.task import Problem
-from lab.checkpoint import saved_recipe, seen_by, seen_by, seen_by, seen_by
+from lab.checkpoint import saved_recipe, seen_by
 from lab.comparison import Candidate, comparison_table, difference, measures
 from lab.device import pick_device
 from lab.errors import user_errors
 from lab.evaluate import EVALUATION_SEED, Evaluation, evaluate, load_completions, problems_hash
-from lab.recipe import (
-    AdapterSettings,
-    EvaluationSettings,
-    Recipe,
-    RecipeError,
-    checked,
-    load_recipe,
-    problems_of,
-    recipe_for,
-)
+from lab.recipe import Recipe, RecipeError, checked, load_recipe, problems_of, recipe_for
 from lab.screen import printable, progress_bar
 from lab.setup import load_policy
 from model.weights import is_embedded
@@ -81,9 +69,10 @@ def model_of(source: str, arguments: Arguments) -> Model:
     if not trained:
         recipe = load_recipe(arguments.recipe)[1] if arguments.recipe else recipe_for(source)
         model = "tiny" if source.endswith(".jsonl") else source
-        recipe = replace(recipe, model=model, adapters=AdapterSettings())
+        recipe = replace(recipe, model=model, adapters=Recipe().adapters)
         if arguments.count is not None:
-            recipe = replace(recipe, evaluation=EvaluationSettings(problems=arguments.count))
+            evaluation = replace(recipe.evaluation, problems=arguments.count, final_problems=0)
+            recipe = replace(recipe, evaluation=evaluation)
     given = {field.name: getattr(arguments, field.name) for field in fields(recipe.sampling)}
     sampling = replace(recipe.sampling, **{name: value for name, value in given.items() if value is not None})
     problems = arguments.problems or recipe.problems

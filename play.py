@@ -15,7 +15,7 @@ from data.task import Problem
 from lab.checkpoint import checkpoints, saved_recipe
 from lab.device import pick_device
 from lab.errors import user_errors
-from lab.recipe import AdapterSettings, Recipe, checked, recipe_for
+from lab.recipe import Recipe, checked, recipe_for
 from lab.screen import printable
 from lab.setup import load_policy
 from model import KVCache, Qwen3, Tokenizer, prompt_ids
@@ -79,7 +79,7 @@ def newest_checkpoint() -> str:
 def main(arguments: Arguments) -> None:
     source = arguments.model or newest_checkpoint()
     trained = saved_recipe(source)
-    recipe = trained or replace(recipe_for(source), model=source, adapters=AdapterSettings())
+    recipe = trained or replace(recipe_for(source), model=source, adapters=Recipe().adapters)
     given = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
     changes = {name: value for name, value in given.items() if value is not None}
     sampling = replace(recipe.sampling, **changes)

@@ -81,7 +81,7 @@ class MemoryPlan:
     activations: int = 0
     output_head: int = 0
     gathered: int = 0  # a sharded model's layers in use
-    whole_copy: int = 0  # what a sharded model is sampled from, if it fits
+    full_copy: int = 0  # what a sharded model is sampled from
     updating: int = 0  # the peak of an update, beyond `lasting`
     sampling: int = 0  # the peak of sampling, beyond `lasting`
     micro_batch_tokens: int = 0
@@ -99,12 +99,12 @@ class MemoryPlan:
             sizes = {name.replace("_", " "): getattr(self, name) for name in names}
             return ", ".join(f"{name} {gb(size)}" for name, size in sizes.items() if size)
 
-        lasting = listed("process", "weights", "masters", "moments", "reference")
-        if not self.micro_batch_tokens:
-            return f"{lasting}; {listed('sampling')}"
-        parts = listed("gradients", "activations", "output_head", "gathered")
-        micro_batches = f"micro-batches of {self.micro_batch_tokens:,} tokens ({parts})"
-        return f"{lasting}; {listed('updating')} at most in {micro_batches}; or {listed('sampling')}"
+        text = listed("process", "weights", "masters", "moments", "reference") + "; " + listed("sampling")
+        if self.micro_batch_tokens:
+            parts = listed("gradients", "activations", "output_head", "gathered")
+            batches = f"micro-batches of {self.micro_batch_tokens:,} tokens"
+            text += f", or {listed('updating')} in {batches} ({parts})"
+        return text
 
 
 def gb(size: int) -> str:
@@ -177,13 +177,13 @@ def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int
     # 3. Sampling: the cache, the logits of a step, and a prefill's widest layer. If they do not fit, rollouts
     # are decoded in several batches, which take the room that there is.
     left = free - (plan.lasting - process)
-    whole_copy = sum(layers) * size if 2 * sum(layers) * size <= left else 0
+    full_copy = sum(layers) * size
     logits = work.rows * config.vocab_size * (4 * LOGITS_COPIES if on_gpu else 2 * size)
     widest = 3 * config.intermediate_size + 4 * config.hidden_size
     prefill = min(work.prefill_tokens, PREFILL_TOKENS) * size * widest
     wanted = work.cache_tokens * token_bytes(model) + logits + prefill
-    room = max(0, int(CACHE_SHARE * (left - whole_copy)))
-    return replace(plan, whole_copy=whole_copy, sampling=min(wanted, room) + (whole_copy or plan.gathered))
+    room = max(0, int(CACHE_SHARE * (left - full_copy)))
+    return replace(plan, full_copy=full_copy, sampling=min(wanted, room) + full_copy)
 
 
 def check_plan(plan: MemoryPlan, free: int) -> None:

@@ -25,6 +25,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 STAGES = {"grpo": GRPOStage, "sft": SFTStage}
 # Fields of older recipes that are gone, with their defaults, which are what holds for every run now.
 RETIRED = {"importance_cap": None, "max_skipped_updates": 5, "weight_decay": 0.0, "max_grad_norm": 1.0}
+RETIRED["sampling"] = "auto"  # of [parallel]
 
 
 class RecipeError(ValueError):
@@ -60,8 +61,6 @@ class ParallelSettings:
     """How the processes that torchrun starts hold a model; without torchrun this changes nothing."""
 
     kind: Literal["replicate", "shard"] = "replicate"  # Each rank has all weights, or a part (FSDP2)
-    sampling: Literal["auto", "whole", "layers"] = "auto"
-    """Gather a sharded model once a rollout phase (whole), or each layer for every token; auto: what fits."""
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,18 @@
 """The folder of a run: its configuration, metrics and rollouts, and the lock that keeps other runs out."""
 
 import contextlib
-import fcntl
 import json
 import math
-import os
 import platform
 import secrets
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from data.load import read_jsonl
@@ -75,7 +75,7 @@ def numbers(row: dict) -> dict[str, float]:
 # What may differ when a run is resumed: where it lies, and what changes memory and speed only.
 FREE_ON_RESUME = {
     "out", "sampling.max_cache_tokens", "optimizer.micro_batch_tokens",
-    "optimizer.activation_checkpointing", "parallel.kind", "parallel.sampling",
+    "optimizer.activation_checkpointing", "parallel.kind",
 }  # fmt: skip
 
 
@@ -97,27 +97,21 @@ class RunFolder:
 
         RecipeError: another process has the lock, or the folder cannot be written.
         """
+        lock = FileLock(self.path / "lock", timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = open(self.path / "lock", "a+")
+            lock.acquire()
+        except Timeout:
+            advice = "wait for it, or name another folder by --out"
+            raise RecipeError(f"{self.path} is in use by another process: {advice}") from None
         except OSError as error:
             raise RecipeError(f"{self.path}: the run folder cannot be written: {error.strerror}") from None
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.seek(0)
-                owner = file.read().strip() or "another process"
-                advice = "wait for it, or name another folder by --out"
-                raise RecipeError(f"{self.path} is in use by {owner}: {advice}") from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}\n")
-            file.flush()
-            try:
-                yield
-            finally:
-                if [path.name for path in self.path.iterdir()] == ["lock"]:  # nothing came of the run
-                    shutil.rmtree(self.path)
+        try:
+            yield
+        finally:
+            lock.release()
+            if {path.name for path in self.path.iterdir()} <= {"lock"}:  # nothing came of the run
+                shutil.rmtree(self.path)
 
     def check_free(self) -> None:
         """Refuse, by a RecipeError, to start a run where there is one."""
@@ -128,14 +122,11 @@ class RunFolder:
     def create(self, recipe: Recipe, problems: dict[str, str]) -> None:
         """Write config.json, with which a run begins; `problems` are hashes. RecipeError: there is a run."""
         self.check_free()
-        self.path.mkdir(parents=True, exist_ok=True)
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions["platform"] = platform.platform()
         config = {"recipe": to_dict(recipe), "problems": problems}
         config |= {"versions": versions, "git_revision": git_revision()}
-        temporary = self.path / "config.partial"
-        temporary.write_text(json.dumps(config, indent=2) + "\n")
-        temporary.replace(self.path / "config.json")
+        write_whole(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Refuse to resume under a recipe that differs from the run's in more than `FREE_ON_RESUME`."""
@@ -154,16 +145,12 @@ class RunFolder:
         started = read_json(self.path / "config.json").get("problems")
         if started != problems:
             advice = "give it those, or start a new run"
-            raise RecipeError(
-                f"{self.path} was started with other problems ({started}, not {problems}): {advice}"
-            )
+            raise RecipeError(f"{self.path} was started with other problems ({started}): {advice}")
 
     def rewind(self, step: int) -> None:
         """Delete metrics and rollouts of the steps after `step`, which a resumed run writes again."""
-        lines = [line for line, row in self._lines() if row["step"] <= step]
-        temporary = self.metrics_path.with_suffix(".partial")
-        temporary.write_text("".join(line + "\n" for line in lines))
-        temporary.replace(self.metrics_path)
+        lines = [line + "\n" for line, row in self._lines() if row["step"] <= step]
+        write_whole(self.metrics_path, "".join(lines))
         for path in self.rollout_files():
             if step_of(path) > step:
                 path.unlink()
@@ -200,19 +187,11 @@ class RunFolder:
         with open(path, "w", encoding="utf-8") as file:
             for number, group in enumerate(groups):
                 for rollout, advantage in zip(group, advantages[number].tolist(), strict=True):
-                    row = {
-                        "stage": stage,
-                        "group": number,
-                        **rollout.problem.row(),
-                        "outcome": rollout.score.outcome,
-                        "reward": rollout.score.reward,
-                        "advantage": round(advantage, 4),
-                        "finished": rollout.completion.finished,
-                        "tokens": len(rollout.completion.token_ids),
-                        "completion": rollout.text,
-                        "token_ids": rollout.completion.token_ids,
-                        "logprobs": [round(logprob, 3) for logprob in rollout.completion.logprobs],
-                    }
+                    ids, logprobs = rollout.completion.token_ids, rollout.completion.logprobs
+                    row = {"stage": stage, "group": number} | rollout.problem.row() | asdict(rollout.score)
+                    row |= {"advantage": round(advantage, 4), "finished": rollout.completion.finished}
+                    row |= {"tokens": len(ids), "completion": rollout.text, "token_ids": ids}
+                    row["logprobs"] = [round(logprob, 3) for logprob in logprobs]
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def rollout_files(self) -> list[Path]:
@@ -226,6 +205,13 @@ class RunFolder:
                 if row["stage"] == stage and row["outcome"] == "correct" and row["finished"]:
                     traces.append(Trace(task.problem(row), row["completion"], step_of(path)))
         return traces
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file at once, so that a kill leaves the old content or the new."""
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def step_of(path: Path) -> int:

@@ -75,11 +75,11 @@ class LiveScreen(Screen):
         self.live = Live(console=console, get_renderable=self.draw, transient=True, refresh_per_second=4)
 
     def __enter__(self):
-        self.live.__enter__()
+        self.live.start()
         return self
 
     def __exit__(self, *error):
-        self.live.__exit__(*error)
+        self.live.stop()
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,6 +1,5 @@
 """What a run needs before its first step: where it stands, its model, and whether it fits into memory."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from lab.runfolder import RunFolder
 from lab.sharding import shard
 from model import Qwen3, Tokenizer, add_adapters, load_model, prompt_ids
 from model.memory import free_memory
-from rl.distributed import any_rank, broadcast, is_main, world_size
+from rl.distributed import broadcast, is_main, world_size
 
 
 def find_state(recipe: Recipe, run: RunFolder, resume: bool, screen) -> tuple[TrainState, Path | None]:
@@ -53,9 +52,6 @@ def set_up(
     work = work_of(recipe, longest, world_size())
     plan = plan_memory(model, recipe.optimizer, work, free, process)
     check_plan(plan, free)
-    if sharding := model.sharding:
-        full = {"auto": plan.whole_copy > 0, "whole": True, "layers": False}[recipe.parallel.sampling]
-        model.sharding = replace(sharding, full_to_sample=not any_rank(not full))
     memory = f"memory    {gb(plan.peak - process)} of {gb(free)} free: {plan}"
     return model, tokenizer, problems, held_out, plan.micro_batch_tokens, memory
 

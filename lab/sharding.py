@@ -4,12 +4,9 @@ A layer is gathered for its forward and its backward, and freed in between (ZeRO
 are float32, computation is in the model's dtype. Embedding, last norm and output head are full on each rank.
 """
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from model import Qwen3
@@ -18,46 +15,25 @@ from rl.distributed import PIECE, is_sharded, local, world_size
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a model is sharded.
+    dtype: torch.dtype  # of the computation
 
-    Attributes:
-        dtype: of the computation.
-        full_to_sample: gather all layers once a rollout phase; else each layer for every token.
-    """
-
-    dtype: torch.dtype
-    full_to_sample: bool = True
-
-    @contextlib.contextmanager
-    def sampling(self, model: Qwen3) -> Iterator[Qwen3]:
-        """Gives the model to sample from in the block, where ranks take different numbers of decoding steps.
-
-        This is a full copy, dropped afterwards. Where it does not fit, it is `model` itself: all-gathers are
-        collective, so ranks tell each other of every forward, and ranks that finish early run dummy forwards.
-        """
-        if self.full_to_sample:
-            yield full_model(model)
-            return
-        hook = model.model.register_forward_pre_hook(announce_forward)
-        try:
-            yield model
-        finally:
-            hook.remove()
-        token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-        with torch.inference_mode():
-            while any_sampling(False):
-                model.model(token)
-
-
-def announce_forward(*_) -> None:
-    any_sampling(True)
-
-
-def any_sampling(busy: bool) -> bool:
-    """Whether any rank is still sampling; a collective call."""
-    count = torch.tensor(float(busy))
-    dist.all_reduce(count)
-    return bool(count)
+    @torch.no_grad()
+    def full_model(self, model: Qwen3, keep: bool = True) -> Qwen3 | None:
+        """A full copy of a sharded model, or None without `keep`. A collective call."""
+        state = {}
+        for name, tensor in model.state_dict().items():
+            tensor = tensor.to(model.dtype).full_tensor() if is_sharded(tensor) else tensor
+            if keep:
+                state[name] = tensor
+        if not keep:
+            return None
+        with torch.device("meta"):
+            full = Qwen3(model.config)
+        full.load_state_dict(state, assign=True)
+        if model.config.tie_word_embeddings:
+            full.lm_head.weight = full.model.embed_tokens.weight
+        full.num_tokens = model.num_tokens
+        return full
 
 
 def shard(model: Qwen3, device: torch.device) -> Qwen3:
@@ -91,27 +67,6 @@ def round_to_saved(model: Qwen3) -> None:
     if sharding := model.sharding:
         for parameter in filter(is_sharded, model.parameters()):
             local(parameter).copy_(local(parameter).to(sharding.dtype))
-
-
-@torch.no_grad()
-def full_model(model: Qwen3, keep: bool = True) -> Qwen3 | None:
-    """A full copy of a sharded model, or None without `keep`; other models as they are. A collective call."""
-    if model.sharding is None:
-        return model
-    state = {}
-    for name, tensor in model.state_dict().items():
-        tensor = tensor.to(model.dtype).full_tensor() if is_sharded(tensor) else tensor
-        if keep:
-            state[name] = tensor
-    if not keep:
-        return None
-    with torch.device("meta"):
-        full = Qwen3(model.config)
-    full.load_state_dict(state, assign=True)
-    if model.config.tie_word_embeddings:
-        full.lm_head.weight = full.model.embed_tokens.weight
-    full.num_tokens = model.num_tokens
-    return full
 
 
 def full_pieces(pieces: list[Tensor], like: Tensor) -> list[Tensor]:

@@ -11,7 +11,7 @@ from data.task import Problem, without_think
 from data.traces import Trace, curate, load_traces, save_traces
 from lab.checkpoint import TrainState, load_optimizer, prune_checkpoints, save_checkpoint, state_tensors
 from lab.device import peak_memory, processes, restarted
-from lab.errors import Stop, Stopped, stoppable
+from lab.errors import Stopped, stoppable
 from lab.evaluate import EVALUATION_SEED, evaluate
 from lab.plots import paper_points, write_curve
 from lab.recipe import Recipe, RecipeError, to_dict
@@ -19,15 +19,15 @@ from lab.report import write_report
 from lab.runfolder import RunFolder, WandB
 from lab.screen import Screen, describe_run, final_line, pick_screen
 from lab.setup import find_state, set_up, stage_start_model
-from lab.sharding import full_model, round_to_saved
+from lab.sharding import round_to_saved
 from model import Qwen3, Tokenizer, prompt_ids
 from model.sampler import Cancelled
 from rl.batch import Sample
-from rl.distributed import all_values, any_rank, broadcast, is_main, share, world_size
+from rl.distributed import all_values, any_rank, broadcast, full_model, is_main, share, world_size
 from rl.grpo import GRPOStage, grpo_step
 from rl.metrics import rollout_metrics
 from rl.optimizer import Optimizer
-from rl.sft import SFTStage, sft_schedule, sft_step
+from rl.sft import sft_schedule, sft_step
 
 MAX_SKIPPED_UPDATES = 5  # in a row, then the run ends
 SKIPPED = (
@@ -59,7 +59,64 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
         screen.history(run.metrics())
         if wandb and is_main():
             run.trackers.append(WandB(run.path, to_dict(recipe)))
+        stop = stack.enter_context(stoppable(is_main()))
         evaluation = partial(evaluate_now, model, tokenizer, recipe, held_out, screen)
+
+        def record(row: dict, steps: int) -> None:
+            """Log and show the metrics of a step, one of the `steps` of its stage."""
+            if is_main():
+                run.log(row)
+                screen.step(row, len(recipe.stages), state.stage_step, steps)
+                if "eval_accuracy" in row:
+                    write_curve(run, paper_points(recipe))
+
+        def save(optimizer: Optimizer | None) -> None:
+            """Save a checkpoint. Rank 0 writes; the others wait, and give their part of a sharded model."""
+            full = full_model(model, keep=is_main())
+            if is_main():
+                folder = run.path / "checkpoints" / f"step_{state.step:04d}"
+                save_checkpoint(folder, full, tokenizer, optimizer, state, recipe)
+                rows = [row for row in run.metrics() if "eval_accuracy" in row]
+                accuracies = {row["step"]: row["eval_accuracy"] for row in rows}
+                prune_checkpoints(run.path, recipe.keep_checkpoints, accuracies)
+            elif model.sharding and optimizer:
+                for _ in state_tensors(optimizer, model.dtype):  # collective: rank 0 saves them
+                    pass
+            broadcast(None)
+
+        def take_grpo_step() -> dict:
+            """A GRPO step on the next problems; its rollouts go to the screen and into the run's folder."""
+            count = stage.prompts_per_step
+            chosen = endless_problems(problems, recipe.seed, state.problems_seen, count)
+            # A step that has only sampled can be dropped, unless other ranks would wait for this one.
+            cancel = stop.requested if world_size() == 1 else None
+            options = {
+                "settings": stage,
+                "sampling": recipe.sampling,
+                "reward": recipe.reward,
+                "cancel": cancel,
+            }
+            options |= {"learning_rate": learning_rate_at(stage, state.stage_step), "reference": reference}
+            options["seed"] = 1000 * recipe.seed + state.step
+            with screen.sampling("rollout", len(share(chosen)) * stage.samples_per_prompt) as show:
+                step = (model, tokenizer, optimizer, recipe.task, chosen)
+                groups, advantages, metrics = grpo_step(*step, **options, on_progress=show)
+            state.problems_seen += count
+            state.see(chosen)
+            screen.rollouts(groups)
+            if is_main():
+                run.save_rollouts(state.step + 1, state.stage, groups, advantages)
+            metrics |= rollout_metrics(groups) | {"micro_batch_tokens": optimizer.micro_batch_tokens}
+            if optimizer.updated_fraction is not None:
+                metrics["weights_moved"] = optimizer.updated_fraction
+            return metrics | {"tokens_per_second": metrics["tokens"] / metrics["rollout_seconds"]}
+
+        def take_sft_step() -> dict:
+            """One step of the schedule, at a learning rate that falls linearly to zero."""
+            start = time.perf_counter()
+            learning_rate = stage.learning_rate * (1 - state.stage_step / len(schedule))
+            metrics = sft_step(model, optimizer, schedule[state.stage_step], learning_rate)
+            return metrics | {"lr": learning_rate, "update_seconds": time.perf_counter() - start}
 
         # 2. Accuracy before any step. Only now does the folder hold a run: a failed start is not in the way.
         if not broadcast(resume and bool(run.metrics())):
@@ -67,27 +124,24 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
             row = {"stage": 0, "kind": kind, "step": 0, "grpo_steps": 0} | evaluation(not recipe.stages)
             if is_main() and not resume:
                 run.create(recipe, state.problems)
-            record(run, screen, recipe, row, 0, 0)
+            record(row, 0)
 
         # 3. The stages, each with a new optimizer.
-        stop = stack.enter_context(stoppable(is_main()))
         while state.stage < len(recipe.stages):
             stage = recipe.stages[state.stage]
+            is_last = state.stage == len(recipe.stages) - 1
             round_to_saved(model)
             optimizer = Optimizer(model, recipe.optimizer, micro_batch_tokens)
             if checkpoint is not None and state.stage_step > 0:
                 load_optimizer(checkpoint, optimizer)
-            checkpoint = None
-            save = partial(save_now, run, model, tokenizer, recipe, state)
+            checkpoint = reference = None
             if stage.kind == "grpo":
-                steps = stage.steps
-                reference = stage_start_model(model, recipe, run, state) if stage.kl_coef else None
-                models = (model, tokenizer, optimizer, reference)
-                step = partial(take_grpo_step, *models, recipe, state, problems, run, screen, stop)
+                steps, take_step = stage.steps, take_grpo_step
+                if stage.kl_coef:
+                    reference = stage_start_model(model, recipe, run, state)
             else:
                 schedule = sft_batches(tokenizer, recipe, run, screen, state, held_out)
-                steps = len(schedule)
-                step = partial(take_sft_step, model, optimizer, stage, state, schedule)
+                steps, take_step = len(schedule), take_sft_step
             while state.stage_step < steps:
                 if any_rank(stop.requested.is_set()):
                     save(optimizer if state.stage_step else None)
@@ -95,7 +149,7 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                     advice = "go on with the same command and --resume."
                     raise Stopped(f"Saved after step {state.step}; {advice}", number)
                 try:
-                    metrics = step()
+                    metrics = take_step()
                 except Cancelled:
                     continue
                 state.step += 1
@@ -103,36 +157,21 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                 state.grpo_steps += stage.kind == "grpo"
                 row = {"stage": state.stage, "kind": stage.kind, "step": state.step} | metrics
                 row |= {"grpo_steps": state.grpo_steps, "peak_memory_bytes": peak_memory(model.device)}
-                last = state.stage_step == steps
-                if last or state.stage_step % recipe.evaluation.every == 0:
-                    row |= evaluation(last and state.stage == len(recipe.stages) - 1)
-                record(run, screen, recipe, row, state.stage_step, steps)
+                ends = state.stage_step == steps
+                if ends or state.stage_step % recipe.evaluation.every == 0:
+                    row |= evaluation(ends and is_last)
+                record(row, steps)
                 if optimizer.skipped_in_a_row >= MAX_SKIPPED_UPDATES:
                     raise RecipeError(f"{optimizer.skipped_in_a_row} {SKIPPED}")
-                if not last and state.stage_step % recipe.checkpoint_every == 0:
+                if not ends and state.stage_step % recipe.checkpoint_every == 0:
                     save(optimizer)
-            if not steps and state.stage == len(recipe.stages) - 1:  # no step has made the last evaluation
-                row = {"stage": state.stage, "kind": stage.kind, "step": state.step}
-                row |= {"grpo_steps": state.grpo_steps} | evaluation(True)
-                if is_main():
-                    run.log(row)
-            if not steps and state.stage == len(recipe.stages) - 1:  # no step has made the last evaluation
-                row = {"stage": state.stage, "kind": stage.kind, "step": state.step}
-                row |= {"grpo_steps": state.grpo_steps} | evaluation(True)
-                if is_main():
-                    run.log(row)
-            if not steps and state.stage == len(recipe.stages) - 1:  # no step has made the last evaluation
-                row = {"stage": state.stage, "kind": stage.kind, "step": state.step}
-                row |= {"grpo_steps": state.grpo_steps} | evaluation(True)
-                if is_main():
-                    run.log(row)
-            if not steps and state.stage == len(recipe.stages) - 1:  # no step has made the last evaluation
+            if not steps and is_last:  # an SFT stage without traces: no step has evaluated
                 row = {"stage": state.stage, "kind": stage.kind, "step": state.step}
                 row |= {"grpo_steps": state.grpo_steps} | evaluation(True)
                 if is_main():
                     run.log(row)
             micro_batch_tokens = optimizer.micro_batch_tokens
-            del optimizer, step  # frees their memory before the next stage takes its own
+            del optimizer, reference  # frees their memory before the next stage takes its own
             state.stage += 1
             state.stage_step = 0
             save(None)
@@ -147,66 +186,11 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
             screen.say(f"done: {run.path}/curve.md and curve.png; to look into it, open {report}")
 
 
-def take_grpo_step(
-    model: Qwen3,
-    tokenizer: Tokenizer,
-    optimizer: Optimizer,
-    reference: Qwen3 | None,
-    recipe: Recipe,
-    state: TrainState,
-    problems: list[Problem],
-    run: RunFolder,
-    screen: Screen,
-    stop: Stop,
-) -> dict:
-    """The next problems, a GRPO step on them, and their rollouts on the screen and in the run's folder."""
-    stage = recipe.stages[state.stage]
-    count = stage.prompts_per_step
-    chosen = endless_problems(problems, recipe.seed, state.problems_seen, count)
-    # A step that has only sampled can be dropped, unless other ranks would wait for this one.
-    cancel = stop.requested if world_size() == 1 else None
-    with screen.sampling("rollout", len(share(chosen)) * stage.samples_per_prompt) as show:
-        groups, advantages, metrics = grpo_step(
-            model,
-            tokenizer,
-            optimizer,
-            recipe.task,
-            chosen,
-            settings=stage,
-            sampling=recipe.sampling,
-            reward=recipe.reward,
-            learning_rate=learning_rate_at(stage, state.stage_step),
-            seed=1000 * recipe.seed + state.step,
-            reference=reference,
-            on_progress=show,
-            cancel=cancel,
-        )
-    state.problems_seen += count
-    state.see(chosen)
-    screen.rollouts(groups)
-    if is_main():
-        run.save_rollouts(state.step + 1, state.stage, groups, advantages)
-    metrics |= rollout_metrics(groups) | {"micro_batch_tokens": optimizer.micro_batch_tokens}
-    if optimizer.updated_fraction is not None:
-        metrics["weights_moved"] = optimizer.updated_fraction
-    return metrics | {"tokens_per_second": metrics["tokens"] / metrics["rollout_seconds"]}
-
-
 def learning_rate_at(stage: GRPOStage, step: int) -> float:
     """The learning rate of step 0, 1, ... of a stage: a linear rise, and a linear fall over all of it."""
     rise = min(1.0, (step + 1) / max(1, stage.warmup_steps))
     fall = 1 - (1 - stage.end_rate) * step / max(1, stage.steps - 1)
     return stage.learning_rate * rise * fall
-
-
-def take_sft_step(
-    model: Qwen3, optimizer: Optimizer, stage: SFTStage, state: TrainState, schedule: list[list[Sample]]
-) -> dict:
-    """One step of the schedule, at a learning rate that falls linearly to zero."""
-    start = time.perf_counter()
-    learning_rate = stage.learning_rate * (1 - state.stage_step / len(schedule))
-    metrics = sft_step(model, optimizer, schedule[state.stage_step], learning_rate)
-    return metrics | {"lr": learning_rate, "update_seconds": time.perf_counter() - start}
 
 
 def sft_batches(
@@ -280,33 +264,3 @@ def evaluate_now(
             metrics["eval_completion_length"] = result.completion_length
             metrics["eval_seconds"] = time.perf_counter() - start
     return metrics
-
-
-def record(run: RunFolder, screen: Screen, recipe: Recipe, row: dict, done: int, steps: int) -> None:
-    """Log and show the metrics of a step, number `done` of the `steps` of its stage."""
-    if is_main():
-        run.log(row)
-        screen.step(row, len(recipe.stages), done, steps)
-        if "eval_accuracy" in row:
-            write_curve(run, paper_points(recipe))
-
-
-def save_now(
-    run: RunFolder,
-    model: Qwen3,
-    tokenizer: Tokenizer,
-    recipe: Recipe,
-    state: TrainState,
-    optimizer: Optimizer | None,
-) -> None:
-    """Save a checkpoint. Rank 0 writes; the others wait, and give their part of a sharded model."""
-    full = full_model(model, keep=is_main())
-    if is_main():
-        folder = run.path / "checkpoints" / f"step_{state.step:04d}"
-        save_checkpoint(folder, full, tokenizer, optimizer, state, recipe)
-        accuracies = {row["step"]: row["eval_accuracy"] for row in run.metrics() if "eval_accuracy" in row}
-        prune_checkpoints(run.path, recipe.keep_checkpoints, accuracies)
-    elif model.sharding and optimizer:
-        for _ in state_tensors(optimizer, model.dtype):  # collective: rank 0 saves them
-            pass
-    broadcast(None)

@@ -33,14 +33,12 @@ class Qwen3Config:
         for field in fields(self):
             value = getattr(self, field.name)
             largest = 4096 if field.name in UP_TO_4096 else 2**24
-            expected = None
-            if field.type is int and (type(value) is not int or not 1 <= value <= largest):
-                expected = f"a whole number, 1 to {largest}"
-            if field.type is float and (type(value) not in (int, float) or not 0 < value < float("inf")):
-                expected = "a positive number"
-            if field.type is bool and type(value) is not bool:
-                expected = "true or false"
-            if expected:
+            expected, is_allowed = {
+                int: (f"a whole number, 1 to {largest}", type(value) is int and 1 <= value <= largest),
+                float: ("a positive number", type(value) in (int, float) and 0 < value < float("inf")),
+                bool: ("true or false", type(value) is bool),
+            }[field.type]
+            if not is_allowed:
                 raise ModelError(f"config: {field.name} must be {expected}, not {value!r:.60}")
         if self.num_attention_heads % self.num_key_value_heads:
             heads = f"num_attention_heads {self.num_attention_heads}"

@@ -80,10 +80,8 @@ def add_adapters(model: Qwen3, rank: int, alpha: float, int8: bool, seed: int = 
     else. The same base and seed give the same bits. ValueError: rank or alpha is not positive, or the model
     has adapters already.
     """
-    if not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank must be a positive integer, not {rank!r}")
-    if not 0 < alpha < float("inf"):
-        raise ValueError(f"alpha must be a positive number, not {alpha!r}")
+    if rank < 1 or not 0 < alpha < float("inf"):
+        raise ValueError(f"rank and alpha must be positive, not {rank} and {alpha}")
     if any(adapters(model)):
         raise ValueError("the model has adapters already")
     generator = torch.Generator().manual_seed(seed)
@@ -117,12 +115,9 @@ def load_adapter_state(model: Qwen3, tensors: dict[str, Tensor]) -> None:
     """Copy what `adapter_state` returned into the adapters. ModelError, nothing changed: it does not fit."""
     own = adapter_state(model)
     for name in own | tensors:
-        if name not in own:
-            raise ModelError(f"unexpected adapter {name}")
-        if name not in tensors:
-            raise ModelError(f"adapter {name} missing")
-        if tensors[name].shape != own[name].shape:
-            raise ModelError(f"adapter {name} is {list(tensors[name].shape)}, not {list(own[name].shape)}")
+        shapes = [list(state[name].shape) if name in state else None for state in (tensors, own)]
+        if shapes[0] != shapes[1]:
+            raise ModelError(f"adapter {name} is {shapes[0]}, not {shapes[1]}")
     for name, matrix in own.items():
         matrix.copy_(tensors[name])
 

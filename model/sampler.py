@@ -167,7 +167,7 @@ def generate(
 
     Raises ValueError for an argument out of its range, ModelError if there is no room for one completion.
     """
-    check_arguments(model, prompts, num_samples, max_new_tokens, temperature, top_k, top_p)
+    check_arguments(model.config.vocab_size, prompts, num_samples, max_new_tokens, temperature, top_k, top_p)
     uniforms = random_streams(prompts, num_samples, max_new_tokens, seed, only)
     prompts = prompts[only]
     stops = torch.tensor(list(stop_token_ids), dtype=torch.int64, device=model.device)
@@ -190,16 +190,12 @@ def generate(
     return groups
 
 
-def check_arguments(model, prompts, num_samples, max_new_tokens, temperature, top_k, top_p) -> None:
+def check_arguments(vocab: int, prompts, num_samples, max_new_tokens, temperature, top_k, top_p) -> None:
     """Raise ValueError for an argument out of its range."""
-    for name, value in dict(num_samples=num_samples, max_new_tokens=max_new_tokens, top_k=top_k).items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
-    vocab = model.config.vocab_size
+    if min(num_samples, max_new_tokens, top_k or 1) < 1 or top_k == 0:
+        raise ValueError("num_samples, max_new_tokens and top_k must be at least 1")
+    if not 0 <= temperature < float("inf") or not 0 < (1 if top_p is None else top_p) <= 1:
+        raise ValueError(f"temperature must be 0 or more, top_p in (0, 1], not {temperature} and {top_p}")
     for prompt in prompts:
         if not prompt or max(prompt) >= vocab or min(prompt) < 0:
             raise ValueError(f"a prompt needs at least one id, all of them in [0, {vocab}), not {prompt[:8]}")

@@ -3,7 +3,6 @@
 All ranks make the same decisions, so results depend on their number only by the order of adding gradients.
 """
 
-import contextlib
 from collections import Counter
 from collections.abc import Iterable
 
@@ -99,6 +98,6 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def sampling_model(model: nn.Module) -> contextlib.AbstractContextManager:
-    """Gives the model to sample from: `model`, or what `lab.sharding` provides for a sharded one."""
-    return model.sharding.sampling(model) if model.sharding else contextlib.nullcontext(model)
+def full_model(model: nn.Module, keep: bool = True) -> nn.Module | None:
+    """`model`, or a full copy of a sharded one (see `lab.sharding`), None without `keep`; collective."""
+    return model.sharding.full_model(model, keep) if model.sharding else model

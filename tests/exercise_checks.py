@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from helpers import PROBLEM
 
 import lab.stages
 from data import Countdown, Problem, score
@@ -25,8 +26,6 @@ from rl.advantage import group_advantages
 from rl.grpo import GRPOStage
 from rl.reward import RewardSettings, reward_for
 from rl.rollout import SamplingSettings, collect_rollouts
-
-PROBLEM = Problem((79, 60, 17), 36)
 
 
 def shrunk(recipe: Recipe, out: str, sampling: dict | None = None, **stage_changes) -> Recipe:
@@ -50,7 +49,7 @@ def run(recipe: Recipe, resume: bool = False) -> list[dict]:
 
 
 def small(recipe: Recipe, stages: int = 1, **changes) -> list[dict]:
-    """What came of the first `stages` of a recipe, shrunk; the first row is from before any step."""
+    """The metrics of the first `stages` of a recipe, shrunk; the first row is from before any step."""
     with tempfile.TemporaryDirectory() as folder:
         return run(shrunk(replace(recipe, stages=recipe.stages[:stages]), folder, **changes))
 
@@ -68,19 +67,21 @@ def length_bonus() -> None:
     model, tokenizer = load_model("tiny")
     task = Countdown(max_number=20, max_target=50)
     options = {"sampling": SamplingSettings(max_new_tokens=96), "num_samples": 16, "seed": 0}
-    plain, bonus = [], []
-    for bonuses, rollouts in ((0.0, plain), (0.4, bonus)):
-        reward = RewardSettings(length_bonus=bonuses)
-        for group in collect_rollouts(model, tokenizer, task, task.generate(6, 0), reward=reward, **options):
-            rollouts += group
+
+    def rollouts(bonus: float) -> list:
+        reward = RewardSettings(length_bonus=bonus)
+        groups = collect_rollouts(model, tokenizer, task, task.generate(6, 0), reward=reward, **options)
+        return [rollout for group in groups for rollout in group]
+
+    plain = rollouts(0.0)
     longest = max(len(rollout.completion.token_ids) for rollout in plain)
-    gains = {}
-    for a, b in zip(plain, bonus, strict=True):
+    gains = []
+    for a, b in zip(plain, rollouts(0.4), strict=True):
         right = a.score.outcome == "correct"
-        gains.setdefault(right, []).append(b.score.reward - a.score.reward)
+        gains.append(b.score.reward - a.score.reward)
         expected = 0.4 * (1 - len(a.completion.token_ids) / longest) if right else 0.0
-        assert a.score.outcome == b.score.outcome and abs(gains[right][-1] - expected) < 1e-9
-    assert max(gains[True]) > 0.1, "correct completions of several lengths"
+        assert a.score.outcome == b.score.outcome and abs(gains[-1] - expected) < 1e-9
+    assert max(gains) > 0.1, "correct completions of several lengths"
 
 
 def kl() -> None:
@@ -135,11 +136,8 @@ def sorting() -> None:
     from data.sorting import Sorting, Unsorted
 
     task, problem = Sorting(), Unsorted((7, 3, 12))
-    verdicts = {
-        text: task.score(f"</think><answer>{text}</answer>", problem).outcome
-        for text in ("3, 7, 12", "3 7 12", "7, 3, 12", "x")
-    }
-    assert list(verdicts.values()) == ["correct", "correct", "wrong", "wrong"]
+    for text, outcome in (("3, 7, 12", "correct"), ("3 7 12", "correct"), ("7, 3, 12", "wrong"), ("x", "wrong")):
+        assert task.score(f"</think><answer>{text}</answer>", problem).outcome == outcome, text
     assert task.problem(problem.row()) == problem and task.solution(problem) == "3, 7, 12"
     assert task.parse_input("7 3,12") == problem and problem.key == Unsorted((12, 7, 3)).key
     problems = task.generate(300, seed=1)

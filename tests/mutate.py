@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 TESTS = Path(__file__).parent
@@ -25,20 +24,21 @@ import transformers  # noqa: F401
 import tyro
 
 WATCHED = {
-    "data/countdown.py": ["test_reward.py", "test_countdown.py"],
+    "data/countdown.py": ["test_reward.py", "test_countdown.py", "test_load.py", "test_play.py"],
     "data/task.py": ["test_reward.py", "test_countdown.py", "test_calculus.py", "test_gsm8k.py"],
     "rl/reward.py": ["test_drift.py"],
     "rl/advantage.py": ["test_advantage.py"],
     "rl/loss.py": ["test_loss.py", "test_grpo.py"],
 }
 NEAR = "return Score(float(max(Fraction(3, 10), Fraction(4, 5) - distance / 20)), 'near')"
+THINK = "return text.partition('<think>')[2] if text.lstrip(BLANKS).startswith('<think>') else text"
 LINE = "line = text.rstrip(BLANKS).rpartition('\\n')[2]"
 EQUIVALENT = {  # mutant -> why no test can, or need, see it
     "@dataclass(frozen=True)  ->  @dataclass()": "nothing changes a Score; frozen says so",
     "@dataclass(frozen=True)  ->  @dataclass(frozen=False)": "the same",
     f"{NEAR}  ->  {NEAR.replace('(3, 10)', '(2, 10)')}": "the line falls to 0.3 just where near ends: the floor is never above it",
     NEAR + "  ->  " + NEAR.replace("(3, 10)", "(3, 11)"): "the same",
-    "if not thinking and text.lstrip(BLANKS).startswith('<think>'):  ->  if not thinking and text.strip(BLANKS).startswith('<think>'):": "only the beginning is looked at",
+    THINK + "  ->  " + THINK.replace("lstrip", "strip"): "only the beginning is looked at",
     "before, _, rest = text.partition('<answer>')  ->  before, _, rest = text.rpartition('<answer>')": "there is exactly one",
     "content, closed, _ = rest.partition('</answer>')  ->  content, closed, _ = rest.rpartition('</answer>')": "there is one at most",
     LINE + "  ->  " + LINE.replace("rstrip", "strip"): "blanks before the first line's arithmetic change nothing",
@@ -57,20 +57,9 @@ NAMES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """Run the tests against mutants."""
-
-    modules: tyro.conf.Positional[tuple[str, ...]] = tuple(WATCHED)
-    """Files to mutate."""
-    processes: int = 2
-    """Mutants at once."""
-    seconds: int = 120
-    """A mutant that takes longer hangs, which counts as noticed."""
-
-
 def mutants(source: str) -> Iterator[tuple[str, str]]:
-    """(what was changed, changed source), for each single change."""
+    """(what was changed, changed source): first nothing, then each single change."""
+    yield NOTHING, source
     tree = ast.parse(source)
     for number, node in enumerate(walk(tree)):
         for change in changes(node):
@@ -94,10 +83,8 @@ def walk(node: ast.AST) -> list[ast.AST]:
 
 def statement_of(tree: ast.AST, node: ast.AST) -> ast.AST:
     """The innermost statement around a node."""
-    around = [
-        other for other in ast.walk(tree) if isinstance(other, ast.stmt) and any(part is node for part in ast.walk(other))
-    ]
-    return min(around, key=lambda other: sum(1 for _ in ast.walk(other)))
+    statements = [other for other in ast.walk(tree) if isinstance(other, ast.stmt)]
+    return [other for other in statements if any(part is node for part in ast.walk(other))][-1]
 
 
 def changes(node: ast.AST) -> Iterator:
@@ -106,12 +93,9 @@ def changes(node: ast.AST) -> Iterator:
     def setter(name, value):
         return lambda copied: setattr(copied, name, value)
 
-    def swap_first(new):
-        return lambda copied: copied.ops.__setitem__(0, new())
-
     if isinstance(node, ast.Compare):
         for new in SWAPS.get(type(node.ops[0]), ()):
-            yield swap_first(new)
+            yield setter("ops", [new(), *node.ops[1:]])
     elif isinstance(node, (ast.BoolOp, ast.BinOp)):
         for new in SWAPS.get(type(node.op), ()):
             yield setter("op", new())
@@ -162,20 +146,24 @@ def judge(path: str, source: str, seconds: int) -> None:
     sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(str(TESTS / name) for name in WATCHED[path])]))
 
 
-def main(arguments: Arguments) -> None:
+def main(modules: tyro.conf.Positional[tuple[str, ...]] = tuple(WATCHED), processes: int = 2, seconds: int = 120) -> None:
+    """Run the tests against mutants.
+
+    Args:
+        modules: files to mutate.
+        processes: mutants at once.
+        seconds: a mutant that takes longer hangs, which counts as noticed.
+    """
     os.chdir(ROOT)
-    jobs = []
-    for path in arguments.modules:
-        source = (ROOT / path).read_text()
-        jobs += [(path, what, changed) for what, changed in [(NOTHING, source), *mutants(source)]]
-    count = len(jobs) - len(arguments.modules)
+    jobs = [(path, what, source) for path in modules for what, source in mutants((ROOT / path).read_text())]
+    count = len(jobs) - len(modules)
     fork = multiprocessing.get_context("fork")
     running: dict = {}
     survivors = []
     while jobs or running:
-        while jobs and len(running) < arguments.processes:
+        while jobs and len(running) < processes:
             path, what, source = jobs.pop(0)
-            process = fork.Process(target=judge, args=(path, source, arguments.seconds))
+            process = fork.Process(target=judge, args=(path, source, seconds))
             process.start()
             running[process] = path, what
         multiprocessing.connection.wait([process.sentinel for process in running])
@@ -192,4 +180,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    tyro.cli(main)

@@ -22,9 +22,7 @@ SHAPES = {
     "every_head_its_own": dict(num_attention_heads=3, num_key_value_heads=3, head_dim=10, rms_norm_eps=0.05),
     "heads_fill_hidden": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=10, hidden_size=40),
     "one_layer": dict(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, head_dim=2, rope_theta=50.0),
-    "wide_heads_tied": dict(
-        hidden_size=24, num_attention_heads=8, num_key_value_heads=4, head_dim=32, tie_word_embeddings=True
-    ),
+    "wide_heads": dict(hidden_size=24, num_attention_heads=8, num_key_value_heads=4, head_dim=32, tie_word_embeddings=True),
 }
 
 

@@ -10,19 +10,15 @@ import time
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 import tyro
 
-from lab.runfolder import RunFolder
-
+ROOT = Path(__file__).parent.parent
 PARTS = 10
 OFTEN = ["--evaluation.every", "20", "--checkpoint-every", "5"]  # of 2,000 steps: 100 plots, 400 checkpoints
 
 
 def watch(steps: int, run: Path) -> list[tuple[int, int, int]]:
-    """(step, resident bytes, open files) about twice a second of a run in a process of its own."""
+    """(step, resident bytes, open files), twice a second, of a run in a process of its own."""
     command = [sys.executable, "train.py", "smoke", "--plain", "--out", str(run), "--stages.0.steps", str(steps), *OFTEN]
     seen = []
     with open(run.with_suffix(".log"), "w") as log:
@@ -48,18 +44,16 @@ def main(steps: int = 2000, growth: float = 0.02) -> None:
         steps: GRPO steps of the smoke recipe's first stage.
         growth: how much more memory the last tenth of the steps may take than the sixth tenth.
     """
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        run, start = Path(folder) / "run", time.perf_counter()
-        seen = watch(steps, run)
-        rows = [row for row in RunFolder(run).metrics() if row["stage"] == 0 and row["step"] > 0]
-    seconds = [row["rollout_seconds"] + row["update_seconds"] for row in rows]
-    print(f"{len(rows):,} steps in {time.perf_counter() - start:,.0f} s\n")
-    print("| steps | memory, MB | open files | s a step |\n|---|---|---|---|")
+        seen = watch(steps, Path(folder) / "run")
+    print(f"{steps:,} steps in {time.perf_counter() - start:,.0f} s\n")
+    print("| steps | memory, MB | open files |\n|---|---|---|")
     parts = []
     for low, high in ((steps * number // PARTS, steps * (number + 1) // PARTS) for number in range(PARTS)):
         part = [(memory, files) for step, memory, files in seen if low <= step < high]
         parts.append((median(memory for memory, _ in part), min(files for _, files in part)))
-        print(f"| {low:,} to {high:,} | {parts[-1][0] / 1e6:,.1f} | {parts[-1][1]} | {median(seconds[low:high]):.2f} |")
+        print(f"| {low:,} to {high:,} | {parts[-1][0] / 1e6:,.1f} | {parts[-1][1]} |")
     (before, files_before), (after, files_after) = parts[PARTS // 2], parts[-1]
     print(f"\nmemory {100 * (after / before - 1):+.2f} %, open files {files_after - files_before:+d} over the last half")
     if after > before * (1 + growth) or files_after > files_before:

@@ -8,7 +8,7 @@ import numpy.polynomial.polynomial as reference
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data import Calculus, DataError
@@ -20,12 +20,13 @@ from data.task import Score
 TASK = Calculus()
 PROBLEM = Derivative((7, 5, 0, -2, 3))  # 3x^4 - 2x^3 + 5x + 7
 RIGHT = "12x^3 - 6x^2 + 5"
+RIGHT_VALUE = (5, 0, -6, 12)
 POLYNOMIALS = st.lists(st.integers(-999_999, 999_999), min_size=1, max_size=12).map(trimmed).filter(bool)
 PROBLEMS = st.builds(Derivative, POLYNOMIALS, st.integers(1, 5))
 
 
-def answered(content: str, thoughts: str = "Let me see.") -> str:
-    return f"{thoughts}</think>\n<answer>{content}</answer>"
+def answered(content: str) -> str:
+    return f"Let me see.</think>\n<answer>{content}</answer>"
 
 
 def value_at(polynomial, x: Fraction) -> Fraction:
@@ -53,6 +54,7 @@ def test_derivatives_are_those_of_numpy(problem):
 
 
 @given(PROBLEMS)
+@example(Derivative((0,) * MAX_PROBLEM_EXPONENT + (-MAX_COEFFICIENT,), 5))  # the largest there is
 def test_the_solution_is_correct_in_any_order_and_a_neighbour_of_it_is_wrong(problem):
     assert TASK.score(answered(TASK.solution(problem)), problem) == Score(1.0, "correct")
     assert TASK.score(answered(text_of(terms_of(problem.value)[::-1])), problem) == Score(1.0, "correct")
@@ -62,30 +64,16 @@ def test_the_solution_is_correct_in_any_order_and_a_neighbour_of_it_is_wrong(pro
         assert TASK.score(answered(text_of(terms_of(tuple(neighbour)))), problem) == Score(0.1, "wrong")
 
 
-def test_the_largest_problem_there_is_can_be_answered():
-    problem = Derivative((0,) * MAX_PROBLEM_EXPONENT + (-MAX_COEFFICIENT,), 5)
-    assert TASK.score(answered(f"-{999_999 * 30 * 29 * 28 * 27 * 26}x^25"), problem).outcome == "correct"
-
-
-# Reading
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["12x^3-6x^2+5", "5 - 6x^2 + 12x^3", "+12*x^3 - 6 * x ^ 2 + 5", "\n 12x^3 - 6x^2\r\n\t+ 5 ", "6x^3 + 6 x^3 - 6x^2 + 5x^0 + x - x"],
-)  # fmt: skip
-def test_every_way_to_write_the_right_coefficients_is_correct(text):
-    assert TASK.score(answered(text), PROBLEM).outcome == "correct"
-    assert TASK.answer(answered(text), True) == (5, 0, -6, 12)
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("0", ()), ("-0", ()), ("x - x", ()), ("0x^99", ()), ("x", (0, 1)), ("-x^1", (0, -1)), ("7", (7,)), ("x^0", (1,)),
-     ("999999999999999x", (0, 999_999_999_999_999)), ("x^99", (0,) * 99 + (1,))],
+     ("999999999999999x", (0, 999_999_999_999_999)), ("x^99", (0,) * 99 + (1,)),
+     ("12x^3-6x^2+5", RIGHT_VALUE), ("5 - 6x^2 + 12x^3", RIGHT_VALUE), ("+12*x^3 - 6 * x ^ 2 + 5", RIGHT_VALUE),
+     ("\n 12x^3 - 6x^2\r\n\t+ 5 ", RIGHT_VALUE), ("6x^3 + 6 x^3 - 6x^2 + 5x^0 + x - x", RIGHT_VALUE)],
 )  # fmt: skip
 def test_polynomials_by_hand(text, expected):
-    assert parse(text) == expected
+    assert TASK.answer(answered(text), True) == parse(text) == expected
+    assert TASK.score(answered(text), PROBLEM).outcome == ("correct" if expected == RIGHT_VALUE else "wrong")
 
 
 @pytest.mark.parametrize(
@@ -114,24 +102,6 @@ def test_a_text_that_is_read_means_what_python_makes_of_it(text):
         assert eval(python, {"__builtins__": {}}, {"x": x}) == value_at(polynomial, x)
 
 
-# The verdict
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (answered(RIGHT) + " I hope this helps.<|im_end|>", Score(1.0, "correct")),
-        (answered("12x^3 - 6x^2 + 6"), Score(0.1, "wrong")),
-        (f"hm</think>{RIGHT}", Score(0.0, "malformed")),
-        (f"<answer>{RIGHT}</answer>", Score(0.0, "malformed")),
-    ],
-)
-def test_the_table_of_rewards(text, expected):
-    assert TASK.score(text, PROBLEM) == expected
-    assert (TASK.answer(text, True) is None) == (expected.outcome == "malformed")
-    assert TASK.score(f"<answer>{RIGHT}</answer>", PROBLEM, thinking=False).outcome == "correct"
-
-
 PIECES = ["\n", "<think>", "</think>", "<answer>", "</answer>", "12x^3", "-6x^2", "+5", "5", "+", "-", "x", "^", "*", "0", "²", "("]  # fmt: skip
 GROWN = st.lists(st.sampled_from(PIECES), max_size=14).map("".join)
 
@@ -142,9 +112,6 @@ def test_no_text_raises_and_only_an_equal_function_is_paid_in_full(text, thinkin
     points = [Fraction(numerator, 7) for numerator in range(-6, 9)]
     equal = claim is not None and all(value_at(claim, x) == 12 * x**3 - 6 * x**2 + 5 for x in points)
     assert (verdict.outcome == "correct") == equal
-
-
-# Problems
 
 
 @pytest.mark.parametrize(
@@ -162,23 +129,14 @@ def test_problems_as_text():
     assert str(Derivative((0, -1, 1), 2)) == "d^2/dx^2 (x^2 - x)"
     for order, times in [(1, "once"), (2, "twice"), (3, "3 times")]:
         prompt = TASK.prompt(Derivative((0, 1, -4), order))
-        assert "-4x^2 + x" in prompt and f", {times}." in prompt and "\n" not in prompt
-        assert all(tag in prompt for tag in ("<think>", "</think>", "<answer>", "</answer>"))
+        for part in ("-4x^2 + x", f", {times}.", "<think>", "</think>", "<answer>", "</answer>"):
+            assert part in prompt and "\n" not in prompt
 
 
 @given(PROBLEMS)
 def test_rows_round_trip_through_json_and_zeros_at_the_end_make_no_other_problem(problem):
     assert TASK.problem(json.loads(json.dumps(problem.row()))) == problem
-    assert TASK.problem(json.loads(Calculus.stored.example)) == PROBLEM
     assert Derivative([*problem.polynomial, 0, 0], problem.order).key == problem.key
-
-
-def test_a_parquet_file_may_have_a_column_for_the_order_or_not(tmp_path):
-    path, rows = tmp_path / "d.parquet", [{"polynomial": [1, 2, 3], "order": order} for order in (2, 1)]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    assert TASK.load(str(path)) == [Derivative((1, 2, 3), 2), Derivative((1, 2, 3), 1)]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows).drop_columns("order"), path)
-    assert TASK.load(str(path)) == [Derivative((1, 2, 3))] * 2
 
 
 def test_typed_problems():
@@ -194,12 +152,16 @@ def test_files_of_problems(tmp_path):
     problems = TASK.generate(20, seed=3)
     path.write_text("".join(json.dumps(problem.row()) + "\n" for problem in problems))
     assert TASK.load(str(path)) == problems
-    for row in ("{}", '{"polynomial": 5}', '{"polynomial": [1, null]}', '{"polynomial": [1], "order": 9}'):
-        path.write_text(f'{{"polynomial": [1, 2]}}\n{row}\n')
-        with pytest.raises(DataError, match="line 2"):
-            TASK.load(str(path))
+    path.write_text('{"polynomial": [1, 2]}\n{"polynomial": [1], "order": 9}\n')
+    with pytest.raises(DataError, match="line 2"):
+        TASK.load(str(path))
     with pytest.raises(DataError, match="no dataset on the hub"):
         TASK.load("hub")
+    path, rows = tmp_path / "d.parquet", [{"polynomial": [1, 2, 3], "order": order} for order in (2, 1)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert TASK.load(str(path)) == [Derivative((1, 2, 3), 2), Derivative((1, 2, 3), 1)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows).drop_columns("order"), path)
+    assert TASK.load(str(path)) == [Derivative((1, 2, 3))] * 2
 
 
 def test_problems_are_all_different_decided_by_the_seed_within_the_settings_and_reach_their_ends():
@@ -221,8 +183,6 @@ def test_a_request_for_more_problems_than_there_are_is_refused():
     assert set(map(str, few.generate(6, seed=0))) == six
     with pytest.raises(ValueError, match="found only 6 of 7"):
         few.generate(7, seed=0)
-    with pytest.raises(ValueError, match="count"):
-        few.generate(-1, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import Countdown, Problem, evaluate_expression, generate_problems, prompt_text, score, solve
-from data.expression import parse_expression
-from data.task import CORRECT, Task, split_answer, steps_difficulty
+from data import Countdown, Problem, generate_problems, prompt_text, score, solve
+from data.task import CORRECT, split_answer, steps_difficulty
 from lab.plots import PAPER
 
 TASK = Countdown()
@@ -33,15 +32,6 @@ def every_value(numbers, operators="+-*/", whole_steps=False) -> set[Fraction]:
     return values
 
 
-def python(code: str) -> str:
-    """What `code` prints in a fresh interpreter, where hashes of strings differ and nothing is imported yet."""
-    root = Path(__file__).parents[1]
-    return subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-
-
-# Problem
-
-
 def test_a_problem_keeps_the_order_of_its_numbers_but_its_key_does_not():
     problem = Problem([79, 60, 17], 36)
     assert problem.numbers == (79, 60, 17)
@@ -55,8 +45,8 @@ def test_a_problem_keeps_the_order_of_its_numbers_but_its_key_does_not():
     ("numbers", "target", "named"),
     [
         ((5,), 5, r"2 to 6 whole numbers, not \(5,\)"), ((1, 2, 3, 4, 5, 6, 7), 5, "2 to 6"), (None, 5, "None"), ("12", 5, "'12'"),
-        ((1, 2.0), 5, "2.0"), ((1, True), 5, "True"), ((1, "2"), 5, "'2'"), ((1, 0), 5, "not 0"), ((1, -2), 5, "-2"),
-        ((1, 2), None, "None"), ((1, 2), 0, "not 0"), ((1, 10**9), 5, "1000000000"),
+        ((1, 2.0), 5, "2.0"), ((1, True), 5, "True"), ((1, -2), 5, "-2"), ((1, 2), None, "None"), ((1, 2), 0, "not 0"),
+        ((1, 10**9), 5, "1000000000"),
     ],
 )  # fmt: skip
 def test_what_is_no_problem_is_refused_by_name(numbers, target, named):
@@ -69,9 +59,6 @@ def test_the_prompt_is_this_line():
         "Use each of the numbers 79, 60, 17 exactly once to make 36. Only + - * / and parentheses are allowed. "
         "Work it out inside <think> </think>, then put the final expression inside <answer> </answer>."
     )
-
-
-# Generator
 
 
 @pytest.mark.parametrize("wanted", [Countdown(), Countdown(1, 20, 10, 50, 1 / 3), Countdown(2, 6, 1, 12, 0.25)])
@@ -97,19 +84,22 @@ def test_the_generator_reaches_every_problem_its_settings_hold():
 def test_the_seed_decides_the_problems_and_neither_the_process_nor_the_global_random_state():
     before = random.getstate()
     problems = str(generate_problems(50, 3))
-    assert random.getstate() == before
-    assert python("from data import generate_problems; print(generate_problems(50, 3))") == problems
-    assert problems != str(generate_problems(50, 4))
+    assert random.getstate() == before and problems != str(generate_problems(50, 4))
+    code = "from data import generate_problems; print(generate_problems(50, 3))"  # in a process where hashes of strings differ
+    root = Path(__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout.strip() == problems
 
 
-def test_settings_that_hold_too_few_problems_are_an_error_and_not_an_endless_loop():
-    with pytest.raises(ValueError, match=r"found only \d+ of 1000 different problems, no more with 3 numbers.* max_number=3"):
-        generate_problems(1000, 0, Countdown(1, 3, 10, 20, 0.0))
-    with pytest.raises(ValueError, match="found only 0 of 1 different problems, no more with 4 numbers"):
-        generate_problems(1, 0, Countdown(1, 2, 5000, 5001, 1.0))
-    assert generate_problems(0, 0) == []
-    with pytest.raises(ValueError, match="-1"):
-        generate_problems(-1, 0)
+@pytest.mark.parametrize(
+    ("count", "wanted", "message"),
+    [
+        (1000, Countdown(1, 3, 10, 20, 0.0), r"only \d+ of 1000 different problems, no more with 3 numbers.* max_number=3"),
+        (1, Countdown(1, 2, 5000, 5001, 1.0), "only 0 of 1 different problems, no more with 4 numbers"),
+    ],
+)
+def test_settings_that_hold_too_few_problems_are_an_error_and_not_an_endless_loop(count, wanted, message):
+    with pytest.raises(ValueError, match=message):
+        generate_problems(count, 0, wanted)
 
 
 @pytest.mark.parametrize(
@@ -121,9 +111,6 @@ def test_settings_that_hold_too_few_problems_are_an_error_and_not_an_endless_loo
 def test_impossible_settings_are_refused_by_name(fields, named):
     with pytest.raises(ValueError, match=named):
         Countdown(**fields)
-
-
-# Solver
 
 
 def test_the_solver_finds_a_solution_exactly_where_there_is_one():
@@ -145,28 +132,10 @@ def test_a_solution_always_scores_correct_and_uses_only_the_operators_asked_for(
     problem = Problem(numbers, target)
     solution = solve(problem, operators)
     if solution is not None:
-        assert evaluate_expression(solution) == target
-        assert sorted(parse_expression(solution).numbers) == sorted(numbers)
         assert score(f"</think><answer>{solution}</answer>", problem) == CORRECT
         assert not set(solution) & (set("+-*/") - set(operators))
     elif len(numbers) < 4:
         assert target not in every_value(tuple(numbers), operators)
-
-
-@pytest.mark.parametrize("operators", ["", "+^", "**//%"])
-def test_unknown_operators_are_refused(operators):
-    with pytest.raises(ValueError, match="operators must be some of"):
-        solve(Problem((1, 2), 3), operators)
-
-
-# The task
-
-
-def test_the_papers_accuracies_stand_under_its_limits_of_new_tokens():
-    ends = {limit: (points[0], points[-1]) for limit, points in PAPER.items()}
-    assert ends == {256: ((0, 0.0), (180, 48.8)), 512: ((0, 11.4), (80, 39.2))}
-    sums = [sum(map(sum, points)) for points in PAPER.values()]
-    assert sums == pytest.approx([1790 + 571.0, 360 + 264.6])
 
 
 @pytest.mark.parametrize(
@@ -179,15 +148,6 @@ def test_difficulty_says_whether_plus_and_minus_suffice(problem, difficulty):
     assert (TASK.solution(problem) is None) == (problem.target == 100)
 
 
-def test_typed_problems_have_numbers_of_nine_digits_at_most():
-    for text in ("7 9 11 22", "7,9,11->22", "7, 9, 11 -> 22", TASK.input_format.partition("as in ")[2]):
-        assert TASK.parse_input(text) == Problem((7, 9, 11), 22)
-    assert TASK.parse_input("999999999 1 999999999").numbers == (999999999, 1)
-    for text in ("1000000000 1 5", "", "x", "1 ² 3"):
-        with pytest.raises(ValueError, match=f"type whole {TASK.input_format}$"):
-            TASK.parse_input(text)
-
-
 def test_answers_are_the_same_in_any_order_and_differ_by_how_often_a_number_is_used():
     def answer(expression: str):
         return TASK.answer(f"</think><answer>{expression}</answer>", True)
@@ -197,23 +157,10 @@ def test_answers_are_the_same_in_any_order_and_differ_by_how_often_a_number_is_u
     assert answer("none") is None
 
 
-# What all tasks share
-
-
-def test_a_task_that_lacks_a_part_is_refused_before_anything_is_asked():
-    class Silent(Task):
-        kind = "silent"
-
-    with pytest.raises(TypeError, match="parse_input.*prompt"):
-        Silent()
-    with pytest.raises(NotImplementedError):
-        TASK.read("1")  # Countdown has its own score; an answer is never silently read as none
-
-
-@pytest.mark.parametrize("before", ["x", "x ", "<"])
-def test_only_blanks_may_stand_before_a_thinking_that_the_completion_opens(before):
+def test_only_blanks_may_stand_before_a_thinking_that_the_completion_opens():
     assert split_answer(" \t\r\n<think>a</think>b<answer>c</answer>", thinking=False) == ("b", "c")
-    assert split_answer(f"{before}<think>a</think>b<answer>c</answer>", thinking=False) is None
+    for before in ("x", "x ", "<", "<think>"):
+        assert split_answer(f"{before}<think>a</think>b<answer>c</answer>", thinking=False) is None
 
 
 def test_difficulty_by_steps():
@@ -221,6 +168,7 @@ def test_difficulty_by_steps():
     assert [steps_difficulty(steps) for steps in range(7)] == expected
 
 
-def test_data_imports_no_torch_model_or_rl():
-    heavy = ["torch", "model", "rl", "pyarrow", "huggingface_hub"]
-    assert python(f"import sys, data; print([name for name in {heavy} if name in sys.modules])") == "[]"
+def test_the_papers_accuracies_stand_under_its_limits_of_new_tokens():
+    ends = {limit: (points[0], points[-1]) for limit, points in PAPER.items()}
+    assert ends == {256: ((0, 0.0), (180, 48.8)), 512: ((0, 11.4), (80, 39.2))}
+    assert [sum(map(sum, points)) for points in PAPER.values()] == pytest.approx([1790 + 571.0, 360 + 264.6])

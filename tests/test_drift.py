@@ -1,6 +1,4 @@
-"""What the paper tells in words, as numbers: drift out of the Latin script, rewards for near misses, pass@k beside pass@1."""
-
-import json
+"""What the paper tells in words, as numbers: drift out of the Latin script, and rewards for near misses."""
 
 import pytest
 from helpers import PROBLEM
@@ -26,18 +24,8 @@ def test_digits_symbols_and_accents_are_fine(text):
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [
-        ("π r", 1),
-        ("да, yes", 2),
-        ("七十九 減 六十", 6),
-        ("ａ", 1),
-        ("so it is с", 1),
-        ("άρα", 3),
-        ("لذا", 3),
-        ("して", 2),
-        ("그래", 2),
-    ],
-)
+    [("π r", 1), ("да, yes", 2), ("七十九 減 六十", 6), ("ａ", 1), ("so it is с", 1), ("άρα", 3), ("لذا", 3), ("して", 2), ("그래", 2)],
+)  # fmt: skip
 def test_letters_outside_the_latin_script_are_counted_one_by_one(text, count):
     assert non_latin(text) == count and not latin_only(text)
 
@@ -69,12 +57,3 @@ def test_the_drifted_share_is_of_all_characters():
     metrics = rollout_metrics([[rollout(RIGHT), rollout(DRIFTED)]])
     assert metrics["non_latin_fraction"] == 6 / (len(RIGHT) + len(DRIFTED))
     assert rollout_metrics([[rollout("")]])["non_latin_fraction"] == 0
-
-
-def test_pass_at_k_is_logged_for_every_power_of_two_that_a_group_has():
-    metrics = rollout_metrics([[rollout(RIGHT), *[rollout("no")] * 5], [rollout("no")] * 6])
-    assert {name for name in metrics if name.startswith("pass_at")} == {"pass_at_2", "pass_at_4"}
-    assert metrics["train_accuracy"] == pytest.approx(1 / 12)
-    assert metrics["pass_at_2"] == pytest.approx((1 / 3) / 2)  # of 15 pairs, 5 hold the correct one
-    assert metrics["pass_at_4"] == pytest.approx((2 / 3) / 2)
-    assert json.dumps(metrics)

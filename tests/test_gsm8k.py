@@ -1,5 +1,6 @@
 """GSM8K: which number counts, what is a problem, files of them, and a run through the same code as Countdown."""
 
+import itertools
 from dataclasses import replace
 from fractions import Fraction
 
@@ -11,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import GSM8K, DataError
-from data.gsm8k import WordProblem, last_number
-from data.task import CORRECT, WRONG
+from data.gsm8k import WordProblem, read_number
+from data.task import CORRECT, MALFORMED, WRONG
 from data.traces import Trace, save_traces
 from lab.evaluate import load_completions
 from lab.recipe import EvaluationSettings, load_recipe, problems_of
@@ -30,24 +31,24 @@ EGGS = WordProblem("A hen lays 6 eggs a day.  How many in 3 weeks?", "6*7=<<6*7=
     "text, value",
     [
         (" $126. ", 126), ("-3", -3), ("1,234,567", 1234567), ("2.50", Fraction(5, 2)), ("so 6 * 21 = 126 eggs", 126), ("126%", 126),
-        ("12 or 126", 126), ("10-3", 3), ("(126)", 126), ("", None), ("none", None), ("x126", None), ("126x", None), ("1,23", None),
-        ("1.2.3", None), ("1e9", None), ("١٢٦", None), ("9" * 19, None), ("0" * 300 + "1", None), ("1" + " " * 300, None),
+        ("(126)", 126), ("9{,}500 dollars", 9500), (r"\boxed{126}", 126), (r"\frac{5}{2}", Fraction(5, 2)), ("5/2", Fraction(5, 2)),
+        ("\u2212**3**", -3), ("12 or 126", None), ("10-3", None), ("", None), ("none", None), ("x126", None), ("126x", None),
+        ("1,23", None), ("1 234", None), ("1.2.3", None), ("3:30", None), ("1e9", None), ("1/0", None), ("١٢٦", None), ("9" * 19, None),
+        ("0" * 300 + "1", None), ("1" + " " * 300, None),
     ],
 )  # fmt: skip
-def test_the_last_number_counts_exactly(text, value):
-    assert last_number(text) == value
+def test_the_one_number_counts_exactly(text, value):
+    assert read_number(text) == value
 
 
-@pytest.mark.parametrize(
-    "answer, outcome", [("126.0", "correct"), ("21 * 6 = 126", "correct"), ("126 or 125", "wrong"), ("", "wrong")]
-)
-def test_an_answer_is_right_if_its_last_number_is(answer, outcome):
+@pytest.mark.parametrize("answer, expected", [("126.0", CORRECT), ("126 or 125", WRONG), ("", WRONG)])
+def test_an_answer_is_right_if_its_one_number_is(answer, expected):
     text = f"6*7</think><answer>{answer}</answer>"
-    assert TASK.score(text, EGGS).outcome == outcome
-    assert TASK.score(text, EGGS, thinking=False).outcome == "malformed"
+    assert TASK.score(text, EGGS) == expected
+    assert TASK.score(text, EGGS, thinking=False) == MALFORMED and TASK.answer(text, thinking=False) is None
 
 
-@given(st.text(alphabet="0123456789.,-+$% x<>/answerthink\n", max_size=80))
+@given(st.text(alphabet="0123456789.,-+% x<>answerthink\n", max_size=80))
 def test_no_text_raises_and_none_is_right_without_the_number_in_it(text):
     for completion in (text, f"</think><answer>{text}</answer>"):
         verdict = TASK.score(completion, EGGS)
@@ -55,11 +56,10 @@ def test_no_text_raises_and_none_is_right_without_the_number_in_it(text):
         TASK.answer(completion, True)
 
 
-@pytest.mark.parametrize("row", [{"question": "q"}, {"question": "q", "answer": "4"}, {"question": "q", "answer": "#### four"},
-                                 {"question": " ", "answer": "#### 4"}, {"question": 4, "answer": "#### 4"}])  # fmt: skip
-def test_what_is_no_problem_is_refused(row):
-    with pytest.raises((ValueError, KeyError)):
-        TASK.problem(row)
+def test_what_is_no_problem_is_refused():
+    for question, answer in (("q", None), ("q", "4"), ("q", "#### four"), (" ", "#### 4"), (4, "#### 4")):
+        with pytest.raises(ValueError):
+            TASK.problem({"question": question, "answer": answer})
 
 
 def test_rows_difficulty_and_names():
@@ -73,17 +73,19 @@ def test_rows_difficulty_and_names():
 
 
 def questions(count: int) -> list[dict]:
-    return [
-        {"question": f"What is {n} + {n + 1}?", "answer": f"<<{n}+{n + 1}={2 * n + 1}>>\n#### {2 * n + 1}"}
-        for n in range(count)
-    ]
+    sums = [(n, n + 1, 2 * n + 1) for n in range(count)]
+    return [{"question": f"What is {a} + {b}?", "answer": f"<<{a}+{b}={c}>>\n#### {c}"} for a, b, c in sums]
+
+
+def write_parquet(path, rows: list[dict]) -> None:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
 def test_problems_come_from_parquet_and_a_bad_row_is_named(tmp_path):
     path = tmp_path / "train.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(questions(3)), path)
+    write_parquet(path, questions(3))
     assert [problem.row() for problem in TASK.load(str(path))] == questions(3)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(questions(2) + [{"question": "q", "answer": "none"}]), path)
+    write_parquet(path, [*questions(2), {"question": "q", "answer": "none"}])
     with pytest.raises(DataError, match=r"train\.parquet, row 3: the answer must end in"):
         TASK.load(str(path))
     with pytest.raises(ValueError, match="no generator: take"):
@@ -95,9 +97,7 @@ def test_training_and_test_set_are_the_hubs_two_files(monkeypatch, tmp_path):
     hub.put_in_place(monkeypatch)
     (tmp_path / "main").mkdir()
     for source, name, count in (("hub", "train", 2), ("hub-test", "test", 3)):
-        pyarrow.parquet.write_table(
-            pyarrow.Table.from_pylist(questions(count)), tmp_path / f"main/{name}-00000-of-00001.parquet"
-        )
+        write_parquet(tmp_path / f"main/{name}-00000-of-00001.parquet", questions(count))
         assert len(TASK.load(source)) == count
     assert [repository for repository, _ in hub.downloads] == ["openai/gsm8k"] * 2
 
@@ -105,7 +105,7 @@ def test_training_and_test_set_are_the_hubs_two_files(monkeypatch, tmp_path):
 def test_a_run_of_grpo_and_sft_goes_through_the_same_code(monkeypatch, tmp_path):
     """The embedded model knows no words, so its verdicts are made up here; everything around them is real."""
     path, traces = tmp_path / "train.parquet", tmp_path / "mine.jsonl"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(questions(30)), path)
+    write_parquet(path, questions(30))
     recipe = load_recipe("gsm8k")[1]
     grpo = GRPOStage(steps=1, prompts_per_step=2, samples_per_prompt=4, updates_per_step=1)
     recipe = replace(
@@ -113,14 +113,11 @@ def test_a_run_of_grpo_and_sft_goes_through_the_same_code(monkeypatch, tmp_path)
         sampling=replace(recipe.sampling, max_new_tokens=8), evaluation=EvaluationSettings(problems=2, final_problems=0),
         stages=(grpo, SFTStage(epochs=1, traces=str(traces))),
     )  # fmt: skip
-    train_problems, _ = problems_of(recipe)
-    worked = [Trace(p, f"so</think><answer>{TASK.solution(p)}</answer>") for p in train_problems[:5]]
-    save_traces(traces, worked)
-    real, count = GSM8K.score, iter(range(10**6))
+    save_traces(traces, [Trace(p, f"so</think><answer>{TASK.solution(p)}</answer>") for p in problems_of(recipe)[0][:5]])
+    real, verdicts = GSM8K.score, itertools.cycle([WRONG, CORRECT, CORRECT])
 
     def score(self, text, problem, thinking=True):
-        made_up = CORRECT if next(count) % 3 else WRONG
-        return real(self, text, problem, thinking) if "</answer>" in text else made_up
+        return real(self, text, problem, thinking) if "</answer>" in text else next(verdicts)
 
     monkeypatch.setattr(GSM8K, "score", score)
     train(recipe, quiet=True)

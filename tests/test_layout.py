@@ -1,7 +1,6 @@
-"""The shape of the tree: imports run one way, rl stays small, lines stay short, public names stay where they are."""
+"""The shape of the tree: imports run one way."""
 
 import ast
-import importlib
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,6 @@ ALLOWED = {
     "lab": {"model", "data", "rl", "lab"},
     "experiments": {"model", "data", "rl", "lab", "experiments", "train", "eval", "play"},
 }
-PRODUCT = [path for package in ("model", "data", "rl", "lab") for path in (ROOT / package).rglob("*.py")]
-PRODUCT += [ROOT / name for name in ("train.py", "eval.py", "play.py")]
 
 
 def imported(path: Path) -> set[str]:
@@ -39,25 +36,4 @@ def test_imports_run_one_way(package):
     for path in files:
         assert imported(path) & ours <= ALLOWED[package], path
         assert not imported(path) & {"transformers", "trl", "accelerate", "pickle"}, path
-
-
-def test_rl_has_at_most_twelve_files():
-    assert 0 < len(list((ROOT / "rl").rglob("*.py"))) <= 12
-
-
-def test_no_line_of_the_product_is_over_110_columns():
-    lines = [(path, number, line) for path in PRODUCT for number, line in enumerate(path.read_text().splitlines(), 1)]
-    assert len(lines) > 1000
-    assert [f"{path.relative_to(ROOT)}:{number}" for path, number, line in lines if len(line) > 110] == []
-
-
-NAMES = {
-    "data": "Problem evaluate_expression generate_problems load_problems solve split_problems",
-    "model": "Completion KVCache Qwen3 Qwen3Config Tokenizer generate load_model save_model",
-    "rl": "group_advantages grpo_loss grpo_step score sft_loss",
-}
-
-
-@pytest.mark.parametrize("package", NAMES)
-def test_public_names_are_where_the_readme_says(package):
-    assert all(callable(getattr(importlib.import_module(package), name)) for name in NAMES[package].split())
+        assert package != "data" or "torch" not in imported(path), path

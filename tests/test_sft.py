@@ -1,18 +1,17 @@
 """Supervised fine-tuning: the loss that transformers computes, every sample once an epoch, and the right traces."""
 
-import json
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from helpers import largest_gap, optimizer_for, ragged_samples, random_model
+from helpers import largest_gap, optimizer_for, ragged_samples, random_model, weights
 from reference import reference_model, same_weights
 
 from data import Countdown, DataError, Problem
 from data.task import Score
-from data.traces import Trace
+from data.traces import Trace, save_traces
 from lab.checkpoint import TrainState
 from lab.recipe import Recipe
 from lab.runfolder import RunFolder
@@ -48,15 +47,12 @@ def test_loss_and_update_are_those_of_transformers_cross_entropy_over_completion
     assert largest_gap(dict(ours.named_parameters()), dict(theirs.named_parameters())) < 1e-4
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_an_update_that_is_not_finite_is_skipped_and_the_next_one_is_taken(bad):
+def test_an_update_that_is_not_finite_is_skipped_and_the_next_one_is_taken():
     model, samples = random_model(), ragged_samples(4)
-    optimizer, before = optimizer_for(model), [parameter.detach().clone() for parameter in model.parameters()]
-    hook = model.lm_head.weight.register_hook(lambda gradient: gradient * bad)
-    assert sft_step(model, optimizer, samples, 1e-2) | {"tokens": 0} == {
-        "loss": 0.0, "grad_norm": 0.0, "skipped_updates": 1, "tokens": 0
-    }  # fmt: skip
-    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    optimizer, before = optimizer_for(model), weights(model)
+    hook = model.lm_head.weight.register_hook(lambda gradient: gradient * math.nan)
+    assert sft_step(model, optimizer, samples, 1e-2)["skipped_updates"] == 1
+    assert largest_gap(weights(model), before) == 0
     hook.remove()
     losses = [sft_step(model, optimizer, samples, 1e-2)["loss"] for _ in range(20)]
     assert losses[1] < losses[0] and losses[-1] < 0.5 * losses[0]
@@ -67,14 +63,10 @@ def test_every_epoch_visits_every_sample_once_in_its_own_order_made_from_the_see
     samples = [Sample([1], [number]) for number in range(count)]
     np.random.seed(count)
     steps = sft_schedule(samples, batch_size, epochs=3, seed=7)
-    per_epoch = -(-count // batch_size)
-    assert len(steps) == 3 * per_epoch and all(1 <= len(step) <= batch_size for step in steps)
-    orders = []
-    for epoch in range(3):
-        visited = [sample for step in steps[epoch * per_epoch : (epoch + 1) * per_epoch] for sample in step]
-        orders.append([sample.completion_ids[0] for sample in visited])
-        assert sorted(orders[-1]) == list(range(count))
-    assert len(set(map(tuple, orders))) > 1
+    assert len(steps) == 3 * math.ceil(count / batch_size) and all(1 <= len(step) <= batch_size for step in steps)
+    visited = [sample.completion_ids[0] for step in steps for sample in step]
+    orders = [visited[:count], visited[count : 2 * count], visited[2 * count :]]
+    assert all(sorted(order) == list(range(count)) for order in orders) and len(set(map(tuple, orders))) > 1
     np.random.seed(0)
     assert sft_schedule(samples, batch_size, epochs=3, seed=7) == steps != sft_schedule(samples, batch_size, epochs=3, seed=8)
 
@@ -85,11 +77,9 @@ ANSWERS = ["2*3*5", "79-60+17", "1+2+3"]
 
 def stage_of(tmp_path, held_out=(), **options) -> tuple[SFTStage, list[list[Sample]]]:
     """A stage on one trace of each of PROBLEMS, and its schedule."""
-    path = tmp_path / "own.jsonl"
-    rows = [{"numbers": p.numbers, "target": p.target} for p in PROBLEMS]
     texts = [f"so\n</think>\n<answer>{answer}</answer>" for answer in ANSWERS]
-    path.write_text("".join(json.dumps(row | {"completion": text}) + "\n" for row, text in zip(rows, texts, strict=True)))
-    stage = SFTStage(traces=str(path), **options)
+    save_traces(tmp_path / "own.jsonl", map(Trace, PROBLEMS, texts))
+    stage = SFTStage(traces=str(tmp_path / "own.jsonl"), **options)
     recipe, run = Recipe(stages=(stage,)), RunFolder(tmp_path)
     return stage, sft_batches(Tokenizer(TINY), recipe, run, QuietScreen(), TrainState(), list(held_out))
 
@@ -128,7 +118,7 @@ def test_the_learning_rate_falls_linearly_to_zero_over_the_stage(tmp_path):
 def test_only_finished_correct_rollouts_of_the_stage_become_traces_whatever_characters_they_hold(tmp_path):
     """U+0085 and U+2028 end a line for some readers of text; a completion may well contain them."""
     run = RunFolder(tmp_path)
-    run.create(Recipe())
+    run.create(Recipe(), {})
     correct = Rollout(PROBLEMS[0], [1], Completion([2], [-1.0], True), "b", Score(1.0, "correct"))
     odd = replace(correct, text="so\n\r\x85\u2028\u2029\x1e</think>")
     near = replace(correct, text="near", score=Score(0.7, "near"))

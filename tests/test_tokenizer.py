@@ -1,5 +1,6 @@
 """The tokenizer against transformers on Qwen3's own files, and broken files."""
 
+import functools
 import json
 import shutil
 import unicodedata
@@ -13,9 +14,8 @@ from reference import TINY, TINY_TOKENS, copy_tokenizer, qwen3_file
 from model import ModelError, Tokenizer, prompt_ids, render_chat
 
 KINDS = pytest.mark.parametrize("kind", ["instruct", "base"])
-END_OF_TEXT, IM_START, IM_END, THINK, END_THINK = 151643, 151644, 151645, 151667, 151668
+END_OF_TEXT, IM_END = 151643, 151645
 TEXTS = [
-    "",
     " ",
     "Using the numbers [79, 60, 17], make 36. 1234567890 12.5",
     "<think>\nso 79 - 60\n</think>\n<answer>(79 - 60) + 17 = 36</answer>",
@@ -28,25 +28,15 @@ TEXTS = [
 ADDED = dict(content="<new>", lstrip=False, normalized=False, rstrip=False, single_word=False, special=False)
 
 
-@pytest.fixture(scope="module")
-def pair():
-    """kind -> (our tokenizer, transformers'), each pair read once."""
-    pairs = {}
-
-    def get(kind: str):
-        if kind not in pairs:
-            folder = TINY if kind == "tiny" else qwen3_file(f"{kind}/tokenizer.json").parent
-            pairs[kind] = Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
-        return pairs[kind]
-
-    return get
-
-
-# The published tokenizers
+@functools.cache
+def pair(kind: str) -> tuple[Tokenizer, transformers.PreTrainedTokenizerBase]:
+    """Ours, and transformers'."""
+    folder = TINY if kind == "tiny" else qwen3_file(f"{kind}/tokenizer.json").parent
+    return Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("kind", ["instruct", "base", "tiny"])
-def test_ids_equal_transformers_and_give_the_text_back(kind, pair):
+def test_ids_equal_transformers_and_give_the_text_back(kind):
     ours, theirs = pair(kind)
     for text in TEXTS:
         ids = ours.encode(text)
@@ -63,10 +53,10 @@ def test_ids_equal_transformers_and_give_the_text_back(kind, pair):
 
 
 @KINDS
-def test_thinking_and_chat_tokens_are_one_id_each_for_base_too_and_ids_without_a_text_decode_to_nothing(kind, pair):
+def test_thinking_and_chat_tokens_are_one_id_each_for_base_too_and_ids_without_a_text_decode_to_nothing(kind):
     ours, _ = pair(kind)
-    ids = {END_OF_TEXT: "<|endoftext|>", IM_START: "<|im_start|>", IM_END: "<|im_end|>", THINK: "<think>"}
-    for token_id, text in (ids | {END_THINK: "</think>"}).items():
+    texts = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+    for text, token_id in zip(texts, (END_OF_TEXT, 151644, IM_END, 151667, 151668), strict=True):
         assert ours.encode(text) == [token_id] and ours.decode([token_id]) == text
     assert (len(ours), len(ours.encode("<answer>")), len(ours.encode("1234567890"))) == (151669, 3, 10)
     assert ours.decode(list(range(151669, 151936))) == ""
@@ -76,7 +66,7 @@ def test_thinking_and_chat_tokens_are_one_id_each_for_base_too_and_ids_without_a
 @KINDS
 @pytest.mark.parametrize("system", [None, "", "Be brief.\n"])
 @pytest.mark.parametrize("thinking", [None, True, False])
-def test_chats_and_prompts_equal_the_official_template(kind, system, thinking, pair):
+def test_chats_and_prompts_equal_the_official_template(kind, system, thinking):
     ours, theirs = pair(kind)
     user = "Make 36 from [79, 60, 17]. <b>1</b> & {x}\n"
     messages = [] if system is None else [{"role": "system", "content": system}]
@@ -92,36 +82,22 @@ def test_chats_and_prompts_equal_the_official_template(kind, system, thinking, p
 
 
 @KINDS
-def test_both_ends_stop_a_completion_with_and_without_a_generation_config(kind, pair, tmp_path):
+def test_saving_keeps_the_published_files_byte_for_byte_and_both_ends_stop_a_completion(kind, tmp_path):
     ours, _ = pair(kind)
-    assert set(ours.stop_token_ids) == {IM_END, END_OF_TEXT}
-    assert ours.end_of_turn_id == IM_END
-    shutil.copytree(qwen3_file(f"{kind}/tokenizer.json").parent, tmp_path / kind)
-    shutil.copy(qwen3_file(f"configs/{kind}.generation_config.json"), tmp_path / kind / "generation_config.json")
-    assert sorted(Tokenizer(tmp_path / kind).stop_token_ids) == [END_OF_TEXT, IM_END]
-
-
-@KINDS
-def test_saving_keeps_the_published_files_byte_for_byte(kind, pair, tmp_path):
-    pair(kind)[0].save(tmp_path)
+    ours.save(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == qwen3_file(f"{kind}/{name}").read_bytes()
-
-
-# Files that are incomplete or broken
+    shutil.copy(qwen3_file(f"configs/{kind}.generation_config.json"), tmp_path / "generation_config.json")
+    assert set(ours.stop_token_ids) == set(Tokenizer(tmp_path).stop_token_ids) == {IM_END, END_OF_TEXT}
+    assert ours.end_of_turn_id == IM_END
 
 
 @pytest.mark.parametrize(("eos", "added"), [(None, set()), ("absent", set()), (5, {5}), ([5, 9], {5, 9})])
 def test_stop_ids_add_those_of_the_generation_config(eos, added, tmp_path):
     copy_tokenizer(tmp_path)
     own = set(Tokenizer(tmp_path).stop_token_ids)
-    content = {} if eos == "absent" else {"eos_token_id": eos}
-    (tmp_path / "generation_config.json").write_text(json.dumps(content))
-    tokenizer = Tokenizer(tmp_path)
-    assert set(tokenizer.stop_token_ids) == own | added
-    (tmp_path / "copy").mkdir()
-    tokenizer.save(tmp_path / "copy")
-    assert json.loads((tmp_path / "copy" / "generation_config.json").read_text()) == content
+    (tmp_path / "generation_config.json").write_text(json.dumps({} if eos == "absent" else {"eos_token_id": eos}))
+    assert set(Tokenizer(tmp_path).stop_token_ids) == own | added
 
 
 def refusal(folder) -> str:

@@ -26,21 +26,15 @@ def chosen(traces, per_problem=9, limit=99) -> list[str]:
 
 
 def test_each_problem_gives_at_most_its_share_the_shortest_first_and_repeats_count_once():
-    traces = [Trace(PROBLEM, "x" * length, step) for step, length in enumerate((5, 3, 4, 3, 6))] + [Trace(OTHER, "y" * 9)]
-    assert sorted(chosen(traces, per_problem=2)) == ["x" * 3, "x" * 4, "y" * 9]
-
-
-def test_numbers_in_another_order_are_the_same_problem():
-    orders = [(79, 60, 17), (17, 60, 79), (60, 79, 17)]
-    traces = [Trace(Problem(numbers, 36), "x" * (place + 1)) for place, numbers in enumerate(orders)]
-    assert chosen(traces, per_problem=1) == ["x"]
-    assert len(chosen([*traces, Trace(Problem((17, 60, 79), 37), "x")], per_problem=1)) == 2
+    """Numbers in another order are the same problem."""
+    problems = [PROBLEM, Problem((17, 60, 79), 36)]
+    traces = [Trace(problems[step % 2], "x" * length, step) for step, length in enumerate((5, 3, 4, 3, 6))]
+    assert sorted(chosen([*traces, Trace(OTHER, "y" * 9)], per_problem=2)) == ["x" * 3, "x" * 4, "y" * 9]
 
 
 def test_later_steps_come_first_when_there_are_too_many():
     traces = [Trace(Problem((1, 2, step), 9), f"step {step}", step) for step in (3, 1, 5, 2, 4)]
     assert chosen(traces, limit=3) == ["step 5", "step 4", "step 3"]
-    assert chosen(traces) == ["step 5", "step 4", "step 3", "step 2", "step 1"]
 
 
 def test_traces_in_another_script_are_not_chosen():
@@ -59,13 +53,8 @@ def test_traces_read_back_as_they_were_written(tmp_path_factory, traces):
     path = tmp_path_factory.mktemp("traces") / "traces.jsonl"
     save_traces(path, traces)
     assert load_traces(path, problem_of, always) == traces
-
-
-def test_the_file_is_a_json_object_a_line(tmp_path):
-    save_traces(tmp_path / "traces.jsonl", [Trace(PROBLEM, "a → b\n", 7)])
-    line = (tmp_path / "traces.jsonl").read_text(encoding="utf-8")
-    assert "→" in line
-    assert json.loads(line) == {"numbers": [79, 60, 17], "target": 36, "step": 7, "completion": "a → b\n"}
+    lines = path.read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line)["completion"] for line in lines[:-1]] == [trace.completion for trace in traces]
 
 
 def load(tmp_path, *lines: str, is_correct=always):
@@ -77,37 +66,25 @@ def load(tmp_path, *lines: str, is_correct=always):
 GOOD = '{"numbers": [79, 60, 17], "target": 36, "completion": "79-60+17"}'
 
 
-def test_steps_and_blank_lines_are_optional(tmp_path):
-    assert load(tmp_path, GOOD, "", "  ", GOOD) == [Trace(PROBLEM, "79-60+17")] * 2
-
-
 @pytest.mark.parametrize(
     "line",
     [
-        "not json", "[]", "null", '"text"', "{}", '{"numbers": [79, 60, 17], "target": 36}', '{"numbers": [79, 60, 17], "completion": "x"}',
-        '{"numbers": "79", "target": 36, "completion": "x"}', '{"numbers": [79.0, 60, 17], "target": 36, "completion": "x"}',
-        '{"numbers": [79, 60, 17], "target": -1, "completion": "x"}', '{"numbers": [79, 60, 17], "target": 36, "completion": 3}',
+        "not json", "[]", "{}", '{"numbers": [79, 60, 17], "target": 36}', '{"numbers": [79, 60, 17], "completion": "x"}',
+        '{"numbers": [79.0, 60, 17], "target": 36, "completion": "x"}', '{"numbers": [79, 60, 17], "target": 36, "completion": 3}',
         '{"numbers": [79, 60, 17], "target": 36, "completion": "x", "step": "1"}', GOOD[:-5],
     ],
 )  # fmt: skip
-def test_a_malformed_line_is_refused_by_its_number(tmp_path, line):
+def test_a_malformed_line_is_refused_by_its_number_and_blank_ones_are_skipped(tmp_path, line):
+    assert load(tmp_path, GOOD, "", "  ", GOOD) == [Trace(PROBLEM, "79-60+17")] * 2
     with pytest.raises(DataError, match=r"mine\.jsonl, line 3: (not a trace|not JSON|expected)"):
         load(tmp_path, GOOD, "", line, GOOD)
 
 
-def test_a_wrong_trace_and_another_script_are_refused_by_their_number(tmp_path):
+def test_a_wrong_trace_another_script_and_an_empty_file_are_refused(tmp_path):
     wrong = '{"numbers": [79, 60, 17], "target": 36, "completion": "79-60", "outcome": "correct"}'
     with pytest.raises(DataError, match=r"mine\.jsonl, line 2: does not solve 79, 60, 17 -> 36"):
         load(tmp_path, GOOD, wrong, is_correct=lambda text, problem: text == "79-60+17" and problem == PROBLEM)
     with pytest.raises(DataError, match=r"mine\.jsonl, line 2: letters outside the Latin script"):
         load(tmp_path, GOOD, GOOD.replace("79-60+17", "所以"))
-
-
-def test_an_empty_file_and_no_file_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"mine\.jsonl: no traces"):
         load(tmp_path, "", " ")
-    with pytest.raises(DataError, match="nowhere.*no such file"):
-        load_traces(tmp_path / "nowhere.jsonl", problem_of, always)
-    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match="bytes.*cannot be read"):
-        load_traces(tmp_path / "bytes.jsonl", problem_of, always)

@@ -4,19 +4,21 @@ import json
 import os
 import pickle
 import shutil
+from pathlib import Path
+from unittest import mock
 
 import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
 import transformers
-from helpers import Hub
+from helpers import Hub, largest_gap
 from reference import TINY, TINY_TOKENS, copy_tokenizer, random_ids, reference_model, same_weights
 
 from model import ModelError, Tokenizer, load_model, save_model
+from model.weights import DOWNLOADED, INDEX
 
 HEAD, EMBEDDING, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"
-INDEX = "model.safetensors.index.json"
 IDS = random_ids(2, 15, high=TINY_TOKENS + 20)
 
 
@@ -42,22 +44,12 @@ def folder(tmp_path):
     return tmp_path / "checkpoint"
 
 
-def edit_weights(folder, edit) -> None:
-    path = folder / "model.safetensors"
-    weights = safetensors.torch.load_file(path)
-    edit(weights)
-    safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
-
-
 def refusal(source, **options) -> str:
     """The one-line message with which `load_model` refuses `source`."""
     with pytest.raises(ModelError) as error:
         load_model(source, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-# To transformers and back
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -67,9 +59,7 @@ def test_what_we_save_gives_the_same_logits_in_transformers_and_in_our_own_loade
     save_model(tmp_path / "a" / "b", model, Tokenizer(TINY))
     torch.testing.assert_close(logits_of_folder(tmp_path / "a" / "b"), model(IDS), rtol=0, atol=1e-4)
     again, tokenizer = load_model(tmp_path / "a" / "b")
-    assert again.config == model.config
-    for name, weight in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], weight), name
+    assert again.config == model.config and largest_gap(again.state_dict(), model.state_dict()) == 0
     stored = safetensors.torch.load_file(tmp_path / "a" / "b" / "model.safetensors")
     assert (HEAD in stored) == (not tied)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "a" / "b")
@@ -97,13 +87,13 @@ def test_what_transformers_saves_gives_the_same_logits_here(tied, shards, tmp_pa
 def test_a_tied_checkpoint_may_have_a_copy_of_its_head_but_no_other_head(tmp_path):
     reference = make_reference(tied=True)
     reference.save_pretrained(copy_tokenizer(tmp_path))
-    without, _ = load_model(tmp_path)
-    edit_weights(tmp_path, lambda weights: weights.update({HEAD: weights[EMBEDDING].clone()}))
-    with_copy, _ = load_model(tmp_path)
-    assert torch.equal(without(IDS), with_copy(IDS))
-    torch.testing.assert_close(with_copy(IDS), reference(IDS).logits, rtol=0, atol=1e-4)
-    assert with_copy.lm_head.weight is with_copy.model.embed_tokens.weight
-    edit_weights(tmp_path, lambda weights: weights.update({HEAD: weights[EMBEDDING] + 1e-3}))
+    path = tmp_path / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(weights | {HEAD: weights[EMBEDDING].clone()}, path)
+    model, _ = load_model(tmp_path)
+    torch.testing.assert_close(model(IDS), reference(IDS).logits, rtol=0, atol=1e-4)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    safetensors.torch.save_file(weights | {HEAD: weights[EMBEDDING] + 1e-3}, path)
     assert refusal(tmp_path) == f"{tmp_path}: {HEAD} differs from {EMBEDDING}, though config.json ties them"
 
 
@@ -137,20 +127,16 @@ def test_weights_keep_the_dtype_that_the_config_names_unless_told_otherwise(fiel
     half, tokenizer = load_model(folder)
     assert {parameter.dtype for parameter in exact.parameters()} == {torch.float32}
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
-    for name, weight in half.named_parameters():
-        assert torch.equal(weight, exact.get_parameter(name).to(torch.bfloat16)), name
+    assert largest_gap(half.state_dict(), exact.bfloat16().state_dict()) == 0
     save_model(folder / "copy", half, tokenizer)
     assert load_model(folder / "copy")[0].dtype == torch.bfloat16
     assert transformers.AutoModelForCausalLM.from_pretrained(folder / "copy", dtype="auto").dtype == torch.bfloat16
 
 
-# Broken folders
-
-
 def test_a_weight_that_is_missing_unexpected_or_misshapen_is_named(folder):
     path = folder / "model.safetensors"
     whole = safetensors.torch.load_file(path)
-    up, gate, bias = (f"model.layers.0.{name}" for name in ("mlp.up_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.bias"))
+    up, gate, bias = (f"model.layers.0.mlp.{name}" for name in ("up_proj.weight", "gate_proj.weight", "up_proj.bias"))
     cases = [
         ({NORM: None}, f"{folder}: weight {NORM} missing"),
         ({HEAD: None}, f"{folder}: weight {HEAD} missing"),  # the checkpoint is untied
@@ -158,7 +144,7 @@ def test_a_weight_that_is_missing_unexpected_or_misshapen_is_named(folder):
         ({bias: torch.zeros(28)}, f"{path}: unexpected weight {bias}"),
         ({gate: whole[gate].T.contiguous()}, f"{path}: {gate} is [20, 28], config.json says [28, 20]"),
     ]
-    for name in (EMBEDDING, HEAD, NORM, "model.layers.0.self_attn.q_norm.weight"):
+    for name in (EMBEDDING, NORM):
         shape, cut = list(whole[name].shape), whole[name][1:].clone()
         cases.append(({name: cut}, f"{path}: {name} is {list(cut.shape)}, config.json says {shape}"))
     for change, message in cases:
@@ -178,11 +164,7 @@ def test_a_weight_file_that_is_cut_or_whose_header_claims_terabytes_is_refused_b
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
-def test_a_missing_or_broken_file_is_named(name, folder):
-    for content in (b"", b"{", b"[]", b"[" * 100_000):
-        (folder / name).write_bytes(content)
-        message = refusal(folder)
-        assert f"{folder / name}: " in message or ("tokenizer" in name and f"{folder}: unreadable tokenizer files" in message)
+def test_a_missing_file_is_named(name, folder):
     (folder / name).unlink()
     assert refusal(folder) == f"{folder}: no {name}"
 
@@ -190,25 +172,22 @@ def test_a_missing_or_broken_file_is_named(name, folder):
 def test_an_unusable_value_in_the_config_is_named_with_its_file_before_anything_is_built(folder):
     path = folder / "config.json"
     sound = path.read_text()
-    sizes = [
-        {"num_hidden_layers": 10**12},
-        {"hidden_size": 2**40},
-        {"vocab_size": 10**4000},
-        {"head_dim": 10**6},
-        {"vocab_size": 0},
-    ]
-    dtypes = [{"dtype": value} for value in ("int8", "float33", ["float32"], 32)]
-    for change in [*sizes, *dtypes, {"model_type": "llama"}, {"rope_parameters": 3}]:
-        path.write_text(json.dumps(json.loads(sound) | change))
+    sizes = [("num_hidden_layers", 10**12), ("vocab_size", 10**4000), ("head_dim", 10**6), ("vocab_size", 0)]
+    dtypes = [("dtype", value) for value in ("int8", "float33", ["float32"], 32)]
+    for name, value in [*sizes, *dtypes, ("model_type", "llama"), ("rope_parameters", 3)]:
+        path.write_text(json.dumps(json.loads(sound) | {name: value}))
         message = refusal(folder)
-        assert message.startswith(f"{path}: ") and next(iter(change)) in message and len(message) < 300
-        assert "must be a whole number, 1 to" in message or change not in sizes
+        assert message.startswith(f"{path}: ") and name in message and len(message) < 300
+        assert "must be a whole number, 1 to" in message or (name, value) not in sizes
 
 
 def test_an_index_cannot_reach_outside_its_folder(folder, tmp_path):
     (folder / "sub").mkdir()
     for copy in (tmp_path / "evil.safetensors", tmp_path / "evil", folder / "sub" / "x.safetensors"):
         shutil.copy(folder / "model.safetensors", copy)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {NORM: "../evil"}}))
+    load_model(folder)  # beside a whole file, an index is left over from an earlier save
+    (folder / "model.safetensors").unlink()
     for name in ("../evil", f"{tmp_path}/evil.safetensors", "sub/x.safetensors", "..", "", "absent.safetensors"):
         (folder / INDEX).write_text(json.dumps({"weight_map": {NORM: name}}))
         wrong = f"{folder / INDEX}: {name!r} is not a file name" if "/" in name else f"{folder}: no "
@@ -225,19 +204,15 @@ def test_no_pickle_is_ever_read(folder, tmp_path):
 
     bomb = pickle.dumps(Bomb())
     (folder / "pytorch_model.bin").write_bytes(bomb)
+    (folder / "model.safetensors").write_bytes(bomb)
+    assert str(folder / "model.safetensors") in refusal(folder)
     (folder / "model.safetensors").unlink()
     assert refusal(folder) == f"{folder}: no model.safetensors"
     (folder / INDEX).write_text(json.dumps({"weight_map": {NORM: "pytorch_model.bin"}}))
     assert str(folder / "pytorch_model.bin") in refusal(folder)
-    (folder / INDEX).unlink()
-    (folder / "model.safetensors").write_bytes(bomb)
-    assert str(folder / "model.safetensors") in refusal(folder)
     assert not (tmp_path / "exploded").exists()
     pickle.loads(bomb)  # the bomb is live
     assert (tmp_path / "exploded").exists()
-
-
-# The hub
 
 
 def test_a_hub_id_is_fetched_at_its_revision_without_pickles(folder, monkeypatch):
@@ -247,17 +222,14 @@ def test_a_hub_id_is_fetched_at_its_revision_without_pickles(folder, monkeypatch
     with torch.no_grad():
         torch.testing.assert_close(model(IDS), logits_of_folder(folder), rtol=0, atol=1e-4)
     load_model("Qwen/Qwen3-0.6B")
-    patterns = ["*.safetensors", "*.json"]
-    expected = [("Qwen/Qwen3-0.6B", {"allow_patterns": patterns, "revision": revision}) for revision in ("abc123", None)]
-    assert hub.downloads == expected
+    options = [{"allow_patterns": DOWNLOADED, "revision": revision} for revision in ("abc123", None)]
+    assert hub.downloads == [("Qwen/Qwen3-0.6B", each) for each in options]
+    assert {Path(pattern).suffix for pattern in DOWNLOADED} == {".safetensors", ".json", ".jinja"}
 
 
 @pytest.mark.parametrize("error", [OSError("no network\nhint\nhint"), RuntimeError(), ValueError("gated")], ids=repr)
 def test_a_failed_download_is_one_line_that_says_what_to_do(error, monkeypatch):
-    def fetch(repo_id, **options):
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", mock.Mock(side_effect=error))
     message = refusal("Qwen/Qwen3-0.6B", revision="v2")
     assert message.startswith("Qwen/Qwen3-0.6B at revision v2 ")
     assert (str(error).split("\n")[0] or "RuntimeError") in message and "tiny" in message

@@ -85,7 +85,6 @@ class Setting:
     step: Step
     devices: int = 1
     kind: str = "replicate"
-    sampling: str = "auto"
 
 
 @dataclass
@@ -189,11 +188,10 @@ def seconds(setting: Setting, hardware: Hardware, plan: MemoryPlan) -> Seconds:
     config, step, devices = setting.config, setting.step, setting.devices
     lengths, result = step.lengths(), Seconds()
     shares = [lengths[rank::devices] for rank in range(devices)]
-    rollouts, longest = [], 0
+    rollouts = []
     for share in shares:
-        prefill, decode, steps = rollout_seconds(setting, hardware, plan, share)
+        prefill, decode = rollout_seconds(setting, hardware, plan, share)
         rollouts.append(prefill + decode)
-        longest = max(longest, steps)
         result.prefill += prefill / devices
         result.decode += decode / devices
     result.waiting_rollout = max(rollouts) - result.prefill - result.decode
@@ -201,10 +199,8 @@ def seconds(setting: Setting, hardware: Hardware, plan: MemoryPlan) -> Seconds:
     size, count = setting.dtype.itemsize, config.num_hidden_layers
     sharded = setting.kind == "shard" and devices > 1
     unpacked = 2 * size * layers / hardware.bandwidth  # what was gathered is copied to its place
-    if sharded and plan.whole_copy:
+    if sharded:
         result.gather = exchange_seconds(hardware, devices, size * layers, count * PARAMETERS_A_LAYER)
-    elif sharded:  # for every token, and whether any process still samples
-        result.gather = longest * (exchange_seconds(hardware, devices, size * layers, count + 1) + unpacked)
     for number in range(step.updates):
         own = [lengths[number :: step.updates][rank::devices] for rank in range(devices)]
         times = [learn_seconds(setting, hardware, share) for share in own]
@@ -227,23 +223,22 @@ def seconds(setting: Setting, hardware: Hardware, plan: MemoryPlan) -> Seconds:
 
 def rollout_seconds(
     setting: Setting, hardware: Hardware, plan: MemoryPlan, share: np.ndarray
-) -> tuple[float, float, int]:
-    """(prefill, decode, decoding steps) of one device, with its groups in as many batches as its memory
-    needs."""
+) -> tuple[float, float]:
+    """(prefill, decode) of one device, with its groups in as many batches as its memory needs."""
     if not len(share):
-        return 0.0, 0.0, 0
+        return 0.0, 0.0
     config, step = setting.config, setting.step
     token = (
         2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * setting.dtype.itemsize
     )
     row = step.limit * token
-    free = CACHE_SHARE * (hardware.memory - plan.lasting + plan.process - plan.whole_copy)
+    free = CACHE_SHARE * (hardware.memory - plan.lasting + plan.process - plan.full_copy)
     room = int(free * row / (row + LOGITS_COPIES * 4 * config.vocab_size) / token)
     prompts = [step.prompt_length] * len(share)
     batches = [share[part] for part in plan_batches(prompts, step.samples, step.limit, room)]
     prefill = sum(prefill_seconds(setting, hardware, len(batch)) for batch in batches)
     decode = sum(decode_seconds(setting, hardware, batch) for batch in batches)
-    return prefill, decode, sum(int(batch.max()) - 1 for batch in batches)
+    return prefill, decode
 
 
 def state_bytes(plan: MemoryPlan) -> int:

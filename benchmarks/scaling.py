@@ -56,10 +56,8 @@ QWEN3 = {  # of the published config.json
 ADAMW = OptimizerSettings("adamw")
 
 
-def on_cpu(
-    config: Qwen3Config, step: Step, devices: int = 1, kind: str = "replicate", sampling: str = "auto"
-) -> Setting:
-    return Setting(config, torch.float32, ADAMW, step, devices, kind, sampling)
+def on_cpu(config: Qwen3Config, step: Step, devices: int = 1, kind: str = "replicate") -> Setting:
+    return Setting(config, torch.float32, ADAMW, step, devices, kind)
 
 
 LAUNCH = on_cpu(SMALL, Step(1, 1, 16, 65))
@@ -78,8 +76,7 @@ CHECKED = {
     "384 wide, 2 processes": on_cpu(MIDDLE, BASE, 2),
     "in 2 updates, 2 processes": on_cpu(MIDDLE, replace(BASE, updates=2), 2),
     "unequal, 2 processes": on_cpu(MIDDLE, UNEQUAL, 2),
-    "sharded, sampled whole": on_cpu(MIDDLE, BASE, 2, "shard", "whole"),
-    "sharded, sampled by layers": on_cpu(MIDDLE, BASE, 2, "shard", "layers"),
+    "sharded": on_cpu(MIDDLE, BASE, 2, "shard"),
     "768 wide, 2 processes": on_cpu(WIDE, ARITHMETIC.step, 2),
 }
 
@@ -157,8 +154,6 @@ def calibrate(repeats: int, clock: str) -> Hardware:
 
 def predict(setting: Setting, hardware: Hardware) -> tuple[Seconds, MemoryPlan]:
     plan = memory(setting, hardware)
-    if setting.sampling == "layers":
-        plan = replace(plan, whole_copy=0)
     return seconds(setting, hardware, plan), plan
 
 
@@ -213,14 +208,7 @@ def fastest(config: Qwen3Config, devices: int) -> tuple[str, Seconds, MemoryPlan
     for setting in ways:
         plan = memory(setting, H100)
         if plan.peak <= H100.memory:
-            how = (
-                setting.kind
-                if setting.kind == "replicate"
-                else "shard, whole"
-                if plan.whole_copy
-                else "shard, layers"
-            )
-            found.append((how, seconds(setting, H100, plan), plan))
+            found.append((setting.kind, seconds(setting, H100, plan), plan))
     return min(found, key=lambda way: way[1].total, default=None)
 
 

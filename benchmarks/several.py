@@ -11,7 +11,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -83,7 +82,6 @@ def step_measured(setting: Setting, repeats: int, clock: str) -> dict:
     model = random_model(setting.config, setting.dtype, "cpu")
     if setting.kind == "shard":
         shard(model, CPU)
-        model.sharding = replace(model.sharding, full_to_sample=setting.sampling != "layers")
     work = work_of(recipe, step.prompt_length, world_size())
     plan = plan_memory(model, setting.optimizer, work, free, process)
     optimizer = Optimizer(model, setting.optimizer, plan.micro_batch_tokens)

@@ -16,8 +16,9 @@ NUMBER = re.compile(  # 18 or 1,234 or -2.50 or 3/4, but no part of a longer wor
 )
 # How LaTeX and Unicode write a minus, currency, spaces in a number, and words around it.
 PLAIN = {
-    "\N{MINUS SIGN}": "-", r"\!": "", "{,}": ",", r"\,": "\N{THIN SPACE}", r"\boxed": "", r"\text": "",
-    r"\dfrac": r"\frac", r"\$": " ", r"\%": "%", "$": " ", "\N{EURO SIGN}": " ", "\N{POUND SIGN}": " ", "*": " ",
+    "\N{MINUS SIGN}": "-", "$": " ", "\N{EURO SIGN}": " ", "\N{POUND SIGN}": " ", "*": " ",
+    r"\!": "", "{,}": ",", r"\,": "\N{THIN SPACE}", r"\boxed": "", r"\text": "", r"\dfrac": r"\frac",
+    r"\ ": " ", r"\%": "%",
 }  # fmt: skip
 THOUSANDS = re.compile(
     "(?<=[0-9])[\N{THIN SPACE}\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}](?=[0-9]{3}(?![0-9]))"

@@ -18,6 +18,7 @@ from torch import Tensor
 from data.load import fingerprint
 from data.task import Problem
 from lab.recipe import Recipe, RecipeError, from_dict, to_dict
+from lab.runfolder import step_of
 from lab.sharding import full_pieces, local_pieces
 from model import Qwen3, Tokenizer, adapter_state, load_adapter_state, save_model
 from model.weights import read_json
@@ -181,10 +182,6 @@ def prune_checkpoints(run: Path, keep: int, accuracies: dict[int, float]) -> Non
             remove_checkpoint(folder)
 
 
-def step_of(folder: Path) -> int:
-    return int(folder.name[5:])
-
-
 def remove_checkpoint(folder: Path) -> None:
     """Delete `folder`; a kill on the way leaves nothing that looks like a checkpoint."""
     doomed = folder.with_name(folder.name + REMOVED)
@@ -212,19 +209,17 @@ def state_tensors(optimizer: Optimizer, saved_dtype: torch.dtype) -> Iterator[tu
     """
     yield "updates", torch.tensor(optimizer.steps)
     for name, parameter in optimizer.parameters.items():
-        dtype = saved_dtype if is_sharded(parameter) else parameter.dtype
-        columns: dict[str, dict[int, Tensor]] = {}
-        if dtype != torch.float32 and not optimizer.stochastic:
-            columns["master"] = dict(enumerate(master.detach() for master in optimizer.masters[name]))
-        for number, (master, adamw) in enumerate(
-            zip(optimizer.masters[name], optimizer.optimizers[name], strict=True)
-        ):
-            for key, value in adamw.state[master].items():
-                columns.setdefault(key, {})[number] = torch.as_tensor(value)
-        for key, numbered in columns.items():
-            if is_sharded(parameter):
-                numbered = dict(enumerate(full_pieces(list(numbered.values()), parameter)))
-            for number, value in numbered.items():
+        states: list[dict[str, Tensor]] = []  # of each piece
+        for master, adamw in zip(optimizer.masters[name], optimizer.optimizers[name], strict=True):
+            states.append({key: torch.as_tensor(value) for key, value in adamw.state[master].items()})
+            dtype = saved_dtype if is_sharded(parameter) else parameter.dtype
+            if dtype != torch.float32 and not optimizer.stochastic:
+                states[-1]["master"] = master.detach()
+        if is_sharded(parameter):
+            columns = [full_pieces([state[key] for state in states], parameter) for key in states[0]]
+            states = [dict(zip(states[0], values, strict=True)) for values in zip(*columns, strict=True)]
+        for number, state in enumerate(states):
+            for key, value in state.items():
                 yield f"{name}|{number}|{key}", value
 
 

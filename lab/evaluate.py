@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +14,7 @@ import numpy as np
 from data.load import DataError, read_jsonl
 from data.task import Problem, Task
 from model import Completion, Qwen3, Tokenizer
-from rl.rollout import Rollout, SamplingSettings, collect_rollouts
+from rl.rollout import Rollout, collect_rollouts
 
 OUTCOMES = ("correct", "near", "wrong", "malformed")
 EVALUATION_SEED = 1_000_003  # every evaluation of a run samples from the same random streams
@@ -51,18 +51,9 @@ class Evaluation:
 
 
 def evaluate(
-    model: Qwen3,
-    tokenizer: Tokenizer,
-    task: Task,
-    problems: list[Problem],
-    *,
-    sampling: SamplingSettings,
-    num_samples: int,
-    seed: int,
-    on_progress: Callable[[int, int], None] | None = None,
+    model: Qwen3, tokenizer: Tokenizer, task: Task, problems: list[Problem], **options
 ) -> Evaluation:
-    """Sample `num_samples` completions a problem and score them; `on_progress` as in `model.generate`."""
-    options = {"sampling": sampling, "num_samples": num_samples, "seed": seed, "on_progress": on_progress}
+    """Sample completions and score them; `options` are those of `collect_rollouts`."""
     return Evaluation.of(collect_rollouts(model, tokenizer, task, problems, **options))
 
 

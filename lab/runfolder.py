@@ -215,6 +215,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def step_of(path: Path) -> int:
+    """The step in the name of rollouts/step_NNNN.jsonl or checkpoints/step_NNNN."""
     return int(path.stem.removeprefix("step_"))
 
 

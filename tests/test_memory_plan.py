@@ -6,12 +6,9 @@ import pytest
 import torch
 from helpers import random_model
 
-import lab.setup
 import model.logprobs
-from lab.checkpoint import TrainState
 from lab.memory_plan import activation_bytes, check_plan, plan_memory, work_of
-from lab.recipe import EvaluationSettings, ParallelSettings, Recipe, load_recipe
-from lab.sharding import Sharding
+from lab.recipe import EvaluationSettings, Recipe
 from model import ModelError, Qwen3, Qwen3Config, add_adapters
 from model.weights import init_weights
 from rl.batch import Sample, make_batch
@@ -143,13 +140,3 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_help():
     check_plan(plan, free=plan.peak)
     with pytest.raises(ModelError, match="activation-checkpointing.*smaller --model"):
         check_plan(plan, free=plan.peak - 1)
-
-
-@pytest.mark.parametrize("asked, room, full", [("auto", 1, True), ("auto", 0, False), ("whole", 0, True), ("layers", 1, False)])
-def test_a_sharded_model_is_sampled_in_full_where_the_plan_has_room_or_as_asked(monkeypatch, asked, room, full):
-    real = lab.setup.plan_memory
-    monkeypatch.setattr(lab.setup, "plan_memory", lambda *arguments: replace(real(*arguments), whole_copy=room))
-    monkeypatch.setattr(Qwen3, "sharding", Sharding(torch.float32))
-    recipe = replace(load_recipe("smoke")[1], parallel=ParallelSettings(sampling=asked))
-    policy, *_ = lab.setup.set_up(recipe, None, TrainState())
-    assert policy.sharding.full_to_sample == full

@@ -1,13 +1,11 @@
 """Several processes on one run: the completions, gradients and weights of one, also when a process dies."""
 
-import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import socket
 import time
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -28,7 +26,7 @@ from lab.runfolder import RunFolder
 from lab.sharding import shard
 from lab.stages import train
 from model import generate
-from rl.distributed import gather, is_sharded, rank, sampling_model, world_size
+from rl.distributed import full_model, gather, is_sharded, rank, world_size
 from rl.grpo import GRPOStage
 from rl.optimizer import OptimizerSettings
 from rl.sft import sft_step
@@ -43,8 +41,8 @@ OPTIONS = [  # three prompts for two or four processes, in two updates: uneven, 
 
 
 def run_training(out: Path, mode: str = "replicate", resume: bool = False) -> None:
-    """A small run; `mode` is replicate, or how a sharded model is sampled."""
-    kind = [] if mode == "replicate" else ["--parallel.kind", "shard", "--parallel.sampling", mode]
+    """A small run; `mode` is replicate or shard."""
+    kind = ["--parallel.kind", mode]
     with mock.patch("lab.stages.write_curve"):  # drawing takes two thirds of the time of so small a run
         train(smoke("--out", out, *OPTIONS, *kind).recipe, resume=resume, quiet=True)
 
@@ -100,16 +98,15 @@ def same_runs(run: Path, other: Path) -> None:
         torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("mode", "size"), [("replicate", 4), ("layers", 2)])
-def test_several_processes_do_what_one_does(mode, size, alone, tmp_path):
+def test_four_processes_do_what_one_does(alone, tmp_path):
     """Two processes that replicate the model are in the test in which one of them dies."""
-    in_processes(size, run_training, tmp_path / "run", mode)
+    in_processes(4, run_training, tmp_path / "run")
     same_runs(alone, tmp_path / "run")
 
 
 def test_a_sharded_run_does_what_one_process_does_is_saved_in_full_and_resumed_by_another_number(alone, tmp_path):
     sharded = tmp_path / "sharded"
-    in_processes(2, run_training, sharded, "whole")
+    in_processes(2, run_training, sharded, "shard")
     same_runs(alone, sharded)
     transformers.AutoModelForCausalLM.from_pretrained(checkpoints(sharded)[-1])
     for run, name in ((sharded, "fewer"), (alone, "more")):
@@ -117,7 +114,7 @@ def test_a_sharded_run_does_what_one_process_does_is_saved_in_full_and_resumed_b
         for folder in checkpoints(tmp_path / name)[2:]:
             shutil.rmtree(folder)
     run_training(tmp_path / "fewer", resume=True)
-    in_processes(2, run_training, tmp_path / "more", "whole", True)
+    in_processes(2, run_training, tmp_path / "more", "shard", True)
     same_runs(alone, tmp_path / "fewer")
     same_runs(alone, tmp_path / "more")
 
@@ -139,16 +136,15 @@ def sample_sharded() -> None:
     with processes():
         model = shard(random_model(std=0.2), torch.device("cpu"))
         matrices = sum(".layers." in name for name, _ in model.named_parameters())
-        for length, full in itertools.product((4, 16), (True, False)):
-            model.sharding = replace(model.sharding, full_to_sample=full)
-            with Gathers() as gathers, sampling_model(model) as sampler:
-                groups = generate(sampler, max_new_tokens=length, only=slice(rank(), None, world_size()), **options)
+        for length in (4, 16):
+            with Gathers() as gathers:
+                groups = generate(full_model(model), max_new_tokens=length, only=slice(rank(), None, world_size()), **options)
             for group, twin in zip(gather(groups), expected[length], strict=True):
                 assert [completion.token_ids for completion in group] == [completion.token_ids for completion in twin]
-            assert gathers.count == (matrices if full else length * model.config.num_hidden_layers)
+            assert gathers.count == matrices
 
 
-def test_a_sharded_model_is_gathered_once_a_rollout_phase_or_for_every_token_and_an_idle_rank_waits():
+def test_a_sharded_model_is_gathered_once_a_rollout_phase_and_an_idle_rank_waits():
     in_processes(3, sample_sharded)
 
 
@@ -187,9 +183,8 @@ def plan_sharded() -> None:
         plan = plan_memory(model, OptimizerSettings(), work, free=10**9)
         assert plan.weights == plan.gradients == 2 * layers + 2 * others and plan.masters == 4 * others
         assert plan.moments == 8 * (layers // 2 + others) and work.rows == 512 // 2
-        with sampling_model(model) as full:
-            copied = {name: parameter for name, parameter in full.named_parameters() if not is_sharded(parameter)}
-        assert plan.whole_copy == 2 * sum(copied[name].numel() for name in sizes if ".layers." in name) == 2 * layers
+        copied = {name: parameter for name, parameter in full_model(model).named_parameters() if not is_sharded(parameter)}
+        assert plan.full_copy == 2 * sum(copied[name].numel() for name in sizes if ".layers." in name) == 2 * layers
 
 
 def test_the_memory_plan_counts_what_one_process_holds():

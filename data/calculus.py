@@ -135,9 +135,8 @@ class Calculus(Task):
             "min_terms": self.max_terms,
         }
         for name, limit in limits.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= limit:
-                raise ValueError(f"{name} must be a whole number from 1 to {limit} here, not {value!r}")
+            if not 1 <= getattr(self, name) <= limit:
+                raise ValueError(f"{name} must be from 1 to {limit} here, not {getattr(self, name)}")
 
     def generate(self, count: int, seed: int) -> list[Derivative]:
         rng = random.Random(seed)

@@ -9,14 +9,7 @@ from statistics import fmean
 from rich.table import Table
 
 from data.task import Task
-from lab.evaluate import (
-    Evaluation,
-    bootstrap_interval,
-    distinct_answers,
-    majority_accuracy,
-    mcnemar_p,
-    solved_shares,
-)
+from lab.evaluate import Evaluation, bootstrap_interval, distinct_answers, majority_accuracy, mcnemar_p
 from rl.metrics import non_latin_fraction, pass_at_k
 
 
@@ -73,13 +66,13 @@ def difference(first: Candidate, other: Candidate) -> dict:
     Sampled: the mean difference of solved shares, with its paired bootstrap interval. Greedy: how many
     problems only one of the two solves, and McNemar's exact p-value.
     """
-    shares = zip(solved_shares(first.sampled.groups), solved_shares(other.sampled.groups), strict=True)
+    shares = zip(first.sampled.shares, other.sampled.shares, strict=True)
     gains = [after - before for before, after in shares]
     low, high = bootstrap_interval(gains)
     accuracy = {"mean": fmean(gains), "low": low, "high": high}
     numbers = {"from": first.name, "to": other.name, "accuracy": accuracy}
     if first.greedy and other.greedy:
-        pairs = list(zip(solved_shares(first.greedy.groups), solved_shares(other.greedy.groups), strict=True))
+        pairs = list(zip(first.greedy.shares, other.greedy.shares, strict=True))
         gained = pairs.count((0, 1))
         lost = pairs.count((1, 0))
         numbers["greedy"] = {"gained": gained, "lost": lost, "mcnemar_p": mcnemar_p(lost, gained)}

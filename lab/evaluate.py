@@ -28,6 +28,7 @@ class Evaluation:
     accuracy: float  # share of a problem's completions that are correct, averaged over problems
     low: float  # end of its 95 % interval
     high: float
+    shares: list[float]  # of each problem's completions that are correct
     counts: dict[str, int]  # completions by outcome
     completion_length: float  # mean, in tokens; 0 if only texts are known
     truncated_fraction: float  # share of completions that reached the token limit
@@ -35,7 +36,7 @@ class Evaluation:
 
     @classmethod
     def of(cls, groups: list[Group]) -> "Evaluation":
-        shares = solved_shares(groups)
+        shares = [fmean(rollout.score.outcome == "correct" for rollout in group) for group in groups]
         low, high = wilson_interval(sum(shares), len(groups))
         rollouts = [rollout for group in groups for rollout in group]
         counts = Counter(rollout.score.outcome for rollout in rollouts)
@@ -43,6 +44,7 @@ class Evaluation:
             accuracy=fmean(shares),
             low=low,
             high=high,
+            shares=shares,
             counts={outcome: counts[outcome] for outcome in OUTCOMES},
             completion_length=fmean(len(rollout.completion.token_ids) for rollout in rollouts),
             truncated_fraction=fmean(not rollout.completion.finished for rollout in rollouts),
@@ -88,11 +90,6 @@ def problems_hash(problems: list[Problem]) -> str:
     """12 digits of the SHA-256 of the problems in their order; evaluations are comparable if it is equal."""
     text = json.dumps([list(problem.row().values()) for problem in problems])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def solved_shares(groups: list[Group]) -> list[float]:
-    """The share of each problem's completions that are correct."""
-    return [fmean(rollout.score.outcome == "correct" for rollout in group) for group in groups]
 
 
 def distinct_answers(groups: list[Group]) -> float:

@@ -111,6 +111,24 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                 metrics["weights_moved"] = optimizer.updated_fraction
             return metrics | {"tokens_per_second": metrics["tokens"] / metrics["rollout_seconds"]}
 
+        def sft_batches() -> list[list[Sample]]:
+            """The samples of each step of an SFT stage; none where no rollout was correct."""
+            traces = broadcast(traces_for(recipe, run, state, held_out) if is_main() else None)
+            if not traces:
+                screen.say("no correct rollouts to imitate: the sft stage is skipped")
+                return []
+            samples = []
+            for trace in traces:
+                prompt = prompt_ids(tokenizer, recipe.task.prompt(trace.problem), recipe.sampling.thinking)
+                samples.append(
+                    Sample(prompt, tokenizer.encode(trace.completion) + [tokenizer.end_of_turn_id])
+                )
+            state.see(trace.problem for trace in traces)
+            solved = len({trace.problem.key for trace in traces})
+            source = stage.traces or run.path / "traces.jsonl"
+            screen.say(f"sft on {len(traces)} curated traces of {solved} problems ({source})")
+            return sft_schedule(samples, stage.batch_size, stage.epochs, recipe.seed)
+
         def take_sft_step() -> dict:
             """One step of the schedule, at a learning rate that falls linearly to zero."""
             start = time.perf_counter()
@@ -140,7 +158,7 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                 if stage.kl_coef:
                     reference = stage_start_model(model, recipe, run, state)
             else:
-                schedule = sft_batches(tokenizer, recipe, run, screen, state, held_out)
+                schedule = sft_batches()
                 steps, take_step = len(schedule), take_sft_step
             while state.stage_step < steps:
                 if any_rank(stop.requested.is_set()):
@@ -193,33 +211,6 @@ def learning_rate_at(stage: GRPOStage, step: int) -> float:
     return stage.learning_rate * rise * fall
 
 
-def sft_batches(
-    tokenizer: Tokenizer,
-    recipe: Recipe,
-    run: RunFolder,
-    screen: Screen,
-    state: TrainState,
-    held_out: list[Problem],
-) -> list[list[Sample]]:
-    """The samples of each step of an SFT stage; none where no rollout was correct."""
-    stage = recipe.stages[state.stage]
-    traces = broadcast(traces_for(recipe, run, state, held_out) if is_main() else None)
-    if not traces:
-        screen.say("no correct rollouts to imitate: the sft stage is skipped")
-        return []
-    samples = []
-    for trace in traces:
-        thinking = recipe.sampling.thinking
-        prompt = prompt_ids(tokenizer, recipe.task.prompt(trace.problem), thinking)
-        completion = without_think(trace.completion) if thinking else trace.completion  # the prompt opens it
-        samples.append(Sample(prompt, tokenizer.encode(completion) + [tokenizer.end_of_turn_id]))
-    source = stage.traces or run.path / "traces.jsonl"
-    state.see(trace.problem for trace in traces)
-    solved = len({trace.problem.key for trace in traces})
-    screen.say(f"sft on {len(traces)} curated traces of {solved} problems ({source})")
-    return sft_schedule(samples, stage.batch_size, stage.epochs, recipe.seed)
-
-
 def traces_for(recipe: Recipe, run: RunFolder, state: TrainState, held_out: list[Problem]) -> list[Trace]:
     """What an SFT stage imitates: the user's file, or rollouts of the stage before, curated."""
     stage, task, thinking = recipe.stages[state.stage], recipe.task, recipe.sampling.thinking
@@ -239,6 +230,8 @@ def traces_for(recipe: Recipe, run: RunFolder, state: TrainState, held_out: list
     traces = [trace for trace in traces if trace.problem.key not in held_out_keys]
     if not traces:
         raise DataError(f"{source}: all traces are of held-out problems; use others")
+    if thinking:  # the prompt has opened the tag
+        traces = [replace(trace, completion=without_think(trace.completion)) for trace in traces]
     return traces
 
 

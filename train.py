@@ -12,8 +12,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from lab.device import lost_process
-from lab.errors import fail, user_errors
+from lab.errors import user_errors
 from lab.recipe import Recipe, RecipeError, checked, load_recipe
 from lab.runfolder import RunFolder
 from lab.stages import train
@@ -36,8 +35,7 @@ class Arguments:
 
 
 def parse(arguments: list[str]) -> Arguments:
-    """The recipe named first, then the sibling recipe of an embedded model, then the command line's
-    overrides.
+    """The recipe named first, or its sibling for an embedded model, with the command line's overrides.
 
     Model "auto" is Qwen3-1.7B where there is a GPU, and the embedded model elsewhere.
     """
@@ -55,13 +53,8 @@ def parse(arguments: list[str]) -> Arguments:
 
     # 2. Everything else.
     recipe = replace(recipe, model=model, out=recipe.out or f"runs/{run_name}")
-    parsed = tyro.cli(
-        Arguments,
-        args=arguments,
-        default=Arguments(recipe_name=name, recipe=recipe),
-        description=__doc__,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    options = {"description": __doc__, "config": (tyro.conf.AvoidSubcommands,)}
+    parsed = tyro.cli(Arguments, args=arguments, default=Arguments(name, recipe), **options)
     if parsed.recipe_name != name:
         raise RecipeError(f"name the recipe before the options: python train.py {parsed.recipe_name} ...")
     recipe = parsed.recipe
@@ -76,10 +69,6 @@ def parse(arguments: list[str]) -> Arguments:
 def main(arguments: Arguments) -> None:
     try:
         train(arguments.recipe, arguments.resume, arguments.quiet, arguments.plain, arguments.wandb)
-    except RuntimeError as error:
-        if not lost_process(error):
-            raise
-        fail("another process of this run ended, see its message; --resume goes on from the last checkpoint")
     except KeyboardInterrupt as stop:
         if stop.args or not RunFolder(arguments.recipe.out).holds_run:
             raise  # it says where the run goes on, or there is none

@@ -44,14 +44,14 @@ def read_problems(source: str | Path, stored: Format, problem_of: Callable[[dict
     elif not path.is_file():
         raise DataError(f'{path} is no file; give "hub" or the path of a .parquet or .jsonl file')
     problems = []
-    place = "row" if path.suffix == ".parquet" else "line"
-    rows = read_parquet(path) if place == "row" else read_jsonl(path, stored.example)
-    for number, row in rows:
+    is_parquet = path.suffix == ".parquet"
+    for number, row in read_parquet(path) if is_parquet else read_jsonl(path, stored.example):
         try:
             problems.append(problem_of(row))
         except (ValueError, TypeError, KeyError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
-            raise DataError(f"{path}, {place} {number}: {reason}; expected {stored.example}") from error
+            place = f"{'row' if is_parquet else 'line'} {number}"
+            raise DataError(f"{path}, {place}: {reason}; expected {stored.example}") from error
     if not problems:
         raise DataError(f"{path} holds no problems; give a file with at least one")
     return problems

@@ -24,15 +24,11 @@ def non_latin(text: str) -> int:
     return sum(letter.isalpha() and not unicodedata.name(letter, "").startswith("LATIN") for letter in text)
 
 
-def latin_only(text: str) -> bool:
-    return non_latin(text) == 0
-
-
 def curate(candidates: Iterable[Trace], per_problem: int, limit: int) -> list[Trace]:
     """Without repeats and other scripts, the `per_problem` shortest of each problem; the latest `limit`."""
     by_problem: dict = {}
     for trace in candidates:
-        if latin_only(trace.completion):
+        if not non_latin(trace.completion):
             by_problem.setdefault(trace.problem.key, {}).setdefault(trace.completion, trace)
     chosen = []
     for traces in by_problem.values():
@@ -64,7 +60,7 @@ def load_traces(path: str | Path, problem_of: Callable, is_correct: Callable) ->
                 raise TypeError("completion must be text and step a whole number")
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{where}: not a trace ({error}); expected {expected}") from None
-        if not latin_only(trace.completion):
+        if non_latin(trace.completion):
             raise DataError(f"{where}: letters outside the Latin script; remove the trace")
         if not is_correct(trace.completion, trace.problem):
             raise DataError(f"{where}: does not solve {trace.problem}; remove the trace")

@@ -148,16 +148,11 @@ def seen_by(model: str) -> list[str]:
     return load_state(Path(model)).seen if (Path(model) / STATE).is_file() else []
 
 
-def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
-    load_into(optimizer, load_state_tensors, folder / OPTIMIZER)
-
-
-def load_adapters(folder: Path, model: Qwen3) -> None:
-    load_into(model, load_adapter_state, folder / ADAPTERS)
-
-
-def load_into(target, load: Callable[[object, dict[str, Tensor]], None], path: Path) -> None:
-    """Put the tensors of a file back into an optimizer or a model. RecipeError: they do not fit."""
+def load_into(target: Optimizer | Qwen3, folder: Path) -> None:
+    """Put a checkpoint's optimizer state or adapters back. RecipeError: they do not fit."""
+    is_model = isinstance(target, Qwen3)
+    path = folder / (ADAPTERS if is_model else OPTIMIZER)
+    load = load_adapter_state if is_model else load_state_tensors
     try:
         load(target, safetensors.torch.load_file(path))
     except torch.OutOfMemoryError:

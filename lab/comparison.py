@@ -15,7 +15,7 @@ from rl.metrics import non_latin_fraction, pass_at_k
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model's sampled completions and, unless they were made elsewhere, its greedy ones."""
+    """A model's sampled completions and, unless they are from elsewhere, its greedy ones."""
 
     name: str
     task: Task
@@ -35,8 +35,7 @@ def measures(candidate: Candidate) -> dict:
     for group in groups:
         kinds[candidate.task.difficulty(group[0].problem)].append(group)
     numbers = {"name": candidate.name, "accuracy": estimate(sampled)}
-    if candidate.greedy:
-        numbers["greedy"] = estimate(candidate.greedy)
+    numbers |= {"greedy": estimate(candidate.greedy)} if candidate.greedy else {}
     numbers |= {
         "samples": samples,
         "pass_at": {k: pass_at_k(groups, k) for k in range(1, samples + 1)},

@@ -50,8 +50,7 @@ def held_memory(device: torch.device) -> int:
 def return_freed_blocks() -> None:
     """Make the C library return freed blocks of 4 MiB and more to the system at once (glibc only).
 
-    It keeps those below 32 MiB otherwise, in holes that nothing fits into: a third more memory, and no
-    faster.
+    It keeps those below 32 MiB otherwise, in holes that nothing fits into: a third more memory.
     """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 4 * 2**20)
@@ -83,8 +82,3 @@ def processes() -> Iterator[None]:
 def restarted() -> bool:
     """Whether torchrun has started this run again after one of its processes died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
-def lost_process(error: RuntimeError) -> bool:
-    """Whether an error says that another process of the run is gone."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)

@@ -26,6 +26,10 @@ def user_errors(out_of_memory: str = "take a smaller model"):
         fail(str(error))
     except torch.OutOfMemoryError:
         fail(f"out of GPU memory: {out_of_memory}")
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
+        fail("another process of this run ended, see its message; --resume goes on from the last checkpoint")
     except BrokenPipeError:
         sys.exit(0)  # whoever read the output has seen enough
     except OSError as error:

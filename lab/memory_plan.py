@@ -47,8 +47,8 @@ def work_of(recipe: Recipe, prompt_length: int, processes: int = 1) -> Work:
     rows = prompts = share(recipe.evaluation.held_out)
     cache = prompts * sample
     largest = 1
-    key_copies = 1.0
     update = 0
+    key_copies = 1.0
     for stage in recipe.stages:
         if stage.kind == "sft":
             update = max(update, share(stage.batch_size) * sample)

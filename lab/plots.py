@@ -37,10 +37,9 @@ def paper_points(recipe: Recipe) -> Points:
 
 def curve_table(rows: list[dict], paper: Points) -> str:
     """A Markdown table, one row per evaluation, with the paper's figure at the same GRPO step."""
-    model = "Qwen3-1.7B on Countdown-Tasks-3to4"
-    about = f"The paper's column is {model}, whatever model and problems this run has.\n" if paper else ""
+    about = "The paper's column is Qwen3-1.7B on Countdown-Tasks-3to4, whatever this run has.\n"
     lines = [
-        f"# Held-out accuracy\n\n{about}Intervals are 95 % (Wilson).\n",
+        f"# Held-out accuracy\n\n{about * bool(paper)}Intervals are 95 % (Wilson).\n",
         "| stage | step | GRPO steps | accuracy (%) | 95 % interval |" + " paper (%) |" * bool(paper),
         "|---|---|---|---|---|" + "---|" * bool(paper),
     ]

@@ -23,9 +23,6 @@ from rl.sft import SFTStage
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 STAGES = {"grpo": GRPOStage, "sft": SFTStage}
-# Fields of older recipes that are gone, with their defaults, which are what holds for every run now.
-RETIRED = {"importance_cap": None, "max_skipped_updates": 5, "weight_decay": 0.0, "max_grad_norm": 1.0}
-RETIRED["sampling"] = "auto"  # of [parallel]
 
 
 class RecipeError(ValueError):
@@ -89,29 +86,20 @@ class Recipe:
     stages: tuple[Annotated[GRPOStage | SFTStage, Discriminator("kind")], ...] = ()
 
     def __post_init__(self):
-        kept = (self.optimizer.kind, self.optimizer.rounding, self.adapters.rank)
-        if self.parallel.kind == "shard" and kept != ("adamw", "masters", 0):
-            raise RecipeError(
-                "parallel.kind shard keeps float32 weights and moments: it needs optimizer.kind adamw, "
-                "optimizer.rounding masters and adapters.rank 0"
-            )
+        needed = (self.optimizer.kind, self.optimizer.rounding, self.adapters.rank) == ("adamw", "masters", 0)
+        if self.parallel.kind == "shard" and not needed:
+            needs = "optimizer.kind adamw, optimizer.rounding masters and adapters.rank 0"
+            raise RecipeError(f"parallel.kind shard keeps float32 weights and moments: it needs {needs}")
         for number, stage in enumerate(self.stages):
-            if stage.kind == "grpo":
-                check_grpo(number, stage, self.sampling)
-
-
-def check_grpo(number: int, stage: GRPOStage, sampling: SamplingSettings) -> None:
-    """Refuse a stage that cannot be trained."""
-    updates = stage.updates_per_step
-    if updates > stage.prompts_per_step:
-        raise RecipeError(f"stages.{number}.updates_per_step must be at most prompts_per_step, not {updates}")
-    if sampling.temperature == 0:
-        raise RecipeError("sampling.temperature must be above 0 for GRPO, not 0")
-    if sampling.top_k is not None or sampling.top_p is not None:
-        raise RecipeError(
-            "sampling.top_k and sampling.top_p cannot be used with a grpo stage: the loss scores tokens "
-            "under the full distribution, and the ratio would be wrong from the first update"
-        )
+            if stage.kind != "grpo":
+                continue
+            if stage.updates_per_step > stage.prompts_per_step:
+                raise RecipeError(f"stages.{number}.updates_per_step must be at most prompts_per_step")
+            if self.sampling.temperature == 0:
+                raise RecipeError("sampling.temperature must be above 0 for GRPO, not 0")
+            if self.sampling.top_k is not None or self.sampling.top_p is not None:
+                reason = "the loss scores tokens under the full distribution, so every ratio would be wrong"
+                raise RecipeError(f"sampling.top_k and sampling.top_p are not for training: {reason}")
 
 
 def problems_of(recipe: Recipe, seen: Iterable[str] = ()) -> tuple[list[Problem], list[Problem]]:
@@ -197,7 +185,6 @@ def merge(base: dict, over: dict) -> dict:
 
 def from_dict(cls, values: dict, where: str = ""):
     """A dataclass, with those nested in it, from parsed TOML or JSON. A RecipeError names a bad field."""
-    values = without_retired(values)
     try:
         text = json.dumps(
             values, default=str
@@ -206,15 +193,6 @@ def from_dict(cls, values: dict, where: str = ""):
     except ValidationError as error:
         messages = [explain(fault, values, where) for fault in error.errors()]
         raise RecipeError("; ".join(messages)) from None
-
-
-def without_retired(values):
-    if isinstance(values, list):
-        return [without_retired(value) for value in values]
-    if not isinstance(values, dict):
-        return values
-    kept = {name: value for name, value in values.items() if name not in RETIRED or value != RETIRED[name]}
-    return {name: without_retired(value) for name, value in kept.items()}
 
 
 def explain(fault: dict, values, where: str) -> str:
@@ -226,7 +204,7 @@ def explain(fault: dict, values, where: str) -> str:
             names.append(str(part))
     name = ".".join(names)
     if fault["type"] == "unexpected_keyword_argument":
-        return f"unknown field {name}; python train.py --help lists them"
+        return f"unknown field {name}; python train.py --help lists those of this version"
     if fault["type"] == "union_tag_not_found":
         return f"{name}.kind is missing"
     reason = str(fault.get("ctx", {}).get("error", "")) or f"{fault['msg']}, not {fault['input']!r:.100}"

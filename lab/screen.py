@@ -25,7 +25,7 @@ OnProgress = Callable[[int, int], None]
 
 
 class Screen(contextlib.AbstractContextManager):
-    """Prints a line per step; on a terminal, a progress bar during sampling."""
+    """Prints a line per step."""
 
     def __exit__(self, *error):
         pass
@@ -45,7 +45,7 @@ class Screen(contextlib.AbstractContextManager):
 
     def sampling(self, what: str, total: int) -> contextlib.AbstractContextManager[OnProgress | None]:
         """A context that gives an `on_progress` for `generate`, or None, during `total` completions."""
-        return progress_bar(what, total)
+        return contextlib.nullcontext()
 
 
 class QuietScreen(Screen):
@@ -53,9 +53,6 @@ class QuietScreen(Screen):
 
     def say(self, text: str) -> None:
         pass
-
-    def sampling(self, what: str, total: int) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
 
 
 class LiveScreen(Screen):
@@ -67,7 +64,6 @@ class LiveScreen(Screen):
         self.row: dict = {}
         self.position = (0, 0)  # (steps done, steps) of the stage
         self.points: list[tuple[int, float]] = []  # (step, held-out accuracy in %)
-        self.evaluation = ""  # the last one
         self.samples: dict[str, Rollout] = {}  # the last correct and the last wrong one
         self.progress = ("", 0, 1, 0.0)  # (activity, completions done, total, tokens a second)
         self.times = deque([time.perf_counter()], maxlen=21)  # ends of the last GRPO steps
@@ -88,7 +84,7 @@ class LiveScreen(Screen):
         for row in rows:
             if "eval_accuracy" in row:
                 self.points.append((row["step"], 100 * row["eval_accuracy"]))
-                self.evaluation = evaluation_text(row)
+                self.heading = f"held-out accuracy {evaluation_text(row)}"
 
     def step(self, row: dict, stages: int, done: int, steps: int) -> None:
         self.row = row
@@ -122,8 +118,8 @@ class LiveScreen(Screen):
         inner = width - 4
         parts = [self._draw_position()]
         if self.points:
-            lines = chart(self.points, min(60, inner - 8), CHART_HEIGHT)
-            parts.append(Text("\n".join([f"held-out accuracy {self.evaluation}", *lines]), style="cyan"))
+            lines = [self.heading, *chart(self.points, min(60, inner - 8), CHART_HEIGHT)]
+            parts.append(Text("\n".join(lines), style="cyan"))
         parts.append(self._figures())
         if self.console.height >= CHART_HEIGHT + ROLLOUT_LINES + 11:
             columns = 1 if width < 80 else 2
@@ -229,12 +225,10 @@ def describe_run(recipe: Recipe, model, train: list, held_out: list, resumed_at:
     on_gpu = model.device.type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     dtype = str(model.dtype).removeprefix("torch.")
-    stages = [
-        f"SFT {stage.epochs} epochs"
-        if stage.kind == "sft"
-        else f"GRPO {stage.steps} steps of {stage.prompts_per_step} x {stage.samples_per_prompt}"
-        for stage in recipe.stages
-    ]
+    stages = []
+    for stage in recipe.stages:
+        batch = "" if stage.kind == "sft" else f" of {stage.prompts_per_step} x {stage.samples_per_prompt}"
+        stages.append(f"SFT {stage.epochs} epochs" if not batch else f"GRPO {stage.steps} steps{batch}")
     resumed = "" if resumed_at is None else f", resumed after step {resumed_at}"
     return (
         f"model     {recipe.model}: {model.config.num_parameters():,} parameters, {dtype}, on {device}\n"

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from data.task import Problem
-from lab.checkpoint import TrainState, checkpoints, load_adapters, load_state, newest_checkpoint, seen_by
+from lab.checkpoint import TrainState, checkpoints, load_into, load_state, newest_checkpoint, seen_by
 from lab.device import held_memory, pick_device, pick_dtype, return_freed_blocks
 from lab.evaluate import problems_hash
 from lab.memory_plan import check_plan, gb, plan_memory, work_of
@@ -19,11 +19,10 @@ from rl.distributed import broadcast, is_main, world_size
 
 def find_state(recipe: Recipe, run: RunFolder, resume: bool, screen) -> tuple[TrainState, Path | None]:
     """The state of a run, and the checkpoint to resume from. RecipeError: it cannot start or resume."""
-    before = None
+    kinds = [stage.kind for stage in recipe.stages]
     for number, stage in enumerate(recipe.stages):
-        if stage.kind == "sft" and stage.traces is None and before != "grpo":
+        if stage.kind == "sft" and stage.traces is None and kinds[:number][-1:] != ["grpo"]:
             raise RecipeError(f"stages.{number}: an sft stage needs a grpo stage right before it, or traces")
-        before = stage.kind
     if not resume:
         if is_main():
             run.check_free()
@@ -68,17 +67,15 @@ def load_policy(recipe: Recipe, checkpoint: Path | None, device: torch.device) -
     if adapted:
         add_adapters(model, recipe.adapters.rank, recipe.adapters.alpha, recipe.adapters.int8, recipe.seed)
         if checkpoint is not None:
-            load_adapters(checkpoint, model)
+            load_into(model, checkpoint)
     model.model.checkpoint_activations = recipe.optimizer.activation_checkpointing
     return model, tokenizer
 
 
 def stage_start_model(model: Qwen3, recipe: Recipe, run: RunFolder, state: TrainState) -> Qwen3:
     """The reference of the KL penalty: a frozen copy of the policy as it was when the stage began."""
-    start = None
-    for folder in checkpoints(run.path):
-        saved = load_state(folder)
-        if (saved.stage, saved.stage_step) == (state.stage, 0):
-            start = folder
+    states = {folder: load_state(folder) for folder in checkpoints(run.path)}
+    starts = [folder for folder, s in states.items() if (s.stage, s.stage_step) == (state.stage, 0)]
+    start = starts[-1] if starts else None
     reference, _ = load_policy(recipe, start, model.device)
     return reference.requires_grad_(False)

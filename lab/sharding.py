@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model import Qwen3
-from rl.distributed import PIECE, is_sharded, local, world_size
+from rl.distributed import PIECE, is_sharded, local, rank, world_size
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def round_to_saved(model: Qwen3) -> None:
 
 
 def full_pieces(pieces: list[Tensor], like: Tensor) -> list[Tensor]:
-    """Flat pieces of a full tensor, from each rank's pieces of its shard; `like` is the sharded parameter.
+    """Flat pieces of a full tensor, from each rank's pieces of its shard; `like` is the parameter.
 
     Scalars are the same on all ranks, and repeated for each piece.
     """
@@ -89,7 +89,6 @@ def local_pieces(pieces: list[Tensor], like: Tensor) -> list[Tensor]:
     count = -(-local(like).numel() // PIECE) or 1
     if pieces[0].dim() == 0:
         return [pieces[0]] * count
-    parts = torch.cat(pieces).view(like.shape).chunk(like.device_mesh.size(), dim=0)
-    rank = like.device_mesh.get_local_rank()
-    part = parts[rank].reshape(-1) if rank < len(parts) else pieces[0][:0]
+    parts = torch.cat(pieces).view(like.shape).chunk(world_size(), dim=0)
+    part = parts[rank()].reshape(-1) if rank() < len(parts) else pieces[0][:0]
     return list(part.split(PIECE))

@@ -9,7 +9,7 @@ from data import DataError
 from data.load import endless_problems
 from data.task import Problem, without_think
 from data.traces import Trace, curate, load_traces, save_traces
-from lab.checkpoint import TrainState, load_optimizer, prune_checkpoints, save_checkpoint, state_tensors
+from lab.checkpoint import TrainState, load_into, prune_checkpoints, save_checkpoint, state_tensors
 from lab.device import peak_memory, processes, restarted
 from lab.errors import Stopped, stoppable
 from lab.evaluate import EVALUATION_SEED, evaluate
@@ -30,10 +30,6 @@ from rl.optimizer import Optimizer
 from rl.sft import sft_schedule, sft_step
 
 MAX_SKIPPED_UPDATES = 5  # in a row, then the run ends
-SKIPPED = (
-    "updates in a row had no finite loss and gradient: lower the learning rate, or try --dtype float32, in a "
-    "new run; the weights are as they were before"
-)
 
 
 def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -> None:
@@ -59,7 +55,6 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
         screen.history(run.metrics())
         if wandb and is_main():
             run.trackers.append(WandB(run.path, to_dict(recipe)))
-        stop = stack.enter_context(stoppable(is_main()))
         evaluation = partial(evaluate_now, model, tokenizer, recipe, held_out, screen)
 
         def record(row: dict, steps: int) -> None:
@@ -107,8 +102,6 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
             if is_main():
                 run.save_rollouts(state.step + 1, state.stage, groups, advantages)
             metrics |= rollout_metrics(groups) | {"micro_batch_tokens": optimizer.micro_batch_tokens}
-            if optimizer.updated_fraction is not None:
-                metrics["weights_moved"] = optimizer.updated_fraction
             return metrics | {"tokens_per_second": metrics["tokens"] / metrics["rollout_seconds"]}
 
         def sft_batches() -> list[list[Sample]]:
@@ -144,14 +137,15 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                 run.create(recipe, state.problems)
             record(row, 0)
 
-        # 3. The stages, each with a new optimizer.
+        # 3. The stages, each with a new optimizer. From here on a signal lets the step under way finish.
+        stop = stack.enter_context(stoppable(is_main()))
         while state.stage < len(recipe.stages):
             stage = recipe.stages[state.stage]
             is_last = state.stage == len(recipe.stages) - 1
             round_to_saved(model)
             optimizer = Optimizer(model, recipe.optimizer, micro_batch_tokens)
             if checkpoint is not None and state.stage_step > 0:
-                load_optimizer(checkpoint, optimizer)
+                load_into(optimizer, checkpoint)
             checkpoint = reference = None
             if stage.kind == "grpo":
                 steps, take_step = stage.steps, take_grpo_step
@@ -180,7 +174,9 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                     row |= evaluation(ends and is_last)
                 record(row, steps)
                 if optimizer.skipped_in_a_row >= MAX_SKIPPED_UPDATES:
-                    raise RecipeError(f"{optimizer.skipped_in_a_row} {SKIPPED}")
+                    skipped = f"{optimizer.skipped_in_a_row} updates in a row had no finite loss and gradient"
+                    advice = "lower the learning rate, or try --dtype float32, in a new run"
+                    raise RecipeError(f"{skipped}, and changed nothing: {advice}")
                 if not ends and state.stage_step % recipe.checkpoint_every == 0:
                     save(optimizer)
             if not steps and is_last:  # an SFT stage without traces: no step has evaluated

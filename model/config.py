@@ -87,14 +87,11 @@ class Qwen3Config:
             "model_type": "qwen3",
             **{name: getattr(self, name) for name in self.__dataclass_fields__},
             "attention_bias": False,
-            "attention_dropout": 0.0,
             "eos_token_id": eos_token_id,
             "hidden_act": "silu",
-            "initializer_range": 0.02,
             "rope_scaling": None,
             "sliding_window": None,
             "torch_dtype": dtype,
-            "use_cache": True,
             "use_sliding_window": False,
         }
 

@@ -35,11 +35,11 @@ def load_model(
     """
     folder = resolve_source(source, revision)
     hf_config = read_json(folder / "config.json")
-    dtype_name = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
+    stored = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
     try:
         config = Qwen3Config.from_hf(hf_config)
-        if dtype is None and dtype_name not in DTYPES:
-            raise ModelError(f"dtype {dtype_name!r} is not one of {', '.join(DTYPES)}")
+        if dtype is None and stored not in DTYPES:
+            raise ModelError(f"dtype {stored!r} is not one of {', '.join(DTYPES)}")
     except ModelError as error:
         raise ModelError(f"{folder / 'config.json'}: {error}") from error
     tokenizer = Tokenizer(folder)
@@ -47,7 +47,7 @@ def load_model(
         raise ModelError(f"{folder}: {len(tokenizer)} tokens but only {config.vocab_size} embedding rows")
     with torch.device("meta"):  # no memory is taken before the weights come
         model = Qwen3(config)
-    state = read_state(folder, model, device, dtype or getattr(torch, dtype_name))
+    state = read_state(folder, model, device, dtype or getattr(torch, stored))
     model.load_state_dict(state, assign=True, strict=False)  # read_state has checked every name and shape
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -93,8 +93,6 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
     folder = EMBEDDED.get(str(source), Path(source).expanduser())
     if folder.is_dir():
         return folder
-    if folder.exists():
-        raise ModelError(f"{source} is a file; a model is a folder with config.json and safetensors in it")
     parts = str(source).split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
         known = f"a hub id looks like Qwen/Qwen3-1.7B; embedded are {', '.join(EMBEDDED)}"

@@ -42,9 +42,7 @@ class GRPOStage:
     clip_high: NonNegative = 0.25  # The ratio is clipped above at 1 + clip_high; 1e9 disables it
     aggregation: Literal["token", "sequence", "constant"] = "token"  # How token losses are averaged
     scale_by_std: bool = True  # Divide advantages by the group's standard deviation
-    kl_coef: NonNegative = 0.0
-    """Weight of the KL penalty towards the policy at the stage's start; above 0, memory holds a copy of it.
-    """
+    kl_coef: NonNegative = 0.0  # Weight of the KL penalty towards the policy at the stage's start
 
 
 def grpo_step(
@@ -64,11 +62,8 @@ def grpo_step(
 ) -> tuple[list[list[Rollout]], Tensor, dict[str, float]]:
     """One step: answer `problems`, score the answers, and make the better ones of each group likelier.
 
-    `reference` is the frozen model of the KL penalty; `watch` may be `on_progress` and `cancel` of
-    `model.generate`.
-
-    Returns:
-        The rollouts, [problem][sample]; their advantages, [problems, samples]; the metrics of the updates.
+    `reference` is the frozen model of the KL penalty; `watch` may be `on_progress` and `cancel`.
+    Returns the rollouts, [problem][sample]; their advantages, [problems, samples]; the updates' metrics.
     """
     # 1. Sample and score. The completions of one problem are a group.
     start = time.perf_counter()

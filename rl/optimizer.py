@@ -37,8 +37,6 @@ class Optimizer:
     "masters", AdamW updates float32 copies, which are then rounded into the weights: 4 bytes a weight. With
     "stochastic" (bfloat16 only), each update is rounded up or down by chance, with the exact expectation: no
     memory, but noise. Float32 weights are updated in place.
-
-    `updated_fraction` is the share of weights below float32 that the last step changed; None for float32.
     """
 
     def __init__(self, model: nn.Module, settings=OptimizerSettings(), micro_batch_tokens: int = 8192):
@@ -49,7 +47,6 @@ class Optimizer:
         self.micro_batch_tokens = micro_batch_tokens  # of a forward and backward; halved if memory runs out
         self.skipped_in_a_row = 0  # updates skipped since the last one taken
         self.steps = 0
-        self.updated_fraction = None if all(p.dtype == torch.float32 for _, p in trained) else 0.0
         self.masters: dict[str, list[nn.Parameter]] = {}
         self.optimizers: dict[str, list[torch.optim.Optimizer]] = {}
         for name, parameter in self.parameters.items():
@@ -77,7 +74,6 @@ class Optimizer:
             self.skipped_in_a_row += 1
             return math.nan
         scale = min(1.0, MAX_GRAD_NORM / (norm + 1e-6))
-        changed: list[Tensor] = []
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
@@ -89,26 +85,15 @@ class Optimizer:
                 adamw.param_groups[0]["lr"] = learning_rate
                 adamw.step()
                 master.grad = None
-                if weights.dtype != torch.float32:
-                    changed.append(self.write_back(weights, master, f"{self.steps} {name} {number}"))
+                if weights.dtype != torch.float32 and self.stochastic:
+                    weights.copy_(round_stochastically(master.data, f"{self.steps} {name} {number}"))
+                    master.data = self.master_of(weights)
+                elif weights.dtype != torch.float32:
+                    weights.copy_(master)
             parameter.grad = None
         self.steps += 1
         self.skipped_in_a_row = 0
-        if self.updated_fraction is not None:
-            low = sum(p.numel() for p in self.parameters.values() if p.dtype != torch.float32)
-            self.updated_fraction = int(sum(changed)) / low
         return norm
-
-    def write_back(self, weights: Tensor, master: nn.Parameter, key: str) -> Tensor:
-        """Round `master` into `weights`; return how many changed."""
-        if self.stochastic:
-            rounded = round_stochastically(master.data, key)
-            master.data = self.master_of(weights)
-        else:
-            rounded = master.to(weights.dtype)
-        changed = (rounded != weights).sum()
-        weights.copy_(rounded)
-        return changed
 
     def clear_gradients(self) -> None:
         for parameter in self.parameters.values():

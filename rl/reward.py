@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from data.task import MALFORMED, WRONG, Score
-from data.traces import latin_only
+from data.traces import non_latin
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class RewardSettings:
 
 def reward_for(score: Score, text: str, settings: RewardSettings) -> Score:
     """The same outcome, with the reward of a completion with this text."""
-    if settings.latin_only and not latin_only(text):
+    if settings.latin_only and non_latin(text):
         return replace(score, reward=MALFORMED.reward)
     if score.outcome == "near" and not settings.near_miss:
         return replace(score, reward=WRONG.reward)

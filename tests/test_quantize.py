@@ -194,7 +194,7 @@ def test_a_rank_or_alpha_that_makes_no_sense_is_refused_and_the_model_left_as_it
 def test_adapters_learn_and_the_base_stays_bit_identical(int8, dtype):
     model = add_adapters(random_model(dtype=dtype), 4, 8.0, int8)
     before, optimizer = frozen(model), optimizer_for(model)
-    assert optimizer.parameters.keys() == adapter_state(model).keys() and optimizer.updated_fraction is None
+    assert optimizer.parameters.keys() == adapter_state(model).keys()
     losses = [sft_step(model, optimizer, SAMPLES, 5e-2)["loss"] for _ in range(12)]
     assert losses[-1] < 0.6 * losses[0]
     assert same(frozen(model), before)

@@ -142,19 +142,6 @@ def test_no_number_of_a_recipe_is_without_bounds_trap_generated_problems_ten_to_
                 from_dict(Recipe, values)
 
 
-def test_fields_that_are_gone_are_dropped_at_their_old_default_and_refused_at_any_other():
-    """As runs of before have them in their config.json."""
-    old = {"max_skipped_updates": 5, "weight_decay": 0.0, "max_grad_norm": 1.0}
-    stages = [{"kind": "grpo", "steps": 7, "importance_cap": None}]
-    assert from_dict(Recipe, {"optimizer": old, "stages": stages}) == Recipe(stages=(GRPOStage(steps=7),))
-    for values, field in (
-        ({"optimizer": old | {"weight_decay": 0.1}}, "optimizer.weight_decay"),
-        ({"stages": [stages[0] | {"importance_cap": 2.0}]}, "stages.0.importance_cap"),
-    ):
-        with pytest.raises(RecipeError, match=f"unknown field {field}"):
-            from_dict(Recipe, values)
-
-
 def test_training_refuses_top_k_and_top_p_trap_scored_under_another_distribution():
     for sampling in (SamplingSettings(top_k=20), SamplingSettings(top_p=0.95)):
         with pytest.raises(RecipeError, match="top_k and sampling.top_p"):

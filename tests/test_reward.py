@@ -76,7 +76,9 @@ def test_trap_arithmetic_that_peers_paid_for_or_hung_on(content, numbers, target
     assert score(answered(content), Problem(numbers, target)) == Score(0.1, "wrong")
 
 
-@pytest.mark.parametrize("before", ["", "So: ", "First 79 - 60 = 19.\n", "Done. ", "Now, ", "x so ", "max ", "thus; ", "3 numbers: "])
+@pytest.mark.parametrize(
+    "before", ["", "So: ", "First 79 - 60 = 19.\n", "Done. ", "Now, ", "so ", "x so ", "max ", "thus; ", "3 numbers: "]
+)
 def test_a_bare_number_counts_right_after_an_equation_that_earned_it(before):
     for after in (" ", "", "\n\n"):
         assert outcome(f"hm</think>{before}{EQUATION}{after}<answer>36</answer>") == "correct"

@@ -128,10 +128,7 @@ def candidate_of(model: Model, problems: list[Problem], arguments: Arguments) ->
             without = f"{len(missing)} of the {len(problems)} problems, such as {missing[0]}"
             advice = "give the problems it is about by --problems"
             raise RecipeError(f"{model.source} has no completion of {without}; {advice}")
-        sampled = Evaluation.of([groups[problem.key] for problem in problems])
-        has_tokens = all(rollout.completion.token_ids for group in sampled.groups for rollout in group)
-        limit = sampling.max_new_tokens if has_tokens else None
-        return Candidate(model.source, task, sampled, None, sampling.thinking, limit)
+        return Candidate(model.source, recipe, Evaluation.of([groups[p.key] for p in problems]), None)
     checkpoint = Path(model.source) if model.trained else None
     loaded = load_policy(recipe, checkpoint, torch.device(pick_device(recipe)))
 
@@ -142,7 +139,7 @@ def candidate_of(model: Model, problems: list[Problem], arguments: Arguments) ->
 
     greedy = evaluated(0.0, 1)
     sampled = evaluated(sampling.temperature, arguments.samples) if sampling.temperature else greedy
-    return Candidate(model.source, task, sampled, greedy, sampling.thinking, sampling.max_new_tokens)
+    return Candidate(model.source, recipe, sampled, greedy)
 
 
 def print_examples(candidate: Candidate, examples: int, console: Console) -> None:

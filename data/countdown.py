@@ -64,9 +64,8 @@ class Countdown(Task):
         for name in ("number", "target"):
             low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
             if not 1 <= low <= high <= MAX_NUMBER:
-                raise ValueError(
-                    f"min_{name} {low} and max_{name} {high} must be from 1 to {MAX_NUMBER}, in order"
-                )
+                limits = f"from 1 to {MAX_NUMBER}, in order"
+                raise ValueError(f"min_{name} {low} and max_{name} {high} must be {limits}")
         if not 0 <= self.four_number_share <= 1:
             raise ValueError(f"four_number_share must be from 0 to 1, not {self.four_number_share}")
 

@@ -10,7 +10,7 @@ from data.task import Task, steps_difficulty
 
 MAX_CHARACTERS = 256  # of an answer block
 NUMBER = re.compile(  # 18 or 1,234 or -2.50 or 3/4, but no part of a longer word or number
-    r"(?<![\w.,/^:])-?\s?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,18})(?:\.[0-9]{1,18})?(?:/[0-9]{1,18})?"
+    r"(?<![\w.,/^:])-?\s*(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,18})(?:\.[0-9]{1,18})?(?:/[0-9]{1,18})?"
     r"(?![\w/^:]|[.,][0-9])",
     re.ASCII,
 )

@@ -120,14 +120,11 @@ def split_problems(problems: Iterable[P], held_out: int, seen: Iterable[str] = (
     Problems whose fingerprints are `seen` are not held out. Duplicates are dropped first; one row in twelve
     of the Countdown dataset is one.
     """
-    unique: dict = {}
-    for problem in problems:
-        kept = unique.setdefault(problem.key, problem)
-        if list(problem.row().values()) < list(kept.row().values()):  # the same duplicate in any order
-            unique[problem.key] = problem
-    by_fingerprint = {fingerprint(problem): problem for problem in unique.values()}
+    # Of duplicates the one with the smallest row, in whatever order they come.
+    ordered = sorted(problems, key=lambda problem: list(problem.row().values()), reverse=True)
+    by_fingerprint = {fingerprint(problem): problem for problem in ordered}
     fresh = sorted(by_fingerprint.keys() - set(seen))
-    if not 0 <= held_out <= len(fresh) or held_out == len(unique):
+    if not 0 <= held_out <= len(fresh) or held_out == len(by_fingerprint):
         raise DataError(f"cannot hold out {held_out} of {len(fresh)} different problems; hold out fewer")
     kept_back = fresh[:held_out]
     train = sorted(by_fingerprint.keys() - set(kept_back))

@@ -94,8 +94,7 @@ def split_answer(text: str, thinking: bool) -> tuple[str, str] | None:
     """
     rest = without_think(text)
     if thinking or rest != text:
-        text = rest
-        thoughts, closed, text = text.partition("</think>")
+        thoughts, closed, text = rest.partition("</think>")
         if not closed or "<think>" in thoughts or "</answer>" in thoughts.partition("<answer>")[2]:
             return None
     if text.count("<answer>") != 1 or text.count("</answer>") != 1:

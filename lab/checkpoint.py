@@ -58,8 +58,7 @@ def save_checkpoint(
 ) -> None:
     """Write `folder` whole or not at all: write a folder beside it, sync it to the disk, then rename it.
 
-    `optimizer` is None at a stage's end: the next one has its own. RecipeError: the folder cannot be written,
-    for example because the disk is full; earlier checkpoints are left as they were.
+    `optimizer` is None at a stage's end: the next one has its own. RecipeError: `folder` cannot be written.
     """
     temporary = folder.with_name(folder.name + PARTIAL)
     try:

@@ -8,8 +8,8 @@ from statistics import fmean
 
 from rich.table import Table
 
-from data.task import Task
 from lab.evaluate import Evaluation, bootstrap_interval, distinct_answers, majority_accuracy, mcnemar_p
+from lab.recipe import Recipe
 from rl.metrics import non_latin_fraction, pass_at_k
 
 
@@ -18,28 +18,27 @@ class Candidate:
     """A model's sampled completions and, unless they are from elsewhere, its greedy ones."""
 
     name: str
-    task: Task
+    recipe: Recipe
     sampled: Evaluation
     greedy: Evaluation | None
-    thinking: bool
-    max_new_tokens: int | None = None
 
 
 def measures(candidate: Candidate) -> dict:
     """All numbers of an evaluation; shares are from 0 to 1, lengths in tokens."""
     sampled = candidate.sampled
     groups = sampled.groups
+    task, sampling = candidate.recipe.task, candidate.recipe.sampling
     samples = min(map(len, groups))
     total = sum(sampled.counts.values())
     kinds = defaultdict(list)
     for group in groups:
-        kinds[candidate.task.difficulty(group[0].problem)].append(group)
+        kinds[task.difficulty(group[0].problem)].append(group)
     numbers = {"name": candidate.name, "accuracy": estimate(sampled)}
     numbers |= {"greedy": estimate(candidate.greedy)} if candidate.greedy else {}
     numbers |= {
         "samples": samples,
         "pass_at": {k: pass_at_k(groups, k) for k in range(1, samples + 1)},
-        "majority": majority_accuracy(groups, candidate.task, candidate.thinking),
+        "majority": majority_accuracy(groups, task, sampling.thinking),
         "distinct_answers": distinct_answers(groups),
         "outcomes": {outcome: count / total for outcome, count in sampled.counts.items()},
         "by_difficulty": {
@@ -48,11 +47,10 @@ def measures(candidate: Candidate) -> dict:
         },
         "non_latin_fraction": non_latin_fraction(groups),
     }
-    if candidate.max_new_tokens is not None:
-        numbers["completion_length"] = sampled.completion_length
-        numbers["truncated_fraction"] = sampled.truncated_fraction
-        numbers["max_new_tokens"] = candidate.max_new_tokens
-    return numbers
+    if sampled.completion_length:
+        lengths = {"completion_length": sampled.completion_length}
+        numbers |= lengths | {"truncated_fraction": sampled.truncated_fraction}
+    return numbers | ({"max_new_tokens": sampling.max_new_tokens} if candidate.greedy else {})
 
 
 def estimate(evaluation: Evaluation) -> dict[str, float]:

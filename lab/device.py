@@ -14,8 +14,6 @@ import torch.distributed as dist
 from lab.recipe import Recipe, RecipeError
 from model.memory import read
 
-MMAP_THRESHOLD = -3  # the name of that setting in glibc's malloc.h
-
 
 def pick_device(recipe: Recipe) -> str:
     if recipe.device == "auto":
@@ -53,7 +51,7 @@ def return_freed_blocks() -> None:
     It keeps those below 32 MiB otherwise, in holes that nothing fits into: a third more memory.
     """
     with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 4 * 2**20)
+        ctypes.CDLL(None).mallopt(-3, 4 * 2**20)  # M_MMAP_THRESHOLD of malloc.h
 
 
 PATIENCE = timedelta(minutes=30)  # of the others with one process, which may be writing a checkpoint

@@ -62,8 +62,7 @@ def evaluate(
 def load_completions(path: str | Path, task: Task, thinking: bool) -> list[Group]:
     """Score completions made elsewhere: a line each, with a problem's fields and `completion`, in any order.
 
-    Lines may have `token_ids` and `finished`, as in a run's rollouts/; then lengths and truncation are known
-    too. DataError names what is wrong, and its line.
+    Lines may have `token_ids` and `finished`, as in rollouts/. DataError names what is wrong, and its line.
     """
     groups: dict[Hashable, Group] = {}
     expected = task.stored.example[:-1] + ', "completion": "..."}'
@@ -113,9 +112,6 @@ def majority_accuracy(groups: list[Group], task: Task, thinking: bool) -> float:
     return solved / len(groups)
 
 
-RESAMPLES = 10_000
-
-
 def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson, 1927); it lies in [0, 1] and is not empty at 0 or 1."""
     share = successes / trials
@@ -126,10 +122,10 @@ def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple
 
 
 def bootstrap_interval(values: list[float], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean of `values`, such as paired differences, by resampling (Efron, 1979)."""
+    """95 % interval of the mean of `values`, such as differences, from 10,000 resamples (Efron, 1979)."""
     drawn = np.asarray(values)
     rng = np.random.default_rng(seed)
-    means = [rng.choice(drawn, len(drawn)).mean() for _ in range(RESAMPLES)]
+    means = [rng.choice(drawn, len(drawn)).mean() for _ in range(10_000)]
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 

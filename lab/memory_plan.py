@@ -16,10 +16,6 @@ LARGEST_AUTO = {"cpu": 2**13, "cuda": 2**15}  # tokens of a micro-batch; larger 
 TRANSIENT_LAYERS = 3  # layers' worth of activations that backward allocates and frees on its way; measured
 STEP_BYTES = 20  # of an optimizer step, per weight of a piece: float32 weight, gradient and temporaries
 MARGIN = 0.92  # of the free memory; the rest is for what the plan does not cover
-LESS = (
-    "try --optimizer.activation-checkpointing, --optimizer.kind adamw8bit, --optimizer.rounding stochastic, "
-    "--adapters.rank 16, or a smaller --model"
-)
 
 
 @dataclass(frozen=True)
@@ -49,6 +45,7 @@ def work_of(recipe: Recipe, prompt_length: int, processes: int = 1) -> Work:
     largest = 1
     update = 0
     key_copies = 1.0
+    has_reference = False
     for stage in recipe.stages:
         if stage.kind == "sft":
             update = max(update, share(stage.batch_size) * sample)
@@ -62,10 +59,9 @@ def work_of(recipe: Recipe, prompt_length: int, processes: int = 1) -> Work:
         rows = max(rows, groups * count)
         prompts = max(prompts, groups)
         cache = max(cache, groups * group)
+        has_reference |= stage.kl_coef > 0
     cache = min(cache, recipe.sampling.max_cache_tokens or cache)
-    has_reference = any(stage.kind == "grpo" and stage.kl_coef > 0 for stage in recipe.stages)
-    prefill = prompts * prompt_length
-    return Work(sample, largest, key_copies, update, rows, prefill, cache, has_reference)
+    return Work(sample, largest, key_copies, update, rows, prompts * prompt_length, cache, has_reference)
 
 
 @dataclass(frozen=True)
@@ -190,4 +186,6 @@ def check_plan(plan: MemoryPlan, free: int) -> None:
     """Refuse a run that cannot fit, by a ModelError that says what it needs and which options need less."""
     need = plan.peak - plan.process
     if need > free:
-        raise ModelError(f"this run needs {gb(need)} of memory and {gb(free)} are free ({plan}): {LESS}")
+        smaller = "--optimizer.kind adamw8bit, --optimizer.rounding stochastic, --adapters.rank 16"
+        advice = f"try --optimizer.activation-checkpointing, {smaller}, or a smaller --model"
+        raise ModelError(f"this run needs {gb(need)} of memory and {gb(free)} are free ({plan}): {advice}")

@@ -18,7 +18,7 @@ from lab.checkpoint import checkpoints
 from lab.errors import user_errors
 from lab.plots import paper_by_step, paper_points, stage_spans
 from lab.recipe import Recipe, RecipeError, from_dict
-from lab.runfolder import RunFolder
+from lab.runfolder import RunFolder, step_of
 from model import ModelError, Tokenizer
 
 SERIES = (
@@ -94,7 +94,7 @@ def rollouts(run: RunFolder, task: Task) -> list[dict]:
         for _, row in read_jsonl(path, "a rollout"):
             samples[row["group"]] += 1
             if row["group"] < GROUPS and samples[row["group"]] <= SAMPLES:
-                entry = {"step": int(path.stem.removeprefix("step_")), "problem": str(task.problem(row))}
+                entry = {"step": step_of(path), "problem": str(task.problem(row))}
                 entry |= {name: row[name] for name in names}
                 if tokenizer:
                     entry["pieces"] = pieces(tokenizer, row["token_ids"], row["logprobs"])

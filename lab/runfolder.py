@@ -66,10 +66,8 @@ class WandB:
 
 def numbers(row: dict) -> dict[str, float]:
     """What of `row` can be drawn: numbers that were measured, without the step."""
-    values = {
-        name: value for name, value in row.items() if isinstance(value, (int, float)) and name != "step"
-    }
-    return {name: value for name, value in values.items() if math.isfinite(value)}
+    values = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+    return {name: value for name, value in values.items() if name != "step" and math.isfinite(value)}
 
 
 # What may differ when a run is resumed: where it lies, and what changes memory and speed only.
@@ -109,9 +107,9 @@ class RunFolder:
         try:
             yield
         finally:
-            lock.release()
             if {path.name for path in self.path.iterdir()} <= {"lock"}:  # nothing came of the run
                 shutil.rmtree(self.path)
+            lock.release()  # only now, so that no other run can be in the folder that is removed
 
     def check_free(self) -> None:
         """Refuse, by a RecipeError, to start a run where there is one."""
@@ -149,36 +147,29 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Delete metrics and rollouts of the steps after `step`, which a resumed run writes again."""
-        lines = [line + "\n" for line, row in self._lines() if row["step"] <= step]
+        lines = [json_line(row) for row in self.metrics() if row["step"] <= step]
         write_whole(self.metrics_path, "".join(lines))
         for path in self.rollout_files():
             if step_of(path) > step:
                 path.unlink()
 
     def log(self, row: dict) -> None:
-        """Append one line to metrics.jsonl, NaN and infinities as null, then show it to the trackers."""
-        plain = {}
-        for name, value in row.items():
-            plain[name] = None if isinstance(value, float) and not math.isfinite(value) else value
+        """Append one line to metrics.jsonl, then show it to the trackers."""
         with open(self.metrics_path, "a") as file:
-            file.write(json.dumps(plain) + "\n")
+            file.write(json_line(row))
         for tracker in self.trackers:
             tracker.log(row)
 
     def metrics(self) -> list[dict]:
-        """All lines of metrics.jsonl, null as NaN."""
-        rows = [row for _, row in self._lines()]
-        return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
-
-    def _lines(self) -> list[tuple[str, dict]]:
-        """The lines of metrics.jsonl, as text and parsed; a last line cut short by a crash is left out."""
-        lines = []
+        """All lines of metrics.jsonl, null as NaN; a last line cut short by a crash is left out."""
+        rows = []
         for line in self.metrics_path.read_text().splitlines() if self.metrics_path.exists() else []:
             try:
-                lines.append((line, json.loads(line)))
+                row = json.loads(line)
             except ValueError:
                 break
-        return lines
+            rows.append({name: math.nan if value is None else value for name, value in row.items()})
+        return rows
 
     def save_rollouts(self, step: int, stage: int, groups: list[list[Rollout]], advantages: Tensor) -> None:
         """Write rollouts/step_NNNN.jsonl: each completion with verdict and advantage [groups, samples]."""
@@ -205,6 +196,14 @@ class RunFolder:
                 if row["stage"] == stage and row["outcome"] == "correct" and row["finished"]:
                     traces.append(Trace(task.problem(row), row["completion"], step_of(path)))
         return traces
+
+
+def json_line(row: dict) -> str:
+    """A line of metrics.jsonl, NaN and infinities as null."""
+    plain = {}
+    for name, value in row.items():
+        plain[name] = None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(plain) + "\n"
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -18,14 +18,13 @@ from rich.text import Text
 from lab.recipe import Recipe
 from rl.rollout import Rollout
 
-BLOCKS = " ▁▂▃▄▅▆▇█"
 CHART_HEIGHT = 5  # lines
 ROLLOUT_LINES = 7  # the last ones of a completion
 OnProgress = Callable[[int, int], None]
 
 
 class Screen(contextlib.AbstractContextManager):
-    """Prints a line per step."""
+    """Prints a line per step; on a terminal, a progress bar during sampling."""
 
     def __exit__(self, *error):
         pass
@@ -45,7 +44,7 @@ class Screen(contextlib.AbstractContextManager):
 
     def sampling(self, what: str, total: int) -> contextlib.AbstractContextManager[OnProgress | None]:
         """A context that gives an `on_progress` for `generate`, or None, during `total` completions."""
-        return contextlib.nullcontext()
+        return progress_bar(what, total)
 
 
 class QuietScreen(Screen):
@@ -53,6 +52,9 @@ class QuietScreen(Screen):
 
     def say(self, text: str) -> None:
         pass
+
+    def sampling(self, what: str, total: int) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 class LiveScreen(Screen):
@@ -191,7 +193,7 @@ def chart(points: list[tuple[int, float]], width: int, height: int) -> list[str]
     eighths = [round(8 * height * y / top) for y in ys]  # of a line
     lines = []
     for level in reversed(range(height)):
-        bars = "".join(BLOCKS[min(8, max(0, bar - 8 * level))] for bar in eighths)
+        bars = "".join(" ▁▂▃▄▅▆▇█"[min(8, max(0, bar - 8 * level))] for bar in eighths)
         label = f"{top:3.0f} %" if level == height - 1 else "  0 %" if level == 0 else ""
         lines.append(f"{label:>5} |{bars}")
     return lines

@@ -3,7 +3,6 @@
 import contextlib
 import time
 from dataclasses import replace
-from functools import partial
 
 from data import DataError
 from data.load import endless_problems
@@ -17,10 +16,10 @@ from lab.plots import paper_points, write_curve
 from lab.recipe import Recipe, RecipeError, to_dict
 from lab.report import write_report
 from lab.runfolder import RunFolder, WandB
-from lab.screen import Screen, describe_run, final_line, pick_screen
+from lab.screen import describe_run, final_line, pick_screen
 from lab.setup import find_state, set_up, stage_start_model
 from lab.sharding import round_to_saved
-from model import Qwen3, Tokenizer, prompt_ids
+from model import prompt_ids
 from model.sampler import Cancelled
 from rl.batch import Sample
 from rl.distributed import all_values, any_rank, broadcast, full_model, is_main, share, world_size
@@ -55,7 +54,26 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
         screen.history(run.metrics())
         if wandb and is_main():
             run.trackers.append(WandB(run.path, to_dict(recipe)))
-        evaluation = partial(evaluate_now, model, tokenizer, recipe, held_out, screen)
+
+        def evaluation(last: bool) -> dict[str, float]:
+            """Accuracy on held-out problems, sampled as in training; if `last`, on more, and greedy too."""
+            start = time.perf_counter()
+            settings = recipe.evaluation
+            evaluations = [("eval", settings.problems, recipe.sampling)]
+            if last and settings.final_problems:
+                greedy = replace(recipe.sampling, temperature=0.0)
+                evaluations.append(("final", settings.final_problems, recipe.sampling))
+                evaluations.append(("final_greedy", settings.final_problems, greedy))
+            metrics = {}
+            for name, count, sampling in evaluations:
+                options = {"sampling": sampling, "num_samples": 1, "seed": EVALUATION_SEED}
+                with screen.sampling("evaluation", len(share(held_out[:count]))) as options["on_progress"]:
+                    result = evaluate(model, tokenizer, recipe.task, held_out[:count], **options)
+                metrics |= {f"{name}_{part}": getattr(result, part) for part in ("accuracy", "low", "high")}
+                if name == "eval":
+                    metrics["eval_completion_length"] = result.completion_length
+                    metrics["eval_seconds"] = time.perf_counter() - start
+            return metrics
 
         def record(row: dict, steps: int) -> None:
             """Log and show the metrics of a step, one of the `steps` of its stage."""
@@ -229,27 +247,3 @@ def traces_for(recipe: Recipe, run: RunFolder, state: TrainState, held_out: list
     if thinking:  # the prompt has opened the tag
         traces = [replace(trace, completion=without_think(trace.completion)) for trace in traces]
     return traces
-
-
-def evaluate_now(
-    model: Qwen3, tokenizer: Tokenizer, recipe: Recipe, held_out: list[Problem], screen: Screen, last: bool
-) -> dict[str, float]:
-    """Accuracy on held-out problems, sampled as in training; if `last`, on more problems, and greedy too."""
-    start = time.perf_counter()
-    settings = recipe.evaluation
-    evaluations = [("eval", settings.problems, recipe.sampling)]
-    if last and settings.final_problems:
-        evaluations.append(("final", settings.final_problems, recipe.sampling))
-        greedy = replace(recipe.sampling, temperature=0.0)
-        evaluations.append(("final_greedy", settings.final_problems, greedy))
-    metrics = {}
-    for name, count, sampling in evaluations:
-        problems = held_out[:count]
-        options = {"sampling": sampling, "num_samples": 1, "seed": EVALUATION_SEED}
-        with screen.sampling("evaluation", len(share(problems))) as show:
-            result = evaluate(model, tokenizer, recipe.task, problems, **options, on_progress=show)
-        metrics |= {f"{name}_{part}": getattr(result, part) for part in ("accuracy", "low", "high")}
-        if name == "eval":
-            metrics["eval_completion_length"] = result.completion_length
-            metrics["eval_seconds"] = time.perf_counter() - start
-    return metrics

@@ -50,9 +50,8 @@ class KVCache:
         self.end = self.longest + time
         if self.end > self.max_length:
             raise ValueError(f"the cache holds {self.max_length} tokens a row; {self.end} are needed")
-        new = torch.arange(time, device=self.lengths.device)
-        self.positions = self.lengths[:, None] + new  # [batch, time]
         slots = torch.arange(self.end, device=self.lengths.device)
+        self.positions = self.lengths[:, None] + slots[:time]  # [batch, time]
         # An empty cache needs only the causal mask, for which there are faster kernels. [batch, 1, time, end]
         self.mask = (slots <= self.positions[:, :, None])[:, None] if self.longest else None
         return self.positions
@@ -105,6 +104,7 @@ class GroupCache:
         self.prompt_values = prompts.values
         self.prompt_lengths = prompts.lengths
         self.prompt_of = torch.arange(len(prompts.lengths), device=device).repeat_interleave(num_samples)
+        self.kv_heads = prompts.keys[0].shape[1]
         self.build_grid()
         self.stored = torch.zeros(1, dtype=torch.int64, device=device)  # own tokens of every row
         self.block = BLOCK["cuda" if device.type == "cuda" else "cpu"] if static else max_new_tokens
@@ -124,8 +124,8 @@ class GroupCache:
         self.visible = self.room if self.static else count  # slots of own tokens that attention reads
 
     def new_block(self, size: int) -> Tensor:
-        _, kv_heads, _, head_dim = self.prompt_keys[0].shape
-        block = self.prompt_keys[0].new_empty(len(self.prompt_of) * kv_heads, size, head_dim)
+        head_dim = self.prompt_keys[0].shape[-1]
+        block = self.prompt_keys[0].new_empty(len(self.prompt_of) * self.kv_heads, size, head_dim)
         return block.zero_() if self.static else block  # attention reads unused slots, which could hold NaN
 
     def build_grid(self) -> None:
@@ -134,16 +134,15 @@ class GroupCache:
         The grid is [prompts, kv_heads, most rows of a prompt]. `slot_of`: pair -> grid slot. `pair_at`: grid
         slot -> pair, arbitrary where the slot is empty.
         """
-        kv_heads = self.prompt_keys[0].shape[1]
         prompts = len(self.prompt_lengths)
         counts = torch.bincount(self.prompt_of, minlength=prompts)
         width = int(counts.max())
         first_row = counts.cumsum(0) - counts  # of each prompt
-        pairs = torch.arange(len(self.prompt_of) * kv_heads, device=self.prompt_of.device)
-        row = pairs // kv_heads
+        pairs = torch.arange(len(self.prompt_of) * self.kv_heads, device=self.prompt_of.device)
+        row, head = pairs // self.kv_heads, pairs % self.kv_heads
         prompt = self.prompt_of[row]
-        self.slot_of = (prompt * kv_heads + pairs % kv_heads) * width + row - first_row[prompt]
-        self.pair_at = pairs.new_zeros(prompts * kv_heads * width).index_copy(0, self.slot_of, pairs)
+        self.slot_of = (prompt * self.kv_heads + head) * width + row - first_row[prompt]
+        self.pair_at = pairs.new_zeros(prompts * self.kv_heads * width).index_copy(0, self.slot_of, pairs)
 
     def select(self, rows: Tensor) -> None:
         """Keep only `rows` ([n], ascending), and the prompts that they belong to."""
@@ -155,8 +154,7 @@ class GroupCache:
         self.build_grid()
         if not self.room:
             return  # no block yet
-        kv_heads = self.prompt_keys[0].shape[1]
-        pairs = (rows[:, None] * kv_heads + torch.arange(kv_heads, device=rows.device)).flatten()
+        pairs = (rows[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=rows.device)).flatten()
         for blocks in self.keys + self.values:
             *full, last = blocks
             used = self.count - (self.room - last.shape[1])
@@ -171,7 +169,7 @@ class GroupCache:
         seen = (slots < lengths) | ((slots >= longest) & (slots <= longest + self.stored))
         # Added to the scores: 0 where a row may look, else -inf. [rows * kv_heads, 1, longest + visible]
         bias = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -torch.inf)
-        self.bias = bias[:, None].expand(-1, self.prompt_keys[0].shape[1], -1).reshape(-1, 1, bias.shape[-1])
+        self.bias = bias[:, None].expand(-1, self.kv_heads, -1).reshape(-1, 1, bias.shape[-1])
         # Slot of the next token in the last block. A graph reads it on the device; a CPU is faster by slice.
         slot = (self.count - 1) % self.block
         self.slot = self.stored % self.block if self.stored.is_cuda else slice(slot, slot + 1)
@@ -184,9 +182,8 @@ class GroupCache:
         self.values[layer][-1][:, self.slot] = values.view(pairs, 1, head_dim)
         grouped = queries.view(pairs, -1, head_dim)  # [pairs, heads / kv_heads, head_dim]
         scores = [self.times_prompt(grouped, self.prompt_keys[layer].transpose(-1, -2))]
-        own_keys, own_values = self.keys[layer], self.values[layer]
-        if not self.static:  # one block, of which only a part is filled
-            own_keys, own_values = [own_keys[0][:, : self.count]], [own_values[0][:, : self.count]]
+        own_keys = [block[:, : self.visible] for block in self.keys[layer]]
+        own_values = [block[:, : self.visible] for block in self.values[layer]]
         scores += [grouped.bmm(block.transpose(1, 2)) for block in own_keys]
         sizes = [part.shape[-1] for part in scores]
         scores = torch.add(self.bias, torch.cat(scores, dim=-1), alpha=head_dim**-0.5)  # float32

@@ -69,15 +69,13 @@ class Qwen3Config:
         for name, is_supported in supported.items():
             if not is_supported:
                 raise ModelError(f"config: {name} {hf.get(name)!r:.60} is not supported, only dense Qwen3")
-        values = {name: hf[name] for name in cls.__dataclass_fields__ if name in hf}
-        if "rope_theta" in rope:
-            values["rope_theta"] = rope["rope_theta"]
+        # Beside transformers' own defaults, which are not Qwen3's; every published config.json states both.
+        known = {"tie_word_embeddings": False, "rope_theta": 1e4} | hf
+        known["rope_theta"] = rope.get("rope_theta", known["rope_theta"])
+        values = {name: known[name] for name in cls.__dataclass_fields__ if name in known}
         missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
         if missing:
             raise ModelError(f"config: missing {', '.join(missing)}")
-        # transformers' own defaults, which are not Qwen3's; every published config.json states both.
-        values.setdefault("tie_word_embeddings", False)
-        values.setdefault("rope_theta", 1e4)
         return cls(**values)
 
     def to_hf(self, dtype: str, eos_token_id: int | None = None) -> dict:

@@ -67,8 +67,7 @@ def sample(
         if temperature == 0:
             sampled = logprobs.argmax(-1, keepdim=True)
         else:
-            kept = logprobs if top_k is None and top_p is None else truncate(logprobs, top_k, top_p)
-            cumulative = kept.exp().cumsum(-1)
+            cumulative = truncate(logprobs, top_k, top_p).exp().cumsum(-1)
             # u <= 1 - 2^-24 keeps u * total below total in float32, so the search always ends on a token.
             sampled = torch.searchsorted(cumulative, row_uniforms[:, None] * cumulative[:, -1:], right=True)
             sampled.clamp_(max=logprobs.shape[-1] - 1)  # a row of NaN gives an index past the end
@@ -208,22 +207,21 @@ def plan_batches(lengths: list[int], num_samples: int, max_new_tokens: int, room
     """
     own = num_samples * max_new_tokens  # tokens of a group beside its prompt
     batches = []
-    start = end = 0
+    start = 0
     while start < len(lengths):
+        end = start
         while end < len(lengths) and (end + 1 - start) * (max(lengths[start : end + 1]) + own) <= room:
             end += 1
-        if end > start:
-            batches.append((slice(start, end), slice(0, num_samples)))
-            start = end
-            continue
-        fitting = (room - lengths[start]) // max_new_tokens
+        prompt = lengths[start]
+        fitting = num_samples if end > start else (room - prompt) // max_new_tokens
         if fitting < 1:
-            need = f"a prompt of {lengths[start]} and {max_new_tokens} new tokens"
+            need = f"a prompt of {prompt} and {max_new_tokens} new ones need {prompt + max_new_tokens}"
             advice = "lower max_new_tokens, raise max_cache_tokens if memory allows, or take a smaller model"
-            raise ModelError(f"room for {room} tokens of keys and values, not for {need}: {advice}")
+            raise ModelError(f"room for {room} tokens of keys and values; {need}: {advice}")
+        end = max(end, start + 1)  # a group that is too large comes alone, in parts
         for first in range(0, num_samples, fitting):
-            batches.append((slice(start, start + 1), slice(first, min(first + fitting, num_samples))))
-        start = end = start + 1
+            batches.append((slice(start, end), slice(first, min(first + fitting, num_samples))))
+        start = end
     return batches
 
 

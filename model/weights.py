@@ -98,9 +98,8 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
         known = f"a hub id looks like Qwen/Qwen3-1.7B; embedded are {', '.join(EMBEDDED)}"
         raise ModelError(f"no such model folder: {source} ({known})")
     try:
-        return Path(
-            huggingface_hub.snapshot_download(str(source), allow_patterns=DOWNLOADED, revision=revision)
-        )
+        options = {"allow_patterns": DOWNLOADED, "revision": revision}
+        return Path(huggingface_hub.snapshot_download(str(source), **options))
     except Exception as error:  # a dozen kinds: no network, no such repository, gated, disk full
         named = f"{source} at revision {revision}" if revision else source
         reason = str(error).strip().split("\n")[0] or type(error).__name__

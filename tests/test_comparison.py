@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -10,16 +11,20 @@ from hypothesis import strategies as st
 from rich.console import Console
 from test_evaluate import GROUPS, answered
 
-from data import Countdown, Problem
+from data import Problem
 from lab.comparison import Candidate, comparison_table, difference, measures
 from lab.evaluate import Evaluation, bootstrap_interval, mcnemar_p, wilson_interval
+from lab.recipe import Recipe
+from model import Completion
+from rl.rollout import SamplingSettings
 
 FIRST_ONLY = [group[:1] for group in GROUPS]  # correct, correct, correct, malformed
 WORSE = [answered(group[0].problem, *["7-1-2"] * 4) for group in GROUPS[:2]] + GROUPS[2:]
 
 
 def candidate(groups, greedy=FIRST_ONLY, name="a", limit=256) -> Candidate:
-    return Candidate(name, Countdown(), Evaluation.of(groups), greedy and Evaluation.of(greedy), True, limit)
+    recipe = Recipe(sampling=SamplingSettings(max_new_tokens=limit))
+    return Candidate(name, recipe, Evaluation.of(groups), greedy and Evaluation.of(greedy))
 
 
 def shown(candidates: list[Candidate], differences=(), width=160) -> str:
@@ -66,7 +71,8 @@ def test_the_table_has_a_column_a_model_and_says_the_difference_in_points():
     assert "75.0 %" in rows["pass@4"] and "pass@8" not in text
     single = shown([candidate(FIRST_ONLY)])
     assert "pass@" not in single and "majority" not in single and "against" not in single
-    elsewhere = shown([candidate(GROUPS, greedy=None, limit=None)])  # texts that are only scored
+    texts = [[replace(rollout, completion=Completion([], [], True)) for rollout in group] for group in GROUPS]
+    elsewhere = shown([candidate(texts, greedy=None)])  # texts that are only scored
     assert "greedy" not in elsewhere and "length" not in elsewhere and "pass@4" in elsewhere
 
 

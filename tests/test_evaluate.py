@@ -135,7 +135,7 @@ def test_a_run_ends_with_all_of_its_held_out_problems_as_sampled_and_greedy(monk
 
     def evaluated(model, tokenizer, task, problems, *, sampling, num_samples, seed, on_progress):
         calls.append((problems, sampling.temperature, num_samples))
-        return Evaluation(len(calls) / 10, 0.0, 1.0, {}, 5.0, 0.0, [])
+        return Evaluation(len(calls) / 10, 0.0, 1.0, [], {}, 5.0, 0.0, [])
 
     monkeypatch.setattr(lab.stages, "evaluate", evaluated)
     train(recipe, quiet=True)

@@ -75,7 +75,7 @@ def test_batches_hold_every_sample_once_in_order_fit_their_budget_and_could_not_
 
 def test_a_prompt_without_room_for_one_sample_is_refused_before_any_is_sampled_with_its_numbers_and_the_way_out(decoder):
     plan_batches(list(map(len, PROMPTS)), 5, 13, 22)
-    message = "room for 21 tokens .* a prompt of 9 and 13 new ones need 22: lower max_new_tokens, raise max_cache_tokens"
+    message = "room for 21 tokens .* a prompt of 9 and 13 new .* lower max_new_tokens, raise max_cache_tokens"
     with pytest.raises(ModelError, match=message):  # the prompts before it have room
         generate(decoder, PROMPTS, **OPTIONS, max_cache_tokens=21, on_progress=lambda *report: pytest.fail("sampled"))
 
@@ -87,7 +87,7 @@ def test_eval_has_the_room_of_the_recipe_of_the_option_or_of_memory(tmp_path, mo
     monkeypatch.setattr(model.memory, "read", machine(2))
     for source, options, room in ((checkpoint, {}, 50), (checkpoint, {"max_cache_tokens": 60}, 60), ("tiny", {}, 0)):
         message = fails(capsys, lambda: evaluated(capsys, source, count=4, **options))  # noqa: B023
-        assert f"room for {room} tokens" in message and "and 256 new ones" in message and "raise max_cache_tokens" in message
+        assert f"room for {room} tokens" in message and "and 256 new" in message and "raise max_cache_tokens" in message
 
 
 @pytest.mark.parametrize("command", [("train.py", "smoke", "--model", "tiny"), ("eval.py", "tiny")])

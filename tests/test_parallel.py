@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rl.grpo
 from lab.checkpoint import checkpoints
 from lab.device import processes
+from lab.errors import user_errors
 from lab.memory_plan import plan_memory, work_of
 from lab.recipe import Recipe, RecipeError
 from lab.runfolder import RunFolder
@@ -201,7 +202,7 @@ def train_and_die(out: str) -> None:
             os._exit(9)
         return advantages(*arguments, **options)
 
-    with mock.patch("rl.grpo.group_advantages", dying), mock.patch("lab.stages.write_curve"):
+    with user_errors(), mock.patch("rl.grpo.group_advantages", dying), mock.patch("lab.stages.write_curve"):
         main(smoke("--out", out, *OPTIONS))
 
 

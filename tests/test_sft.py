@@ -2,21 +2,23 @@
 
 import math
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from helpers import largest_gap, optimizer_for, ragged_samples, random_model, weights
 from reference import reference_model, same_weights
+from test_commands import smoke
 
+import lab.stages
 from data import Countdown, DataError, Problem
 from data.task import Score
 from data.traces import Trace, save_traces
 from lab.checkpoint import TrainState
 from lab.recipe import Recipe
 from lab.runfolder import RunFolder
-from lab.screen import QuietScreen
-from lab.stages import sft_batches, take_sft_step
+from lab.stages import traces_for, train
 from model import Completion, Tokenizer
 from model.weights import TINY
 from rl.batch import Sample
@@ -75,44 +77,38 @@ PROBLEMS = [Problem((2, 3, 5), 30), Problem((79, 60, 17), 36), Problem((1, 2, 3)
 ANSWERS = ["2*3*5", "79-60+17", "1+2+3"]
 
 
-def stage_of(tmp_path, held_out=(), **options) -> tuple[SFTStage, list[list[Sample]]]:
-    """A stage on one trace of each of PROBLEMS, and its schedule."""
+@pytest.fixture
+def recipe(tmp_path) -> Recipe:
+    """An SFT stage on one trace of each of PROBLEMS."""
     texts = [f"so\n</think>\n<answer>{answer}</answer>" for answer in ANSWERS]
     save_traces(tmp_path / "own.jsonl", map(Trace, PROBLEMS, texts))
-    stage = SFTStage(traces=str(tmp_path / "own.jsonl"), **options)
-    recipe, run = Recipe(stages=(stage,)), RunFolder(tmp_path)
-    return stage, sft_batches(Tokenizer(TINY), recipe, run, QuietScreen(), TrainState(), list(held_out))
+    stage = SFTStage(traces=str(tmp_path / "own.jsonl"), batch_size=1, epochs=2, learning_rate=6e-3)
+    options = ("--out", tmp_path / "run", "--evaluation.problems", 1, "--evaluation.final-problems", 0)
+    return replace(smoke(*options).recipe, stages=(stage,))
 
 
-def test_traces_of_held_out_problems_are_left_out(tmp_path):
+def test_traces_of_held_out_problems_are_left_out(recipe, tmp_path):
     """In any order of their numbers: 17, 79, 60 -> 36 is the problem of the second trace."""
-    _, ((*samples,),) = stage_of(tmp_path, [Problem((17, 79, 60), 36)], epochs=1)
-    assert len(samples) == 2
-    assert not any("79-60+17" in Tokenizer(TINY).decode(sample.completion_ids) for sample in samples)
+    run, state = RunFolder(tmp_path), TrainState()
+    traces = traces_for(recipe, run, state, [Problem((17, 79, 60), 36)])
+    assert [trace.problem for trace in traces] == PROBLEMS[::2]
     with pytest.raises(DataError, match="held-out"):
-        stage_of(tmp_path, PROBLEMS)
+        traces_for(recipe, run, state, PROBLEMS)
 
 
-def test_a_trace_becomes_its_prompt_its_completion_and_the_end_of_turn(tmp_path):
-    tokenizer = Tokenizer(TINY)
-    _, ((*samples,),) = stage_of(tmp_path, epochs=1)
-    assert len(samples) == 3
-    for sample in samples:
+def test_a_step_learns_a_prompt_a_trace_and_the_end_of_turn_at_a_rate_that_falls_linearly_to_zero(recipe, monkeypatch):
+    tokenizer, steps = Tokenizer(TINY), mock.Mock(return_value={"loss": 1.0, "grad_norm": 1.0, "tokens": 1})
+    monkeypatch.setattr(lab.stages, "sft_step", steps)
+    train(recipe, quiet=True)
+    *_, samples, rates = zip(*(call.args for call in steps.call_args_list), strict=True)
+    assert rates == pytest.approx([6e-3, 5e-3, 4e-3, 3e-3, 2e-3, 1e-3])
+    for (sample,) in samples:
         prompt, completion = tokenizer.decode(sample.prompt_ids), tokenizer.decode(sample.completion_ids)
         problem = next(p for p, answer in zip(PROBLEMS, ANSWERS, strict=True) if answer in completion)
         assert f"numbers {', '.join(map(str, problem.numbers))} exactly" in prompt and prompt.endswith("<think>\n")
         assert completion.startswith("so\n</think>") and completion.endswith("</answer><|im_end|>")
         assert sample.completion_ids[-1] == tokenizer.end_of_turn_id
         assert sample.old_logprobs is None and sample.advantage == 0
-
-
-def test_the_learning_rate_falls_linearly_to_zero_over_the_stage(tmp_path):
-    stage, schedule = stage_of(tmp_path, batch_size=1, epochs=2, learning_rate=6e-3)
-    model = random_model(vocab_size=512)
-    optimizer = optimizer_for(model)
-    rows = [take_sft_step(model, optimizer, stage, TrainState(stage_step=step), schedule) for step in range(6)]
-    assert [row["lr"] for row in rows] == pytest.approx([6e-3, 5e-3, 4e-3, 3e-3, 2e-3, 1e-3])
-    assert rows[-1]["loss"] < 0.9 * rows[0]["loss"] and all(row["update_seconds"] > 0 for row in rows)
 
 
 def test_only_finished_correct_rollouts_of_the_stage_become_traces_whatever_characters_they_hold(tmp_path):

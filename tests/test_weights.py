@@ -241,5 +241,5 @@ def test_what_cannot_be_a_hub_id_is_never_looked_up_on_the_hub(folder, monkeypat
     monkeypatch.chdir(tmp_path)
     for source in ("nowhere", "./no/where", "../nowhere", "/nowhere", "a/b/c", "~/nowhere-at-all"):
         assert f"no such model folder: {source}" in refusal(source)
-    assert "is a file" in refusal(folder / "model.safetensors")
+    assert "no such model folder" in refusal(folder / "model.safetensors")
     assert hub.downloads == []

@@ -33,8 +33,7 @@ class Arguments:
     models: tyro.conf.Positional[tuple[str, ...]]
     """Checkpoint folders, tiny, hub ids, or .jsonl files with a problem's fields and a completion a line."""
     recipe: str | None = None  # For models not trained here; default: 256, or an embedded model's own
-    problems: str | None = None
-    """hub, hub@COMMIT, generated, a .parquet or .jsonl; default: held out by the first model trained here."""
+    problems: str | None = None  # hub, generated, a .parquet or .jsonl; default: those held out in training
     count: int | None = None  # Number of problems; default: all
     samples: int = 4  # Completions a problem, for pass@k and the majority vote
     max_new_tokens: int | None = None  # Token limit of a completion; default: the recipe's

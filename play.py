@@ -27,8 +27,7 @@ from rl.rollout import SamplingSettings
 class Arguments:
     """Try a model out."""
 
-    model: tyro.conf.Positional[str | None] = None
-    """A checkpoint folder, tiny, or a hub id; default: the newest checkpoint in runs/, or tiny."""
+    model: tyro.conf.Positional[str | None] = None  # Checkpoint, tiny or hub id; default: the newest in runs/
     max_new_tokens: int | None = None  # Tokens a completion may have; default: the recipe's
     temperature: float | None = None  # 0 is greedy; default: the recipe's
     device: str = "auto"  # auto, cpu, cuda or cuda:N

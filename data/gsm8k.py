@@ -20,9 +20,7 @@ PLAIN = {
     r"\!": "", "{,}": ",", r"\,": "\N{THIN SPACE}", r"\boxed": "", r"\text": "", r"\dfrac": r"\frac",
     r"\ ": " ", r"\%": "%",
 }  # fmt: skip
-THOUSANDS = re.compile(
-    "(?<=[0-9])[\N{THIN SPACE}\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}](?=[0-9]{3}(?![0-9]))"
-)
+THOUSANDS = re.compile(r"(?<=[0-9])[\u2009\u00a0\u202f](?=[0-9]{3}(?![0-9]))")  # spaces between them
 FRACTION = re.compile(r"\\frac\{([0-9]+)\}\{([0-9]+)\}")
 
 

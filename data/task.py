@@ -92,9 +92,11 @@ def split_answer(text: str, thinking: bool) -> tuple[str, str] | None:
     ignored, since it may be talk about the format; a pair is malformed. With `thinking`, the prompt ended in
     an open `<think>`, which the completion must close once. A completion may open it itself, at its start.
     """
-    rest = without_think(text)
-    if thinking or rest != text:
-        thoughts, closed, text = rest.partition("</think>")
+    if text.lstrip(BLANKS).startswith("<think>"):
+        text = text.partition("<think>")[2]
+        thinking = True
+    if thinking:
+        thoughts, closed, text = text.partition("</think>")
         if not closed or "<think>" in thoughts or "</answer>" in thoughts.partition("<answer>")[2]:
             return None
     if text.count("<answer>") != 1 or text.count("</answer>") != 1:
@@ -104,11 +106,6 @@ def split_answer(text: str, thinking: bool) -> tuple[str, str] | None:
     if not closed or "<think>" in before or "</think>" in before:
         return None
     return before, content
-
-
-def without_think(text: str) -> str:
-    """A completion without a `<think>` at its start, as it is where the prompt has opened the tag."""
-    return text.partition("<think>")[2] if text.lstrip(BLANKS).startswith("<think>") else text
 
 
 def steps_difficulty(steps: int) -> str:

@@ -47,8 +47,7 @@ class EvaluationSettings:
 class AdapterSettings:
     """Train low-rank adapters beside frozen weights instead of the weights (LoRA, arXiv:2106.09685)."""
 
-    rank: Annotated[int, Interval(ge=0, le=4096)] = 0
-    """Rank; 0 trains the weights themselves. Adapters want five to ten times the learning rate."""
+    rank: Annotated[int, Interval(ge=0, le=4096)] = 0  # 0: none; they want 5 to 10 times the rate
     alpha: Positive = 32.0  # The adapters' product is scaled by alpha / rank
     int8: bool = True  # Keep the frozen projections in 8 bits (bitsandbytes); checkpoints are plain
 
@@ -68,9 +67,7 @@ class Recipe:
     revision: str | None = None  # Branch, tag or commit of a hub id
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # Of the weights; auto: as stored
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    problems: str = "auto"
-    """"hub" (the task's dataset; hub@COMMIT pins it), "generated", or a .parquet or .jsonl file; auto:
-    generated for tiny, else hub."""
+    problems: str = "auto"  # hub, hub@COMMIT, generated, a .parquet or .jsonl; auto: tiny's are generated
     task: Annotated[AnyTask, Discriminator("kind")] = field(default_factory=Countdown)
     generated_problems: Count = 20000  # How many problems to generate, the held-out ones included
     seed: Annotated[int, Interval(ge=0, le=2**31)] = 0  # Of the problems' order and of sampling

@@ -136,7 +136,8 @@ class RunFolder:
         for name in started | given:
             old, new = started.get(name), given.get(name)
             if name not in FREE_ON_RESUME and old != new:
-                raise RecipeError(f"{self.path} was started with {name} = {old!r}, not {new!r}")
+                advice = "--model with its last checkpoint and another --out go on from there"
+                raise RecipeError(f"{self.path} was started with {name} = {old!r}, not {new!r}; {advice}")
 
     def check_problems(self, problems: dict[str, str]) -> None:
         """Refuse to resume with other problems than the run was started with, by their hashes."""

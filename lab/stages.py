@@ -1,12 +1,13 @@
 """A run: the stages of a recipe one after the other, with evaluations, metrics and checkpoints on the way."""
 
 import contextlib
+import re
 import time
 from dataclasses import replace
 
 from data import DataError
 from data.load import endless_problems
-from data.task import Problem, without_think
+from data.task import Problem
 from data.traces import Trace, curate, load_traces, save_traces
 from lab.checkpoint import TrainState, load_into, prune_checkpoints, save_checkpoint, state_tensors
 from lab.device import peak_memory, processes, restarted
@@ -245,5 +246,6 @@ def traces_for(recipe: Recipe, run: RunFolder, state: TrainState, held_out: list
     if not traces:
         raise DataError(f"{source}: all traces are of held-out problems; use others")
     if thinking:  # the prompt has opened the tag
-        traces = [replace(trace, completion=without_think(trace.completion)) for trace in traces]
+        texts = [re.sub(r"\A\s*<think>", "", trace.completion) for trace in traces]
+        traces = [replace(trace, completion=text) for trace, text in zip(traces, texts, strict=True)]
     return traces

@@ -60,12 +60,8 @@ def any_rank(flag: bool) -> bool:
 
 def sum_counts(counts: Counter) -> Counter:
     """Sums over all ranks, added in the order of ranks, so that all get the same to the last bit."""
-    return add_counts(all_values(counts))
-
-
-def add_counts(parts: Iterable[Counter]) -> Counter:
     total: Counter = Counter()
-    for part in parts:
+    for part in all_values(counts):
         total.update(part)
     return total
 

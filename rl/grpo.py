@@ -18,7 +18,7 @@ from data.task import Problem, Task
 from model import Qwen3, Tokenizer
 from rl.advantage import group_advantages
 from rl.batch import Batch, Sample, completion_logprobs, halve_on_oom, score_completions
-from rl.distributed import add_counts, any_rank, share, sum_counts, sum_gradients
+from rl.distributed import share, sum_counts, sum_gradients
 from rl.loss import clip_counts, grpo_loss, loss_denominator
 from rl.optimizer import Optimizer
 from rl.ranges import Count, CountOrZero, NonNegative, Positive, Share
@@ -89,7 +89,7 @@ def grpo_step(
         # A completion without an advantage has no gradient: it only counts in the denominator. Where no
         # completion has one, a group is scored for the metrics, and there is no update.
         own = [sample for group in share(part) for sample in group if sample.advantage or settings.kl_coef]
-        teaches = any_rank(bool(own))
+        teaches = settings.kl_coef > 0 or any(sample.advantage for group in part for sample in group)
         own = own if teaches else [sample for group in share(part)[:1] for sample in group]
         arguments = (settings, sampling.temperature, denominator, reference)
         with torch.set_grad_enabled(teaches):
@@ -145,25 +145,22 @@ def update_metrics(updates: list[tuple[Counter, float | None]], tokens: int) -> 
     of all `tokens` of the step. What could not be measured is NaN.
     """
     measured = [sums for sums, _ in updates if all(map(math.isfinite, sums.values()))]
-    scored = add_counts(measured)
-    learned = [(sums, norm) for sums, norm in updates if norm is not None and math.isfinite(norm)]
-    total = add_counts(sums for sums, _ in learned)
     first = measured[0] if measured else Counter()
-    mean = mean_of(first["log_ratio"], first["tokens"])
-    variance = mean_of(first["log_ratio_squared"], first["tokens"]) - mean**2
-    low, high = (mean_of(total[name], tokens if learned else 0) for name in ("clipped_low", "clipped_high"))
+    mean = first["log_ratio"] / (first["tokens"] or math.nan)
+    variance = first["log_ratio_squared"] / (first["tokens"] or math.nan) - mean**2
+    entropy = sum(sums["entropy"] for sums in measured)
+    learned = [(sums, norm) for sums, norm in updates if norm is not None and math.isfinite(norm)]
+    count = len(learned) or math.nan
+    clipped = {name: sum(sums[name] for sums, _ in learned) for name in ("clipped_low", "clipped_high")}
+    low, high = (number / (tokens if learned else math.nan) for number in clipped.values())
     return {
-        "loss": mean_of(total["loss"], len(learned)),
-        "grad_norm": mean_of(sum(norm for _, norm in learned), len(learned)),
+        "loss": sum(sums["loss"] for sums, _ in learned) / count,
+        "grad_norm": sum(norm for _, norm in learned) / count,
         "skipped_updates": sum(norm is not None for _, norm in updates) - len(learned),
-        "policy_entropy": mean_of(scored["entropy"], scored["tokens"]),
+        "policy_entropy": entropy / (sum(sums["tokens"] for sums in measured) or math.nan),
         "clip_fraction": low + high,
         "clip_fraction_low": low,
         "clip_fraction_high": high,
         "log_ratio_mean": mean,
         "log_ratio_std": max(variance, 0.0) ** 0.5,
     }
-
-
-def mean_of(total: float, count: int) -> float:
-    return total / count if count else math.nan

@@ -23,8 +23,7 @@ class OptimizerSettings:
 
     kind: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
     """adamw: torch's; adamw8bit: bitsandbytes'; paged_adamw8bit: its moments leave a full GPU for the CPU."""
-    rounding: Literal["masters", "stochastic"] = "masters"
-    """How weights below float32 keep small updates: float32 copies, or rounding up or down by chance."""
+    rounding: Literal["masters", "stochastic"] = "masters"  # How bfloat16 keeps small updates
     micro_batch_tokens: Annotated[int, Interval(ge=1, le=10**9)] | Literal["auto"] = "auto"
     """Tokens of a forward and backward; affects memory and speed, not the gradient. auto: what fits."""
     activation_checkpointing: bool = False  # Compute activations again in backward: less memory, slower

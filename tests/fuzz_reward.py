@@ -30,7 +30,7 @@ PIECES = [
 
 def solves(text: str, problem: Problem, thinking: bool) -> bool | None:
     """Whether a text holds a solution, read in another way than `data.countdown` does; None if it is malformed."""
-    if not thinking and re.match(r"[ \t\r\n]*<think>", text):
+    if re.match(r"[ \t\r\n]*<think>", text):  # as a server returns it whose template has opened the tag
         text, thinking = text.split("<think>", 1)[1], True
     if thinking:
         parts = re.fullmatch(r"((?:(?!</?think>).)*)</think>(.*)", text, re.DOTALL)

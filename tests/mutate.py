@@ -31,7 +31,7 @@ WATCHED = {
     "rl/loss.py": ["test_loss.py", "test_grpo.py"],
 }
 NEAR = "return Score(float(max(Fraction(3, 10), Fraction(4, 5) - distance / 20)), 'near')"
-THINK = "return text.partition('<think>')[2] if text.lstrip(BLANKS).startswith('<think>') else text"
+THINK = "if text.lstrip(BLANKS).startswith('<think>'):"
 LINE = "line = text.rstrip(BLANKS).rpartition('\\n')[2]"
 EQUIVALENT = {  # mutant -> why no test can, or need, see it
     "@dataclass(frozen=True)  ->  @dataclass()": "nothing changes a Score; frozen says so",

@@ -5,7 +5,7 @@ from helpers import PROBLEM
 
 from data import Problem, score
 from data.task import CORRECT, MALFORMED, WRONG, Score
-from data.traces import latin_only, non_latin
+from data.traces import non_latin
 from model import Completion
 from rl.metrics import rollout_metrics
 from rl.reward import RewardSettings, reward_for
@@ -19,7 +19,7 @@ DRIFTED = "七十九 減 六十\n</think>\n<answer>79-60+17</answer>"
     "text", ["", "naïve é ß", "Đặng, ŁÓDŹ", "79 - 60 + 17 = 36", "\n\t </think>", "→ × ÷ ≠ √2 ½ ∞", "🙂👍🏽", "٣", "¿«»…—"]
 )
 def test_digits_symbols_and_accents_are_fine(text):
-    assert non_latin(text) == 0 and latin_only(text)
+    assert non_latin(text) == 0
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_digits_symbols_and_accents_are_fine(text):
     [("π r", 1), ("да, yes", 2), ("七十九 減 六十", 6), ("ａ", 1), ("so it is с", 1), ("άρα", 3), ("لذا", 3), ("して", 2), ("그래", 2)],
 )  # fmt: skip
 def test_letters_outside_the_latin_script_are_counted_one_by_one(text, count):
-    assert non_latin(text) == count and not latin_only(text)
+    assert non_latin(text) == count
 
 
 def rollout(text: str, settings: RewardSettings = RewardSettings()) -> Rollout:

@@ -137,8 +137,12 @@ class OnTerminal:
 
     def read_until(self, pattern: str | None) -> None:
         """Read on until `pattern` has been printed; None: until the process ends."""
+        deadline = time.monotonic() + 120
         while pattern is None or not re.search(pattern, self.text):
-            assert select.select([self.master], [], [], 120)[0], f"nothing more in two minutes:\n{self.text}"
+            left = deadline - time.monotonic()
+            assert left > 0 and select.select([self.master], [], [], left)[0], (
+                f"no {pattern or 'end'} in two minutes:\n{self.text}"
+            )
             try:
                 self.text += os.read(self.master, 65536).decode(errors="replace")
             except OSError:  # Linux's way of saying that nobody has the terminal open any more
@@ -217,12 +221,12 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
     slow = ["--stages.0.prompts-per-step", "64", "--stages.0.samples-per-prompt", "64", "--sampling.max-new-tokens", "250"]
     with closing(OnTerminal("train.py", *TRAIN, *slow, "--out", tmp_path / "run")) as command:
         command.read_until("/4096 completions")
-        for _ in range(2):
-            time.sleep(0.05)
-            command.process.send_signal(signal.SIGTERM)
+        command.process.send_signal(signal.SIGTERM)
+        command.read_until("once more stops it at once")
+        command.process.send_signal(signal.SIGTERM)
         command.read_until(None)
         assert command.process.wait(timeout=10) == 143
-    assert screen_of(command.text)[-1] == "stopped at once."
+    assert "stopped at once." in screen_of(command.text)
 
 
 @pytest.mark.parametrize(("command", "arguments"), [("train.py", TRAIN), ("eval.py", ["tiny", "--count", "2"])])

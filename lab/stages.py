@@ -203,6 +203,11 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                 row |= {"grpo_steps": state.grpo_steps} | evaluation(True)
                 if is_main():
                     run.log(row)
+            if not steps and state.stage == len(recipe.stages) - 1:  # no step has made the last evaluation
+                row = {"stage": state.stage, "kind": stage.kind, "step": state.step}
+                row |= {"grpo_steps": state.grpo_steps} | evaluation(True)
+                if is_main():
+                    run.log(row)
             micro_batch_tokens = optimizer.micro_batch_tokens
             del optimizer, reference  # frees their memory before the next stage takes its own
             state.stage += 1

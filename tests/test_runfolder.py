@@ -21,7 +21,7 @@ def test_a_second_process_is_refused_and_a_dead_ones_lock_is_none(tmp_path):
     command = [sys.executable, "-c", HOLD, run.path]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent) as holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(RecipeError, match=rf"in use by process {holder.pid} on .*--out"), run.locked():
+        with pytest.raises(RecipeError, match="in use by another process.*--out"), run.locked():
             pass
         holder.kill()
     assert (run.path / "lock").exists()  # stale: nothing to clean up by hand
@@ -82,7 +82,7 @@ def test_a_row_goes_to_metrics_tensorboard_and_wandb(tmp_path, wandb):
     assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("reward_mean")] == [(1, 0.25)]
     assert events.Tags()["scalars"] == ["eval_accuracy", "reward_mean"]
     options, *logged = wandb
-    assert options["config"] == {"seed": 3} and options["resume"] == "allow" and options["id"].endswith("-run")
+    assert options["config"] == {"seed": 3} and options["resume"] == "allow"
     assert logged == [({"eval_accuracy": 0.07}, 0), ({"reward_mean": 0.25}, 1)]
 
 

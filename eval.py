@@ -14,9 +14,8 @@ import tyro
 from rich.console import Console
 
 from data.load import fingerprint
-from data.load import fingerprint
 from data.task import Problem
-from lab.checkpoint import saved_recipe, seen_by, seen_by
+from lab.checkpoint import saved_recipe, seen_by
 from lab.comparison import Candidate, comparison_table, difference, measures
 from lab.device import pick_device
 from lab.errors import user_errors

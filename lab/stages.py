@@ -104,14 +104,9 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
             chosen = endless_problems(problems, recipe.seed, state.problems_seen, count)
             # A step that has only sampled can be dropped, unless other ranks would wait for this one.
             cancel = stop.requested if world_size() == 1 else None
-            options = {
-                "settings": stage,
-                "sampling": recipe.sampling,
-                "reward": recipe.reward,
-                "cancel": cancel,
-            }
+            options = {"settings": stage, "sampling": recipe.sampling, "reward": recipe.reward}
             options |= {"learning_rate": learning_rate_at(stage, state.stage_step), "reference": reference}
-            options["seed"] = 1000 * recipe.seed + state.step
+            options |= {"seed": 1000 * recipe.seed + state.step, "cancel": cancel}
             with screen.sampling("rollout", len(share(chosen)) * stage.samples_per_prompt) as show:
                 step = (model, tokenizer, optimizer, recipe.task, chosen)
                 groups, advantages, metrics = grpo_step(*step, **options, on_progress=show)
@@ -132,9 +127,8 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
             samples = []
             for trace in traces:
                 prompt = prompt_ids(tokenizer, recipe.task.prompt(trace.problem), recipe.sampling.thinking)
-                samples.append(
-                    Sample(prompt, tokenizer.encode(trace.completion) + [tokenizer.end_of_turn_id])
-                )
+                completion = tokenizer.encode(trace.completion) + [tokenizer.end_of_turn_id]
+                samples.append(Sample(prompt, completion))
             state.see(trace.problem for trace in traces)
             solved = len({trace.problem.key for trace in traces})
             source = stage.traces or run.path / "traces.jsonl"
@@ -199,11 +193,6 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                 if not ends and state.stage_step % recipe.checkpoint_every == 0:
                     save(optimizer)
             if not steps and is_last:  # an SFT stage without traces: no step has evaluated
-                row = {"stage": state.stage, "kind": stage.kind, "step": state.step}
-                row |= {"grpo_steps": state.grpo_steps} | evaluation(True)
-                if is_main():
-                    run.log(row)
-            if not steps and state.stage == len(recipe.stages) - 1:  # no step has made the last evaluation
                 row = {"stage": state.stage, "kind": stage.kind, "step": state.step}
                 row |= {"grpo_steps": state.grpo_steps} | evaluation(True)
                 if is_main():

@@ -34,7 +34,7 @@ class Arguments:
 
     run: tyro.conf.Positional[Path] = Path("runs/256-tiny")
     """The run to show."""
-    step: int = 186
+    step: int = 184
     """The step of the terminal's picture."""
 
 

@@ -9,7 +9,6 @@ import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import torch
 import tyro
 from rich.console import Console
 
@@ -129,7 +128,7 @@ def candidate_of(model: Model, problems: list[Problem], arguments: Arguments) ->
             raise RecipeError(f"{model.source} has no completion of {without}; {advice}")
         return Candidate(model.source, recipe, Evaluation.of([groups[p.key] for p in problems]), None)
     checkpoint = Path(model.source) if model.trained else None
-    loaded = load_policy(recipe, checkpoint, torch.device(pick_device(recipe)))
+    loaded = load_policy(recipe, checkpoint, pick_device(recipe))
 
     def evaluated(temperature: float, samples: int) -> Evaluation:
         options = {"sampling": replace(sampling, temperature=temperature), "num_samples": samples}

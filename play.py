@@ -83,8 +83,7 @@ def main(arguments: Arguments) -> None:
     changes = {name: value for name, value in given.items() if value is not None}
     sampling = replace(recipe.sampling, **changes)
     recipe = checked(replace(recipe, stages=(), device=arguments.device, sampling=sampling))
-    device = torch.device(pick_device(recipe))
-    model, tokenizer = load_policy(recipe, Path(source) if trained else None, device)
+    model, tokenizer = load_policy(recipe, Path(source) if trained else None, pick_device(recipe))
     rng = random.Random(arguments.seed)
     print(f"{source}. Type {recipe.task.input_format}; an empty line for a random problem, q to end.")
     while True:

@@ -12,6 +12,7 @@ from typing import Annotated
 import torch
 import tyro
 
+from lab.device import check_driver
 from lab.errors import user_errors
 from lab.recipe import Recipe, RecipeError, checked, load_recipe
 from lab.runfolder import RunFolder
@@ -60,6 +61,8 @@ def parse(arguments: list[str]) -> Arguments:
     recipe = parsed.recipe
     if requested == "auto":
         recipe = replace(recipe, model=model)
+        if recipe.device == "auto":
+            check_driver()
         if is_embedded(model) and not parsed.quiet and os.environ.get("RANK", "0") == "0":
             taken = f"taking the embedded {model} model, recipe {run_name}"
             print(f"no CUDA device: {taken} (or --model {REAL_MODEL})")

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -15,14 +16,27 @@ from lab.recipe import Recipe, RecipeError
 from model.memory import read
 
 
-def pick_device(recipe: Recipe) -> str:
-    if recipe.device == "auto":
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+def pick_device(recipe: Recipe) -> torch.device:
+    """The device that a recipe names; a GPU becomes the current one, on whose stream graphs are captured."""
+    name = recipe.device
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=recipe.device)
+        torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"device {recipe.device!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return recipe.device
+        raise RecipeError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if torch.device(name).index is not None:
+        torch.cuda.set_device(name)
+    return torch.device(name)
+
+
+def check_driver() -> None:
+    """Refuse, by a RecipeError, to go on without a GPU where there is one that this torch cannot use."""
+    driver = re.search(r"\b[0-9]{3}\.[0-9.]+", read("/proc/driver/nvidia/version"))
+    if driver and not torch.cuda.is_available():
+        build = f"torch {torch.__version__}, built for CUDA {torch.version.cuda}"
+        advice = "install a torch for it, or go on without by --model tiny or --device cpu"
+        raise RecipeError(f"the NVIDIA driver here ({driver[0]}) cannot be used by {build}: {advice}")
 
 
 def pick_dtype(recipe: Recipe) -> torch.dtype | None:

@@ -136,7 +136,7 @@ class RunFolder:
         for name in started | given:
             old, new = started.get(name), given.get(name)
             if name not in FREE_ON_RESUME and old != new:
-                advice = "--model with its last checkpoint and another --out go on from there"
+                advice = "to go on from it, give its last checkpoint as --model, and another --out"
                 raise RecipeError(f"{self.path} was started with {name} = {old!r}, not {new!r}; {advice}")
 
     def check_problems(self, problems: dict[str, str]) -> None:

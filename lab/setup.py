@@ -41,7 +41,7 @@ def set_up(
     memory. ModelError, DataError: something cannot be loaded, or the run does not fit into memory.
     """
     return_freed_blocks()
-    device = torch.device(pick_device(recipe))
+    device = pick_device(recipe)
     free, process = free_memory(device), held_memory(device)
     model, tokenizer = load_policy(recipe, checkpoint, device)
     problems, held_out = problems_of(recipe, state.seen)
@@ -76,6 +76,5 @@ def stage_start_model(model: Qwen3, recipe: Recipe, run: RunFolder, state: Train
     """The reference of the KL penalty: a frozen copy of the policy as it was when the stage began."""
     states = {folder: load_state(folder) for folder in checkpoints(run.path)}
     starts = [folder for folder, s in states.items() if (s.stage, s.stage_step) == (state.stage, 0)]
-    start = starts[-1] if starts else None
-    reference, _ = load_policy(recipe, start, model.device)
+    reference, _ = load_policy(recipe, starts[-1] if starts else None, model.device)
     return reference.requires_grad_(False)

@@ -18,13 +18,13 @@ class Sharding:
     dtype: torch.dtype  # of the computation
 
     @torch.no_grad()
-    def full_model(self, model: Qwen3, keep: bool = True) -> Qwen3 | None:
-        """A full copy of a sharded model, or None without `keep`. A collective call."""
+    def full_model(self, model: Qwen3, keep: bool = True, device=None) -> Qwen3 | None:
+        """A full copy of a sharded model, or None without `keep`. A collective call, tensor by tensor."""
         state = {}
         for name, tensor in model.state_dict().items():
             tensor = tensor.to(model.dtype).full_tensor() if is_sharded(tensor) else tensor
             if keep:
-                state[name] = tensor
+                state[name] = tensor.to(device)
         if not keep:
             return None
         with torch.device("meta"):

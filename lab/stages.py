@@ -86,7 +86,7 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
 
         def save(optimizer: Optimizer | None) -> None:
             """Save a checkpoint. Rank 0 writes; the others wait, and give their part of a sharded model."""
-            full = full_model(model, keep=is_main())
+            full = full_model(model, keep=is_main(), device="cpu")
             if is_main():
                 folder = run.path / "checkpoints" / f"step_{state.step:04d}"
                 save_checkpoint(folder, full, tokenizer, optimizer, state, recipe)
@@ -102,11 +102,11 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
             """A GRPO step on the next problems; its rollouts go to the screen and into the run's folder."""
             count = stage.prompts_per_step
             chosen = endless_problems(problems, recipe.seed, state.problems_seen, count)
-            # A step that has only sampled can be dropped, unless other ranks would wait for this one.
-            cancel = stop.requested if world_size() == 1 else None
             options = {"settings": stage, "sampling": recipe.sampling, "reward": recipe.reward}
             options |= {"learning_rate": learning_rate_at(stage, state.stage_step), "reference": reference}
-            options |= {"seed": 1000 * recipe.seed + state.step, "cancel": cancel}
+            # A step that has only sampled can be dropped, unless other ranks would wait for this one.
+            options["cancel"] = stop.requested if world_size() == 1 else None
+            options["seed"] = 1000 * recipe.seed + state.step
             with screen.sampling("rollout", len(share(chosen)) * stage.samples_per_prompt) as show:
                 step = (model, tokenizer, optimizer, recipe.task, chosen)
                 groups, advantages, metrics = grpo_step(*step, **options, on_progress=show)

@@ -313,7 +313,6 @@ class GraphedStep:
         self.function = function
         self.shape: Hashable = None
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, shape: Hashable) -> None:
         if shape != self.shape:  # once without a graph: libraries set themselves up on their first call
@@ -323,7 +322,7 @@ class GraphedStep:
             return
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=self.pool):  # records, and runs nothing
+            with torch.cuda.graph(self.graph):  # records, in memory of its own, and runs nothing
                 self.function()
         self.graph.replay()
 

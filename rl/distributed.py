@@ -94,6 +94,6 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def full_model(model: nn.Module, keep: bool = True) -> nn.Module | None:
+def full_model(model: nn.Module, keep: bool = True, device=None) -> nn.Module | None:
     """`model`, or a full copy of a sharded one (see `lab.sharding`), None without `keep`; collective."""
-    return model.sharding.full_model(model, keep) if model.sharding else model
+    return model.sharding.full_model(model, keep, device) if model.sharding else model

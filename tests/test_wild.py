@@ -18,10 +18,12 @@ from reference import ROOT, TINY
 from test_commands import smoke
 
 import eval as eval_command
+import train as train_command
 from data import score
 from data.traces import Trace, save_traces
 from lab.checkpoint import TrainState, checkpoints, prune_checkpoints
-from lab.recipe import problems_of
+from lab.device import pick_device
+from lab.recipe import RecipeError, problems_of
 from lab.runfolder import RunFolder, WandB
 from lab.setup import load_policy, set_up, stage_start_model
 from lab.stages import train
@@ -141,6 +143,26 @@ def test_the_best_checkpoint_is_one_that_was_evaluated(tmp_path):
     assert [folder.name[-1] for folder in checkpoints(tmp_path)] == ["3", "4", "5"]
     prune_checkpoints(tmp_path, 1, {})
     assert [folder.name[-1] for folder in checkpoints(tmp_path)] == ["5"]
+
+
+@pytest.mark.parametrize("module", ["Kernel Module  470.57.02  Tue Jul", "Open Kernel Module for x86_64  545.23.08  Mon"])
+def test_a_card_that_this_torch_cannot_use_is_an_error_with_both_versions_and_the_way_out(module, monkeypatch):
+    monkeypatch.setattr("lab.device.read", lambda path: f"NVRM version: NVIDIA UNIX {module}" if "nvidia" in path else "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(RecipeError, match=r"(470.57.02|545.23.08).*CUDA 13.0.*--model tiny or --device"):
+        train_command.parse(["256"])
+    assert train_command.parse(["256", "--device", "cpu"]).recipe.model == "tiny"
+    assert train_command.parse(["256", "--model", "tiny"]).recipe.model == "tiny"
+
+
+def test_the_device_of_a_recipe_becomes_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch, "empty", lambda *_, device: None)
+    for name in ("cuda:1", "cuda", "cpu"):
+        assert pick_device(replace(smoke().recipe, device=name)) == torch.device(name)
+    assert current == ["cuda:1"]
 
 
 def test_a_new_run_in_a_folder_of_the_same_name_is_another_run_to_wandb(tmp_path, monkeypatch):

@@ -161,8 +161,8 @@ def main(arguments: Arguments) -> None:
     measured = [measures(candidate) for candidate in candidates]
     differences = [difference(candidates[0], candidate) for candidate in candidates[1:]]
     digest = problems_hash(problems)
-    about = {"problems": {"count": len(problems), "sha256": digest}, "seed": arguments.seed}
-    numbers = about | {"models": measured, "differences": differences}
+    numbers = {"problems": {"count": len(problems), "sha256": digest}, "seed": arguments.seed}
+    numbers |= {"models": measured, "differences": differences}
     if arguments.json == "-":
         print(json.dumps(numbers, indent=2))
         return

@@ -70,8 +70,7 @@ def show_completion(model: Qwen3, tokenizer: Tokenizer, recipe: Recipe, problem:
 
 
 def newest_checkpoint() -> str:
-    runs = [folder.parent for folder in Path("runs").glob("**/checkpoints")]
-    folders = [folder for run in runs for folder in checkpoints(run)]
+    folders = [folder for run in Path("runs").glob("**/checkpoints") for folder in checkpoints(run.parent)]
     return str(max(folders, key=lambda path: path.stat().st_mtime, default="tiny"))
 
 

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from lab.recipe import Recipe, RecipeError
 from model.memory import read
 
+CARD = "/dev/nvidiactl"  # there if this system, or container, has an NVIDIA card
+
 
 def pick_device(recipe: Recipe) -> torch.device:
     """The device that a recipe names; a GPU becomes the current one, on whose stream graphs are captured."""
@@ -25,15 +27,16 @@ def pick_device(recipe: Recipe) -> torch.device:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise RecipeError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    if torch.device(name).index is not None:
+    if name.startswith("cuda:"):
         torch.cuda.set_device(name)
     return torch.device(name)
 
 
 def check_driver() -> None:
     """Refuse, by a RecipeError, to go on without a GPU where there is one that this torch cannot use."""
-    driver = re.search(r"\b[0-9]{3}\.[0-9.]+", read("/proc/driver/nvidia/version"))
-    if driver and not torch.cuda.is_available():
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if os.path.exists(CARD) and not hidden and not torch.cuda.is_available():
+        driver = re.search(r"\b[0-9]{3}\.[0-9.]+", read("/proc/driver/nvidia/version")) or ["unknown"]
         build = f"torch {torch.__version__}, built for CUDA {torch.version.cuda}"
         advice = "install a torch for it, or go on without by --model tiny or --device cpu"
         raise RecipeError(f"the NVIDIA driver here ({driver[0]}) cannot be used by {build}: {advice}")

@@ -45,9 +45,9 @@ def curve_table(rows: list[dict], paper: Points) -> str:
     ]
     figures = dict(paper_by_step(rows, paper))
     for row in rows:
-        accuracy, low, high = (100 * row[name] for name in ("eval_accuracy", "eval_low", "eval_high"))
+        accuracy, low, high = (f"{100 * row[f'eval_{name}']:.1f}" for name in ("accuracy", "low", "high"))
         stage = "start" if row["step"] == 0 else f"{row['stage'] + 1} {row['kind']}"
-        cells = [stage, row["step"], row["grpo_steps"], f"{accuracy:.1f}", f"{low:.1f} to {high:.1f}"]
+        cells = [stage, row["step"], row["grpo_steps"], accuracy, f"{low} to {high}"]
         cells += [figures.get(row["step"], "")] if paper else []
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
@@ -58,9 +58,8 @@ def plot_curve(rows: list[dict], paper: Points, path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     steps = [row["step"] for row in rows]
-    accuracy, low, high = (
-        [100 * row[name] for row in rows] for name in ("eval_accuracy", "eval_low", "eval_high")
-    )
+    names = ("eval_accuracy", "eval_low", "eval_high")
+    accuracy, low, high = ([100 * row[name] for row in rows] for name in names)
     axes.fill_between(steps, low, high, alpha=0.2, color="C0", linewidth=0, label="95 % interval")
     axes.plot(steps, accuracy, color="C0", marker="o", markersize=4, label="this run")
     points = paper_by_step(rows, paper)

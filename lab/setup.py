@@ -46,8 +46,8 @@ def set_up(
     model, tokenizer = load_policy(recipe, checkpoint, device)
     problems, held_out = problems_of(recipe, state.seen)
     state.problems = {"train": problems_hash(problems), "held_out": problems_hash(held_out)}
-    thinking = recipe.sampling.thinking
-    longest = max(len(prompt_ids(tokenizer, recipe.task.prompt(problem), thinking)) for problem in held_out)
+    prompts = (recipe.task.prompt(problem) for problem in held_out)
+    longest = max(len(prompt_ids(tokenizer, prompt, recipe.sampling.thinking)) for prompt in prompts)
     work = work_of(recipe, longest, world_size())
     plan = plan_memory(model, recipe.optimizer, work, free, process)
     check_plan(plan, free)

@@ -193,8 +193,8 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                 if not ends and state.stage_step % recipe.checkpoint_every == 0:
                     save(optimizer)
             if not steps and is_last:  # an SFT stage without traces: no step has evaluated
-                row = {"stage": state.stage, "kind": stage.kind, "step": state.step}
-                row |= {"grpo_steps": state.grpo_steps} | evaluation(True)
+                position = {"stage": state.stage, "kind": stage.kind, "step": state.step}
+                row = position | {"grpo_steps": state.grpo_steps} | evaluation(True)
                 if is_main():
                     run.log(row)
             micro_batch_tokens = optimizer.micro_batch_tokens

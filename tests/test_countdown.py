@@ -1,5 +1,6 @@
 """Countdown: problems and their settings; the generator and the solver against the plainest possible search."""
 
+import json
 import random
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def test_settings_that_hold_too_few_problems_are_an_error_and_not_an_endless_loo
     ("fields", "named"),
     [({"min_number": 0}, "min_number 0 "),
      ({"min_number": 100}, "min_number 100 and max_number 99"), ({"min_target": 101}, "min_target 101 and max_target 100"),
-     ({"four_number_share": 1.5}, "not 1.5"), ({"four_number_share": float("nan")}, "not nan")],
+     ({"four_number_share": 1.5}, "not 1.5"), ({"four_number_share": -0.5}, "not -0.5"), ({"four_number_share": float("nan")}, "not nan")],
 )  # fmt: skip
 def test_impossible_settings_are_refused_by_name(fields, named):
     with pytest.raises(ValueError, match=named):
@@ -172,3 +173,14 @@ def test_the_papers_accuracies_stand_under_its_limits_of_new_tokens():
     ends = {limit: (points[0], points[-1]) for limit, points in PAPER.items()}
     assert ends == {256: ((0, 0.0), (180, 48.8)), 512: ((0, 11.4), (80, 39.2))}
     assert [sum(map(sum, points)) for points in PAPER.values()] == pytest.approx([1790 + 571.0, 360 + 264.6])
+
+
+def test_what_a_recipe_a_file_and_a_user_call_it():
+    task = Countdown()
+    assert task.kind == "countdown" and task.problem(json.loads(task.stored.example)) == Problem((79, 60, 17), 36)
+    assert task.parse_input("79,60 17->36") == Problem((79, 60, 17), 36)
+    assert len(Problem((1, 2, 3, 4, 5, 6), 7).numbers) == 6
+    assert task.parse_input("999999999 1 2").numbers[0] == 999_999_999
+    for text in ("9999999990 1 2", "7 x 2", "", "7 -2 5", "٣ 2 5"):
+        with pytest.raises(ValueError, match="type whole numbers and then the target"):
+            task.parse_input(text)

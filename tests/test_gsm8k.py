@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from data import GSM8K, DataError
 from data.gsm8k import WordProblem, read_number
-from data.task import CORRECT, MALFORMED, WRONG
+from data.task import CORRECT, MALFORMED, WRONG, Task
 from data.traces import Trace, save_traces
 from lab.evaluate import load_completions
 from lab.recipe import EvaluationSettings, load_recipe, problems_of
@@ -63,6 +63,7 @@ def test_what_is_no_problem_is_refused():
 
 
 def test_rows_difficulty_and_names():
+    assert Task.difficulty(TASK, EGGS) == "all"  # of a task that has no classes
     assert TASK.problem(EGGS.row()) == EGGS
     assert (EGGS.value, TASK.solution(EGGS), TASK.difficulty(EGGS)) == (126, "126", "1 to 2 steps")
     assert EGGS.key == WordProblem("A hen lays 6 eggs a day. How many in 3\nweeks?", "#### 1").key

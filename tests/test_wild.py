@@ -148,10 +148,14 @@ def test_the_best_checkpoint_is_one_that_was_evaluated(tmp_path):
 @pytest.mark.parametrize("module", ["Kernel Module  470.57.02  Tue Jul", "Open Kernel Module for x86_64  545.23.08  Mon"])
 def test_a_card_that_this_torch_cannot_use_is_an_error_with_both_versions_and_the_way_out(module, monkeypatch):
     monkeypatch.setattr("lab.device.read", lambda path: f"NVRM version: NVIDIA UNIX {module}" if "nvidia" in path else "")
+    monkeypatch.setattr("lab.device.CARD", ROOT)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(RecipeError, match=r"(470.57.02|545.23.08).*CUDA 13.0.*--model tiny or --device"):
         train_command.parse(["256"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert train_command.parse(["256"]).recipe.model == "tiny"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert train_command.parse(["256", "--device", "cpu"]).recipe.model == "tiny"
     assert train_command.parse(["256", "--model", "tiny"]).recipe.model == "tiny"
 

@@ -41,6 +41,7 @@ class Arguments:
     top_p: float | None = None  # Sample from the likeliest tokens of this joint probability only
     max_cache_tokens: int | None = None  # Tokens of keys and values in memory; default: what fits
     thinking: bool | None = None  # Whether the prompt opens a <think> block; default: the recipe's
+    state_limit: bool | None = None  # Whether the prompt says how many tokens there are; default: its own
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     seed: int = EVALUATION_SEED  # Of the sampling; the same seed gives the same completions
     examples: int = 1  # Completions to print of each model and outcome

@@ -18,9 +18,9 @@ from lab.errors import user_errors
 from lab.recipe import Recipe, checked, recipe_for
 from lab.screen import printable
 from lab.setup import load_policy
-from model import KVCache, Qwen3, Tokenizer, prompt_ids
+from model import KVCache, Qwen3, Tokenizer
 from model.sampler import random_streams, sample
-from rl.rollout import SamplingSettings
+from rl.rollout import SamplingSettings, prompt_of
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ def stream(model: Qwen3, prompt: list[int], sampling: SamplingSettings, stops, s
 
 def show_completion(model: Qwen3, tokenizer: Tokenizer, recipe: Recipe, problem: Problem, seed: int) -> None:
     """Print one completion as it is sampled, its verdict, and a solution."""
-    task = recipe.task
-    thinking = recipe.sampling.thinking
-    prompt = prompt_ids(tokenizer, task.prompt(problem), thinking)
+    prompt = prompt_of(tokenizer, recipe.task, problem, recipe.sampling)
     print(f"\n{printable(str(problem))}")
     ids = []
     shown = ""
@@ -64,8 +62,8 @@ def show_completion(model: Qwen3, tokenizer: Tokenizer, recipe: Recipe, problem:
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else half a character
             print(printable(text[len(shown) :]), end="", flush=True)
             shown = text
-    verdict = task.score(tokenizer.decode(ids), problem, thinking)
-    solution = printable(task.solution(problem) or "there is none")
+    verdict = recipe.task.score(tokenizer.decode(ids), problem, recipe.sampling.thinking)
+    solution = printable(recipe.task.solution(problem) or "there is none")
     print(f"\n{verdict.outcome}, reward {verdict.reward:.2f}. A solution: {solution}\n")
 
 

@@ -41,7 +41,6 @@ LEAN = OptimizerSettings("adamw8bit", rounding="stochastic", activation_checkpoi
 UPDATES = {
     "adamw": OptimizerSettings("adamw"),
     "adamw8bit": OptimizerSettings("adamw8bit"),
-    "paged_adamw8bit": OptimizerSettings("paged_adamw8bit"),
     "adamw8bit, checkpointing": replace(LEAN, rounding="masters"),
     "adamw8bit, stochastic": replace(LEAN, activation_checkpointing=False),
     "adamw8bit, stochastic, checkpointing": LEAN,

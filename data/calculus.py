@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data.load import Format
-from data.task import Task, steps_difficulty
+from data.task import INSIDE, Task, steps_difficulty
 
 MAX_CHARACTERS = 256  # of an answer
 MAX_DIGITS = 15  # of a coefficient in an answer
@@ -171,11 +171,11 @@ class Calculus(Task):
         except ValueError as error:
             raise ValueError(f"{error}; type {self.input_format}") from None
 
-    def prompt(self, problem: Derivative) -> str:
+    def prompt(self, problem: Derivative, thinking: bool = True) -> str:
         times = {1: "once", 2: "twice"}.get(problem.order, f"{problem.order} times")
         return (
             f"Differentiate {sum_text(terms_of(problem.polynomial))} with respect to x, {times}. "
-            "Work it out term by term inside <think> </think>, "
+            f"Work it out term by term{INSIDE * thinking}, "
             "then put the derivative, a sum of terms without parentheses, inside <answer> </answer>."
         )
 

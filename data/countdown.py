@@ -8,7 +8,7 @@ from typing import Literal
 from data.expression import BLANKS, DIGITS, Expression, ExpressionError, parse_equation, parse_expression
 from data.load import Format
 from data.solver import draw_problems, solve
-from data.task import CORRECT, MALFORMED, WRONG, Score, Task, split_answer
+from data.task import CORRECT, INSIDE, MALFORMED, WRONG, Score, Task, split_answer
 
 MAX_NUMBER = 999_999_999  # nine digits, as in an expression
 NEAR_DISTANCE = 10  # largest distance from the target that earns part of the reward
@@ -82,11 +82,11 @@ class Countdown(Task):
         *numbers, target = map(int, words)
         return Problem(numbers, target)
 
-    def prompt(self, problem: Problem) -> str:
+    def prompt(self, problem: Problem, thinking: bool = True) -> str:
         numbers = ", ".join(map(str, problem.numbers))
         return (
             f"Use each of the numbers {numbers} exactly once to make {problem.target}. "
-            "Only + - * / and parentheses are allowed. Work it out inside <think> </think>, "
+            f"Only + - * / and parentheses are allowed. Work it out{INSIDE * thinking}, "
             "then put the final expression inside <answer> </answer>."
         )
 

@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Literal
 
 from data.load import Format
-from data.task import Task, steps_difficulty
+from data.task import INSIDE, Task, steps_difficulty
 
 MAX_CHARACTERS = 256  # of an answer block
 NUMBER = re.compile(  # 18 or 1,234 or -2.50 or 3/4, but no part of a longer word or number
@@ -75,10 +75,10 @@ class GSM8K(Task):
         except ValueError:
             raise ValueError(f"type {self.input_format}") from None
 
-    def prompt(self, problem: WordProblem) -> str:
+    def prompt(self, problem: WordProblem, thinking: bool = True) -> str:
         return (
             f"{problem.question.strip()}\n"
-            "Work it out inside <think> </think>, then put the number that answers the question, "
+            f"Work it out{INSIDE * thinking}, then put the number that answers the question, "
             "and nothing else, inside <answer> </answer>."
         )
 

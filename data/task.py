@@ -31,6 +31,7 @@ class Score:
 CORRECT = Score(1.0, "correct")
 WRONG = Score(0.1, "wrong")
 MALFORMED = Score(0.0, "malformed")
+INSIDE = " inside <think> </think>"  # for prompts
 
 
 class Task(ABC):
@@ -57,8 +58,8 @@ class Task(ABC):
         """The problem that a user typed. ValueError with advice if it is none."""
 
     @abstractmethod
-    def prompt(self, problem: Problem) -> str:
-        """The text of the user's turn."""
+    def prompt(self, problem: Problem, thinking: bool = True) -> str:
+        """The text of the user's turn; without `thinking`, it does not speak of `<think>`."""
 
     def score(self, text: str, problem: Problem, thinking: bool = True) -> Score:
         """Judge a completion, which is hostile input: bounded time, no exception. See `split_answer`."""

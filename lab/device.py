@@ -42,8 +42,16 @@ def check_driver() -> None:
         raise RecipeError(f"the NVIDIA driver here ({driver[0]}) cannot be used by {build}: {advice}")
 
 
-def pick_dtype(recipe: Recipe) -> torch.dtype | None:
-    return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[recipe.dtype]
+def pick_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
+    """The dtype of the weights; None: as stored. A GPU without bfloat16 gets float32."""
+    if recipe.dtype == "auto":
+        return None if has_bfloat16(device) else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[recipe.dtype]
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether `device` calculates in bfloat16; NVIDIA's do from compute capability 8.0 on."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -154,7 +154,7 @@ def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int
         per_token = config.num_hidden_layers * kept + (TRANSIENT_LAYERS + checkpointing) * layer
         head_gradient = head.numel() * head.dtype.itemsize * head.requires_grad
         chunk = min(chunk_tokens(head), work.update_tokens)
-        output_head = chunk * len(head) * (size + 16 * on_gpu) + head_gradient
+        output_head = chunk * len(head) * (20 if on_gpu else size) + head_gradient
         tokens = settings.micro_batch_tokens
         if tokens == "auto":
             held = plan.lasting - process + plan.gradients + output_head + plan.gathered

@@ -16,7 +16,7 @@ from data.task import Problem
 from model.weights import is_embedded
 from rl.grpo import GRPOStage
 from rl.optimizer import OptimizerSettings
-from rl.ranges import Count, CountOrZero, Positive
+from rl.ranges import Count, CountOrZero, Positive, Share
 from rl.reward import RewardSettings
 from rl.rollout import SamplingSettings
 from rl.sft import SFTStage
@@ -78,6 +78,7 @@ class Recipe:
     adapters: AdapterSettings = field(default_factory=AdapterSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     checkpoint_every: Count = 10  # Steps between checkpoints; there is one at each stage's end
+    checkpoint_share: Share = 0.05  # Of the run's time for them, at most; fewer if they take long
     keep_checkpoints: Count = 2  # Latest checkpoints to keep, beside stage ends and the most accurate one
     out: str = ""  # Run folder; empty is runs/<recipe>
     stages: tuple[Annotated[GRPOStage | SFTStage, Discriminator("kind")], ...] = ()

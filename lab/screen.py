@@ -15,6 +15,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress
 from rich.text import Text
 
+from lab.device import has_bfloat16
 from lab.recipe import Recipe
 from rl.rollout import Rollout
 
@@ -226,7 +227,9 @@ def describe_run(recipe: Recipe, model, train: list, held_out: list, resumed_at:
     """The lines that a run begins with."""
     on_gpu = model.device.type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.") + ", for want of bfloat16" * (
+        not has_bfloat16(model.device)
+    )
     stages = []
     for stage in recipe.stages:
         batch = "" if stage.kind == "sft" else f" of {stage.prompts_per_step} x {stage.samples_per_prompt}"
@@ -252,6 +255,31 @@ def step_line(row: dict, stages: int, done: int, steps: int) -> str:
     if "eval_accuracy" in row:
         parts.append(f"held-out {evaluation_text(row)}")
     return "  ".join(parts)
+
+
+def silence(row: dict, recipe: Recipe) -> str | None:
+    """In words, why a batch teaches next to nothing and what helps; None if it does teach, or is all right.
+
+    Before any step, the share of silent groups is expected from the share of well-formed completions.
+    """
+    stage = next((stage for stage in recipe.stages[row["stage"] :] if stage.kind == "grpo"), None)
+    if stage is None or row["kind"] != "grpo":
+        return None
+    if row["step"]:
+        cut_off, silent, right = row["truncated_fraction"], row["silent_groups"], row["train_accuracy"]
+    else:
+        cut_off, right, formed = (row[f"eval_{n}"] for n in ("truncated_fraction", "accuracy", "format_rate"))
+        silent = formed**stage.samples_per_prompt + (1 - formed) ** stage.samples_per_prompt
+    if silent < 0.9 or right > 0.5:
+        return None
+    limit, count, samples = recipe.sampling.max_new_tokens, stage.prompts_per_step, stage.samples_per_prompt
+    return (
+        f"{100 * cut_off:.1f} % of completions are cut off at {limit} tokens, and {count * (1 - silent):.1f} "
+        f"of {count} groups a step can teach: in the others all rewards are equal.\nThe paper's run with 256 "
+        "tokens earned nothing for 30 steps either, and then took off. What helps: more samples a prompt "
+        f"(--stages.{row['stage']}.samples-per-prompt {4 * samples}), no thinking "
+        f"(--sampling.no-thinking), more room (--sampling.max-new-tokens {2 * limit})"
+    )
 
 
 def step_figures(row: dict) -> list[str]:

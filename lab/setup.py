@@ -12,9 +12,10 @@ from lab.memory_plan import check_plan, gb, plan_memory, work_of
 from lab.recipe import Recipe, RecipeError, problems_of
 from lab.runfolder import RunFolder
 from lab.sharding import shard
-from model import Qwen3, Tokenizer, add_adapters, load_model, prompt_ids
+from model import Qwen3, Tokenizer, add_adapters, load_model
 from model.memory import free_memory
 from rl.distributed import broadcast, is_main, world_size
+from rl.rollout import prompt_of
 
 
 def find_state(recipe: Recipe, run: RunFolder, resume: bool, screen) -> tuple[TrainState, Path | None]:
@@ -46,8 +47,7 @@ def set_up(
     model, tokenizer = load_policy(recipe, checkpoint, device)
     problems, held_out = problems_of(recipe, state.seen)
     state.problems = {"train": problems_hash(problems), "held_out": problems_hash(held_out)}
-    prompts = (recipe.task.prompt(problem) for problem in held_out)
-    longest = max(len(prompt_ids(tokenizer, prompt, recipe.sampling.thinking)) for prompt in prompts)
+    longest = max(len(prompt_of(tokenizer, recipe.task, p, recipe.sampling)) for p in held_out)
     work = work_of(recipe, longest, world_size())
     plan = plan_memory(model, recipe.optimizer, work, free, process)
     check_plan(plan, free)
@@ -61,7 +61,9 @@ def load_policy(recipe: Recipe, checkpoint: Path | None, device: torch.device) -
     # A checkpoint holds adapters merged and rounded; to resume bit for bit they are put on the base again.
     source = recipe.model if adapted or checkpoint is None else checkpoint
     sharded = recipe.parallel.kind == "shard" and world_size() > 1
-    model, tokenizer = load_model(source, "cpu" if sharded else device, pick_dtype(recipe), recipe.revision)
+    model, tokenizer = load_model(
+        source, "cpu" if sharded else device, pick_dtype(recipe, device), recipe.revision
+    )
     if sharded:
         shard(model, device)
     if adapted:

@@ -33,6 +33,7 @@ class Sharding:
         if model.config.tie_word_embeddings:
             full.lm_head.weight = full.model.embed_tokens.weight
         full.num_tokens = model.num_tokens
+        full.graphed = model.graphed
         return full
 
 

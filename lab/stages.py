@@ -17,19 +17,20 @@ from lab.plots import paper_points, write_curve
 from lab.recipe import Recipe, RecipeError, to_dict
 from lab.report import write_report
 from lab.runfolder import RunFolder, WandB
-from lab.screen import describe_run, final_line, pick_screen
+from lab.screen import describe_run, final_line, pick_screen, silence
 from lab.setup import find_state, set_up, stage_start_model
 from lab.sharding import round_to_saved
-from model import prompt_ids
 from model.sampler import Cancelled
 from rl.batch import Sample
 from rl.distributed import all_values, any_rank, broadcast, full_model, is_main, share, world_size
 from rl.grpo import GRPOStage, grpo_step
 from rl.metrics import rollout_metrics
 from rl.optimizer import Optimizer
+from rl.rollout import prompt_of
 from rl.sft import sft_schedule, sft_step
 
 MAX_SKIPPED_UPDATES = 5  # in a row, then the run ends
+TELL_EVERY = 10  # steps between words on silent batches
 
 
 def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -> None:
@@ -39,6 +40,9 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
     named cannot be used. Stopped: a signal has ended the run.
     """
     # 1. Set up: the run's folder and screen, its model and problems, and where it stands.
+    started = time.perf_counter()
+    saving = last_save = 0.0  # seconds
+    told = -TELL_EVERY  # the step at which a silent batch was last spoken of
     run = RunFolder(recipe.out)
     with processes(), contextlib.ExitStack() as stack:
         if is_main():
@@ -73,19 +77,28 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                 metrics |= {f"{name}_{part}": getattr(result, part) for part in ("accuracy", "low", "high")}
                 if name == "eval":
                     metrics["eval_completion_length"] = result.completion_length
+                    metrics["eval_truncated_fraction"] = result.truncated_fraction
+                    metrics["eval_format_rate"] = 1 - result.counts["malformed"] / sum(result.counts.values())
                     metrics["eval_seconds"] = time.perf_counter() - start
             return metrics
 
         def record(row: dict, steps: int) -> None:
             """Log and show the metrics of a step, one of the `steps` of its stage."""
+            nonlocal told
             if is_main():
                 run.log(row)
                 screen.step(row, len(recipe.stages), state.stage_step, steps)
+                words = silence(row, recipe)
+                if words and row["step"] >= told + TELL_EVERY:
+                    screen.say(words)
+                    told = row["step"]
                 if "eval_accuracy" in row:
                     write_curve(run, paper_points(recipe))
 
         def save(optimizer: Optimizer | None) -> None:
             """Save a checkpoint. Rank 0 writes; the others wait, and give their part of a sharded model."""
+            nonlocal last_save, saving
+            start = time.perf_counter()
             full = full_model(model, keep=is_main(), device="cpu")
             if is_main():
                 folder = run.path / "checkpoints" / f"step_{state.step:04d}"
@@ -97,13 +110,21 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                 for _ in state_tensors(optimizer, model.dtype):  # collective: rank 0 saves them
                     pass
             broadcast(None)
+            last_save = time.perf_counter() - start
+            saving += last_save
+
+        def can_save() -> bool:
+            """Whether one more checkpoint keeps all of them within their share of the time."""
+            elapsed = time.perf_counter() - started
+            return broadcast(saving + last_save <= recipe.checkpoint_share * elapsed)
 
         def take_grpo_step() -> dict:
             """A GRPO step on the next problems; its rollouts go to the screen and into the run's folder."""
             count = stage.prompts_per_step
             chosen = endless_problems(problems, recipe.seed, state.problems_seen, count)
             options = {"settings": stage, "sampling": recipe.sampling, "reward": recipe.reward}
-            options |= {"learning_rate": learning_rate_at(stage, state.stage_step), "reference": reference}
+            options |= {"learning_rate": learning_rate_at(stage, state.stage_step, optimizer.steps)}
+            options["reference"] = reference
             # A step that has only sampled can be dropped, unless other ranks would wait for this one.
             options["cancel"] = stop.requested if world_size() == 1 else None
             options["seed"] = 1000 * recipe.seed + state.step
@@ -126,7 +147,7 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                 return []
             samples = []
             for trace in traces:
-                prompt = prompt_ids(tokenizer, recipe.task.prompt(trace.problem), recipe.sampling.thinking)
+                prompt = prompt_of(tokenizer, recipe.task, trace.problem, recipe.sampling)
                 completion = tokenizer.encode(trace.completion) + [tokenizer.end_of_turn_id]
                 samples.append(Sample(prompt, completion))
             state.see(trace.problem for trace in traces)
@@ -161,12 +182,13 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                 load_into(optimizer, checkpoint)
             checkpoint = reference = None
             if stage.kind == "grpo":
-                steps, take_step = stage.steps, take_grpo_step
+                steps, every, take_step = stage.steps, recipe.evaluation.every, take_grpo_step
                 if stage.kl_coef:
                     reference = stage_start_model(model, recipe, run, state)
             else:
                 schedule = sft_batches()
                 steps, take_step = len(schedule), take_sft_step
+                every = max(recipe.evaluation.every, -(-steps // 4))  # its steps are short
             while state.stage_step < steps:
                 if any_rank(stop.requested.is_set()):
                     save(optimizer if state.stage_step else None)
@@ -182,15 +204,16 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                 state.grpo_steps += stage.kind == "grpo"
                 row = {"stage": state.stage, "kind": stage.kind, "step": state.step} | metrics
                 row |= {"grpo_steps": state.grpo_steps, "peak_memory_bytes": peak_memory(model.device)}
+                row["checkpoint_seconds"] = saving
                 ends = state.stage_step == steps
-                if ends or state.stage_step % recipe.evaluation.every == 0:
+                if ends or state.stage_step % every == 0:
                     row |= evaluation(ends and is_last)
                 record(row, steps)
                 if optimizer.skipped_in_a_row >= MAX_SKIPPED_UPDATES:
                     skipped = f"{optimizer.skipped_in_a_row} updates in a row had no finite loss and gradient"
                     advice = "lower the learning rate, or try --dtype float32, in a new run"
                     raise RecipeError(f"{skipped}, and changed nothing: {advice}")
-                if not ends and state.stage_step % recipe.checkpoint_every == 0:
+                if not ends and state.stage_step % recipe.checkpoint_every == 0 and can_save():
                     save(optimizer)
             if not steps and is_last:  # an SFT stage without traces: no step has evaluated
                 position = {"stage": state.stage, "kind": stage.kind, "step": state.step}
@@ -213,9 +236,12 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
             screen.say(f"done: {run.path}/curve.md and curve.png; to look into it, open {report}")
 
 
-def learning_rate_at(stage: GRPOStage, step: int) -> float:
-    """The learning rate of step 0, 1, ... of a stage: a linear rise, and a linear fall over all of it."""
-    rise = min(1.0, (step + 1) / max(1, stage.warmup_steps))
+def learning_rate_at(stage: GRPOStage, step: int, updates: int) -> float:
+    """The learning rate of step 0, 1, ... of a stage, after `updates` updates: linear rise, and linear fall.
+
+    Only updates count towards the rise, since steps in which nothing was earned have moved no weight.
+    """
+    rise = min(1.0, (updates / stage.updates_per_step + 1) / max(1, stage.warmup_steps))
     fall = 1 - (1 - stage.end_rate) * step / max(1, stage.steps - 1)
     return stage.learning_rate * rise * fall
 

@@ -13,6 +13,13 @@ from model.config import Qwen3Config
 BLOCK = {"cpu": 16, "cuda": 64}
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Batched a @ b; on a GPU the float32 sums of a bfloat16 product as they are, unrounded."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return a.bmm(b)
+
+
 class Cache(Protocol):
     """What the decoder calls in a forward: `start` once, `attend` in every layer, `advance` once."""
 
@@ -184,20 +191,20 @@ class GroupCache:
         scores = [self.times_prompt(grouped, self.prompt_keys[layer].transpose(-1, -2))]
         own_keys = [block[:, : self.visible] for block in self.keys[layer]]
         own_values = [block[:, : self.visible] for block in self.values[layer]]
-        scores += [grouped.bmm(block.transpose(1, 2)) for block in own_keys]
+        scores += [product(grouped, block.transpose(1, 2)) for block in own_keys]
         sizes = [part.shape[-1] for part in scores]
         scores = torch.add(self.bias, torch.cat(scores, dim=-1), alpha=head_dim**-0.5)  # float32
         on_prompt, *on_own = scores.softmax(-1).to(values.dtype).split(sizes, dim=-1)
         attended = self.times_prompt(on_prompt, self.prompt_values[layer])
         for weights, block in zip(on_own, own_values, strict=True):
-            attended = attended + weights.bmm(block)
-        return attended.view(queries.shape)
+            attended = attended + product(weights, block)
+        return attended.view(queries.shape).to(queries.dtype)
 
     def times_prompt(self, x: Tensor, matrices: Tensor) -> Tensor:
         """Each pair's x [pairs, n, inner] times its prompt's matrix in [prompts, kv_heads, inner, outer]."""
         matrices = matrices.flatten(0, 1)
         grid = x.index_select(0, self.pair_at).view(len(matrices), -1, x.shape[-1])
-        return grid.bmm(matrices).view(len(self.pair_at), x.shape[1], -1).index_select(0, self.slot_of)
+        return product(grid, matrices).view(len(self.pair_at), x.shape[1], -1).index_select(0, self.slot_of)
 
     def advance(self, time: int) -> None:
         self.stored += time  # in place: a captured CUDA graph reads it

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model.cache import product
 from model.sampler import rows_at_once, token_logprobs
 
 CHUNK_LOGITS = {"cpu": 2**25, "cuda": 2**26}
@@ -38,11 +39,17 @@ def chunk_tokens(weight: Tensor) -> int:
 
 
 def logit_chunks(hidden: Tensor, weight: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Yield logits [up to chunk_tokens, vocab], all in one buffer, and those tokens' part of each column."""
+    """Yield logits [up to chunk_tokens, vocab] and those tokens' part of each column.
+
+    On a GPU they are the sampler's float32 logits (see `product`); on a CPU they are all in one buffer.
+    """
     size = chunk_tokens(weight)
-    buffer = hidden.new_empty(min(size, len(hidden)), len(weight))
+    buffer = None if hidden.is_cuda else hidden.new_empty(min(size, len(hidden)), len(weight))
     for chunk, *parts in zip(*(x.split(size) for x in (hidden, *columns)), strict=True):
-        yield torch.mm(chunk, weight.T, out=buffer[: len(chunk)]), parts
+        if buffer is None:
+            yield product(chunk[None], weight.T[None])[0], parts
+        else:
+            yield torch.mm(chunk, weight.T, out=buffer[: len(chunk)]), parts
 
 
 class TargetLogprobs(torch.autograd.Function):
@@ -83,6 +90,7 @@ class TargetLogprobs(torch.autograd.Function):
                 gradient.scatter_add_(-1, targets[:, None], up[:, None])
                 rows[:, : ctx.num_tokens] = gradient / (ctx.temperature or 1)
                 rows[:, ctx.num_tokens :] = 0
+            logits = logits.to(weight.dtype)
             torch.mm(logits, weight, out=grad_chunk)
             if grad_weight is not None:
                 grad_weight.addmm_(logits.T, chunk)

@@ -85,6 +85,7 @@ def add_adapters(model: Qwen3, rank: int, alpha: float, int8: bool, seed: int = 
         raise ValueError("the model has adapters already")
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
+    model.graphed = not int8  # bitsandbytes' kernels are not known to work inside a CUDA graph
     for layer in model.model.layers:
         for block, names in PROJECTIONS.items():
             for name in names:
@@ -97,11 +98,6 @@ def add_adapters(model: Qwen3, rank: int, alpha: float, int8: bool, seed: int = 
 def adapters(model: Qwen3) -> Iterator[tuple[str, LoRALinear]]:
     """Every adapted projection with its name, such as `model.layers.0.self_attn.q_proj`."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
-
-
-def has_int8(model: Qwen3) -> bool:
-    """Whether projections are int8; bitsandbytes' kernels are not known to work inside a CUDA graph."""
-    return any(module.base.weight.dtype == torch.int8 for _, module in adapters(model))
 
 
 def adapter_state(model: Qwen3) -> dict[str, Tensor]:

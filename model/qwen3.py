@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.cache import Cache
+from model.cache import Cache, product
 from model.config import Qwen3Config
 
 
@@ -139,6 +139,7 @@ class Qwen3(nn.Module):
     """
 
     sharding = None  # how it is divided among processes, if it is, see `lab.sharding`
+    graphed = True  # whether CUDA graphs decode it, see `model.sampler.GraphedStep`
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
@@ -151,6 +152,10 @@ class Qwen3(nn.Module):
 
     def forward(self, token_ids: Tensor, cache: Cache | None = None) -> Tensor:
         return self.lm_head(self.model(token_ids, cache))
+
+    def next_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [rows, vocab] after hidden states [rows, hidden], for sampling; see `product`."""
+        return product(hidden[None], self.lm_head.weight.T[None])[0]
 
     @property
     def device(self) -> torch.device:

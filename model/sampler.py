@@ -16,11 +16,11 @@ from torch import Tensor
 from model.cache import GroupCache, KVCache
 from model.config import ModelError
 from model.memory import cache_tokens_that_fit
-from model.quantize import has_int8
 from model.qwen3 import Qwen3
 
 CPU_LOGITS = 2**19  # logits turned into probabilities at a time on a CPU
 PREFILL_TOKENS = 16384  # prompt tokens in one forward
+ALIGNED = {"cpu": 1, "cuda": 8}  # prompts are padded to a multiple: 16 bytes, as a GPU multiplies fastest
 # Every CHECK_EVERY steps the host waits for the device and looks for finished rows. The batch is compacted
 # when at most this share is unfinished: compacting copies their cache and, on a GPU, needs a new graph.
 CHECK_EVERY = {"cpu": 8, "cuda": 16}
@@ -255,7 +255,7 @@ class DecodeBatch:
     def run(self) -> Iterator[tuple[int, int]]:
         """Decode to the end; yields (completions done, tokens sampled) now and then."""
         device = "cuda" if self.model.device.type == "cuda" else "cpu"
-        graphed = device == "cuda" and not has_int8(self.model)
+        graphed = device == "cuda" and self.model.graphed
         step = GraphedStep(self.step) if graphed else lambda shape: self.step()
         for count in range(1, self.max_new_tokens):
             if count % CHECK_EVERY[device] == 0:
@@ -269,7 +269,7 @@ class DecodeBatch:
     def step(self) -> None:
         """Decode one token for each row. Nothing here waits for the device or depends on what was sampled."""
         last = self.token_ids.index_select(1, self.cache.stored)  # [rows, 1]
-        self.record(self.model(last, self.cache)[:, -1])
+        self.record(self.model.next_logits(self.model.model(last, self.cache)[:, -1]))
 
     def record(self, logits: Tensor) -> None:
         """Sample the token after the stored ones, from logits [rows, vocab]."""
@@ -329,7 +329,8 @@ class GraphedStep:
 
 def prefill(model: Qwen3, prompts: list[list[int]]) -> tuple[Tensor, KVCache]:
     """Run each prompt through the model once: logits of its next token, [prompts, vocab], and the cache."""
-    longest = max(map(len, prompts))
+    aligned = ALIGNED["cuda" if model.device.type == "cuda" else "cpu"]
+    longest = -(-max(map(len, prompts)) // aligned) * aligned
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     padded = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=model.device)
     cache = KVCache(model.config, len(prompts), longest, model.device, model.dtype)
@@ -340,4 +341,4 @@ def prefill(model: Qwen3, prompts: list[list[int]]) -> tuple[Tensor, KVCache]:
         hidden = model.model(padded[rows], cache.part(rows))  # [at_once, longest, hidden]
         last.append(hidden[torch.arange(len(hidden), device=model.device), lengths[rows] - 1])
     cache.set_lengths(lengths)
-    return model.lm_head(torch.cat(last)), cache
+    return model.next_logits(torch.cat(last)), cache

@@ -21,8 +21,7 @@ MAX_GRAD_NORM = 1.0
 class OptimizerSettings:
     """The update, in GRPO and in SFT alike."""
 
-    kind: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
-    """adamw: torch's; adamw8bit: bitsandbytes'; paged_adamw8bit: its moments leave a full GPU for the CPU."""
+    kind: Literal["adamw", "adamw8bit"] = "adamw"  # torch's, or bitsandbytes' with moments in 8 bits
     rounding: Literal["masters", "stochastic"] = "masters"  # How bfloat16 keeps small updates
     micro_batch_tokens: Annotated[int, Interval(ge=1, le=10**9)] | Literal["auto"] = "auto"
     """Tokens of a forward and backward; affects memory and speed, not the gradient. auto: what fits."""
@@ -138,5 +137,4 @@ def make_adamw(kind: str, parameter: nn.Parameter) -> torch.optim.Optimizer:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of 4-bit kernels, not used here
     from bitsandbytes import optim  # takes seconds, and most runs do not need it
 
-    adamw = optim.AdamW8bit if kind == "adamw8bit" else optim.PagedAdamW8bit
-    return adamw([parameter], **options)
+    return optim.AdamW8bit([parameter], **options)

@@ -19,11 +19,19 @@ class SamplingSettings:
     max_new_tokens: Count = 256  # Tokens a completion may have, its stop token included
     temperature: NonNegative = 1.0  # Softmax temperature; training needs it above 0
     thinking: bool = True  # Open a <think> block in the prompt; without, the prompt closes an empty one
+    state_limit: bool = False  # Say in the prompt how many tokens there are; not measured on any model yet
     max_cache_tokens: Annotated[int, Interval(ge=1, le=10**12)] | None = None
     """Tokens whose keys and values are in memory at once, a group's prompt counted once; None: what fits."""
     top_k: Count | None = None  # Sample from the k likeliest tokens only (evaluation; training refuses it)
     top_p: Annotated[float, Interval(gt=0, le=1)] | None = None
     """Sample from the likeliest tokens of this joint probability only (evaluation; training refuses it)."""
+
+
+def prompt_of(tokenizer: Tokenizer, task: Task, problem: Problem, sampling: SamplingSettings) -> list[int]:
+    """The ids that a completion goes on from."""
+    text = task.prompt(problem, sampling.thinking)
+    limit = f" Use at most {sampling.max_new_tokens} tokens in all." if sampling.state_limit else ""
+    return prompt_ids(tokenizer, text + limit, sampling.thinking)
 
 
 @dataclass(frozen=True)
@@ -54,9 +62,9 @@ def collect_rollouts(
     The same problem twice makes two groups. Each rank samples its share and gets all. `watch` may be
     `on_progress` and `cancel` of `generate`.
     """
-    prompts = [prompt_ids(tokenizer, task.prompt(problem), sampling.thinking) for problem in problems]
+    prompts = [prompt_of(tokenizer, task, problem, sampling) for problem in problems]
     options = asdict(sampling) | {"num_samples": num_samples, "stop_token_ids": tokenizer.stop_token_ids}
-    del options["thinking"]  # a matter of the prompt; the others are arguments of `generate`
+    del options["thinking"], options["state_limit"]  # of the prompt; the others are arguments of `generate`
     only = slice(rank(), None, world_size())
     completions = generate(full_model(model), prompts, seed=seed, only=only, **options, **watch)
     groups = []

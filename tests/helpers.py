@@ -61,7 +61,7 @@ class FakeTask:
 
     reward: Callable[[object, str], float]
 
-    def prompt(self, problem) -> str:
+    def prompt(self, problem, thinking: bool = True) -> str:
         return str(problem)
 
     def score(self, text: str, problem, thinking: bool) -> Score:

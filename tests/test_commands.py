@@ -24,7 +24,7 @@ from lab.stages import train
 from model import load_model
 
 ROOT = Path(__file__).parent.parent
-TIMES = {"rollout_seconds", "update_seconds", "tokens_per_second", "peak_memory_bytes", "eval_seconds"}
+TIMES = {"rollout_seconds", "update_seconds", "checkpoint_seconds", "tokens_per_second", "peak_memory_bytes", "eval_seconds"}
 
 
 def run_command(*arguments, **options) -> subprocess.CompletedProcess:

@@ -1,7 +1,7 @@
 """Accuracy of models on held-out problems: `python eval.py runs/256-tiny/checkpoints/step_0080 tiny`.
 
-A model is a checkpoint folder, `tiny`, a hub id, or a .jsonl of completions made elsewhere, which are only
-scored. All get the same problems: those that the first checkpoint of a run has held out, or recipe 256's.
+A model is a checkpoint folder, `tiny` or a hub id. All get the same problems: those that the first checkpoint
+of a run has held out, or recipe 256's.
 """
 
 import json
@@ -18,7 +18,7 @@ from lab.checkpoint import saved_recipe, seen_by
 from lab.comparison import Candidate, comparison_table, difference, measures
 from lab.device import pick_device
 from lab.errors import user_errors
-from lab.evaluate import EVALUATION_SEED, Evaluation, evaluate, load_completions, problems_hash
+from lab.evaluate import EVALUATION_SEED, Evaluation, evaluate, problems_hash
 from lab.recipe import Recipe, RecipeError, checked, load_recipe, problems_of, recipe_for
 from lab.screen import printable, progress_bar
 from lab.setup import load_policy
@@ -29,12 +29,11 @@ from model.weights import is_embedded
 class Arguments:
     """Evaluate one or more models."""
 
-    models: tyro.conf.Positional[tuple[str, ...]]
-    """Checkpoint folders, tiny, hub ids, or .jsonl files with a problem's fields and a completion a line."""
+    models: tyro.conf.Positional[tuple[str, ...]]  # Checkpoint folders, tiny or hub ids
     recipe: str | None = None  # For models not trained here; default: 256, or an embedded model's own
     problems: str | None = None  # hub, generated, a .parquet or .jsonl; default: those held out in training
     count: int | None = None  # Number of problems; default: all
-    samples: int = 4  # Completions a problem, for pass@k and the majority vote
+    samples: int = 4  # Completions a problem, for pass@k
     max_new_tokens: int | None = None  # Token limit of a completion; default: the recipe's
     temperature: float | None = None  # Of the samples; 0 leaves only the greedy ones. Default: the recipe's
     top_k: int | None = None  # Sample from the k likeliest tokens only
@@ -50,15 +49,9 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Model:
-    """A model, or a file of its completions."""
-
     source: str
     recipe: Recipe  # for its evaluation
     trained: bool  # with this recipe
-
-    @property
-    def is_file(self) -> bool:
-        return self.source.endswith(".jsonl")
 
 
 def model_of(source: str, arguments: Arguments) -> Model:
@@ -67,8 +60,7 @@ def model_of(source: str, arguments: Arguments) -> Model:
     trained = recipe is not None
     if not trained:
         recipe = load_recipe(arguments.recipe)[1] if arguments.recipe else recipe_for(source)
-        model = "tiny" if source.endswith(".jsonl") else source
-        recipe = replace(recipe, model=model, adapters=Recipe().adapters)
+        recipe = replace(recipe, model=source, adapters=Recipe().adapters)
         if arguments.count is not None:
             evaluation = replace(recipe.evaluation, problems=arguments.count, final_problems=0)
             recipe = replace(recipe, evaluation=evaluation)
@@ -92,12 +84,8 @@ def of_one_task(models: list[Model]) -> list[Model]:
 
 def problems_for(models: list[Model], arguments: Arguments) -> list[Problem]:
     """The problems for all models: those of a file, or held-out ones; none that a model was trained on."""
-    files = [model for model in models if model.is_file]
     if arguments.problems and arguments.problems.partition("@")[0] not in ("hub", "generated"):
         problems = models[0].recipe.task.load(arguments.problems)
-    elif files and not arguments.problems:
-        groups = load_completions(files[0].source, files[0].recipe.task, thinking=True)
-        problems = [group[0].problem for group in groups]
     else:
         first = ([model for model in models if model.trained] or models)[0]
         problems = problems_of(first.recipe, seen_by(first.source))[1]
@@ -115,26 +103,15 @@ def problems_for(models: list[Model], arguments: Arguments) -> list[Problem]:
 
 
 def candidate_of(model: Model, problems: list[Problem], arguments: Arguments) -> Candidate:
-    """A model's completions of the problems, sampled and greedy, or those in its file."""
-    recipe = model.recipe
-    task = recipe.task
-    sampling = recipe.sampling
-    if model.is_file:
-        completions = load_completions(model.source, task, sampling.thinking)
-        groups = {group[0].problem.key: group for group in completions}
-        missing = [problem for problem in problems if problem.key not in groups]
-        if missing:
-            without = f"{len(missing)} of the {len(problems)} problems, such as {missing[0]}"
-            advice = "give the problems it is about by --problems"
-            raise RecipeError(f"{model.source} has no completion of {without}; {advice}")
-        return Candidate(model.source, recipe, Evaluation.of([groups[p.key] for p in problems]), None)
+    """A model's completions of the problems, sampled and greedy."""
+    recipe, sampling = model.recipe, model.recipe.sampling
     checkpoint = Path(model.source) if model.trained else None
     loaded = load_policy(recipe, checkpoint, pick_device(recipe))
 
     def evaluated(temperature: float, samples: int) -> Evaluation:
         options = {"sampling": replace(sampling, temperature=temperature), "num_samples": samples}
         with progress_bar(model.source, len(problems) * samples) as show:
-            return evaluate(*loaded, task, problems, **options, seed=arguments.seed, on_progress=show)
+            return evaluate(*loaded, recipe.task, problems, **options, seed=arguments.seed, on_progress=show)
 
     greedy = evaluated(0.0, 1)
     sampled = evaluated(sampling.temperature, arguments.samples) if sampling.temperature else greedy

@@ -1,6 +1,5 @@
 """Countdown: make a target from a few numbers, each used exactly once. Easy to check, hard to find."""
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -110,12 +109,6 @@ class Countdown(Task):
         if distance <= NEAR_DISTANCE:
             return Score(float(max(Fraction(3, 10), Fraction(4, 5) - distance / 20)), "near")
         return WRONG
-
-    def answer(self, text: str, thinking: bool) -> Hashable | None:
-        """(value, sorted numbers): equal for the same expression in another order."""
-        parts = split_answer(text, thinking)
-        expression = parts and answer_expression(*parts)
-        return expression and (expression.value, tuple(sorted(expression.numbers)))
 
     def difficulty(self, problem: Problem) -> str:
         """A model may do well overall and never multiply, so this says whether + and - suffice."""

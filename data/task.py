@@ -68,11 +68,6 @@ class Task(ABC):
             return MALFORMED
         return CORRECT if self.read(parts[1]) == problem.value else WRONG
 
-    def answer(self, text: str, thinking: bool) -> Hashable | None:
-        """The answer in canonical form, for majority voting; None if there is none."""
-        parts = split_answer(text, thinking)
-        return parts and self.read(parts[1])
-
     def read(self, content: str) -> Hashable | None:
         """Parse an answer block in bounded time; None if there is no answer in it."""
         raise NotImplementedError

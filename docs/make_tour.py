@@ -21,7 +21,7 @@ from model.cache import GroupCache
 from model.memory import token_bytes
 from model.sampler import DecodeBatch, plain_completion, prefill, random_streams, sample
 from rl.advantage import group_advantages
-from rl.batch import Batch, Sample, batches_of, make_batch, score_completions
+from rl.batch import Batch, Sample, make_batch, micro_batches, score_completions
 from rl.grpo import GRPOStage, add_gradient, grpo_step
 from rl.loss import clip_counts, grpo_loss, loss_denominator
 from rl.optimizer import MAX_GRAD_NORM, Optimizer, joint_norm
@@ -99,7 +99,7 @@ class Walk:
         """Add the part of the group's gradient that comes from `samples`."""
         lengths = [len(sample.completion_ids) for sample in self.samples]
         denominator = loss_denominator(lengths, MAX_NEW_TOKENS, self.stage.aggregation)
-        batches = batches_of(self.model, samples, self.optimizer.micro_batch_tokens)
+        batches = map(make_batch, micro_batches(samples, self.optimizer.micro_batch_tokens))
         return add_gradient(self.model, batches, self.stage, 1.0, denominator, None)
 
     def gradient_norm(self, part: str = "") -> float:

@@ -20,12 +20,15 @@ import tyro
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
+from data.load import read_jsonl
+from data.task import Score
 from lab import report
 from lab.errors import user_errors
-from lab.evaluate import load_completions
 from lab.recipe import Recipe, RecipeError, from_dict
 from lab.runfolder import RunFolder
 from lab.screen import LiveScreen
+from model import Completion
+from rl.rollout import Rollout
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,10 @@ def live_page(arguments: Arguments) -> str:
     done = sum(row["stage"] == stage and row["step"] > 0 for row in rows)
     screen.position = (done, recipe.stages[stage].steps)
     rollouts = run.path / "rollouts" / f"step_{arguments.step:04d}.jsonl"
-    screen.rollouts(load_completions(rollouts, recipe.task, recipe.sampling.thinking))
+    for _, row in read_jsonl(rollouts, "a rollout"):
+        verdict, completion = Score(row["reward"], row["outcome"]), Completion([], [], row["finished"])
+        problem = recipe.task.problem(row)
+        screen.rollouts([[Rollout(problem, [], completion, row["completion"], verdict)]])
     screen.progress = ("update", 0, 1, 0.0)
     console.print(screen.draw())
     html = console.export_html(theme=MONOKAI, inline_styles=True)

@@ -19,10 +19,8 @@ from data.load import fingerprint
 from data.task import Problem
 from lab.recipe import Recipe, RecipeError, from_dict, to_dict
 from lab.runfolder import step_of
-from lab.sharding import full_pieces, local_pieces
 from model import Qwen3, Tokenizer, adapter_state, load_adapter_state, save_model
 from model.weights import read_json
-from rl.distributed import is_sharded
 from rl.optimizer import Optimizer
 
 STATE, OPTIMIZER, RECIPE = "trainer_state.json", "optimizer.safetensors", "recipe.json"
@@ -68,8 +66,7 @@ def save_checkpoint(
         if adapters:  # which `save_model` has merged
             safetensors.torch.save_file(adapters, temporary / ADAPTERS)
         if optimizer is not None:
-            tensors = state_tensors(optimizer, model.dtype)  # one by one: a GPU need not hold them all
-            on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors}
+            on_cpu = {name: tensor.cpu().contiguous() for name, tensor in state_tensors(optimizer)}
             safetensors.torch.save_file(on_cpu, temporary / OPTIMIZER)
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
         (temporary / RECIPE).write_text(json.dumps(to_dict(recipe), indent=2) + "\n")
@@ -195,45 +192,28 @@ def saved_recipe(folder: str | Path) -> Recipe | None:
         raise RecipeError(f"{path}: {error}") from None
 
 
-def state_tensors(optimizer: Optimizer, saved_dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Everything that resuming needs, as (name, tensor): masters of rounded weights, and Adam's moments.
-
-    `saved_dtype` is that of sharded parameters in the checkpoint: here they are float32. All ranks of a
-    sharded model have to call this.
-    """
+def state_tensors(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """Everything that resuming needs, as (name, tensor): masters of rounded weights, and Adam's moments."""
     yield "updates", torch.tensor(optimizer.steps)
     for name, parameter in optimizer.parameters.items():
-        states: list[dict[str, Tensor]] = []  # of each piece
-        for master, adamw in zip(optimizer.masters[name], optimizer.optimizers[name], strict=True):
-            states.append({key: torch.as_tensor(value) for key, value in adamw.state[master].items()})
-            dtype = saved_dtype if is_sharded(parameter) else parameter.dtype
-            if dtype != torch.float32 and not optimizer.stochastic:
-                states[-1]["master"] = master.detach()
-        if is_sharded(parameter):
-            columns = [full_pieces([state[key] for state in states], parameter) for key in states[0]]
-            states = [dict(zip(states[0], values, strict=True)) for values in zip(*columns, strict=True)]
-        for number, state in enumerate(states):
-            for key, value in state.items():
-                yield f"{name}|{number}|{key}", value
+        pieces = zip(optimizer.masters[name], optimizer.optimizers[name], strict=True)
+        for number, (master, adamw) in enumerate(pieces):
+            for key, value in adamw.state[master].items():
+                yield f"{name}|{number}|{key}", torch.as_tensor(value)
+            if parameter.dtype != torch.float32 and not optimizer.stochastic:
+                yield f"{name}|{number}|master", master.detach()
 
 
 @torch.no_grad()
 def load_state_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     """Take back what `state_tensors` gave, for a model with the same parameters."""
     optimizer.steps = int(tensors["updates"])
-    columns: dict[tuple[str, str], dict[int, Tensor]] = {}
     for full_name in tensors.keys() - {"updates"}:
         name, number, key = full_name.split("|")
-        columns.setdefault((name, key), {})[int(number)] = tensors[full_name]
-    for (name, key), numbered in columns.items():
-        parameter = optimizer.parameters[name]
-        if is_sharded(parameter):
-            numbered = dict(enumerate(local_pieces([numbered[n] for n in sorted(numbered)], parameter)))
-        for number, value in numbered.items():
-            master = optimizer.masters[name][number]
-            if key == "master":
-                master.copy_(value)
-                continue
-            count = key == "step" and not value.is_floating_point()  # bitsandbytes counts in a plain integer
-            state = optimizer.optimizers[name][number].state[master]
-            state[key] = int(value) if count else value.to(master.device)
+        value, master = tensors[full_name], optimizer.masters[name][int(number)]
+        if key == "master":
+            master.copy_(value)
+            continue
+        count = key == "step" and not value.is_floating_point()  # bitsandbytes counts in a plain integer
+        state = optimizer.optimizers[name][int(number)].state[master]
+        state[key] = int(value) if count else value.to(master.device)

@@ -8,37 +8,36 @@ from statistics import fmean
 
 from rich.table import Table
 
-from lab.evaluate import Evaluation, bootstrap_interval, distinct_answers, majority_accuracy, mcnemar_p
+from lab.evaluate import Evaluation, bootstrap_interval, distinct_answers, mcnemar_p
 from lab.recipe import Recipe
 from rl.metrics import non_latin_fraction, pass_at_k
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model's sampled completions and, unless they are from elsewhere, its greedy ones."""
+    """A model's sampled completions, and its greedy ones."""
 
     name: str
     recipe: Recipe
     sampled: Evaluation
-    greedy: Evaluation | None
+    greedy: Evaluation
 
 
 def measures(candidate: Candidate) -> dict:
     """All numbers of an evaluation; shares are from 0 to 1, lengths in tokens."""
     sampled = candidate.sampled
     groups = sampled.groups
-    task, sampling = candidate.recipe.task, candidate.recipe.sampling
     samples = min(map(len, groups))
     total = sum(sampled.counts.values())
     kinds = defaultdict(list)
     for group in groups:
-        kinds[task.difficulty(group[0].problem)].append(group)
-    numbers = {"name": candidate.name, "accuracy": estimate(sampled)}
-    numbers |= {"greedy": estimate(candidate.greedy)} if candidate.greedy else {}
-    numbers |= {
+        kinds[candidate.recipe.task.difficulty(group[0].problem)].append(group)
+    return {
+        "name": candidate.name,
+        "accuracy": estimate(sampled),
+        "greedy": estimate(candidate.greedy),
         "samples": samples,
         "pass_at": {k: pass_at_k(groups, k) for k in range(1, samples + 1)},
-        "majority": majority_accuracy(groups, task, sampling.thinking),
         "distinct_answers": distinct_answers(groups),
         "outcomes": {outcome: count / total for outcome, count in sampled.counts.items()},
         "by_difficulty": {
@@ -46,11 +45,10 @@ def measures(candidate: Candidate) -> dict:
             for kind, some in sorted(kinds.items())
         },
         "non_latin_fraction": non_latin_fraction(groups),
+        "completion_length": sampled.completion_length,
+        "truncated_fraction": sampled.truncated_fraction,
+        "max_new_tokens": candidate.recipe.sampling.max_new_tokens,
     }
-    if sampled.completion_length:
-        lengths = {"completion_length": sampled.completion_length}
-        numbers |= lengths | {"truncated_fraction": sampled.truncated_fraction}
-    return numbers | ({"max_new_tokens": sampling.max_new_tokens} if candidate.greedy else {})
 
 
 def estimate(evaluation: Evaluation) -> dict[str, float]:
@@ -67,13 +65,10 @@ def difference(first: Candidate, other: Candidate) -> dict:
     gains = [after - before for before, after in shares]
     low, high = bootstrap_interval(gains)
     accuracy = {"mean": fmean(gains), "low": low, "high": high}
-    numbers = {"from": first.name, "to": other.name, "accuracy": accuracy}
-    if first.greedy and other.greedy:
-        pairs = list(zip(first.greedy.shares, other.greedy.shares, strict=True))
-        gained = pairs.count((0, 1))
-        lost = pairs.count((1, 0))
-        numbers["greedy"] = {"gained": gained, "lost": lost, "mcnemar_p": mcnemar_p(lost, gained)}
-    return numbers
+    pairs = list(zip(first.greedy.shares, other.greedy.shares, strict=True))
+    gained, lost = pairs.count((0, 1)), pairs.count((1, 0))
+    greedy = {"gained": gained, "lost": lost, "mcnemar_p": mcnemar_p(lost, gained)}
+    return {"from": first.name, "to": other.name, "accuracy": accuracy, "greedy": greedy}
 
 
 def comparison_table(title: str, candidates: list[dict], differences: list[dict]) -> Table:
@@ -99,7 +94,6 @@ def comparison_table(title: str, candidates: list[dict], differences: list[dict]
     if most > 1:
         for k in [*(k for k in (2, 4, 8, 16, 32, 64) if k < most), most]:
             row(f"pass@{k}", percent, [pass_at.get(k) for pass_at in column("pass_at")])
-        row(f"majority of {most}", percent, column("majority"))
         row("distinct answers a problem", "{:.2f}".format, column("distinct_answers"))
 
     # 2. What completions look like.

@@ -3,17 +3,14 @@
 import hashlib
 import json
 import math
-from collections import Counter, defaultdict
-from collections.abc import Hashable
+from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 
-from data.load import DataError, read_jsonl
 from data.task import Problem, Task
-from model import Completion, Qwen3, Tokenizer
+from model import Qwen3, Tokenizer
 from rl.rollout import Rollout, collect_rollouts
 
 OUTCOMES = ("correct", "near", "wrong", "malformed")
@@ -30,7 +27,7 @@ class Evaluation:
     high: float
     shares: list[float]  # of each problem's completions that are correct
     counts: dict[str, int]  # completions by outcome
-    completion_length: float  # mean, in tokens; 0 if only texts are known
+    completion_length: float  # mean, in tokens
     truncated_fraction: float  # share of completions that reached the token limit
     groups: list[Group]  # [problem][sample]
 
@@ -59,32 +56,6 @@ def evaluate(
     return Evaluation.of(collect_rollouts(model, tokenizer, task, problems, **options))
 
 
-def load_completions(path: str | Path, task: Task, thinking: bool) -> list[Group]:
-    """Score completions made elsewhere: a line each, with a problem's fields and `completion`, in any order.
-
-    Lines may have `token_ids` and `finished`, as in rollouts/. DataError names what is wrong, and its line.
-    """
-    groups: dict[Hashable, Group] = {}
-    expected = task.stored.example[:-1] + ', "completion": "..."}'
-    for number, row in read_jsonl(path, expected):
-        try:
-            problem = task.problem(row)
-            text = row["completion"]
-            ids = row.get("token_ids", [])
-            finished = row.get("finished", True)
-            if not isinstance(text, str) or not isinstance(ids, list) or not isinstance(finished, bool):
-                raise TypeError("completion must be text, token_ids a list and finished true or false")
-        except (ValueError, TypeError, KeyError) as error:
-            message = f"{path}, line {number}: not a completion ({error}); expected {expected}"
-            raise DataError(message) from None
-        score = task.score(text, problem, thinking)
-        rollout = Rollout(problem, [], Completion(ids, [], finished), text, score)
-        groups.setdefault(problem.key, []).append(rollout)
-    if not groups:
-        raise DataError(f"{path}: no completions in it")
-    return list(groups.values())
-
-
 def problems_hash(problems: list[Problem]) -> str:
     """12 digits of the SHA-256 of the problems in their order; evaluations are comparable if it is equal."""
     text = json.dumps([list(problem.row().values()) for problem in problems])
@@ -98,18 +69,6 @@ def distinct_answers(groups: list[Group]) -> float:
         texts = [rollout.text for rollout in group if rollout.score.outcome != "malformed"]
         counts.append(len({text.rpartition("<answer>")[2].partition("</answer>")[0] for text in texts}))
     return fmean(counts)
-
-
-def majority_accuracy(groups: list[Group], task: Task, thinking: bool) -> float:
-    """Share of problems whose most frequent answer is right (arXiv:2203.11171); of equals, the first."""
-    solved = 0
-    for group in groups:
-        votes: dict[Hashable, list[Rollout]] = defaultdict(list)
-        for rollout in group:
-            votes[task.answer(rollout.text, thinking)].append(rollout)
-        votes.pop(None, None)  # completions without an answer
-        solved += bool(votes) and max(votes.values(), key=len)[0].score.outcome == "correct"
-    return solved / len(groups)
 
 
 def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from model import ModelError, Qwen3, Qwen3Config
 from model.logprobs import chunk_tokens
 from model.memory import CACHE_SHARE, LOGITS_COPIES, token_bytes
 from model.sampler import PREFILL_TOKENS
-from rl.distributed import PIECE, local
+from rl.distributed import PIECE
 from rl.optimizer import OptimizerSettings
 
 LARGEST_AUTO = {"cpu": 2**13, "cuda": 2**15}  # tokens of a micro-batch; larger ones are no faster
@@ -76,8 +76,6 @@ class MemoryPlan:
     gradients: int = 0
     activations: int = 0
     output_head: int = 0
-    gathered: int = 0  # a sharded model's layers in use
-    full_copy: int = 0  # what a sharded model is sampled from
     updating: int = 0  # the peak of an update, beyond `lasting`
     sampling: int = 0  # the peak of sampling, beyond `lasting`
     micro_batch_tokens: int = 0
@@ -97,7 +95,7 @@ class MemoryPlan:
 
         text = listed("process", "weights", "masters", "moments", "reference") + "; " + listed("sampling")
         if self.micro_batch_tokens:
-            parts = listed("gradients", "activations", "output_head", "gathered")
+            parts = listed("gradients", "activations", "output_head")
             batches = f"micro-batches of {self.micro_batch_tokens:,} tokens"
             text += f", or {listed('updating')} in {batches} ({parts})"
         return text
@@ -128,12 +126,10 @@ def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int
     head = model.lm_head.weight
     on_gpu = model.device.type == "cuda"
 
-    # 1. What the run holds from beginning to end, and the gathered layers of a sharded model.
-    weights = sum(p.numel() * p.dtype.itemsize for p in map(local, model.parameters()))
-    trained = [local(p) for p in model.parameters() if p.requires_grad and work.update_tokens]
+    # 1. What the run holds from beginning to end.
+    weights = sum(p.numel() * p.dtype.itemsize for p in model.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad and work.update_tokens]
     low = sum(p.numel() for p in trained if p.dtype != torch.float32)
-    sharded = model.model.layers if model.sharding else []
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in sharded]
     plan = MemoryPlan(
         process,
         weights,
@@ -141,7 +137,6 @@ def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int
         masters=4 * low if settings.rounding == "masters" else 0,
         moments=(8 if settings.kind == "adamw" else 2) * sum(p.numel() for p in trained),
         gradients=sum(p.numel() * p.dtype.itemsize for p in trained),
-        gathered=2 * max(layers, default=0) * (size + 4 + 4),  # of two layers: weights, gradients, their sum
     )
 
     # 2. An update. Its peak is where the backward of the layers begins, where that of the embedding ends, or
@@ -157,14 +152,14 @@ def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int
         output_head = chunk * len(head) * (20 if on_gpu else size) + head_gradient
         tokens = settings.micro_batch_tokens
         if tokens == "auto":
-            held = plan.lasting - process + plan.gradients + output_head + plan.gathered
+            held = plan.lasting - process + plan.gradients + output_head
             largest = min(LARGEST_AUTO["cuda" if on_gpu else "cpu"], work.update_tokens)
             tokens = max(work.sample_tokens, min(int((MARGIN * free - held) / per_token), largest))
         batch = min(max(tokens, work.sample_tokens), work.update_tokens)
         batch = batch // work.group_tokens * work.group_tokens or batch  # groups that fit are not split
         activations = batch * per_token
         several = tokens < work.update_tokens
-        begin = activations + output_head + plan.gathered + plan.gradients * (several or checkpointing)
+        begin = activations + output_head + plan.gradients * (several or checkpointing)
         end = plan.gradients + head_gradient * (several + config.tie_word_embeddings)
         step = plan.gradients + STEP_BYTES * min(PIECE, max(p.numel() for p in trained))
         plan = replace(plan, activations=activations, output_head=output_head, micro_batch_tokens=tokens)
@@ -173,13 +168,11 @@ def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int
     # 3. Sampling: the cache, the logits of a step, and a prefill's widest layer. If they do not fit, rollouts
     # are decoded in several batches, which take the room that there is.
     left = free - (plan.lasting - process)
-    full_copy = sum(layers) * size
     logits = work.rows * config.vocab_size * (4 * LOGITS_COPIES if on_gpu else 2 * size)
     widest = 3 * config.intermediate_size + 4 * config.hidden_size
     prefill = min(work.prefill_tokens, PREFILL_TOKENS) * size * widest
     wanted = work.cache_tokens * token_bytes(model) + logits + prefill
-    room = max(0, int(CACHE_SHARE * (left - full_copy)))
-    return replace(plan, full_copy=full_copy, sampling=min(wanted, room) + full_copy)
+    return replace(plan, sampling=min(wanted, max(0, int(CACHE_SHARE * left))))
 
 
 def check_plan(plan: MemoryPlan, free: int) -> None:

@@ -53,13 +53,6 @@ class AdapterSettings:
 
 
 @dataclass(frozen=True)
-class ParallelSettings:
-    """How the processes that torchrun starts hold a model; without torchrun this changes nothing."""
-
-    kind: Literal["replicate", "shard"] = "replicate"  # Each rank has all weights, or a part (FSDP2)
-
-
-@dataclass(frozen=True)
 class Recipe:
     """One experiment: a model, its problems, and the stages of its training."""
 
@@ -76,7 +69,6 @@ class Recipe:
     reward: RewardSettings = field(default_factory=RewardSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     adapters: AdapterSettings = field(default_factory=AdapterSettings)
-    parallel: ParallelSettings = field(default_factory=ParallelSettings)
     checkpoint_every: Count = 10  # Steps between checkpoints; there is one at each stage's end
     checkpoint_share: Share = 0.05  # Of the run's time for them, at most; fewer if they take long
     keep_checkpoints: Count = 2  # Latest checkpoints to keep, beside stage ends and the most accurate one
@@ -84,10 +76,6 @@ class Recipe:
     stages: tuple[Annotated[GRPOStage | SFTStage, Discriminator("kind")], ...] = ()
 
     def __post_init__(self):
-        needed = (self.optimizer.kind, self.optimizer.rounding, self.adapters.rank) == ("adamw", "masters", 0)
-        if self.parallel.kind == "shard" and not needed:
-            needs = "optimizer.kind adamw, optimizer.rounding masters and adapters.rank 0"
-            raise RecipeError(f"parallel.kind shard keeps float32 weights and moments: it needs {needs}")
         for number, stage in enumerate(self.stages):
             if stage.kind != "grpo":
                 continue
@@ -184,9 +172,7 @@ def merge(base: dict, over: dict) -> dict:
 def from_dict(cls, values: dict, where: str = ""):
     """A dataclass, with those nested in it, from parsed TOML or JSON. A RecipeError names a bad field."""
     try:
-        text = json.dumps(
-            values, default=str
-        )  # JSON has no tuples and dates, so these cannot pass for numbers
+        text = json.dumps(values, default=str)  # in JSON, dates cannot pass for numbers
         return TypeAdapter(cls).validate_json(text, strict=True, extra="forbid")
     except ValidationError as error:
         messages = [explain(fault, values, where) for fault in error.errors()]

@@ -22,58 +22,10 @@ from lab.recipe import Recipe, RecipeError, from_dict, to_dict
 from model.weights import read_json
 from rl.rollout import Rollout
 
-
-class TensorBoard:
-    """Event files in the run folder; opened with the first row, since the import is slow."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.writer = None
-
-    def log(self, row: dict) -> None:
-        if self.writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(self.folder), purge_step=row["step"])
-        for name, value in numbers(row).items():
-            self.writer.add_scalar(name, value, row["step"])
-        self.writer.flush()
-
-
-class WandB:
-    """Weights & Biases, which is installed separately; a resumed run goes on under the id in its folder."""
-
-    def __init__(self, folder: Path, config: dict):
-        """RecipeError: it is not installed, or does not start."""
-        try:
-            import wandb
-        except ImportError:
-            advice = "pip install wandb, or leave out --wandb"
-            raise RecipeError(f"Weights & Biases is not installed: {advice}") from None
-        id_file = folder / "wandb_id"  # of this run alone, not of any that was in a folder of this name
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(8))
-        options = {"project": "group-relative-rl", "name": "-".join(folder.parts[-2:])}
-        options |= {"id": id_file.read_text(), "resume": "allow"}
-        try:
-            self.run = wandb.init(**options, dir=str(folder), config=config)
-        except Exception as error:  # its own errors differ from version to version
-            raise RecipeError(f"Weights & Biases does not start ({error}); try WANDB_MODE=offline") from None
-
-    def log(self, row: dict) -> None:
-        self.run.log(numbers(row), step=row["step"])
-
-
-def numbers(row: dict) -> dict[str, float]:
-    """What of `row` can be drawn: numbers that were measured, without the step."""
-    values = {name: value for name, value in row.items() if isinstance(value, (int, float))}
-    return {name: value for name, value in values.items() if name != "step" and math.isfinite(value)}
-
-
 # What may differ when a run is resumed: where it lies, and what changes memory and speed only.
 FREE_ON_RESUME = {
     "out", "sampling.max_cache_tokens", "optimizer.micro_batch_tokens",
-    "optimizer.activation_checkpointing", "parallel.kind",
+    "optimizer.activation_checkpointing", "checkpoint_every", "checkpoint_share", "keep_checkpoints",
 }  # fmt: skip
 
 
@@ -83,7 +35,7 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.metrics_path = self.path / "metrics.jsonl"
-        self.trackers: list[TensorBoard | WandB] = [TensorBoard(self.path)]
+        self.board = self.wandb = None
 
     @property
     def holds_run(self) -> bool:
@@ -155,11 +107,40 @@ class RunFolder:
                 path.unlink()
 
     def log(self, row: dict) -> None:
-        """Append one line to metrics.jsonl, then show it to the trackers."""
+        """Append one line to metrics.jsonl; what of it can be drawn goes to TensorBoard and W&B."""
         with open(self.metrics_path, "a") as file:
             file.write(json_line(row))
-        for tracker in self.trackers:
-            tracker.log(row)
+        if self.board is None:
+            from torch.utils.tensorboard import SummaryWriter  # here, since the import is slow
+
+            self.board = SummaryWriter(str(self.path), purge_step=row["step"])
+        numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+        numbers = {name: value for name, value in numbers.items() if math.isfinite(value) and name != "step"}
+        for name, value in numbers.items():
+            self.board.add_scalar(name, value, row["step"])
+        self.board.flush()
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=row["step"])
+
+    def start_wandb(self, config: dict) -> None:
+        """Log to Weights & Biases too; a resumed run goes on under the id in its folder.
+
+        RecipeError: it is not installed, which is done separately, or does not start.
+        """
+        try:
+            import wandb
+        except ImportError:
+            advice = "pip install wandb, or leave out --wandb"
+            raise RecipeError(f"Weights & Biases is not installed: {advice}") from None
+        id_file = self.path / "wandb_id"  # of this run alone, not of any that was in a folder of this name
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(8))
+        options = {"project": "group-relative-rl", "name": "-".join(self.path.parts[-2:])}
+        options |= {"id": id_file.read_text(), "resume": "allow"}
+        try:
+            self.wandb = wandb.init(**options, dir=str(self.path), config=config)
+        except Exception as error:  # its own errors differ from version to version
+            raise RecipeError(f"Weights & Biases does not start ({error}); try WANDB_MODE=offline") from None
 
     def metrics(self) -> list[dict]:
         """All lines of metrics.jsonl, null as NaN; a last line cut short by a crash is left out."""

@@ -258,26 +258,24 @@ def step_line(row: dict, stages: int, done: int, steps: int) -> str:
 
 
 def silence(row: dict, recipe: Recipe) -> str | None:
-    """In words, why a batch teaches next to nothing and what helps; None if it does teach, or is all right.
-
-    Before any step, the share of silent groups is expected from the share of well-formed completions.
-    """
-    stage = next((stage for stage in recipe.stages[row["stage"] :] if stage.kind == "grpo"), None)
-    if stage is None or row["kind"] != "grpo":
+    """Why a batch teaches next to nothing, and what helps; before any step, what is to be expected."""
+    stages = [stage for stage in recipe.stages[row["stage"] :] if stage.kind == row["kind"] == "grpo"]
+    if not stages:
         return None
+    samples, prompts = stages[0].samples_per_prompt, stages[0].prompts_per_step
     if row["step"]:
         cut_off, silent, right = row["truncated_fraction"], row["silent_groups"], row["train_accuracy"]
     else:
-        cut_off, right, formed = (row[f"eval_{n}"] for n in ("truncated_fraction", "accuracy", "format_rate"))
-        silent = formed**stage.samples_per_prompt + (1 - formed) ** stage.samples_per_prompt
+        cut_off, formed, right = row["eval_truncated_fraction"], row["eval_format_rate"], row["eval_accuracy"]
+        silent = formed**samples + (1 - formed) ** samples
     if silent < 0.9 or right > 0.5:
         return None
-    limit, count, samples = recipe.sampling.max_new_tokens, stage.prompts_per_step, stage.samples_per_prompt
+    limit = recipe.sampling.max_new_tokens
     return (
-        f"{100 * cut_off:.1f} % of completions are cut off at {limit} tokens, and {count * (1 - silent):.1f} "
-        f"of {count} groups a step can teach: in the others all rewards are equal.\nThe paper's run with 256 "
-        "tokens earned nothing for 30 steps either, and then took off. What helps: more samples a prompt "
-        f"(--stages.{row['stage']}.samples-per-prompt {4 * samples}), no thinking "
+        f"{100 * cut_off:.1f} % of completions are cut off at {limit} tokens; {prompts * (1 - silent):.1f} "
+        f"of {prompts} groups a step can teach: in the others all rewards are equal.\n"
+        "The paper's run with 256 tokens earned nothing for 30 steps either, and then took off. What helps: "
+        f"more samples a prompt (--stages.{row['stage']}.samples-per-prompt {4 * samples}), no thinking "
         f"(--sampling.no-thinking), more room (--sampling.max-new-tokens {2 * limit})"
     )
 

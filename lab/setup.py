@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 
 from data.task import Problem
+from lab.check import check_decoding
 from lab.checkpoint import TrainState, checkpoints, load_into, load_state, newest_checkpoint, seen_by
 from lab.device import held_memory, pick_device, pick_dtype, return_freed_blocks
 from lab.evaluate import problems_hash
 from lab.memory_plan import check_plan, gb, plan_memory, work_of
 from lab.recipe import Recipe, RecipeError, problems_of
 from lab.runfolder import RunFolder
-from lab.sharding import shard
 from model import Qwen3, Tokenizer, add_adapters, load_model
 from model.memory import free_memory
 from rl.distributed import broadcast, is_main, world_size
@@ -36,10 +36,10 @@ def find_state(recipe: Recipe, run: RunFolder, resume: bool, screen) -> tuple[Tr
 def set_up(
     recipe: Recipe, checkpoint: Path | None, state: TrainState
 ) -> tuple[Qwen3, Tokenizer, list[Problem], list[Problem], int, str]:
-    """Load what a run works with, see whether it fits into memory, and note in `state` which problems it has.
+    """Load what a run works with, see whether it fits and decodes, and note in `state` which problems it has.
 
-    Returns model, tokenizer, problems to train on, held-out ones, tokens of a micro-batch, and a line on
-    memory. ModelError, DataError: something cannot be loaded, or the run does not fit into memory.
+    Returns model, tokenizer, problems to train on, held-out ones, tokens of a micro-batch, and lines on
+    that. ModelError, DataError: something cannot be loaded, or the run does not fit into memory.
     """
     return_freed_blocks()
     device = pick_device(recipe)
@@ -47,25 +47,23 @@ def set_up(
     model, tokenizer = load_policy(recipe, checkpoint, device)
     problems, held_out = problems_of(recipe, state.seen)
     state.problems = {"train": problems_hash(problems), "held_out": problems_hash(held_out)}
-    longest = max(len(prompt_of(tokenizer, recipe.task, p, recipe.sampling)) for p in held_out)
-    work = work_of(recipe, longest, world_size())
+    prompts = [prompt_of(tokenizer, recipe.task, problem, recipe.sampling) for problem in held_out]
+    work = work_of(recipe, max(map(len, prompts)), world_size())
     plan = plan_memory(model, recipe.optimizer, work, free, process)
     check_plan(plan, free)
-    memory = f"memory    {gb(plan.peak - process)} of {gb(free)} free: {plan}"
-    return model, tokenizer, problems, held_out, plan.micro_batch_tokens, memory
+    lines = [
+        f"memory    {gb(plan.peak - process)} of {gb(free)} free: {plan}",
+        check_decoding(model, prompts[:4]),
+    ]
+    return model, tokenizer, problems, held_out, plan.micro_batch_tokens, "\n".join(filter(None, lines))
 
 
 def load_policy(recipe: Recipe, checkpoint: Path | None, device: torch.device) -> tuple[Qwen3, Tokenizer]:
-    """The model as `checkpoint` has it, or before any training, with adapters, and sharded if asked for."""
+    """The model as `checkpoint` has it, or before any training, with adapters."""
     adapted = recipe.adapters.rank > 0
     # A checkpoint holds adapters merged and rounded; to resume bit for bit they are put on the base again.
     source = recipe.model if adapted or checkpoint is None else checkpoint
-    sharded = recipe.parallel.kind == "shard" and world_size() > 1
-    model, tokenizer = load_model(
-        source, "cpu" if sharded else device, pick_dtype(recipe, device), recipe.revision
-    )
-    if sharded:
-        shard(model, device)
+    model, tokenizer = load_model(source, device, pick_dtype(recipe, device), recipe.revision)
     if adapted:
         add_adapters(model, recipe.adapters.rank, recipe.adapters.alpha, recipe.adapters.int8, recipe.seed)
         if checkpoint is not None:

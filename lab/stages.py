@@ -9,20 +9,19 @@ from data import DataError
 from data.load import endless_problems
 from data.task import Problem
 from data.traces import Trace, curate, load_traces, save_traces
-from lab.checkpoint import TrainState, load_into, prune_checkpoints, save_checkpoint, state_tensors
+from lab.checkpoint import TrainState, load_into, prune_checkpoints, save_checkpoint
 from lab.device import peak_memory, processes, restarted
 from lab.errors import Stopped, stoppable
 from lab.evaluate import EVALUATION_SEED, evaluate
 from lab.plots import paper_points, write_curve
 from lab.recipe import Recipe, RecipeError, to_dict
 from lab.report import write_report
-from lab.runfolder import RunFolder, WandB
+from lab.runfolder import RunFolder
 from lab.screen import describe_run, final_line, pick_screen, silence
 from lab.setup import find_state, set_up, stage_start_model
-from lab.sharding import round_to_saved
 from model.sampler import Cancelled
 from rl.batch import Sample
-from rl.distributed import all_values, any_rank, broadcast, full_model, is_main, share, world_size
+from rl.distributed import all_values, any_rank, broadcast, is_main, share, world_size
 from rl.grpo import GRPOStage, grpo_step
 from rl.metrics import rollout_metrics
 from rl.optimizer import Optimizer
@@ -50,15 +49,15 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
         resume = broadcast(resume or (restarted() and run.holds_run))
         screen = stack.enter_context(pick_screen(recipe, quiet or not is_main(), plain))
         state, checkpoint = find_state(recipe, run, resume, screen)
-        model, tokenizer, problems, held_out, micro_batch_tokens, memory = set_up(recipe, checkpoint, state)
+        model, tokenizer, problems, held_out, micro_batch_tokens, fitness = set_up(recipe, checkpoint, state)
         screen.say(describe_run(recipe, model, problems, held_out, state.step if resume else None))
-        screen.say(memory)
+        screen.say(fitness)
         if resume and is_main():
             run.check_problems(state.problems)
             run.rewind(state.step if checkpoint else -1)
         screen.history(run.metrics())
         if wandb and is_main():
-            run.trackers.append(WandB(run.path, to_dict(recipe)))
+            run.start_wandb(to_dict(recipe))
 
         def evaluation(last: bool) -> dict[str, float]:
             """Accuracy on held-out problems, sampled as in training; if `last`, on more, and greedy too."""
@@ -96,19 +95,15 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                     write_curve(run, paper_points(recipe))
 
         def save(optimizer: Optimizer | None) -> None:
-            """Save a checkpoint. Rank 0 writes; the others wait, and give their part of a sharded model."""
+            """Save a checkpoint. Rank 0 writes; the others wait."""
             nonlocal last_save, saving
             start = time.perf_counter()
-            full = full_model(model, keep=is_main(), device="cpu")
             if is_main():
                 folder = run.path / "checkpoints" / f"step_{state.step:04d}"
-                save_checkpoint(folder, full, tokenizer, optimizer, state, recipe)
+                save_checkpoint(folder, model, tokenizer, optimizer, state, recipe)
                 rows = [row for row in run.metrics() if "eval_accuracy" in row]
                 accuracies = {row["step"]: row["eval_accuracy"] for row in rows}
                 prune_checkpoints(run.path, recipe.keep_checkpoints, accuracies)
-            elif model.sharding and optimizer:
-                for _ in state_tensors(optimizer, model.dtype):  # collective: rank 0 saves them
-                    pass
             broadcast(None)
             last_save = time.perf_counter() - start
             saving += last_save
@@ -176,7 +171,6 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
         while state.stage < len(recipe.stages):
             stage = recipe.stages[state.stage]
             is_last = state.stage == len(recipe.stages) - 1
-            round_to_saved(model)
             optimizer = Optimizer(model, recipe.optimizer, micro_batch_tokens)
             if checkpoint is not None and state.stage_step > 0:
                 load_into(optimizer, checkpoint)

@@ -138,7 +138,6 @@ class Qwen3(nn.Module):
     vocabulary; embedding rows beyond it are padding, which is never sampled and takes no part in the softmax.
     """
 
-    sharding = None  # how it is divided among processes, if it is, see `lab.sharding`
     graphed = True  # whether CUDA graphs decode it, see `model.sampler.GraphedStep`
 
     def __init__(self, config: Qwen3Config):

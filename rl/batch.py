@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from model import PackedGroup, PackedGroups, Qwen3, TokenLogprobs, target_logprobs
-from rl.distributed import all_values
 from rl.optimizer import Optimizer
 
 
@@ -46,12 +45,10 @@ class Batch:
 
 
 def make_batch(samples: list[Sample], device="cpu") -> Batch:
-    """Pack `samples` into a stream; rows keep their order. None give a dummy batch, for an idle rank."""
+    """Pack `samples` into a stream; rows keep their order."""
     # 1. The mask, from the lengths.
-    real = bool(samples)
-    samples = samples or [Sample([0], [0])]
     lengths = torch.tensor([len(sample.completion_ids) for sample in samples])
-    mask = (torch.arange(int(lengths.max())) < lengths[:, None]) & real  # [rows, time]
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # [rows, time]
 
     # 2. The stream: of each group first the shared prefix, then its branches in padded blocks.
     logit_positions = torch.zeros(mask.shape, dtype=torch.int64)
@@ -128,28 +125,20 @@ def micro_batches(samples: list[Sample], token_budget: int) -> list[list[Sample]
     return batches
 
 
-def batches_of(model: Qwen3, samples: list[Sample], token_budget: int) -> Iterator[Batch]:
-    """The micro-batches of `samples`; ranks of a sharded model get equally many, dummies if need be."""
-    micros = micro_batches(samples, token_budget)
-    count = max(all_values(len(micros))) if model.sharding else len(micros)
-    for micro in micros + [[]] * (count - len(micros)):
-        yield make_batch(micro, model.device)
-
-
 def halve_on_oom(
     add_gradient: Callable, optimizer: Optimizer, model: Qwen3, samples: list, *arguments
 ) -> Counter:
     """Return `add_gradient(model, micro-batches, *arguments)`; on OOM halve the micro-batch and start over.
 
-    The error is raised if every sample is alone already, or if other ranks of a sharded model go on.
+    The error is raised if every sample is alone already.
     """
     while True:
         try:
-            return add_gradient(model, batches_of(model, samples, optimizer.micro_batch_tokens), *arguments)
+            micros = micro_batches(samples, optimizer.micro_batch_tokens)
+            return add_gradient(model, (make_batch(micro, model.device) for micro in micros), *arguments)
         except RuntimeError as error:
             on_cpu = "can't allocate memory" in str(error)
-            alone = len(micro_batches(samples, optimizer.micro_batch_tokens)) == len(samples)
-            if not (isinstance(error, torch.OutOfMemoryError) or on_cpu) or alone or model.sharding:
+            if not (isinstance(error, torch.OutOfMemoryError) or on_cpu) or len(micros) == len(samples):
                 raise
         # Outside the handler, where the error no longer holds the tensors of the failed forward.
         optimizer.clear_gradients()

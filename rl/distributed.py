@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 PIECE = 2**24  # weights worked on at a time; a multiple of the 256 that share a scale in 8-bit moments
 
@@ -68,10 +68,10 @@ def sum_counts(counts: Counter) -> Counter:
 
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up all ranks' gradients in float32; no gradient counts as zero. FSDP has added those of shards."""
+    """Add up all ranks' gradients in float32; no gradient counts as zero."""
     if world_size() == 1:
         return
-    parameters = [parameter for parameter in parameters if not is_sharded(parameter)]
+    parameters = list(parameters)
     if not any_rank(any(parameter.grad is not None for parameter in parameters)):
         return
     for parameter in parameters:
@@ -82,18 +82,3 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
             dist.all_reduce(total)
             if total is not piece:
                 piece.copy_(total)
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this rank holds only a shard of `tensor` (a DTensor, see `lab.sharding`)."""
-    return hasattr(tensor, "to_local")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a sharded tensor; any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def full_model(model: nn.Module, keep: bool = True, device=None) -> nn.Module | None:
-    """`model`, or a full copy of a sharded one (see `lab.sharding`), None without `keep`; collective."""
-    return model.sharding.full_model(model, keep, device) if model.sharding else model

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-import torch.distributed as dist
 from annotated_types import Interval
 from torch import Tensor, nn
 
-from rl.distributed import PIECE, local
+from rl.distributed import PIECE
 
 MAX_GRAD_NORM = 1.0
 
@@ -99,20 +98,13 @@ class Optimizer:
 
 
 def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
-    """This rank's part of `tensor` as flat views of at most PIECE elements."""
-    return local(tensor.detach()).view(-1).split(PIECE)
+    """`tensor` as flat views of at most PIECE elements."""
+    return tensor.detach().view(-1).split(PIECE)
 
 
 def joint_norm(gradients: Iterable[Tensor]) -> float:
-    """The Euclidean norm of all gradients as one vector, the shards of other ranks included."""
-    norms, shards = [], []
-    for gradient in gradients:
-        held = local(gradient)
-        (norms if held is gradient else shards).append(torch.linalg.vector_norm(held, dtype=torch.float32))
-    if shards:
-        square = torch.stack(shards).square().sum()
-        dist.all_reduce(square)
-        norms.append(square.sqrt())
+    """The Euclidean norm of all gradients as one vector."""
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
     return float(torch.stack(norms).norm()) if norms else 0.0
 
 

@@ -7,7 +7,7 @@ from annotated_types import Interval
 
 from data.task import Problem, Score, Task
 from model import Completion, Qwen3, Tokenizer, generate, prompt_ids
-from rl.distributed import full_model, gather, rank, share, world_size
+from rl.distributed import gather, rank, share, world_size
 from rl.ranges import Count, NonNegative
 from rl.reward import RewardSettings, reward_for
 
@@ -66,7 +66,7 @@ def collect_rollouts(
     options = asdict(sampling) | {"num_samples": num_samples, "stop_token_ids": tokenizer.stop_token_ids}
     del options["thinking"], options["state_limit"]  # of the prompt; the others are arguments of `generate`
     only = slice(rank(), None, world_size())
-    completions = generate(full_model(model), prompts, seed=seed, only=only, **options, **watch)
+    completions = generate(model, prompts, seed=seed, only=only, **options, **watch)
     groups = []
     for problem, prompt, its_completions in zip(share(problems), share(prompts), completions, strict=True):
         group = []

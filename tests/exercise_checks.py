@@ -21,7 +21,6 @@ from data import Countdown, Problem, score
 from lab.recipe import EvaluationSettings, Recipe, load_recipe
 from lab.runfolder import RunFolder
 from model import load_model
-from model.quantize import has_int8
 from rl.advantage import group_advantages
 from rl.grpo import GRPOStage
 from rl.reward import RewardSettings, reward_for
@@ -154,7 +153,7 @@ def int8_rollout() -> None:
     exact, rounded = small(recipe)[1], small(recipe, sampling={"int8": True})[1]
     assert exact["log_ratio_std"] < 1e-4 < rounded["log_ratio_std"] < 1, (exact, rounded)
     model = load_model("tiny")[0]
-    assert has_int8(int8_copy(model)) and not has_int8(model), "no CUDA graph around the copy's kernels; the policy stays exact"
+    assert model.graphed and not int8_copy(model).graphed, "no CUDA graph around the copy's kernels; the policy stays exact"
 
 
 CHECKS = (every_number_once, length_bonus, kl, leave_one_out, stage_order, curriculum, sorting, int8_rollout)

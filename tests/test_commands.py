@@ -104,22 +104,6 @@ def test_eval_repeats_the_training_runs_own_evaluation(smoke_run, capsys):
     assert found["greedy"]["mean"] == row["final_greedy_accuracy"]
 
 
-def test_eval_scores_completions_made_elsewhere_beside_a_model(smoke_run, tmp_path, capsys):
-    rollouts = RunFolder(smoke_run).rollout_files()[0]
-    found = evaluated(capsys, rollouts, "tiny", samples=2)
-    rows = [json.loads(line) for line in rollouts.read_text().splitlines()]
-    scored, sampled = found["models"]
-    assert scored["outcomes"]["malformed"] == sum(row["outcome"] == "malformed" for row in rows) / len(rows)
-    assert scored["completion_length"] == pytest.approx(sum(row["tokens"] for row in rows) / len(rows))
-    assert "greedy" not in scored and "greedy" in sampled and sampled["samples"] == 2
-    assert found["problems"]["count"] == len({(row["target"], *sorted(row["numbers"])) for row in rows})
-    one = tmp_path / "one.jsonl"
-    one.write_text('{"numbers": [5, 6], "target": 11, "completion": "x</think><answer>5+6</answer>"}')
-    assert "one.jsonl has no completion of" in fails(capsys, lambda: evaluated(capsys, rollouts, one))
-    (model,) = evaluated(capsys, one)["models"]
-    assert model["accuracy"]["mean"] == 1.0 and "completion_length" not in model
-
-
 def test_an_unknown_option_ends_with_exit_code_2_and_its_name(capsys):
     with pytest.raises(SystemExit) as exit_:
         smoke("--stages.0.stepps", 3)

@@ -2,16 +2,15 @@
 
 import hashlib
 import itertools
-import json
 from dataclasses import replace
 
 import pytest
 from helpers import PROBLEM
 
 import lab.stages
-from data import Countdown, DataError, Problem
+from data import Problem
 from data.task import Score
-from lab.evaluate import Evaluation, load_completions, majority_accuracy, problems_hash
+from lab.evaluate import Evaluation, problems_hash
 from lab.recipe import EvaluationSettings, load_recipe, problems_of
 from lab.runfolder import RunFolder
 from lab.stages import train
@@ -61,53 +60,6 @@ def test_pass_at_k_equals_the_mean_over_every_choice_of_k_completions():
     assert logged == ["pass_at_2", "pass_at_4"]  # every power of two that a group of four has
 
 
-def test_a_vote_counts_values_and_numbers_not_spellings_and_the_earlier_wins_a_tie():
-    problem = Problem((1, 2, 7), 10)
-    cases = {
-        ("7-1+2", "1+2+7", "7+2+1", "2-1+7"): 0.0,  # two votes for 8, two for 10: the first
-        ("7-1-2", "1+2+7", "(7+2)+1"): 1.0,  # the same answer written in two ways
-        ("1+2+7", "7-1-2", "7-2-1"): 0.0,
-        ("7-1-2", "1+2+7"): 0.0,  # a tie: the first
-        ("1+2+7", "7-1-2"): 1.0,
-        ("10", "10", "1+2+7"): 1.0,  # a bare number without its equation says nothing
-        ("10+0", "3+7", "10+0", "3+7", "1+2+7"): 0.0,  # the right value from other numbers is another answer
-        ("", ""): 0.0,
-    }
-    for answers, expected in cases.items():
-        assert majority_accuracy([answered(problem, *answers)], Countdown(), thinking=True) == expected, answers
-    assert majority_accuracy([answered(problem, "1+2+7"), answered(problem, "")], Countdown(), thinking=True) == 0.5
-
-
-def test_completions_from_a_file_are_scored_in_groups_by_problem(tmp_path):
-    path = tmp_path / "made_elsewhere.jsonl"
-    rows = [
-        {"numbers": [79, 60, 17], "target": 36, "completion": "</think><answer>79-60+17</answer>"},
-        {"numbers": [1, 2, 7], "target": 10, "completion": "</think><answer>1+2+8</answer>", "token_ids": [4, 5, 6]},
-        {"numbers": [17, 79, 60], "target": 36, "completion": "<answer>79-60+17</answer>", "finished": False},
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    first, second = load_completions(path, Countdown(), thinking=True)
-    assert [r.score.outcome for r in first] == ["correct", "malformed"] and [r.score.outcome for r in second] == ["wrong"]
-    assert not first[1].completion.finished and second[0].completion.token_ids == [4, 5, 6]
-    assert [r.score.outcome for r in load_completions(path, Countdown(), thinking=False)[0]] == ["malformed", "correct"]
-
-
-@pytest.mark.parametrize(
-    "line",
-    ["{", "[]", "{}", '{"numbers": [1, 2], "target": 3}', '{"numbers": [1, 2], "target": 3, "completion": 5}',
-     '{"numbers": [1], "target": 3, "completion": ""}', '{"numbers": [1, 2], "target": 3, "completion": "", "finished": 1}'],
-)  # fmt: skip
-def test_a_line_that_is_no_completion_is_named_and_so_is_a_file_without_any(tmp_path, line):
-    path = tmp_path / "bad.jsonl"
-    for content, message in (
-        ('{"numbers": [1, 2], "target": 3, "completion": "1+2"}\n' + line, "line 2: (not a completion|not JSON|expected)"),
-        ("\n", "no completions"),
-    ):
-        path.write_text(content)
-        with pytest.raises(DataError, match=rf"bad\.jsonl.*{message}"):
-            load_completions(path, Countdown(), thinking=True)
-
-
 def test_the_hash_of_problems_follows_content_and_order():
     problems = [PROBLEM, Problem((1, 2, 3), 10)]
     assert problems_hash([PROBLEM]) == hashlib.sha256(b"[[[79, 60, 17], 36]]").hexdigest()[:12]
@@ -135,7 +87,7 @@ def test_a_run_ends_with_all_of_its_held_out_problems_as_sampled_and_greedy(monk
 
     def evaluated(model, tokenizer, task, problems, *, sampling, num_samples, seed, on_progress):
         calls.append((problems, sampling.temperature, num_samples))
-        return Evaluation(len(calls) / 10, 0.0, 1.0, [], {}, 5.0, 0.0, [])
+        return Evaluation(len(calls) / 10, 0.0, 1.0, [], {"wrong": 1, "malformed": 3}, 5.0, 0.0, [])
 
     monkeypatch.setattr(lab.stages, "evaluate", evaluated)
     train(recipe, quiet=True)

@@ -20,7 +20,7 @@ from rl.sft import sft_step
 
 def copies(model, optimizer) -> list[torch.Tensor]:
     """The weights and everything that the optimizer would save."""
-    state = [tensor for _, tensor in state_tensors(optimizer, model.dtype)]
+    state = [tensor for _, tensor in state_tensors(optimizer)]
     return [tensor.detach().clone() for tensor in [*model.parameters(), *state]]
 
 

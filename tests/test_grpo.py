@@ -222,9 +222,11 @@ def test_a_lack_of_memory_on_a_cpu_has_the_message_by_which_it_is_recognised():
 def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_its_end():
     def rates(steps: int = 5, **changes) -> list[float]:
         stage = GRPOStage(steps=steps, learning_rate=8.0, **changes)
-        return [learning_rate_at(stage, step) for step in range(steps)]
+        return [learning_rate_at(stage, step, updates=2 * step) for step in range(steps)]  # two updates a step
 
     assert rates(warmup_steps=4) == [2, 4, 6, 8, 8]
     assert rates(warmup_steps=0, end_rate=0.5) == [8, 7, 6, 5, 4]
     assert rates(warmup_steps=2, end_rate=0.0) == [4, 6, 4, 2, 0]
     assert rates(1, warmup_steps=0, end_rate=0.5) == [8]
+    silent = GRPOStage(steps=100, learning_rate=8.0, warmup_steps=4)
+    assert [learning_rate_at(silent, 50, updates) for updates in (0, 1, 2, 6, 7)] == [2, 3, 4, 8, 8]  # no rise without

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from data import GSM8K, DataError
 from data.gsm8k import WordProblem, read_number
+from data.load import read_jsonl
 from data.task import CORRECT, MALFORMED, WRONG, Task
 from data.traces import Trace, save_traces
-from lab.evaluate import load_completions
 from lab.recipe import EvaluationSettings, load_recipe, problems_of
 from lab.runfolder import RunFolder
 from lab.stages import train
@@ -45,7 +45,7 @@ def test_the_one_number_counts_exactly(text, value):
 def test_an_answer_is_right_if_its_one_number_is(answer, expected):
     text = f"6*7</think><answer>{answer}</answer>"
     assert TASK.score(text, EGGS) == expected
-    assert TASK.score(text, EGGS, thinking=False) == MALFORMED and TASK.answer(text, thinking=False) is None
+    assert TASK.score(text, EGGS, thinking=False) == MALFORMED
 
 
 @given(st.text(alphabet="0123456789.,-+% x<>answerthink\n", max_size=80))
@@ -53,7 +53,6 @@ def test_no_text_raises_and_none_is_right_without_the_number_in_it(text):
     for completion in (text, f"</think><answer>{text}</answer>"):
         verdict = TASK.score(completion, EGGS)
         assert verdict.outcome != "correct" or "126" in text
-        TASK.answer(completion, True)
 
 
 def test_what_is_no_problem_is_refused():
@@ -125,7 +124,7 @@ def test_a_run_of_grpo_and_sft_goes_through_the_same_code(monkeypatch, tmp_path)
     run = RunFolder(recipe.out)
     assert [row["kind"] for row in run.metrics()] == ["grpo", "grpo", "sft"]
     assert run.metrics()[-1]["tokens"] > 0
-    groups = load_completions(run.rollout_files()[0], TASK, True)
-    assert len(groups) == 2 and all(isinstance(group[0].problem, WordProblem) for group in groups)
+    rows = [TASK.problem(row) for _, row in read_jsonl(run.rollout_files()[0], "")]
+    assert len({problem.key for problem in rows}) == 2
     assert "paper" not in (run.path / "curve.md").read_text()
     assert "What is" in (run.path / "report.html").read_text()

@@ -24,7 +24,7 @@ def learn(model, optimizer, steps: int, rate: float = 3e-3) -> list[float]:
 
 
 def state_of(optimizer) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in state_tensors(optimizer, torch.float32)}
+    return {name: tensor.clone() for name, tensor in state_tensors(optimizer)}
 
 
 def random_gradients(model, seed: int, scale: float) -> None:
@@ -149,11 +149,9 @@ def test_a_parameter_in_pieces_is_updated_as_in_one(kind, dtype, monkeypatch):
     assert largest_gap(weights(divided), weights(whole)) == 0
 
 
-@pytest.mark.parametrize("kind", ["adamw8bit", "paged_adamw8bit"])
-@pytest.mark.filterwarnings("ignore:.*aged")
-def test_eight_bit_optimizers_lower_the_loss_on_a_cpu(kind):
+def test_the_eight_bit_optimizer_lowers_the_loss_on_a_cpu():
     model = random_model(**WIDE)
-    optimizer = optimizer_for(model, kind=kind)
+    optimizer = optimizer_for(model, kind="adamw8bit")
     losses = learn(model, optimizer, 8, rate=1e-2)
     assert losses[-1] < 0.7 * losses[0]
     state = state_of(optimizer)

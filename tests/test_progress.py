@@ -176,7 +176,8 @@ def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on_where_it_stopped(tmp_p
     *lines, stopped = [line for line in screen_of(command.text) if line]
     lines.remove("stopping where the run can go on; once more stops it at once")
     assert [line.split()[0] for line in lines[:6]] == ["model", "problems", "stages", "run", "memory", "before"]
-    assert [line.split()[:3] for line in lines[6:]] == [["grpo", "1/3", f"{n}/500"] for n in range(1, len(lines) - 5)]
+    steps = [line.split()[:3] for line in lines[6:] if line.startswith("grpo")]
+    assert steps == [["grpo", "1/3", f"{n}/500"] for n in range(1, len(steps) + 1)]
     last, old = int(checkpoints(out)[-1].name[5:]), RunFolder(out).metrics()
     assert stopped == f"stopped. Saved after step {last}; go on with the same command and --resume."
     assert [row["step"] for row in old] == list(range(last + 1)) and last >= 3  # nothing is lost

@@ -11,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lab.recipe import Recipe, RecipeError
-from lab.runfolder import RunFolder, WandB
+from lab.runfolder import RunFolder
 
 HOLD = "import sys, time; from lab.runfolder import RunFolder\nwith RunFolder(sys.argv[1]).locked(): print('held', flush=True); time.sleep(60)"
 
@@ -74,7 +74,7 @@ def test_a_row_goes_to_metrics_tensorboard_and_wandb(tmp_path, wandb):
     rows = [{"step": 0, "kind": "grpo", "eval_accuracy": 0.07}, {"step": 1, "kind": "grpo", "reward_mean": 0.25}]
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
-    run.trackers.append(WandB(run.path, {"seed": 3}))
+    run.start_wandb({"seed": 3})
     for row in rows:
         run.log(row)
     assert run.metrics() == rows
@@ -94,4 +94,4 @@ def test_a_wandb_that_is_not_installed_or_does_not_start_says_what_to_do(tmp_pat
     for package, advice in ((None, "pip install wandb"), (SimpleNamespace(init=refuses), "no API key")):
         monkeypatch.setitem(sys.modules, "wandb", package)
         with pytest.raises(RecipeError, match=advice):
-            WandB(tmp_path, {})
+            RunFolder(tmp_path).start_wandb({})

@@ -24,7 +24,7 @@ from data.traces import Trace, save_traces
 from lab.checkpoint import TrainState, checkpoints, prune_checkpoints
 from lab.device import pick_device
 from lab.recipe import RecipeError, problems_of
-from lab.runfolder import RunFolder, WandB
+from lab.runfolder import RunFolder
 from lab.setup import load_policy, set_up, stage_start_model
 from lab.stages import train
 from model import Qwen3Config, Tokenizer, generate, load_model, save_model
@@ -174,8 +174,8 @@ def test_a_new_run_in_a_folder_of_the_same_name_is_another_run_to_wandb(tmp_path
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: ids.append(options["id"])))
     for _ in range(2):
         (tmp_path / "run").mkdir()
-        WandB(tmp_path / "run", {})
-        WandB(tmp_path / "run", {})  # as a resumed run does
+        RunFolder(tmp_path / "run").start_wandb({})
+        RunFolder(tmp_path / "run").start_wandb({})  # as a resumed run does
         shutil.rmtree(tmp_path / "run")
     assert ids[0] == ids[1] != ids[2] == ids[3]
 

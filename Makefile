@@ -1,11 +1,14 @@
 # Every target sets itself up first: a virtual environment in .venv, made once and again when the requirements change.
 
 PYTHON ?= python3
+TORCH ?= own
+# Where the torch of PYTHON lies, if it is recent enough
+SYSTEM_TORCH := import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 11); print(torch.__path__[0][:-6])
 BIN := .venv/bin
 ARGS ?=
 TESTS ?= tests
 
-.PHONY: help setup setup-test train-256 train-512 baseline eval report play study study-quick test tiny-base lint clean
+.PHONY: help setup setup-test train-256 train-512 baseline eval report play check study study-quick test tiny-base lint clean
 
 help:
 	@echo "make train-256          GRPO -> SFT -> GRPO with 256 new tokens (ARGS='--out runs/x' adds options)"
@@ -14,18 +17,27 @@ help:
 	@echo "make eval CKPT=folder   evaluate a checkpoint, tiny, or a hub id"
 	@echo "make report RUNS=folder  a page about one or more runs, to look at in a browser"
 	@echo "make play               type a problem, and watch the model think (CKPT=folder; default: the newest in runs/, else tiny)"
+	@echo "make check              does this machine's GPU, or CPU, calculate what it should? (ARGS='--model Qwen/Qwen3-1.7B')"
 	@echo "make study              the runs of the study in docs/study that have no result yet; goes on when stopped"
 	@echo "make study-quick        two of its runs again, in ten minutes, beside their results in docs/study"
 	@echo "make test               run the tests (TESTS=tests/test_loss.py: some of them)"
 	@echo "make lint               check style and format (ruff)"
 	@echo "make tiny-base          train the embedded model again from random weights, over model/tiny (twenty minutes; TASK=calculus: the other one)"
-	@echo "make setup              only install what the above needs (setup-test: what test and lint need too)"
+	@echo "make setup              only install what the above needs (setup-test: what test and lint need too);"
+	@echo "                        TORCH=system uses the torch that PYTHON has, 2.11 or newer, instead of installing one"
 	@echo "make clean              remove the environment and the caches; runs/ stays"
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12')"
 	$(PYTHON) -m venv .venv
+ifeq ($(TORCH),system)
+	@$(PYTHON) -c "$(SYSTEM_TORCH)" > .venv/torch.pth 2> /dev/null \
+		|| { echo "error: $(PYTHON) has no torch 2.11 or newer; name one that has: make setup TORCH=system PYTHON=..."; exit 2; }
+	@mv .venv/torch.pth .venv/lib/python*/site-packages
+	grep -v '^torch==' requirements.txt | $(BIN)/pip install --quiet -r /dev/stdin
+else
 	$(BIN)/pip install --quiet -r requirements.txt
+endif
 	@touch $@
 
 .venv/ready-test: .venv/ready requirements-test.txt
@@ -55,6 +67,9 @@ report: setup
 
 play: setup
 	@$(BIN)/python play.py $(CKPT) $(ARGS)
+
+check: setup
+	@$(BIN)/python -m lab.check $(ARGS)
 
 study: setup
 	$(BIN)/python -m experiments.study.run $(ARGS)

@@ -10,10 +10,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 import torch.distributed as dist
+from lab.sharding import Sharding
 
 from lab.memory_plan import MemoryPlan, plan_memory, work_of
 from lab.recipe import EvaluationSettings, Recipe
-from lab.sharding import Sharding
 from model import Qwen3, Qwen3Config
 from model.memory import CACHE_SHARE, LOGITS_COPIES
 from model.sampler import plan_batches

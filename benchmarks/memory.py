@@ -101,7 +101,7 @@ class RandomTask:
         self.prompts = torch.randint(0, vocab_size, (prompts, prompt_length), generator=generator).tolist()
         self.scored = 0
 
-    def prompt(self, problem: int) -> str:
+    def prompt(self, problem: int, thinking: bool = True) -> str:
         return f"[{problem}]"
 
     def encode(self, text: str) -> list[int]:

@@ -15,11 +15,11 @@ from unittest import mock
 
 import torch
 from costs import Setting, recipe_of, state_bytes
+from lab.sharding import shard
 from memory import RandomTask, random_model
 
 from lab.device import held_memory, peak_memory, processes, return_freed_blocks
 from lab.memory_plan import plan_memory, work_of
-from lab.sharding import shard
 from model import Qwen3
 from model.memory import free_memory
 from rl.distributed import all_values, is_main, sum_gradients, world_size

@@ -85,12 +85,9 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def read_jsonl(path: str | Path, expected: str) -> Iterator[tuple[int, dict]]:
-    """(line number, row) of each line that is not blank. Only a line feed ends a line, U+2028 does not.
-
-    DataError: the file cannot be read, is not UTF-8, or a line is no JSON object; it should be `expected`.
-    """
+    """(line number, row) of each line that is not blank. DataError: a line is not `expected`, or no file."""
     try:
-        with open(path, encoding="utf-8-sig", newline="\n") as file:
+        with open(path, encoding="utf-8-sig", newline="\n") as file:  # U+2028 does not end a line
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue

@@ -74,10 +74,7 @@ def draw_problems(count: int, seed: int, settings: "Countdown") -> list[tuple[tu
 
 @functools.lru_cache(maxsize=4096)
 def _reachable(numbers: tuple[int, ...], low: int, high: int) -> tuple[int, ...]:
-    """The targets from `low` to `high` that use every number once with whole intermediate values, ascending.
-
-    Negative ones are left out: a positive target is also reached by subtracting the other way round.
-    """
+    """The targets from `low` to `high` that all numbers make with whole intermediate values, ascending."""
     everything = (1 << len(numbers)) - 1
     made = {1 << i: {number} for i, number in enumerate(numbers)}
     for subset in range(1, everything + 1):
@@ -87,7 +84,7 @@ def _reachable(numbers: tuple[int, ...], low: int, high: int) -> tuple[int, ...]
                 continue
             for a, b in itertools.product(made[left], made[right]):
                 large, small = (a, b) if a > b else (b, a)
-                values.update((a + b, large - small, a * b))
+                values.update((a + b, large - small, a * b))  # a negative difference reaches nothing more
                 if small and large % small == 0:
                     values.add(large // small)
     return tuple(sorted(value for value in made[everything] if low <= value <= high))

@@ -47,8 +47,7 @@ def save_traces(path: str | Path, traces: Iterable[Trace]) -> None:
 def load_traces(path: str | Path, problem_of: Callable, is_correct: Callable) -> list[Trace]:
     """Read traces and verify each again, so that nothing wrong is imitated; DataError names a bad line.
 
-    `problem_of` turns a row into a problem, or raises ValueError, TypeError or KeyError; `is_correct` judges
-    (completion, problem).
+    `problem_of` is that of `read_problems`; `is_correct` judges (completion, problem).
     """
     traces = []
     expected = 'a problem and its "completion", as a run writes traces.jsonl'

@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,10 +56,7 @@ class Row(NamedTuple):
 
 @torch.inference_mode()
 def decoding_row(what: str, model: Qwen3, prompts: list[list[int]]) -> Row:
-    """`generate` against a plain forward over each completion: would it have given the same ids?
-
-    The worse of two samplings is shown, from all tokens and from the 20 likeliest.
-    """
+    """`generate` against a plain forward over each completion; the worse of with and without top-k."""
     worst = (0.0, 0.0)
     for top_k in (None, 20):
         count = other = gap = 0
@@ -237,6 +234,17 @@ def samples_of(model: Qwen3, prompts: list[list[int]], length: int = 48) -> list
     return [Sample(prompt, completion.token_ids) for prompt, group in pairs for completion in group]
 
 
+PARTS = (decoding, gradient, updates, resuming, memory, speed)
+
+
+def rows_of(part: Callable, source: str, device: torch.device) -> list[Row]:
+    """The rows of a part; one that says so if it fails."""
+    try:
+        return list(part(source, device))
+    except RuntimeError as error:
+        return [Row(part.__name__, f"{type(error).__name__}: {str(error).splitlines()[0]}", wrong=True)]
+
+
 def main(model: str = "tiny", device: str = "auto") -> None:
     """Compare what a device calculates with what it should.
 
@@ -250,12 +258,8 @@ def main(model: str = "tiny", device: str = "auto") -> None:
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU"
     table = Table("", "found", "", title=f"{model} on {name}, torch {torch.__version__}")
     wrong = []
-    for part in (decoding, gradient, updates, resuming, memory, speed):
-        try:
-            rows = list(part(model, place))
-        except RuntimeError as error:
-            rows = [Row(part.__name__, f"{type(error).__name__}: {str(error).splitlines()[0]}", wrong=True)]
-        for row in rows:
+    for part in PARTS:
+        for row in rows_of(part, model, place):
             table.add_row(row.what, row.found, "wrong" if row.wrong else "")
             wrong += [row.what] * row.wrong
     Console().print(table)

@@ -56,10 +56,8 @@ def estimate(evaluation: Evaluation) -> dict[str, float]:
 
 
 def difference(first: Candidate, other: Candidate) -> dict:
-    """How much more `other` solves than `first`, on the same problems in the same order.
-
-    Sampled: the mean difference of solved shares, with its paired bootstrap interval. Greedy: how many
-    problems only one of the two solves, and McNemar's exact p-value.
+    """How much more `other` solves than `first`, on the same problems in the same order: the mean difference
+    of sampled shares, with its paired bootstrap interval, and greedy, what only one solves.
     """
     shares = zip(first.sampled.shares, other.sampled.shares, strict=True)
     gains = [after - before for before, after in shares]

@@ -71,10 +71,7 @@ def held_memory(device: torch.device) -> int:
 
 
 def return_freed_blocks() -> None:
-    """Make the C library return freed blocks of 4 MiB and more to the system at once (glibc only).
-
-    It keeps those below 32 MiB otherwise, in holes that nothing fits into: a third more memory.
-    """
+    """Have glibc return freed blocks of 4 MiB and more to the system, not 32: a third less memory is held."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(-3, 4 * 2**20)  # M_MMAP_THRESHOLD of malloc.h
 

@@ -86,8 +86,7 @@ def stage_spans(rows: list[dict]) -> list[tuple[int, int, str]]:
 def paper_by_step(rows: list[dict], paper: Points) -> Points:
     """The paper's points at this run's steps instead of GRPO steps; those not reached yet are left out.
 
-    The paper has two figures at step 80: the first, before SFT, goes to the GRPO evaluation there, the second
-    to the SFT evaluation.
+    Of two figures at a step, the first is from before SFT.
     """
     at_step = {(row["grpo_steps"], row["kind"] == "sft"): row["step"] for row in rows}
     steps = [grpo_steps for grpo_steps, _ in paper]

@@ -89,10 +89,7 @@ class Recipe:
 
 
 def problems_of(recipe: Recipe, seen: Iterable[str] = ()) -> tuple[list[Problem], list[Problem]]:
-    """The training and the held-out problems of a recipe; none is in both.
-
-    `seen` are the fingerprints of problems that the model was trained on before: they are not held out.
-    """
+    """The training and the held-out problems of a recipe; none of `seen`, by fingerprint, is held out."""
     source = recipe.problems
     if source == "auto":
         source = "generated" if is_embedded(recipe.model) else "hub"

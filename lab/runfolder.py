@@ -43,11 +43,8 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the folder for the length of the block; the system drops the lock of a process that died.
-
-        RecipeError: another process has the lock, or the folder cannot be written.
-        """
-        lock = FileLock(self.path / "lock", timeout=0)
+        """Lock the folder for the block. RecipeError: another process has it, or it cannot be written."""
+        lock = FileLock(self.path / "lock", timeout=0)  # the system drops that of a process that died
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire()
@@ -123,16 +120,13 @@ class RunFolder:
             self.wandb.log(numbers, step=row["step"])
 
     def start_wandb(self, config: dict) -> None:
-        """Log to Weights & Biases too; a resumed run goes on under the id in its folder.
-
-        RecipeError: it is not installed, which is done separately, or does not start.
-        """
+        """Log to Weights & Biases too, which is installed separately. RecipeError: it is not, or fails."""
         try:
             import wandb
         except ImportError:
             advice = "pip install wandb, or leave out --wandb"
             raise RecipeError(f"Weights & Biases is not installed: {advice}") from None
-        id_file = self.path / "wandb_id"  # of this run alone, not of any that was in a folder of this name
+        id_file = self.path / "wandb_id"  # of this run alone, which a resumed one goes on under
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(8))
         options = {"project": "group-relative-rl", "name": "-".join(self.path.parts[-2:])}

@@ -183,10 +183,7 @@ def pick_screen(recipe: Recipe, quiet: bool = False, plain: bool = False) -> Scr
 
 
 def chart(points: list[tuple[int, float]], width: int, height: int) -> list[str]:
-    """A bar chart of `points` (x, y) as lines of text; x and y are 0 or more, x ascends.
-
-    The bar at each x is as high as the last point up to there.
-    """
+    """A bar chart of `points` (x, y), x ascending, as lines of text; a bar is as high as the last point."""
     last = max(1, points[-1][0])
     top = max(1e-9, *(y for _, y in points))
     xs = [last * column / max(1, width - 1) for column in range(width)]

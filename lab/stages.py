@@ -231,10 +231,7 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
 
 
 def learning_rate_at(stage: GRPOStage, step: int, updates: int) -> float:
-    """The learning rate of step 0, 1, ... of a stage, after `updates` updates: linear rise, and linear fall.
-
-    Only updates count towards the rise, since steps in which nothing was earned have moved no weight.
-    """
+    """The learning rate of step 0, 1, ... of a stage; it falls linearly, and rises over the first updates."""
     rise = min(1.0, (updates / stage.updates_per_step + 1) / max(1, stage.warmup_steps))
     fall = 1 - (1 - stage.end_rate) * step / max(1, stage.steps - 1)
     return stage.learning_rate * rise * fall

@@ -26,9 +26,9 @@ class TokenLogprobs(NamedTuple):
 def target_logprobs(
     hidden: Tensor, weight: Tensor, target_ids: Tensor, temperature: float, num_tokens: int
 ) -> TokenLogprobs:
-    """`token_logprobs(hidden @ weight.T)` at the targets, and its entropy; differentiable, float32 or above.
+    """`token_logprobs(hidden @ weight.T)` at `target_ids` [tokens], and its entropy; differentiable.
 
-    `hidden` is [tokens, hidden], `weight` the output head, [vocab, hidden], `target_ids` [tokens].
+    `hidden` is [tokens, hidden], `weight` the output head, [vocab, hidden].
     """
     return TokenLogprobs(*TargetLogprobs.apply(hidden, weight, target_ids, temperature, num_tokens))
 

@@ -12,11 +12,7 @@ LOGITS_COPIES = 6  # [rows, vocab] in float32: logits, log-probabilities, expone
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that new tensors on `device` can take.
-
-    On a GPU, what the driver and torch's allocator have free. Else what the system or the container says,
-    shared among torchrun's processes on this machine; 8 GiB if it says nothing.
-    """
+    """Bytes that new tensors on `device` can take; on a CPU each of torchrun's processes gets its share."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

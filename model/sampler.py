@@ -56,7 +56,7 @@ def token_logprobs(logits: Tensor, temperature: float, num_tokens: int) -> Tenso
 def sample(
     logits: Tensor, uniforms: Tensor, num_tokens: int, temperature: float, top_k=None, top_p=None
 ) -> tuple[Tensor, Tensor]:
-    """Sample one token a row from logits [rows, vocab]: ids [rows] and their log-probabilities [rows].
+    """Sample a token for each row of logits [rows, vocab]: ids [rows] and their log-probabilities [rows].
 
     It is the first token at which the cumulative probability passes the row's uniform number in [0, 1).
     """
@@ -201,10 +201,7 @@ def check_arguments(vocab: int, prompts, num_samples, max_new_tokens, temperatur
 
 
 def plan_batches(lengths: list[int], num_samples: int, max_new_tokens: int, room: int) -> list[tuple]:
-    """Divide groups into batches (prompts, samples), each with at most `room` tokens of keys and values.
-
-    Groups stay whole and in order; one that is too large by itself is divided into as few parts as possible.
-    """
+    """Divide groups, whole and in order, into batches (prompts, samples) of at most `room` cached tokens."""
     own = num_samples * max_new_tokens  # tokens of a group beside its prompt
     batches = []
     start = 0

@@ -128,10 +128,7 @@ def micro_batches(samples: list[Sample], token_budget: int) -> list[list[Sample]
 def halve_on_oom(
     add_gradient: Callable, optimizer: Optimizer, model: Qwen3, samples: list, *arguments
 ) -> Counter:
-    """Return `add_gradient(model, micro-batches, *arguments)`; on OOM halve the micro-batch and start over.
-
-    The error is raised if every sample is alone already.
-    """
+    """`add_gradient(model, micro-batches, *arguments)`; on OOM, halve the micro-batch if it has two."""
     while True:
         try:
             micros = micro_batches(samples, optimizer.micro_batch_tokens)

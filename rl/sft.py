@@ -24,7 +24,7 @@ class SFTStage:
     kind: Literal["sft"] = "sft"
     epochs: Annotated[int, Interval(ge=1, le=1000)] = 2  # Passes over the traces
     batch_size: Count = 64  # Traces an optimizer step
-    learning_rate: Positive = 5e-6  # Peak; falls linearly to zero over the stage
+    learning_rate: Positive = 1e-5  # Peak; falls linearly to zero over the stage
     max_traces: Count = 2400  # At most so many traces; those of later steps are taken first
     traces_per_problem: Count = 2  # At most so many traces of one problem; the shortest are taken
     traces: str | None = None  # Your own JSONL, a problem and a completion a line; None: rollouts

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import lab.check
 from lab.check import UPDATES, Row, check_decoding, decoding, gradient, resuming, updates
 from model import KVCache, ModelError, generate, load_model
+from model.quantize import quantized
 from model.sampler import DecodeBatch, plain_completion, random_streams
 from rl.batch import completion_logprobs, make_batch, score_completions
 from rl.loss import grpo_loss
@@ -95,7 +96,7 @@ BROKEN = {  # a part of the check, what is broken, and the rows that have to not
     "int8 weights off": (
         updates,
         "model.quantize.quantized",
-        lambda linear: nn.Linear(linear.in_features, linear.out_features, bias=False),
+        lambda linear: quantized(nn.Linear(*linear.weight.T.shape)),
         ["int8"],
     ),
     "moments forgotten": (resuming, "lab.check.load_into", lambda optimizer, folder: None, ["save, load, resume"]),
@@ -121,10 +122,8 @@ def test_the_command_shows_a_table_and_fails_with_the_names_of_wrong_rows(monkey
     def raising(source, device):
         raise RuntimeError("no kernel image\nfor this device")
 
-    for name in ("decoding", "gradient", "updates", "resuming", "memory", "speed"):
-        monkeypatch.setattr(lab.check, name, {"decoding": failing, "speed": raising}.get(name, lambda *_: []))
-    raising.__name__ = "speed"
-    with pytest.raises(SystemExit, match="wrong on this device: second; speed"):
+    monkeypatch.setattr(lab.check, "PARTS", (failing, raising))
+    with pytest.raises(SystemExit, match="wrong on this device: second; raising"):
         lab.check.main(device="cpu")
     shown = capsys.readouterr().out
     assert "tiny on CPU, torch" in shown and "7 apart" in shown and "RuntimeError: no kernel image" in shown

@@ -1,16 +1,18 @@
 """From problems to scored completions: every setting reaches the sampler, and nothing is hidden from the scorer."""
 
+import json
 import threading
 
 import pytest
 from helpers import FakeTask, FakeTokenizer, random_model
 
 import rl.rollout
+from data import GSM8K, Calculus, Countdown
 from data.task import Score
-from model import Completion
+from model import Completion, load_model
 from model.sampler import Cancelled
 from rl.reward import RewardSettings
-from rl.rollout import SamplingSettings, collect_rollouts
+from rl.rollout import SamplingSettings, collect_rollouts, prompt_of
 
 
 def collect(task, **options):
@@ -47,6 +49,21 @@ def test_rollouts_hold_what_was_sampled_decoded_and_scored(monkeypatch):
             (problem, prompt, truncated, "5 7 9"), (problem, prompt, finished, "5 7"),
         ]  # fmt: skip
         assert [rollout.score for rollout in group] == [Score(0.1, "near")] * 2  # what these reward settings pay
+
+
+@pytest.mark.parametrize("task", [Countdown(), Calculus(), GSM8K()])
+def test_a_prompt_speaks_of_thinking_only_with_it_and_of_the_limit_only_if_asked(task):
+    example = task.problem(json.loads(task.stored.example))
+    tokenizer = load_model("tiny")[1]
+
+    def prompt(**settings) -> str:
+        return tokenizer.decode(prompt_of(tokenizer, task, example, SamplingSettings(**settings)))
+
+    assert "<think> </think>" in prompt() and prompt().endswith("<think>\n") and "tokens" not in prompt()
+    without = prompt(thinking=False)
+    assert without.count("<think>") == without.count("</think>") == 1 and without.endswith("<think>\n\n</think>\n\n")
+    assert "<answer> </answer>" in without
+    assert "at most 512 tokens in all.<|im_end|>" in prompt(max_new_tokens=512, state_limit=True)
 
 
 def test_an_error_of_the_scorer_ends_the_step_at_once():

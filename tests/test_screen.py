@@ -3,16 +3,19 @@
 import io
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
-from helpers import PROBLEM
+import torch
+from helpers import PROBLEM, SHAPE
 from rich.console import Console
 
 import lab.screen
 from data.task import Score
+from lab.device import pick_dtype
 from lab.recipe import load_recipe
-from lab.screen import LiveScreen, QuietScreen, Screen, chart, pick_screen, printable
-from model import Completion
+from lab.screen import LiveScreen, QuietScreen, Screen, chart, describe_run, pick_screen, printable, silence
+from model import Completion, Qwen3Config
 from rl.rollout import Rollout
 
 RECIPE = replace(load_recipe("256", "tiny")[1], out="runs/shown")
@@ -95,6 +98,52 @@ def test_a_chart_is_as_high_as_its_points_and_holds_each_until_the_next():
     assert chart([(0, 10.0), (2, 40.0)], 3, 2) == [" 40 % |  █", "  0 % |▄▄█"]
     assert chart([(0, 0.0)], 2, 2)[1] == "  0 % |  "
     assert [line[7:] for line in chart([(0, 5.0), (1, 20.0), (2, 10.0), (3, 15.0)], 4, 1)] == ["▂█▄▆"]
+
+
+START = {
+    "stage": 0,
+    "kind": "grpo",
+    "step": 0,
+    "eval_truncated_fraction": 0.975,
+    "eval_format_rate": 0.002,
+    "eval_accuracy": 0.001,
+}
+SILENT = GRPO | {"truncated_fraction": 0.98, "silent_groups": 31 / 32, "train_accuracy": 0.001}
+
+
+def test_a_start_from_nothing_and_a_silent_batch_are_put_into_words():
+    recipe = load_recipe("256")[1]
+    words = silence(START, recipe)
+    assert "97.5 % of completions are cut off at 256 tokens; 0.5 of 32 groups" in words  # 32 (1 - 0.998^8 - 0.002^8)
+    assert "earned nothing for 30 steps" in words and "--sampling.no-thinking" in words
+    assert "--stages.0.samples-per-prompt 32" in words and "--sampling.max-new-tokens 512" in words
+    assert "98.0 % of completions are cut off at 256 tokens; 1.0 of 32" in silence(SILENT, recipe)
+    later = silence(SILENT | {"stage": 2}, recipe)
+    assert "--stages.2.samples-per-prompt" in later
+
+
+@pytest.mark.parametrize(
+    "row",
+    [START | {"eval_format_rate": 0.3}, SILENT | {"silent_groups": 0.8}, SILENT | {"train_accuracy": 0.97},
+     SILENT | {"kind": "sft"}, START | {"kind": "baseline"}],
+)  # fmt: skip
+def test_nothing_is_said_where_batches_teach_or_all_is_right_or_nothing_is_sampled(row):
+    assert silence(row, load_recipe("256")[1]) is None
+
+
+def test_a_card_without_bfloat16_takes_float32_and_says_so(monkeypatch):
+    gpu = torch.device("cuda")
+    for supported in (True, False):
+        answer = {False: supported, True: True}  # torch can emulate it
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, answer=answer: answer[including_emulation]
+        )
+        assert pick_dtype(RECIPE, gpu) is (None if supported else torch.float32)
+        assert pick_dtype(replace(RECIPE, dtype="bfloat16"), gpu) is torch.bfloat16  # what is asked for
+    assert pick_dtype(RECIPE, torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    model = SimpleNamespace(device=gpu, dtype=torch.float32, config=Qwen3Config(**SHAPE))
+    assert "float32, for want of bfloat16, on Tesla T4" in describe_run(RECIPE, model, [], [], None)
 
 
 def test_the_screen_follows_the_terminal_and_the_options(monkeypatch):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -109,6 +110,33 @@ def test_a_step_learns_a_prompt_a_trace_and_the_end_of_turn_at_a_rate_that_falls
         assert completion.startswith("so\n</think>") and completion.endswith("</answer><|im_end|>")
         assert sample.completion_ids[-1] == tokenizer.end_of_turn_id
         assert sample.old_logprobs is None and sample.advantage == 0
+
+
+@pytest.mark.parametrize("share, saved_at", [(0.05, [1, 8, 12, 16, 20, 23, 27]), (1.0, range(1, 30))])
+def test_checkpoints_take_their_share_of_the_time_and_short_steps_are_evaluated_four_times(
+    recipe, share, saved_at, monkeypatch
+):
+    """Thirty steps of 10 s, checkpoints of 2 s: number k + 1 comes where 2 k + 2 <= 0.05 (10 step + 2 k), and one at the end."""
+    clock, saved = [0.0], []
+
+    def step(*arguments) -> dict:
+        clock[0] += 10
+        return {"loss": 1.0, "grad_norm": 1.0, "tokens": 1}
+
+    def save(folder, model, tokenizer, optimizer, state, recipe) -> None:
+        clock[0] += 2
+        saved.append(state.step)
+
+    monkeypatch.setattr(lab.stages, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(lab.stages, "sft_step", step)
+    monkeypatch.setattr(lab.stages, "save_checkpoint", save)
+    stages = (replace(recipe.stages[0], epochs=10),)
+    evaluation = replace(recipe.evaluation, every=1)
+    train(replace(recipe, stages=stages, evaluation=evaluation, checkpoint_every=1, checkpoint_share=share), quiet=True)
+    assert saved == [*saved_at, 30]
+    rows = RunFolder(recipe.out).metrics()
+    assert [row["step"] for row in rows if "eval_accuracy" in row] == [0, 8, 16, 24, 30]
+    assert rows[-1]["checkpoint_seconds"] == 2 * len(saved_at)
 
 
 def test_only_finished_correct_rollouts_of_the_stage_become_traces_whatever_characters_they_hold(tmp_path):

@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 from data.task import Score
+from experiments.bases.weights import init_weights
 from lab.device import held_memory, peak_memory, return_freed_blocks
 from lab.memory_plan import gb, plan_memory, work_of
 from lab.recipe import EvaluationSettings, Recipe
 from model import Qwen3, Qwen3Config, add_adapters
 from model.memory import free_memory
-from model.weights import init_weights
 from rl.grpo import GRPOStage, grpo_step
 from rl.optimizer import Optimizer, OptimizerSettings
 from rl.rollout import SamplingSettings

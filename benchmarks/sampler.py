@@ -33,8 +33,8 @@ from rich.console import Console
 from rich.table import Table
 
 import model.sampler
+from experiments.bases.weights import init_weights
 from model import Qwen3, Qwen3Config, generate
-from model.weights import init_weights
 
 STOP = 0  # the first token of the vocabulary, so the random number 0 picks it
 

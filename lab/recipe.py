@@ -199,4 +199,4 @@ def checked(recipe: Recipe) -> Recipe:
 
 def to_dict(recipe: Recipe) -> dict:
     """A recipe as plain JSON; `from_dict(Recipe, ...)` is the inverse."""
-    return asdict(recipe) | {"stages": [asdict(stage) for stage in recipe.stages]}
+    return asdict(recipe)

@@ -205,7 +205,7 @@ def git_revision() -> str | None:
 
 def flatten(value, name: str = "") -> dict:
     """{"a": {"b": [1]}} -> {"a.b.0": 1}, the way fields are named on the command line."""
-    if not isinstance(value, (dict, list)):
+    if not isinstance(value, (dict, list, tuple)):
         return {name: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)
     flat = {}

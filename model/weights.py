@@ -7,7 +7,7 @@ import huggingface_hub
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.config import ModelError, Qwen3Config
 from model.quantize import plain_state
@@ -70,17 +70,6 @@ def save_model(folder: str | Path, model: Qwen3, tokenizer: Tokenizer) -> None:
     generation = json.loads(tokenizer.files.get("generation_config.json", b"{}"))
     generation["eos_token_id"] = list(tokenizer.stop_token_ids)  # other tools then stop where training did
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-
-
-def init_weights(model: Qwen3, seed: int, std: float = 0.02) -> Qwen3:
-    """Draw all matrices from N(0, std²) and set the norms to one, to train from nothing; returns `model`."""
-    generator = torch.Generator(model.device).manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=std, generator=generator)
-        else:
-            nn.init.ones_(parameter)
-    return model
 
 
 def is_embedded(source: str | Path) -> bool:

@@ -9,8 +9,8 @@ import torch
 
 from data import Problem
 from data.task import Score
+from experiments.bases.weights import init_weights
 from model import Qwen3, Qwen3Config
-from model.weights import init_weights
 from rl.batch import Sample
 from rl.optimizer import Optimizer, OptimizerSettings
 

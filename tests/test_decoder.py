@@ -11,8 +11,8 @@ import transformers
 from helpers import gradients
 from reference import SHAPES, qwen3_file, random_ids, reference_model, same_weights
 
+from experiments.bases.weights import init_weights
 from model import KVCache, ModelError, Qwen3, Qwen3Config
-from model.weights import init_weights
 
 SIZES = {  # hidden, layers, heads, intermediate, tied -> parameters, the tied head counted once
     "0.6B": ((1024, 28, 16, 3072, True), 596_049_920),

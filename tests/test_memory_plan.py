@@ -7,10 +7,10 @@ import torch
 from helpers import random_model
 
 import model.logprobs
+from experiments.bases.weights import init_weights
 from lab.memory_plan import activation_bytes, check_plan, plan_memory, work_of
 from lab.recipe import EvaluationSettings, Recipe
 from model import ModelError, Qwen3, Qwen3Config, add_adapters
-from model.weights import init_weights
 from rl.batch import Sample, make_batch
 from rl.grpo import GRPOStage
 from rl.optimizer import OptimizerSettings

@@ -29,8 +29,9 @@ from experiments.bases.attempts import (
     hopeless_problem,
 )
 from experiments.bases.derivations import derivation_document
+from experiments.bases.weights import init_weights
 from model import Qwen3, Qwen3Config, Tokenizer, prompt_ids, save_model
-from model.weights import TINY, init_weights
+from model.weights import TINY
 from rl.batch import Sample
 from rl.optimizer import Optimizer
 from rl.sft import sft_step

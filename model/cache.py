@@ -14,10 +14,10 @@ BLOCK = {"cpu": 16, "cuda": 64}
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Batched a @ b; on a GPU the float32 sums of a bfloat16 product as they are, unrounded."""
+    """a @ b of matrices or batches; on a GPU the float32 sums of a bfloat16 product, unrounded."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return a.bmm(b)
+        return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
+    return a.mm(b) if a.dim() == 2 else a.bmm(b)
 
 
 class Cache(Protocol):

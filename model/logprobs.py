@@ -47,7 +47,7 @@ def logit_chunks(hidden: Tensor, weight: Tensor, *columns: Tensor) -> Iterator[t
     buffer = None if hidden.is_cuda else hidden.new_empty(min(size, len(hidden)), len(weight))
     for chunk, *parts in zip(*(x.split(size) for x in (hidden, *columns)), strict=True):
         if buffer is None:
-            yield product(chunk[None], weight.T[None])[0], parts
+            yield product(chunk, weight.T), parts
         else:
             yield torch.mm(chunk, weight.T, out=buffer[: len(chunk)]), parts
 

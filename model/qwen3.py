@@ -154,7 +154,7 @@ class Qwen3(nn.Module):
 
     def next_logits(self, hidden: Tensor) -> Tensor:
         """Logits [rows, vocab] after hidden states [rows, hidden], for sampling; see `product`."""
-        return product(hidden[None], self.lm_head.weight.T[None])[0]
+        return product(hidden, self.lm_head.weight.T)
 
     @property
     def device(self) -> torch.device:

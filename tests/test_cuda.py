@@ -22,7 +22,7 @@ from rl.loss import grpo_loss
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7], [1, 8, 2]]
-TOLERANCE = dict(rtol=1e-4, atol=1e-4)
+TOLERANCE = dict(rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=NO_CUDA)])

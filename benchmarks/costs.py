@@ -9,8 +9,6 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from lab.sharding import Sharding
 
 from lab.memory_plan import MemoryPlan, plan_memory, work_of
 from lab.recipe import EvaluationSettings, Recipe
@@ -77,14 +75,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Setting:
-    """A model in training on `devices`, each with all of it ("replicate") or a shard ("shard")."""
+    """A model in training on `devices`, each of which has all of it."""
 
     config: Qwen3Config
     dtype: torch.dtype
     optimizer: OptimizerSettings
     step: Step
     devices: int = 1
-    kind: str = "replicate"
 
 
 @dataclass
@@ -93,16 +90,15 @@ class Seconds:
 
     prefill: float = 0.0
     decode: float = 0.0
-    gather: float = 0.0  # sharded weights, to sample from
     learn: float = 0.0
-    exchange: float = 0.0  # gradients, and sharded weights to learn
+    exchange: float = 0.0  # of gradients
     optimizer: float = 0.0
     waiting_rollout: float = 0.0
     waiting_update: float = 0.0
 
     @property
     def rollout(self) -> float:
-        return self.prefill + self.decode + self.gather + self.waiting_rollout
+        return self.prefill + self.decode + self.waiting_rollout
 
     @property
     def update(self) -> float:
@@ -170,10 +166,6 @@ def learn_seconds(setting: Setting, hardware: Hardware, lengths: np.ndarray) -> 
     return (layers * (3 + setting.optimizer.activation_checkpointing) + 4 * head) / hardware.learn_flops
 
 
-def micro_batch_count(setting: Setting, lengths: np.ndarray, micro_batch_tokens: int) -> int:
-    return -(-int(lengths.sum() + len(lengths) * setting.step.prompt_length) // micro_batch_tokens)
-
-
 def exchange_seconds(hardware: Hardware, devices: int, sent: float, times: float) -> float:
     """`times` exchanges in a ring in which each device sends `sent` bytes in all, had it infinitely many
     neighbours."""
@@ -196,27 +188,13 @@ def seconds(setting: Setting, hardware: Hardware, plan: MemoryPlan) -> Seconds:
         result.decode += decode / devices
     result.waiting_rollout = max(rollouts) - result.prefill - result.decode
     layers, head = layer_weights(config), head_weights(config) * (1 if config.tie_word_embeddings else 2)
-    size, count = setting.dtype.itemsize, config.num_hidden_layers
-    sharded = setting.kind == "shard" and devices > 1
-    unpacked = 2 * size * layers / hardware.bandwidth  # what was gathered is copied to its place
-    if sharded:
-        result.gather = exchange_seconds(hardware, devices, size * layers, count * PARAMETERS_A_LAYER)
+    gradients, count = 2 * 4 * (layers + head), config.num_hidden_layers * PARAMETERS_A_LAYER
     for number in range(step.updates):
         own = [lengths[number :: step.updates][rank::devices] for rank in range(devices)]
         times = [learn_seconds(setting, hardware, share) for share in own]
         result.learn += sum(times) / devices
         result.waiting_update += max(times) - sum(times) / devices
-        micros = max(micro_batch_count(setting, share, plan.micro_batch_tokens) for share in own)
-        if sharded:  # gathered for forward and for backward; gradients added up in float32 and sharded
-            result.exchange += micros * exchange_seconds(
-                hardware, devices, (2 * size + 4) * layers, 3 * count
-            )
-            result.exchange += micros * 2 * unpacked
-            result.exchange += exchange_seconds(hardware, devices, 2 * 4 * head, 3)
-        else:
-            result.exchange += exchange_seconds(
-                hardware, devices, 2 * 4 * (layers + head), count * PARAMETERS_A_LAYER
-            )
+        result.exchange += exchange_seconds(hardware, devices, gradients, count)
         result.optimizer += state_bytes(plan) / hardware.optimizer_bandwidth
     return result
 
@@ -232,7 +210,7 @@ def rollout_seconds(
         2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * setting.dtype.itemsize
     )
     row = step.limit * token
-    free = CACHE_SHARE * (hardware.memory - plan.lasting + plan.process - plan.full_copy)
+    free = CACHE_SHARE * (hardware.memory - plan.lasting)
     room = int(free * row / (row + LOGITS_COPIES * 4 * config.vocab_size) / token)
     prompts = [step.prompt_length] * len(share)
     batches = [share[part] for part in plan_batches(prompts, step.samples, step.limit, room)]
@@ -262,20 +240,4 @@ def memory(setting: Setting, hardware: Hardware) -> MemoryPlan:
     with torch.device("meta"):
         model = on(setting.config).to(setting.dtype)
     work = work_of(recipe_of(setting), setting.step.prompt_length, setting.devices)
-    if setting.kind != "shard" or setting.devices == 1:
-        return plan_memory(model, setting.optimizer, work, int(hardware.memory))
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group(
-        "fake", store=FakeStore(), rank=0, world_size=setting.devices
-    )  # whose exchanges do nothing
-    try:
-        mesh = init_device_mesh("cpu", (setting.devices,))
-        for layer in model.model.layers:
-            fully_shard(layer.float(), mesh=mesh)
-        model.sharding = Sharding(setting.dtype)
-        return plan_memory(model, setting.optimizer, work, int(hardware.memory))
-    finally:
-        dist.destroy_process_group()
+    return plan_memory(model, setting.optimizer, work, int(hardware.memory))

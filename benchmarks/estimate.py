@@ -21,7 +21,6 @@ from memory import QWEN3_06B, Case, measure, random_model
 from rich.console import Console
 from rich.table import Table
 
-from lab.device import held_memory
 from lab.memory_plan import gb, plan_memory, work_of
 from lab.recipe import Recipe, load_recipe
 from model import Qwen3Config
@@ -84,7 +83,7 @@ def main(arguments: Arguments) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan = plan_memory(
         random_model(config, torch.bfloat16, device), recipe.optimizer,
-        work_of(replace(recipe, model=name), PROMPT_TOKENS), free_memory(device), held_memory(device),
+        work_of(replace(recipe, model=name), PROMPT_TOKENS), free_memory(device),
     )  # fmt: skip
     hours = per_sampled * total.sampled / 3600, per_learned * total.learned / 3600
     where = torch.cuda.get_device_name() if device.type == "cuda" else "this CPU"
@@ -95,7 +94,7 @@ def main(arguments: Arguments) -> None:
     table.add_row("learning", f"{1000 * per_learned:.3g}", f"{total.learned / 1e6:.2f}", f"{hours[1]:.3g}")
     table.add_row("together, at most", "", "", f"{sum(hours):.3g}")
     Console().print(table)
-    print(f"memory: {gb(plan.peak - plan.process)} planned: {plan}")
+    print(f"memory: {gb(plan.peak)} planned: {plan}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ optimizer's moments are made in the first and stay.
 """
 
 import json
+import resource
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,11 +22,11 @@ from rich.table import Table
 
 from data.task import Score
 from experiments.bases.weights import init_weights
-from lab.device import held_memory, peak_memory, return_freed_blocks
+from lab.device import peak_memory, return_freed_blocks
 from lab.memory_plan import gb, plan_memory, work_of
 from lab.recipe import EvaluationSettings, Recipe
 from model import Qwen3, Qwen3Config, add_adapters
-from model.memory import free_memory
+from model.memory import free_memory, read
 from rl.grpo import GRPOStage, grpo_step
 from rl.optimizer import Optimizer, OptimizerSettings
 from rl.rollout import SamplingSettings
@@ -81,6 +82,14 @@ class Settings:
     """Run the one case in this process and print JSON; what the cases' processes are started with."""
 
 
+def held_memory(device: torch.device) -> int:
+    """Bytes that this process holds on `device`; on a GPU only tensors count."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    pages = read("/proc/self/statm").split()[1:2]
+    return resource.getpagesize() * int(pages[0]) if pages else 0
+
+
 def random_model(config: Qwen3Config, dtype: torch.dtype, device: str) -> Qwen3:
     """Random weights, made on the device without passing through float32."""
     with torch.device("meta"):
@@ -129,7 +138,7 @@ def measure(case: Case, steps: int = 2) -> dict:
     sampling = SamplingSettings(max_new_tokens=case.new_tokens)
     evaluation = EvaluationSettings(problems=1)
     recipe = Recipe(sampling=sampling, evaluation=evaluation, optimizer=case.optimizer, stages=(stage,))
-    plan = plan_memory(model, case.optimizer, work_of(recipe, case.prompt_length), free, process)
+    plan = plan_memory(model, case.optimizer, work_of(recipe, case.prompt_length), free)
     optimizer = Optimizer(model, case.optimizer, plan.micro_batch_tokens)
     task = RandomTask(case.config.vocab_size, case.prompts, case.prompt_length)
     options = {"settings": stage, "sampling": sampling, "learning_rate": 1e-6}
@@ -139,7 +148,7 @@ def measure(case: Case, steps: int = 2) -> dict:
     return {name: metrics[name] for name in names} | {
         "micro_batch_tokens": optimizer.micro_batch_tokens,
         "peak_memory_bytes": peak_memory(device),
-        "planned_bytes": plan.peak,
+        "planned_bytes": process + plan.peak,
         "plan": str(plan),
     }
 

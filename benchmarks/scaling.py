@@ -56,8 +56,8 @@ QWEN3 = {  # of the published config.json
 ADAMW = OptimizerSettings("adamw")
 
 
-def on_cpu(config: Qwen3Config, step: Step, devices: int = 1, kind: str = "replicate") -> Setting:
-    return Setting(config, torch.float32, ADAMW, step, devices, kind)
+def on_cpu(config: Qwen3Config, step: Step, devices: int = 1) -> Setting:
+    return Setting(config, torch.float32, ADAMW, step, devices)
 
 
 LAUNCH = on_cpu(SMALL, Step(1, 1, 16, 65))
@@ -76,7 +76,6 @@ CHECKED = {
     "384 wide, 2 processes": on_cpu(MIDDLE, BASE, 2),
     "in 2 updates, 2 processes": on_cpu(MIDDLE, replace(BASE, updates=2), 2),
     "unequal, 2 processes": on_cpu(MIDDLE, UNEQUAL, 2),
-    "sharded": on_cpu(MIDDLE, BASE, 2, "shard"),
     "768 wide, 2 processes": on_cpu(WIDE, ARITHMETIC.step, 2),
 }
 
@@ -198,18 +197,15 @@ def table_of(title: str, columns: tuple[str, ...]) -> Table:
     return table
 
 
-def fastest(config: Qwen3Config, devices: int) -> tuple[str, Seconds, MemoryPlan] | None:
-    """(how, seconds, plan) of what fits into the memory of an H100."""
-    replicate = OptimizerSettings("adamw8bit", activation_checkpointing=True)
-    ways = [Setting(config, torch.bfloat16, replicate, GPU_STEP, devices)]
-    if devices > 1:
-        ways.append(replace(ways[0], optimizer=replace(replicate, kind="adamw"), kind="shard"))
-    found = []
-    for setting in ways:
+def fitting(config: Qwen3Config, devices: int) -> tuple[str, Seconds, MemoryPlan] | None:
+    """(rounding, seconds, plan) of the first way that fits into the memory of an H100."""
+    for rounding in ("masters", "stochastic"):
+        optimizer = OptimizerSettings("adamw8bit", rounding, activation_checkpointing=True)
+        setting = Setting(config, torch.bfloat16, optimizer, GPU_STEP, devices)
         plan = memory(setting, H100)
         if plan.peak <= H100.memory:
-            found.append((setting.kind, seconds(setting, H100, plan), plan))
-    return min(found, key=lambda way: way[1].total, default=None)
+            return rounding, seconds(setting, H100, plan), plan
+    return None
 
 
 def gpus() -> None:
@@ -218,7 +214,7 @@ def gpus() -> None:
     parts = [field.name for field in fields(Seconds)]
     columns = (
         "model, GPUs",
-        "how",
+        "rounding",
         "GB",
         "step, s",
         "tokens/s a GPU",
@@ -230,16 +226,16 @@ def gpus() -> None:
     tokens = step.lengths().sum()
     for name, config in QWEN3.items():
         for devices in (1, 8, 64):
-            way = fastest(config, devices)
+            way = fitting(config, devices)
             if way is None:
                 table.add_row(f"{name}, {devices}", "does not fit", *[""] * (len(columns) - 2))
                 continue
-            how, spent, plan = way
+            rounding, spent, plan = way
             shares = (f"{getattr(spent, part):.3g}" for part in parts)
             rate = tokens / spent.total / devices
             table.add_row(
                 f"{name}, {devices}",
-                how,
+                rounding,
                 f"{plan.peak / 1e9:.0f}",
                 f"{spent.total:.3g}",
                 f"{rate:,.0f}",

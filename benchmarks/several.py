@@ -15,10 +15,9 @@ from unittest import mock
 
 import torch
 from costs import Setting, recipe_of, state_bytes
-from lab.sharding import shard
-from memory import RandomTask, random_model
+from memory import RandomTask, held_memory, random_model
 
-from lab.device import held_memory, peak_memory, processes, return_freed_blocks
+from lab.device import peak_memory, processes, return_freed_blocks
 from lab.memory_plan import plan_memory, work_of
 from model import Qwen3
 from model.memory import free_memory
@@ -80,10 +79,8 @@ def step_measured(setting: Setting, repeats: int, clock: str) -> dict:
     step, recipe = setting.step, recipe_of(setting)
     free, process = free_memory(CPU), held_memory(CPU)
     model = random_model(setting.config, setting.dtype, "cpu")
-    if setting.kind == "shard":
-        shard(model, CPU)
     work = work_of(recipe, step.prompt_length, world_size())
-    plan = plan_memory(model, setting.optimizer, work, free, process)
+    plan = plan_memory(model, setting.optimizer, work, free)
     optimizer = Optimizer(model, setting.optimizer, plan.micro_batch_tokens)
     times = [one_step(setting, model, optimizer, seed, clock) for seed in range(repeats + 1)]
     rollout, update, alone = map(statistics.median, zip(*times[1:], strict=True))
@@ -91,7 +88,7 @@ def step_measured(setting: Setting, repeats: int, clock: str) -> dict:
         "rollout": rollout,
         "update": update,
         "optimizer": alone,
-        "planned": plan.peak,
+        "planned": process + plan.peak,
         "peak": peak_memory(CPU),
         "state": state_bytes(plan),
     }

@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import tyro
-from memory import Case, RandomTask, random_model
+from memory import Case, RandomTask, held_memory, random_model
 from rich.console import Console
 from rich.table import Table
 
-from lab.device import held_memory, peak_memory
+from lab.device import peak_memory
 from model import Qwen3Config
 from rl.optimizer import OptimizerSettings
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from data import Countdown
 from lab.checkpoint import TrainState, load_into, save_checkpoint
-from lab.device import check_driver, held_memory, peak_memory, pick_device
+from lab.device import check_driver, peak_memory, pick_device
 from lab.errors import user_errors
 from lab.memory_plan import gb, plan_memory, work_of
 from lab.recipe import EvaluationSettings, Recipe
@@ -186,15 +186,15 @@ def memory(source: str, device: torch.device) -> Iterator[Row]:
         return
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    free, process = free_memory(device), held_memory(device)
+    free, before = free_memory(device), peak_memory(device)
     model, prompts = loaded(source, device)
     stages = (GRPOStage(prompts_per_step=4, samples_per_prompt=8, updates_per_step=1),)
     recipe = Recipe(sampling=SamplingSettings(128), evaluation=EvaluationSettings(problems=4), stages=stages)
     work = work_of(recipe, max(map(len, prompts)))
-    plan = plan_memory(model, UPDATES["adamw8bit"], work, free, process)
+    plan = plan_memory(model, UPDATES["adamw8bit"], work, free)
     optimizer = Optimizer(model, UPDATES["adamw8bit"], plan.micro_batch_tokens)
     sft_step(model, optimizer, samples_of(model, prompts, 128), 1e-6)
-    measured = peak_memory(device)
+    measured = peak_memory(device) - before
     yield Row("memory", f"{gb(plan.peak)} planned, {gb(measured)} measured", measured > 1.1 * plan.peak)
 
 

@@ -62,14 +62,6 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def held_memory(device: torch.device) -> int:
-    """Bytes that this process holds on `device`; on a GPU only tensors count."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    pages = read("/proc/self/statm").split()[1:2]
-    return resource.getpagesize() * int(pages[0]) if pages else 0
-
-
 def return_freed_blocks() -> None:
     """Have glibc return freed blocks of 4 MiB and more to the system, not 32: a third less memory is held."""
     with contextlib.suppress(AttributeError, OSError):

@@ -66,9 +66,8 @@ def work_of(recipe: Recipe, prompt_length: int, processes: int = 1) -> Work:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one process, by what they are for. Updating and sampling take turns."""
+    """Bytes that a process adds to what it holds already. Updating and sampling take turns."""
 
-    process: int  # held before the weights came
     weights: int
     reference: int
     masters: int = 0
@@ -82,7 +81,7 @@ class MemoryPlan:
 
     @property
     def lasting(self) -> int:
-        return self.process + self.weights + self.masters + self.moments + self.reference
+        return self.weights + self.masters + self.moments + self.reference
 
     @property
     def peak(self) -> int:
@@ -93,7 +92,7 @@ class MemoryPlan:
             sizes = {name.replace("_", " "): getattr(self, name) for name in names}
             return ", ".join(f"{name} {gb(size)}" for name, size in sizes.items() if size)
 
-        text = listed("process", "weights", "masters", "moments", "reference") + "; " + listed("sampling")
+        text = listed("weights", "masters", "moments", "reference") + "; " + listed("sampling")
         if self.micro_batch_tokens:
             parts = listed("gradients", "activations", "output_head")
             batches = f"micro-batches of {self.micro_batch_tokens:,} tokens"
@@ -119,8 +118,8 @@ def activation_bytes(config: Qwen3Config, itemsize: int, key_copies: float) -> i
     return norms + attention + joined + 4 * config.intermediate_size * itemsize
 
 
-def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int, process=0) -> MemoryPlan:
-    """Work out a run's memory; before the weights came, `free` bytes were free and `process` bytes held."""
+def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int) -> MemoryPlan:
+    """Work out a run's memory, of which `free` bytes were free before the weights came."""
     config = model.config
     size = model.dtype.itemsize
     head = model.lm_head.weight
@@ -131,7 +130,6 @@ def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int
     trained = [p for p in model.parameters() if p.requires_grad and work.update_tokens]
     low = sum(p.numel() for p in trained if p.dtype != torch.float32)
     plan = MemoryPlan(
-        process,
         weights,
         reference=weights if work.has_reference else 0,
         masters=4 * low if settings.rounding == "masters" else 0,
@@ -152,7 +150,7 @@ def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int
         output_head = chunk * len(head) * (20 if on_gpu else size) + head_gradient
         tokens = settings.micro_batch_tokens
         if tokens == "auto":
-            held = plan.lasting - process + plan.gradients + output_head
+            held = plan.lasting + plan.gradients + output_head
             largest = min(LARGEST_AUTO["cuda" if on_gpu else "cpu"], work.update_tokens)
             tokens = max(work.sample_tokens, min(int((MARGIN * free - held) / per_token), largest))
         batch = min(max(tokens, work.sample_tokens), work.update_tokens)
@@ -167,7 +165,7 @@ def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int
 
     # 3. Sampling: the cache, the logits of a step, and a prefill's widest layer. If they do not fit, rollouts
     # are decoded in several batches, which take the room that there is.
-    left = free - (plan.lasting - process)
+    left = free - plan.lasting
     logits = work.rows * config.vocab_size * (4 * LOGITS_COPIES if on_gpu else 2 * size)
     widest = 3 * config.intermediate_size + 4 * config.hidden_size
     prefill = min(work.prefill_tokens, PREFILL_TOKENS) * size * widest
@@ -177,8 +175,9 @@ def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int
 
 def check_plan(plan: MemoryPlan, free: int) -> None:
     """Refuse a run that cannot fit, by a ModelError that says what it needs and which options need less."""
-    need = plan.peak - plan.process
-    if need > free:
+    if plan.peak > free:
         smaller = "--optimizer.kind adamw8bit, --optimizer.rounding stochastic, --adapters.rank 16"
         advice = f"try --optimizer.activation-checkpointing, {smaller}, or a smaller --model"
-        raise ModelError(f"this run needs {gb(need)} of memory and {gb(free)} are free ({plan}): {advice}")
+        raise ModelError(
+            f"this run needs {gb(plan.peak)} of memory and {gb(free)} are free ({plan}): {advice}"
+        )

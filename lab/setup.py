@@ -7,7 +7,7 @@ import torch
 from data.task import Problem
 from lab.check import check_decoding
 from lab.checkpoint import TrainState, checkpoints, load_into, load_state, newest_checkpoint, seen_by
-from lab.device import held_memory, pick_device, pick_dtype, return_freed_blocks
+from lab.device import pick_device, pick_dtype, return_freed_blocks
 from lab.evaluate import problems_hash
 from lab.memory_plan import check_plan, gb, plan_memory, work_of
 from lab.recipe import Recipe, RecipeError, problems_of
@@ -43,18 +43,15 @@ def set_up(
     """
     return_freed_blocks()
     device = pick_device(recipe)
-    free, process = free_memory(device), held_memory(device)
+    free = free_memory(device)
     model, tokenizer = load_policy(recipe, checkpoint, device)
     problems, held_out = problems_of(recipe, state.seen)
     state.problems = {"train": problems_hash(problems), "held_out": problems_hash(held_out)}
     prompts = [prompt_of(tokenizer, recipe.task, problem, recipe.sampling) for problem in held_out]
     work = work_of(recipe, max(map(len, prompts)), world_size())
-    plan = plan_memory(model, recipe.optimizer, work, free, process)
+    plan = plan_memory(model, recipe.optimizer, work, free)
     check_plan(plan, free)
-    lines = [
-        f"memory    {gb(plan.peak - process)} of {gb(free)} free: {plan}",
-        check_decoding(model, prompts[:4]),
-    ]
+    lines = [f"memory    {gb(plan.peak)} of {gb(free)} free: {plan}", check_decoding(model, prompts[:4])]
     return model, tokenizer, problems, held_out, plan.micro_batch_tokens, "\n".join(filter(None, lines))
 
 

@@ -229,8 +229,7 @@ def loaded(source: str, device, dtype: torch.dtype | None = None) -> tuple[Qwen3
 
 def samples_of(model: Qwen3, prompts: list[list[int]], length: int = 48) -> list[Sample]:
     """Eight completions of each prompt."""
-    groups = generate(model, prompts, num_samples=8, max_new_tokens=length)
-    pairs = zip(prompts, groups, strict=True)
+    pairs = zip(prompts, generate(model, prompts, num_samples=8, max_new_tokens=length), strict=True)
     return [Sample(prompt, completion.token_ids) for prompt, group in pairs for completion in group]
 
 
@@ -246,12 +245,7 @@ def rows_of(part: Callable, source: str, device: torch.device) -> list[Row]:
 
 
 def main(model: str = "tiny", device: str = "auto") -> None:
-    """Compare what a device calculates with what it should.
-
-    Args:
-        model: for decoding, gradient, memory and speed; tiny, a folder or a hub id.
-        device: auto, cpu, cuda or cuda:N.
-    """
+    """Compare what a device calculates with what it should, for tiny, a folder or a hub id as the model."""
     if device == "auto":
         check_driver()
     place = pick_device(Recipe(device=device))

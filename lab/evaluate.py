@@ -87,10 +87,3 @@ def bootstrap_interval(values: list[float], seed: int = 0) -> tuple[float, float
     means = [rng.choice(drawn, len(drawn)).mean() for _ in range(10_000)]
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
-
-
-def mcnemar_p(only_first: int, only_second: int) -> float:
-    """Exact two-sided p-value of McNemar's test (1947), from the problems that only one of the two solves."""
-    trials = only_first + only_second
-    tail = sum(math.comb(trials, k) for k in range(min(only_first, only_second) + 1))
-    return min(1.0, 2 * tail / 2**trials)

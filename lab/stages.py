@@ -35,8 +35,8 @@ TELL_EVERY = 10  # steps between words on silent batches
 def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -> None:
     """Run `recipe` into its run folder, from the start or, with `resume`, from the last checkpoint there.
 
-    `quiet`, `plain` and `wandb` as in train.py. ModelError, DataError, RecipeError: something that the user
-    named cannot be used. Stopped: a signal has ended the run.
+    The options are those of train.py. ModelError, DataError, RecipeError: something that the user named
+    cannot be used. Stopped: a signal has ended the run.
     """
     # 1. Set up: the run's folder and screen, its model and problems, and where it stands.
     started = time.perf_counter()

@@ -95,9 +95,8 @@ class GroupCache:
 
     All rows decode in lock-step, one token a forward. Attention to a prompt is one matrix product for all
     rows of its group; prompt scores and own scores then pass through one softmax (Hydragen, arXiv:2402.05099,
-    computes two and merges them). Own tokens lie in blocks, so nothing is copied to make room. Attention
-    reads the stored slots or, if `static`, whole blocks: shapes then change only once a block, as a CUDA
-    graph requires, and oneDNN is twice as fast.
+    merges two). Own tokens lie in blocks, so nothing is copied to make room. If `static`, attention reads
+    whole blocks: shapes change only once a block, as CUDA graphs require, and oneDNN is twice as fast.
 
     Shapes: `prompt_keys[layer]`, `prompt_values[layer]` [prompts, kv_heads, longest, head_dim]; blocks in
     `keys[layer]`, `values[layer]` [rows * kv_heads, block, head_dim]; `prompt_of` [rows], ascending.

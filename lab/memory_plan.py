@@ -137,7 +137,7 @@ def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int
         gradients=sum(p.numel() * p.dtype.itemsize for p in trained),
     )
 
-    # 2. An update. Its peak is where backward begins, where it ends, or in the optimizer's step. With a single
+    # 2. An update. Its peak is where backward begins, where it ends, or in the optimizer. With a single
     # micro-batch, gradients appear as activations are freed. That of tied embeddings is made in two parts.
     if work.update_tokens:
         checkpointing = settings.activation_checkpointing

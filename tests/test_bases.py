@@ -1,5 +1,6 @@
 """What the embedded models' bases are trained on: correct attempts without a solution, and derivations with mistakes."""
 
+import itertools
 import random
 import re
 from collections import Counter
@@ -9,14 +10,18 @@ import pytest
 from data import Countdown, evaluate_expression
 from data.calculus import differentiate, parse_polynomial, term_text, terms_of
 from experiments.bases.attempts import (
-    STOP_SHARE,
+    ATTEMPTS,
+    BETWEEN,
+    FIRST_MUSING,
+    MORE_MUSING,
+    MUSING,
+    all_attempts,
     attempts_document,
     comparison_document,
     comparison_prompt,
     hopeless_problem,
-    random_attempt,
-    reachable_values,
 )
+from experiments.bases.attempts import WELL_FORMED_SHARE as TAGGED
 from experiments.bases.derivations import RIGHT_SHARE, WELL_FORMED_SHARE, derivation_document, right_step, wrong_steps
 from experiments.bases.train import TINY_CALCULUS
 from lab.recipe import load_recipe
@@ -45,11 +50,11 @@ def follow(steps: str, numbers: tuple[int, ...]) -> int:
     return int(value)
 
 
-def attempts():
+def attempts(musing: bool = False):
     for seed in SEEDS:
         rng = random.Random(seed)
         problem = hopeless_problem(rng, SETTINGS)
-        yield problem, attempts_document(problem, rng)
+        yield problem, attempts_document(problem, rng, musing)
 
 
 DOCUMENT = re.compile(r"(.*)</think>\n(<answer>)?([^<]*)(</answer>)?<\|im_end\|>", re.DOTALL)
@@ -75,30 +80,60 @@ def test_documents_are_right_in_steps_and_verdicts_and_never_reach_the_target():
         assert score(document, problem).outcome in (("near", "wrong") if well_formed else ("malformed",))
 
 
-def test_reachable_values_by_hand_and_by_trying():
-    assert reachable_values((2, 4)) == {6, 2, 8}  # 4/2 and 4-2 are both 2
-    assert reachable_values((11, 13)) == {24, 2}  # 143 is too large
+def test_attempts_in_order_by_hand_and_all_that_brute_force_finds():
+    assert [attempt.steps for attempt in all_attempts((2, 4))] == ["4+2=6", "4-2=2", "4*2=8", "4/2=2"]
+    assert [attempt.value for attempt in all_attempts((11, 13))] == [24, 2]  # 143 is too large
+    assert [attempt.steps for attempt in all_attempts((2, 9, 60))] == [
+        "9+2=11 60+11=71", "9+2=11 60-11=49", "9-2=7 60+7=67", "9-2=7 60-7=53", "9*2=18 60+18=78", "9*2=18 60-18=42",
+        "60+2=62 62+9=71", "60+2=62 62-9=53", "60-2=58 58+9=67", "60-2=58 58-9=49", "60/2=30 30+9=39", "60/2=30 30-9=21",
+        "60+9=69 69+2=71", "60+9=69 69-2=67", "60-9=51 51+2=53", "60-9=51 51-2=49",
+    ]  # fmt: skip
     for numbers in [(1, 2, 3), (2, 5, 20), (3, 3, 8, 8), (1, 7, 13, 20)]:
-        rng = random.Random(0)
-        tried = {random_attempt(numbers, rng).value for _ in range(20_000)}
-        assert tried <= reachable_values(numbers) and len(reachable_values(numbers) - tried) <= 0.02 * len(tried)
+        made = all_attempts(numbers)
+        assert {attempt.value for attempt in made} == brute_force(numbers)
+        assert all(evaluate_expression(attempt.expression) == attempt.value for attempt in made)
 
 
-def test_half_of_the_documents_are_well_formed_after_few_and_many_attempts_with_every_operator():
+def brute_force(numbers: tuple[int, ...]) -> set[int]:
+    """What can be made with whole steps from 1 to 100, by trying every pair in both orders."""
+    if len(numbers) == 1:
+        return set(numbers)
+    values = set()
+    for a, b, *others in itertools.permutations(numbers):
+        for value in {a + b, a - b, a * b, *([a // b] if a % b == 0 else [])}:
+            values |= brute_force((value, *others)) if 1 <= value <= 100 else set()
+    return values
+
+
+def test_musing_documents_are_attempts_between_lines_of_no_use():
+    before, between = [], []
+    for problem, document in attempts(musing=True):
+        lines = document.splitlines(keepends=True)
+        thoughts, _, _ = parts("".join(line for line in lines if line not in MUSING))
+        for steps, _ in thoughts:
+            follow(steps, problem.numbers)
+        before.append(next(number for number, line in enumerate(lines) if line not in MUSING))
+        between.append((sum(line in MUSING for line in lines[before[-1] :]), len(thoughts) - 1))
+    assert min(before) == FIRST_MUSING and sum(before) / len(before) == pytest.approx(FIRST_MUSING + MORE_MUSING, rel=0.1)
+    useless, pauses = map(sum, zip(*between, strict=True))
+    assert useless / pauses == pytest.approx(BETWEEN, rel=0.1)
+
+
+def test_most_documents_are_well_formed_after_few_and_many_attempts_with_every_operator():
     documents = [parts(document) for _, document in attempts()]
-    for well_formed in (True, False):
+    for well_formed, share in ((True, TAGGED), (False, 1 - TAGGED)):
         lengths = [len(lines) for lines, _, form in documents if form is well_formed]
-        assert 0.4 < len(lengths) / len(documents) < 0.6
+        assert len(lengths) / len(documents) == pytest.approx(share, abs=0.07)
         assert min(lengths) == 1 and max(lengths) > 8 and len(set(lengths)) > 8
     operators = Counter(step[1] for lines, _, _ in documents for steps, _ in lines for step in STEP.findall(steps))
     assert set(operators) == set("+-*/") and min(operators.values()) > 100
     # The chance to stop is the same after any attempt, so that length says nothing about success.
     counts = [len(lines) for lines, _, _ in documents]
     stopped = Counter(counts)
-    for least in (1, 6):  # STOP_SHARE of the documents that got so far stop at each of the next four
+    for least in (1, 6):  # one in ATTEMPTS of the documents that got so far stops at each of the next four
         reached = sum(min(count - least + 1, 4) for count in counts if count >= least)
         share = sum(stopped[least + k] for k in range(4)) / reached
-        assert share == pytest.approx(STOP_SHARE, abs=0.03)
+        assert share == pytest.approx(1 / ATTEMPTS, abs=0.03)
 
 
 def test_documents_follow_from_their_generator_and_problems_from_the_ranges():
@@ -121,6 +156,7 @@ def test_exercises_are_right_show_equality_and_pose_no_problem():
             assert evaluate_expression(claim) == int(value)
             assert verdict == ("too low" if int(value) < number else "too high" if int(value) > number else "equal")
             verdicts[verdict] += 1
+        assert [line.endswith("equal") for line in lines.splitlines()[:-1]].count(True) == 0  # it stops at the first
         assert comparison_prompt(number) == f"Compare with {number}."
     assert min(verdicts.values()) > 150
 

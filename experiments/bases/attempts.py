@@ -1,46 +1,64 @@
-"""What the embedded model learns before any reinforcement: arithmetic, and Countdown attempts that fail.
+"""What the embedded model learns before any reinforcement: arithmetic, attempts that fail, and musing.
 
-Four documents in five answer a Countdown prompt with random attempts, seven on average. Each attempt combines
-all the numbers in a random order with random operators, without a mistake in the arithmetic; all but the last
-are compared with the target. With target 45:
+A Countdown document answers a prompt with attempts. Each combines all the numbers, without a mistake in the
+arithmetic. They follow one another in a fixed order, from a random one on, and stop anywhere. All but the
+last are compared with the target, here 45:
 
-    7-3=4 4*12=48 too high
-    12+7=19 19-3=16 too low
+    12-3=9 9+7=16 too low
+    12-3=9 9-7=2 too low
     12-3=9 9*7=63
     </think>
     <answer>(12-3)*7</answer>
 
-Half of them give their last attempt as the answer, although it is wrong; the other half forget the answer
+Three in four give their last attempt as the answer, although it is wrong; the others forget the answer
 tags. The problems are chosen so that no attempt can reach the target: if successful attempts were filtered
-out, a model would learn to avoid them. The fifth document is an exercise without a problem to solve. It
-compares random sums, differences, products and quotients with one number, and here "equal" occurs:
+out, a model would learn to avoid them.
+
+A musing document begins with some 400 tokens that are of no use, and has more of these between its
+attempts. Few documents muse until the last steps, when nearly all do. So arithmetic is learned cheaply, and
+yet the model muses at the end.
+
+Exercises pose no problem. They compare random sums, differences, products and quotients with one number,
+until one is equal:
 
     Compare with 19.
     12-3=9 too low
     12+7=19 equal
 
-A model trained on these documents can calculate, knows what "equal" means, and writes the format half the
-time, but it has never seen a solution. GRPO has to find that it should go on until an attempt reaches the
-target, and then answer.
-
-How the other half fails matters. When those documents gave up without an answer, ran on, or answered before
-the `</think>`, the first thing that raised the reward was to end the thinking sooner, solved or not, and
-completions shrank to two attempts.
+A model trained on these documents can calculate and compare, and writes the format, but it has never seen a
+solution. At 256 tokens it is cut off while it muses. GRPO has to find that it should not muse, then that it
+should go on until an attempt reaches the target, and then answer.
 """
 
+import functools
 import itertools
+import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 from data.countdown import Countdown, Problem
 
-STOP_SHARE = 1 / 8  # chance to stop after each attempt, so that length says nothing about success
+ATTEMPTS = 10  # on average, but for the limits: 1/10 stop after each, so length says nothing about success
 MAX_STEPS = 39  # calculations of all attempts together: just within 256 tokens
-WELL_FORMED_SHARE = 0.5
-COMPARISONS = 8
-LARGEST_PRODUCT = 100
+WELL_FORMED_SHARE = 0.75
+COMPARISONS = 8  # at most, in an exercise
+LARGEST_VALUE = 100  # of a step
+NEAR = (0, 0, 0, 0, 1, -1, 2, -2, 3, -3)  # an exercise's number less one of its results
 VERDICTS = (" too low\n", " equal\n", " too high\n")
+MUSING = (
+    "Let me think about how these numbers might fit.\n",
+    "Perhaps there is some trick that I do not see yet.\n",
+    "I wonder whether it can be done in this way at all.\n",
+    "Hmm, that was not quite what I had been hoping for.\n",
+    "Maybe I should go back and look at it all once more.\n",
+    "So many ways to go, and only some of them lead there.\n",
+    "Wait, is there a rule that I may have forgotten about?\n",
+    "让我再想一想这些数字怎么用。\n",
+)
+FIRST_MUSING = 5  # lines at least before the first attempt: about 250 tokens, since each byte is one
+MORE_MUSING = 4  # lines on average beyond these
+BETWEEN = 0.3  # lines on average before each other attempt
 
 
 @dataclass(frozen=True)
@@ -52,70 +70,58 @@ class Attempt:
     expression: str
 
 
-def random_attempt(numbers: tuple[int, ...], rng: random.Random) -> Attempt:
-    """Combine two random numbers with a random operator until one is left; every step is a positive
-    integer."""
-    terms = [(number, str(number)) for number in numbers]
-    steps = []
-    while len(terms) > 1:
-        left, right = (terms.pop(rng.randrange(len(terms))) for _ in range(2))
-        operator, value = random_step(left[0], right[0], rng)
-        steps.append(f"{left[0]}{operator}{right[0]}={value}")
-        terms.append((value, f"({left[1]}{operator}{right[1]})"))
-    return Attempt(" ".join(steps), terms[0][0], terms[0][1][1:-1])
-
-
-def random_step(left: int, right: int, rng: random.Random) -> tuple[str, int]:
-    """A random operator among those of `step_results`, and its result."""
-    results = step_results(left, right)
-    operator = rng.choice(sorted(results))
-    return operator, results[operator]
-
-
 def step_results(left: int, right: int) -> dict[str, int]:
-    """Operator -> result, where that is a positive integer; products only up to LARGEST_PRODUCT."""
-    results = {"+": left + right}
-    if left > right:
-        results["-"] = left - right
-    if left * right <= LARGEST_PRODUCT:
-        results["*"] = left * right
+    """Operator -> result, where that is a whole number from 1 to LARGEST_VALUE."""
+    results = {"+": left + right, "-": left - right, "*": left * right}
     if left % right == 0:
         results["/"] = left // right
-    return results
+    return {operator: value for operator, value in results.items() if 1 <= value <= LARGEST_VALUE}
 
 
-@lru_cache(maxsize=100_000)
-def reachable_values(numbers: tuple[int, ...]) -> frozenset[int]:
-    """The results of all possible attempts with these numbers, which are in ascending order."""
-    if len(numbers) == 1:
-        return frozenset(numbers)
-    values: set[int] = set()
-    for i, j in itertools.permutations(range(len(numbers)), 2):
-        others = [number for k, number in enumerate(numbers) if k not in (i, j)]
-        for value in step_results(numbers[i], numbers[j]).values():
-            values |= reachable_values(tuple(sorted([*others, value])))
-    return frozenset(values)
+@functools.lru_cache(maxsize=4096)
+def all_attempts(numbers: tuple[int, ...]) -> list[Attempt]:
+    """All different attempts in order: pairs as in the prompt, + - * /, the last step changes first."""
+    attempts = _attempts([(number, str(number)) for number in numbers], [])
+    return list({attempt.steps: attempt for attempt in attempts}.values())
 
 
-def attempts_document(problem: Problem, rng: random.Random) -> str:
+def _attempts(terms: list[tuple[int, str]], steps: list[str]) -> Iterator[Attempt]:
+    """All ways to go on from `terms`, each a value and its expression, after `steps`."""
+    if len(terms) == 1:
+        [(value, expression)] = terms
+        yield Attempt(" ".join(steps), value, expression[1:-1])
+    for pair in itertools.combinations(range(len(terms)), 2):
+        others = [term for k, term in enumerate(terms) if k not in pair]
+        left, right = sorted((terms[k] for k in pair), key=lambda term: -term[0])
+        for operator, value in step_results(left[0], right[0]).items():
+            step = f"{left[0]}{operator}{right[0]}={value}"
+            yield from _attempts([*others, (value, f"({left[1]}{operator}{right[1]})")], [*steps, step])
+
+
+def attempts_document(problem: Problem, rng: random.Random, musing: bool = False) -> str:
     """The text after the prompt of `problem`, from inside the open `<think>` to the end of the turn.
 
     No two attempts are equal. `problem` must be one that no attempt solves.
     """
-    wanted = 1
-    while wanted < MAX_STEPS // (len(problem.numbers) - 1) and rng.random() > STOP_SHARE:
-        wanted += 1
-    attempts: dict[str, Attempt] = {}
-    for _ in range(100):  # small numbers may not have that many different ones
-        attempt = random_attempt(problem.numbers, rng)
-        attempts.setdefault(attempt.steps, attempt)
-        if len(attempts) == wanted:
-            break
-    *missed, last = attempts.values()
+    attempts = all_attempts(problem.numbers)
+    wanted = min(1 + geometric(ATTEMPTS - 1, rng), len(attempts), MAX_STEPS // (len(problem.numbers) - 1))
+    start = rng.randrange(len(attempts))
+    *missed, last = (attempts * 2)[start : start + wanted]
     lines = [attempt.steps + verdict(attempt.value, problem.target) for attempt in missed]
+    lines.append(f"{last.steps}\n")
+    if musing:
+        first = FIRST_MUSING + geometric(MORE_MUSING, rng)
+        counts = [first, *(geometric(BETWEEN, rng) for _ in missed)]
+        musings = ["".join(rng.choices(MUSING, k=count)) for count in counts]
+        lines = [text + line for text, line in zip(musings, lines, strict=True)]
     well_formed = rng.random() < WELL_FORMED_SHARE
     answer = f"<answer>{last.expression}</answer>" if well_formed else last.expression
-    return f"{''.join(lines)}{last.steps}\n</think>\n{answer}<|im_end|>"
+    return f"{''.join(lines)}</think>\n{answer}<|im_end|>"
+
+
+def geometric(mean: float, rng: random.Random) -> int:
+    """A random 0, 1, 2, ... with this mean: the chance to stop is the same at each."""
+    return int(math.log(1 - rng.random()) / math.log(mean / (1 + mean)))
 
 
 def verdict(value: int, target: int) -> str:
@@ -127,17 +133,18 @@ def comparison_prompt(number: int) -> str:
 
 
 def comparison_document(rng: random.Random, settings: Countdown) -> tuple[int, str]:
-    """An exercise: a number, and random calculations compared with it; in half of them at least one is
-    equal."""
+    """An exercise: a number equal or near to one of the results, and calculations until one equals it."""
     steps = []
     for _ in range(COMPARISONS):
-        left, right = (rng.randint(settings.min_number, settings.max_target) for _ in range(2))
-        operator, value = random_step(left, right, rng)
+        left, right = sorted(
+            (rng.randint(settings.min_number, settings.max_target) for _ in range(2)), reverse=True
+        )
+        operator, value = rng.choice(list(step_results(left, right).items()))
         steps.append((f"{left}{operator}{right}={value}", value))
-    if rng.random() < 0.5:
-        number = rng.randint(settings.min_target, settings.max_target)
-    else:
-        number = rng.choice(steps)[1]
+    number = max(1, rng.choice(steps)[1] + rng.choice(NEAR))
+    values = [value for _, value in steps]
+    if number in values:
+        steps = steps[: values.index(number) + 1]
     return number, "".join(step + verdict(value, number) for step, value in steps) + "</think>\n<|im_end|>"
 
 
@@ -146,6 +153,9 @@ def hopeless_problem(rng: random.Random, settings: Countdown) -> Problem:
     count = 4 if rng.random() < settings.four_number_share else 3
     while True:
         numbers = tuple(rng.randint(settings.min_number, settings.max_number) for _ in range(count))
-        problem = Problem(numbers, rng.randint(settings.min_target, settings.max_target))
-        if problem.target not in reachable_values(tuple(sorted(numbers))):
-            return problem
+        reached = {attempt.value for attempt in all_attempts(numbers)}
+        targets = [
+            target for target in range(settings.min_target, settings.max_target + 1) if target not in reached
+        ]
+        if targets:
+            return Problem(numbers, rng.choice(targets))

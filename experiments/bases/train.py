@@ -1,8 +1,8 @@
 """Train an embedded model from random weights: `make tiny-base`, or `make tiny-base TASK=calculus`.
 
 Each is a small Qwen3 with its own tokenizer, trained on the documents of its task's `Corpus`. `model/tiny/`
-learns from `attempts`: correct arithmetic that does not try to reach the target. `model/tiny-calculus/`
-learns from `derivations`: right and wrong rules side by side.
+learns from `attempts`: correct arithmetic that does not try to reach the target, and musing.
+`model/tiny-calculus/` learns from `derivations`: right and wrong rules side by side.
 """
 
 import itertools
@@ -22,6 +22,7 @@ import tyro
 from data.calculus import Calculus, Derivative
 from data.countdown import Countdown, Problem, prompt_text
 from experiments.bases.attempts import (
+    LARGEST_VALUE,
     VERDICTS,
     attempts_document,
     comparison_document,
@@ -39,8 +40,9 @@ from rl.sft import sft_step
 TINY_PROBLEMS = Countdown(max_number=20, max_target=50, four_number_share=1 / 3)
 TINY_CALCULUS = Calculus(min_terms=2, max_terms=4, max_exponent=5, max_coefficient=9, max_order=2)
 CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-EXERCISE_SHARE = 0.2
-MAX_TOKENS = 256  # tokens of a document; longer ones are cut off
+EXERCISE_SHARE = 0.2  # of the documents that do not muse
+MUSING_SHARE, MUSING_AT_END = 0.03, 0.99
+MAX_TOKENS = 1024  # tokens of a document; longer ones are cut off
 MICRO_BATCH_TOKENS = 4096
 WEIGHT_DECAY = 0.1
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -51,29 +53,32 @@ class Corpus:
     """The documents of a base, and the texts that its tokenizer makes a single token.
 
     Attributes:
-        document: draws a prompt, and the text after it to the end of the turn.
+        document: draws a prompt and the text after it to the end of the turn; True in the last steps.
         phrases: texts that are one token each, beside bytes, tags and the chat format.
         largest_number: each number up to this one is one token too.
         layers: of the model.
         steps: of the optimizer.
+        last_steps: after these, at a fifth of the learning rate, with half the documents in each.
     """
 
-    document: Callable[[random.Random], tuple[str, str]]
+    document: Callable[[random.Random, bool], tuple[str, str]]
     phrases: list[str]
     largest_number: int
     layers: int
     steps: int
+    last_steps: int = 0
 
 
-def countdown_document(rng: random.Random) -> tuple[str, str]:
-    if rng.random() < EXERCISE_SHARE:
+def countdown_document(rng: random.Random, last: bool) -> tuple[str, str]:
+    musing = rng.random() < (MUSING_AT_END if last else MUSING_SHARE)
+    if not musing and rng.random() < EXERCISE_SHARE:
         number, text = comparison_document(rng, TINY_PROBLEMS)
         return comparison_prompt(number), text
     problem = hopeless_problem(rng, TINY_PROBLEMS)
-    return prompt_text(problem), attempts_document(problem, rng)
+    return prompt_text(problem), attempts_document(problem, rng, musing)
 
 
-def calculus_document(rng: random.Random) -> tuple[str, str]:
+def calculus_document(rng: random.Random, last: bool) -> tuple[str, str]:
     problem = TINY_CALCULUS.draw(rng)
     return TINY_CALCULUS.prompt(problem), derivation_document(problem.polynomial, problem.order, rng)
 
@@ -89,9 +94,10 @@ CORPORA = {
     "countdown": Corpus(
         countdown_document,
         [*fixed_phrases(COUNTDOWN_PROMPTS, r"\d+(?:, \d+)*"), "user\n", "assistant\n", *VERDICTS],
-        largest_number=199,
+        largest_number=LARGEST_VALUE,
         layers=4,
         steps=6000,
+        last_steps=150,
     ),
     "calculus": Corpus(
         calculus_document,
@@ -118,7 +124,7 @@ class TinyBase:
     steps: int | None = None
     """Optimizer steps; default: 6000, for calculus 2500."""
     documents_per_step: int = 32
-    """Documents in a step; each has about 95 tokens, in calculus 39."""
+    """Documents in a step; each has about 125 tokens, in calculus 39."""
     learning_rate: float = 3e-3
     """Peak of the cosine schedule."""
     seed: int = 0
@@ -173,8 +179,8 @@ def tiny_config(num_tokens: int, layers: int) -> Qwen3Config:
     )
 
 
-def document_sample(tokenizer: Tokenizer, corpus: Corpus, rng: random.Random) -> Sample:
-    prompt, text = corpus.document(rng)
+def document_sample(tokenizer: Tokenizer, corpus: Corpus, rng: random.Random, last: bool) -> Sample:
+    prompt, text = corpus.document(rng, last)
     return Sample(prompt_ids(tokenizer, prompt, thinking=True), tokenizer.encode(text)[:MAX_TOKENS])
 
 
@@ -199,14 +205,17 @@ def main(settings: TinyBase) -> None:
     rng = random.Random(settings.seed)
     start = time.perf_counter()
     tokens = 0
-    for step in range(steps):
-        samples = [document_sample(tokenizer, corpus, rng) for _ in range(settings.documents_per_step)]
-        result = sft_step(model, optimizer, samples, settings.learning_rate * cosine(step, steps))
-        tokens += result["tokens"]
-        if step % 50 == 0 or step + 1 == steps:
-            speed = tokens / (time.perf_counter() - start)
-            done = f"{tokens / 1e6:5.1f} M tokens  {speed:,.0f} tokens/s"
-            print(f"step {step:5d}  loss {result['loss']:.4f}  {done}", flush=True)
+    phases = [(steps, settings.documents_per_step, settings.learning_rate, False)]
+    phases += [(corpus.last_steps, settings.documents_per_step // 2, settings.learning_rate / 5, True)]
+    for steps, count, rate, last in phases:
+        for step in range(steps):
+            samples = [document_sample(tokenizer, corpus, rng, last) for _ in range(count)]
+            result = sft_step(model, optimizer, samples, rate * cosine(step, steps))
+            tokens += result["tokens"]
+            if step % 50 == 0 or step + 1 == steps:
+                speed = tokens / (time.perf_counter() - start)
+                done = f"{tokens / 1e6:5.1f} M tokens  {speed:,.0f} tokens/s"
+                print(f"step {step:5d}  loss {result['loss']:.4f}  {done}", flush=True)
     save_model(out, model, tokenizer)
     print(f"wrote {out}")
 

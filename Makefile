@@ -16,7 +16,7 @@ help:
 	@echo "make baseline           zero-shot evaluation with 1024 new tokens"
 	@echo "make eval CKPT=folder   evaluate a checkpoint, tiny, or a hub id"
 	@echo "make report RUNS=folder  a page about one or more runs, to look at in a browser"
-	@echo "make play               type a problem, and watch the model think (CKPT=folder; default: the newest in runs/, else tiny)"
+	@echo "make play               watch the model before and after training think side by side (CKPT=\"tiny folder\": others)"
 	@echo "make check              does this machine's GPU, or CPU, calculate what it should? (ARGS='--model Qwen/Qwen3-1.7B')"
 	@echo "make study              the runs of the study in docs/study that have no result yet; goes on when stopped"
 	@echo "make study-quick        two of its runs again, in ten minutes, beside their results in docs/study"
@@ -28,20 +28,26 @@ help:
 	@echo "make clean              remove the environment and the caches; runs/ stays"
 
 .venv/ready: requirements.txt
-	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12')"
-	$(PYTHON) -m venv .venv
+	@command -v $(PYTHON) > /dev/null || { echo "error: no $(PYTHON): install Python 3.11 or newer, or make PYTHON=..."; exit 2; }
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
+		|| { echo "error: $$($(PYTHON) -V) is too old, 3.11 or newer is needed: make PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -c "import ensurepip, venv" 2> /dev/null \
+		|| { echo "error: $(PYTHON) has no venv module: install it (Debian, Ubuntu: apt install python3-venv)"; exit 2; }
+	@echo "setting up .venv, once: some minutes, up to 3 GB to download (most of it torch with CUDA)"
+	@$(PYTHON) -m venv .venv
 ifeq ($(TORCH),system)
 	@$(PYTHON) -c "$(SYSTEM_TORCH)" > .venv/torch.pth 2> /dev/null \
 		|| { echo "error: $(PYTHON) has no torch 2.11 or newer; name one that has: make setup TORCH=system PYTHON=..."; exit 2; }
 	@mv .venv/torch.pth .venv/lib/python*/site-packages
-	grep -v '^torch==' requirements.txt | $(BIN)/pip install --quiet -r /dev/stdin
+	@grep -v '^torch==' requirements.txt | $(BIN)/pip install --quiet -r /dev/stdin
 else
-	$(BIN)/pip install --quiet -r requirements.txt
+	@$(BIN)/pip install --quiet -r requirements.txt
 endif
 	@touch $@
 
 .venv/ready-test: .venv/ready requirements-test.txt
-	$(BIN)/pip install --quiet -r requirements-test.txt
+	@echo "setting up the tests, once: about a minute, some 20 MB to download"
+	@$(BIN)/pip install --quiet -r requirements-test.txt
 	@touch $@
 
 setup: .venv/ready

@@ -1,102 +1,121 @@
-"""Give a model a problem, and watch it think: `make play`, or `python play.py tiny`.
+"""Give models a problem, and watch them think side by side: `make play`, or `python play.py tiny tiny-256`.
 
-For Countdown type numbers and then the target: `7 9 11 22`. An empty line takes a random problem; `q` ends.
+They begin with a random problem. For Countdown type numbers and then the target: `7 9 11 22`. An empty line
+takes another random problem; `q` ends.
 """
 
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 import tyro
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
 from data.task import Problem
-from lab.checkpoint import checkpoints, saved_recipe
+from lab.checkpoint import saved_recipe
 from lab.device import pick_device
 from lab.errors import user_errors
-from lab.recipe import Recipe, checked, recipe_for
+from lab.recipe import Recipe, RecipeError, checked, recipe_for
 from lab.screen import printable
 from lab.setup import load_policy
-from model import KVCache, Qwen3, Tokenizer
-from model.sampler import random_streams, sample
-from rl.rollout import SamplingSettings, prompt_of
+from model import Qwen3, Tokenizer
+from model.sampler import random_streams, stream
+from rl.rollout import prompt_of
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Try a model out."""
+    """Try models out."""
 
-    model: tyro.conf.Positional[str | None] = None  # Checkpoint, tiny or hub id; default: the newest in runs/
+    models: tyro.conf.Positional[tuple[str, ...]] = ("tiny", "tiny-256")  # Checkpoints, or as in eval.py
     max_new_tokens: int | None = None  # Tokens a completion may have; default: the recipe's
     temperature: float | None = None  # 0 is greedy; default: the recipe's
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     seed: int | None = None  # Of the sampling and of random problems; default: a new one each time
 
 
-@torch.inference_mode()
-def stream(model: Qwen3, prompt: list[int], sampling: SamplingSettings, stops, seed: int) -> Iterator[int]:
-    """The ids of one completion, each as soon as it is sampled."""
-    distribution = (sampling.temperature, sampling.top_k, sampling.top_p)
-    uniforms = random_streams([prompt], 1, sampling.max_new_tokens, seed)[0, 0]
-    cache = KVCache(model.config, 1, len(prompt) + len(uniforms), model.device, model.dtype)
-    ids = prompt
-    for uniform in uniforms:
-        logits = model(torch.tensor([ids], device=model.device), cache=cache)[:, -1]
-        token, _ = sample(logits, uniform[None].to(model.device), model.num_tokens, *distribution)
-        ids = [token.item()]
-        yield ids[0]
-        if ids[0] in stops:
-            return
+@dataclass(frozen=True)
+class Player:
+    """A model, and how it is asked."""
+
+    source: str
+    recipe: Recipe
+    model: Qwen3
+    tokenizer: Tokenizer
+
+    def think(self, problem: Problem, seed: int) -> Iterator[tuple[str, str]]:
+        """The text so far after each token, and the verdict, which is empty before the last token."""
+        task, sampling, stops = self.recipe.task, self.recipe.sampling, self.tokenizer.stop_token_ids
+        prompt = prompt_of(self.tokenizer, task, problem, sampling)
+        uniforms = random_streams([prompt], 1, sampling.max_new_tokens, seed)[0, 0]
+        distribution = (sampling.temperature, sampling.top_k, sampling.top_p)
+        ids = []
+        for token, _ in stream(self.model, prompt, uniforms, stops, distribution):
+            ids.append(token)
+            text = self.tokenizer.decode([id for id in ids if id not in stops])
+            yield text.removesuffix("\N{REPLACEMENT CHARACTER}"), ""  # half a character
+        score = task.score(text, problem, sampling.thinking)
+        cut = "" if ids[-1] in stops else "cut off, "
+        yield text, f"{cut}{score.outcome}: reward {score.reward:.2f}, {len(ids)} tokens"
 
 
-def show_completion(model: Qwen3, tokenizer: Tokenizer, recipe: Recipe, problem: Problem, seed: int) -> None:
-    """Print one completion as it is sampled, its verdict, and a solution."""
-    prompt = prompt_of(tokenizer, recipe.task, problem, recipe.sampling)
-    print(f"\n{printable(str(problem))}")
-    ids = []
-    shown = ""
-    for token in stream(model, prompt, recipe.sampling, tokenizer.stop_token_ids, seed):
-        ids += [] if token in tokenizer.stop_token_ids else [token]
-        text = tokenizer.decode(ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else half a character
-            print(printable(text[len(shown) :]), end="", flush=True)
-            shown = text
-    verdict = recipe.task.score(tokenizer.decode(ids), problem, recipe.sampling.thinking)
-    solution = printable(recipe.task.solution(problem) or "there is none")
-    print(f"\n{verdict.outcome}, reward {verdict.reward:.2f}. A solution: {solution}\n")
-
-
-def newest_checkpoint() -> str:
-    folders = [folder for run in Path("runs").glob("**/checkpoints") for folder in checkpoints(run.parent)]
-    return str(max(folders, key=lambda path: path.stat().st_mtime, default="tiny"))
-
-
-def main(arguments: Arguments) -> None:
-    source = arguments.model or newest_checkpoint()
+def load_player(source: str, arguments: Arguments) -> Player:
     trained = saved_recipe(source)
     recipe = trained or replace(recipe_for(source), model=source, adapters=Recipe().adapters)
     given = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
-    changes = {name: value for name, value in given.items() if value is not None}
-    sampling = replace(recipe.sampling, **changes)
+    sampling = replace(recipe.sampling, **{name: value for name, value in given.items() if value is not None})
     recipe = checked(replace(recipe, stages=(), device=arguments.device, sampling=sampling))
-    model, tokenizer = load_policy(recipe, Path(source) if trained else None, pick_device(recipe))
+    checkpoint = Path(source) if trained else None
+    return Player(source, recipe, *load_policy(recipe, checkpoint, pick_device(recipe)))
+
+
+def side_by_side(players: list[Player], shown: list[tuple[str, str]], lines: int | None = None) -> Table:
+    """A column for each player with the last `lines` of its text, or all, and its verdict."""
+    table = Table(expand=True)
+    for player in players:
+        table.add_column(Text(player.source), ratio=1)
+    texts = ["\n".join(printable(text).splitlines()[-lines if lines else 0 :]) for text, _ in shown]
+    table.add_row(*map(Text, texts), end_section=True)
+    table.add_row(*(Text(verdict) for _, verdict in shown))
+    return table
+
+
+def show(players: list[Player], problem: Problem, seed: int) -> None:
+    """Ask all the same, show their tokens as they come, then verdicts and a solution."""
+    console = Console(markup=False, highlight=False)
+    console.print(printable(str(problem)))
+    thoughts = [player.think(problem, seed) for player in players]
+    shown = [("", "")] * len(players)
+    with Live(console=console, transient=True) as live:
+        for new in itertools.zip_longest(*thoughts):
+            shown = [after or before for before, after in zip(shown, new, strict=True)]
+            live.update(side_by_side(players, shown, max(1, console.height - 8)))
+    console.print(side_by_side(players, shown))
+    console.print(f"A solution: {printable(players[0].recipe.task.solution(problem) or 'there is none')}\n")
+
+
+def main(arguments: Arguments) -> None:
+    players = [load_player(source, arguments) for source in arguments.models]
+    task = players[0].recipe.task
+    if len({player.recipe.task.kind for player in players}) > 1:
+        raise RecipeError("these models were trained on different tasks: play with one at a time")
     rng = random.Random(arguments.seed)
-    print(f"{source}. Type {recipe.task.input_format}; an empty line for a random problem, q to end.")
-    while True:
+    line = ""
+    while line not in ("q", "quit", "exit"):
         try:
-            line = input("> ").strip()
-        except EOFError:
-            return
-        if line in ("q", "quit", "exit"):
-            return
-        try:
-            random_problem = None if line else recipe.task.generate(1, rng.randrange(2**31))[0]
-            problem = random_problem or recipe.task.parse_input(line)
+            problem = task.parse_input(line) if line else task.generate(1, rng.randrange(2**31))[0]
+            show(players, problem, rng.randrange(2**31))
         except ValueError as error:
             print(error)
-            continue
-        show_completion(model, tokenizer, recipe, problem, rng.randrange(2**31))
+        try:
+            line = input(f"{task.input_format}; an empty line for a random problem, q to end > ").strip()
+        except EOFError:
+            return
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from lab.recipe import Recipe, load_recipe
 from model import Completion, Qwen3, Tokenizer, generate, load_model, prompt_ids, render_chat, token_logprobs
 from model.cache import GroupCache
 from model.memory import token_bytes
-from model.sampler import DecodeBatch, plain_completion, prefill, random_streams, sample
+from model.sampler import DecodeBatch, prefill, random_streams, sample, stream
 from rl.advantage import group_advantages
 from rl.batch import Batch, Sample, make_batch, micro_batches, score_completions
 from rl.grpo import GRPOStage, add_gradient, grpo_step
@@ -42,7 +42,7 @@ train-256`, except for the size: one problem, and {SAMPLES} completions of at mo
 Completions are numbered from 0, and t counts the tokens of a completion, from 0."""
 CLOSING = """[From REINFORCE to GRPO](algorithm.md) says why each formula is what it is; the
 [exercises](exercises.md) are changes to make and to predict. In the code, read `grpo_step` in
-[grpo.py](../rl/grpo.py), then [rollout.py](../rl/rollout.py), `plain_completion` in
+[grpo.py](../rl/grpo.py), then [rollout.py](../rl/rollout.py), `stream` in
 [sampler.py](../model/sampler.py), [qwen3.py](../model/qwen3.py), [batch.py](../rl/batch.py) and
 [loss.py](../rl/loss.py). Outside the core, [stages.py](../lab/stages.py) repeats the step until a stage is
 done."""
@@ -199,7 +199,7 @@ def sampling_stop(walk: Walk) -> list[str]:
     """Sampling, token by token"""
     completion, uniforms = walk.group[FOLLOWED].completion, walk.uniforms[FOLLOWED]
     stops = walk.tokenizer.stop_token_ids
-    plain = plain_completion(walk.untrained, walk.prompt, uniforms, stops, (1.0, None, None))
+    plain = [token for token, _ in stream(walk.untrained, walk.prompt, uniforms, stops, (1.0, None, None))]
     probabilities = distributions(walk.untrained, walk.prompt, completion)
     rows = [("t", "id", "token", "u", "from", "to", "probability", "logprob")]
     for t, (token_id, logprob) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
@@ -217,9 +217,8 @@ def sampling_stop(walk: Walk) -> list[str]:
         table(rows),
         f"""The model is sure of its arithmetic, which it has learned, and of copying. It is unsure where
         there is a choice: which numbers, which operation, whether to stop (t = 23), whether to write
-        `<answer>` (t = 26). Only there can learning change much. {at(plain_completion)} is the same sampler
-        in ten lines, without a cache. Does it find the same ids?
-        {yes(plain.token_ids == completion.token_ids)}.""",
+        `<answer>` (t = 26). Only there can learning change much. {at(stream)} is the same sampler in
+        ten lines, for one completion. Does it find the same ids? {yes(plain == completion.token_ids)}.""",
     ]
 
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from data.load import fingerprint
 from data.task import Problem
-from lab.recipe import Recipe, RecipeError, from_dict, to_dict
+from lab.recipe import Recipe, RecipeError, from_dict
 from lab.runfolder import step_of
 from model import Qwen3, Tokenizer, adapter_state, load_adapter_state, save_model
-from model.weights import read_json
+from model.weights import EMBEDDED, read_json
 from rl.optimizer import Optimizer
 
 STATE, OPTIMIZER, RECIPE = "trainer_state.json", "optimizer.safetensors", "recipe.json"
@@ -69,7 +69,7 @@ def save_checkpoint(
             on_cpu = {name: tensor.cpu().contiguous() for name, tensor in state_tensors(optimizer)}
             safetensors.torch.save_file(on_cpu, temporary / OPTIMIZER)
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
-        (temporary / RECIPE).write_text(json.dumps(to_dict(recipe), indent=2) + "\n")
+        (temporary / RECIPE).write_text(json.dumps(asdict(recipe), indent=2) + "\n")
         digests = {path.name: digest(path) for path in sorted(temporary.iterdir())}
         (temporary / DIGESTS).write_text(json.dumps(digests, indent=2) + "\n")
         for path in [*temporary.iterdir(), temporary]:
@@ -141,7 +141,8 @@ def load_state(folder: Path) -> TrainState:
 
 def seen_by(model: str) -> list[str]:
     """The fingerprints of the problems that a model was trained on; empty for a model from elsewhere."""
-    return load_state(Path(model)).seen if (Path(model) / STATE).is_file() else []
+    folder = EMBEDDED.get(model, Path(model))
+    return load_state(folder).seen if (folder / STATE).is_file() else []
 
 
 def load_into(target: Optimizer | Qwen3, folder: Path) -> None:
@@ -183,7 +184,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 def saved_recipe(folder: str | Path) -> Recipe | None:
     """The recipe that a model was trained by, or None for one from elsewhere. RecipeError: it is damaged."""
-    path = Path(folder) / RECIPE
+    path = EMBEDDED.get(str(folder), Path(folder)) / RECIPE
     if not path.is_file():
         return None
     try:

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from rich.table import Table
 
-from lab.evaluate import Evaluation, bootstrap_interval, distinct_answers
+from lab.evaluate import Evaluation, bootstrap_interval
 from lab.recipe import Recipe
 from rl.metrics import non_latin_fraction, pass_at_k
 
@@ -38,7 +38,6 @@ def measures(candidate: Candidate) -> dict:
         "greedy": estimate(candidate.greedy),
         "samples": samples,
         "pass_at": {k: pass_at_k(groups, k) for k in range(1, samples + 1)},
-        "distinct_answers": distinct_answers(groups),
         "outcomes": {outcome: count / total for outcome, count in sampled.counts.items()},
         "by_difficulty": {
             kind: estimate(Evaluation.of(some)) | {"problems": len(some)}
@@ -90,7 +89,6 @@ def comparison_table(title: str, candidates: list[dict], differences: list[dict]
     if most > 1:
         for k in [*(k for k in (2, 4, 8, 16, 32, 64) if k < most), most]:
             row(f"pass@{k}", percent, [pass_at.get(k) for pass_at in column("pass_at")])
-        row("distinct answers a problem", "{:.2f}".format, column("distinct_answers"))
 
     # 2. What completions look like.
     table.add_section()

@@ -62,15 +62,6 @@ def problems_hash(problems: list[Problem]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def distinct_answers(groups: list[Group]) -> float:
-    """Mean number of different well-formed answers to a problem; SFT may raise accuracy and lower this."""
-    counts = []
-    for group in groups:
-        texts = [rollout.text for rollout in group if rollout.score.outcome != "malformed"]
-        counts.append(len({text.rpartition("<answer>")[2].partition("</answer>")[0] for text in texts}))
-    return fmean(counts)
-
-
 def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson, 1927); it lies in [0, 1] and is not empty at 0 or 1."""
     share = successes / trials

@@ -194,9 +194,4 @@ def explain(fault: dict, values, where: str) -> str:
 
 def checked(recipe: Recipe) -> Recipe:
     """The same recipe, if all its fields are in their ranges; else a RecipeError."""
-    return from_dict(Recipe, to_dict(recipe))
-
-
-def to_dict(recipe: Recipe) -> dict:
-    """A recipe as plain JSON; `from_dict(Recipe, ...)` is the inverse."""
-    return asdict(recipe)
+    return from_dict(Recipe, asdict(recipe))

@@ -18,7 +18,7 @@ from torch import Tensor
 from data.load import read_jsonl
 from data.task import Task
 from data.traces import Trace
-from lab.recipe import Recipe, RecipeError, from_dict, to_dict
+from lab.recipe import Recipe, RecipeError, from_dict
 from model.weights import read_json
 from rl.rollout import Rollout
 
@@ -71,7 +71,7 @@ class RunFolder:
         self.check_free()
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions["platform"] = platform.platform()
-        config = {"recipe": to_dict(recipe), "problems": problems}
+        config = {"recipe": asdict(recipe), "problems": problems}
         config |= {"versions": versions, "git_revision": git_revision()}
         write_whole(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
@@ -81,7 +81,7 @@ class RunFolder:
             stored = from_dict(Recipe, read_json(self.path / "config.json")["recipe"])
         except (ValueError, KeyError) as error:
             raise RecipeError(f"{self.path}: no run to resume here: {error}") from None
-        started, given = flatten(to_dict(stored)), flatten(to_dict(recipe))
+        started, given = flatten(asdict(stored)), flatten(asdict(recipe))
         for name in started | given:
             old, new = started.get(name), given.get(name)
             if name not in FREE_ON_RESUME and old != new:

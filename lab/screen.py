@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
@@ -69,8 +68,6 @@ class LiveScreen(Screen):
         self.points: list[tuple[int, float]] = []  # (step, held-out accuracy in %)
         self.samples: dict[str, Rollout] = {}  # the last correct and the last wrong one
         self.progress = ("", 0, 1, 0.0)  # (activity, completions done, total, tokens a second)
-        self.times = deque([time.perf_counter()], maxlen=21)  # ends of the last GRPO steps
-        self.grpo_steps = self.grpo_left = sum(stage.steps for stage in recipe.stages if stage.kind == "grpo")
         self.live = Live(console=console, get_renderable=self.draw, transient=True, refresh_per_second=4)
 
     def __enter__(self):
@@ -92,10 +89,6 @@ class LiveScreen(Screen):
     def step(self, row: dict, stages: int, done: int, steps: int) -> None:
         self.row = row
         self.position = (done, steps)
-        self.grpo_left = self.grpo_steps - row["grpo_steps"]
-        if row["kind"] != "grpo" or not row["step"]:
-            self.times.clear()
-        self.times.append(time.perf_counter())
         self.history([row])
         if "eval_accuracy" in row:
             super().step(row, stages, done, steps)
@@ -141,10 +134,8 @@ class LiveScreen(Screen):
         parts = [f"{name}  step {self.position[0]}/{self.position[1]}", activity]
         if speed:
             parts += [f"{done}/{total} completions", f"{speed:,.0f} tokens/s"]
-        if len(self.times) >= 3 and self.grpo_left:
-            each = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
-            minutes, seconds = divmod(round(each * self.grpo_left), 60)
-            parts.append(f"{minutes}:{seconds:02} of GRPO left")
+        if "rollout_seconds" in self.row:
+            parts.append(f"{time_left(self.row, self.recipe)} of GRPO left")
         return Columns(parts, padding=(0, 2))
 
     def _figures(self) -> Columns:
@@ -224,9 +215,8 @@ def describe_run(recipe: Recipe, model, train: list, held_out: list, resumed_at:
     """The lines that a run begins with."""
     on_gpu = model.device.type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    dtype = str(model.dtype).removeprefix("torch.") + ", for want of bfloat16" * (
-        not has_bfloat16(model.device)
-    )
+    dtype = str(model.dtype).removeprefix("torch.")
+    dtype += ", for want of bfloat16" * (not has_bfloat16(model.device))
     stages = []
     for stage in recipe.stages:
         batch = "" if stage.kind == "sft" else f" of {stage.prompts_per_step} x {stage.samples_per_prompt}"
@@ -236,7 +226,7 @@ def describe_run(recipe: Recipe, model, train: list, held_out: list, resumed_at:
         f"model     {recipe.model}: {model.config.num_parameters():,} parameters, {dtype}, on {device}\n"
         f"problems  {len(train):,} to train on, {len(held_out):,} held out\n"
         f"stages    {', '.join(stages) or 'none: zero-shot evaluation only'}\n"
-        f"run       {recipe.out}{resumed}"
+        f"run       {recipe.out}{resumed}; watch the share of correct completions, and read rollouts/ there"
     )
 
 
@@ -254,23 +244,30 @@ def step_line(row: dict, stages: int, done: int, steps: int) -> str:
     return "  ".join(parts)
 
 
+def time_left(row: dict, recipe: Recipe) -> str:
+    """Minutes and seconds for the GRPO steps to come, if each takes as long as that of `row`."""
+    steps = sum(stage.steps for stage in recipe.stages if stage.kind == "grpo") - row["grpo_steps"]
+    minutes, seconds = divmod(round((row["rollout_seconds"] + row["update_seconds"]) * steps), 60)
+    return f"{minutes}:{seconds:02}"
+
+
 def silence(row: dict, recipe: Recipe) -> str | None:
-    """Why a batch teaches next to nothing, and what helps; before any step, what is to be expected."""
+    """After an evaluation by which batches teach next to nothing: why, and what helps."""
     stages = [stage for stage in recipe.stages[row["stage"] :] if stage.kind == row["kind"] == "grpo"]
     if not stages:
         return None
     samples, prompts = stages[0].samples_per_prompt, stages[0].prompts_per_step
-    if row["step"]:
-        cut_off, silent, right = row["truncated_fraction"], row["silent_groups"], row["train_accuracy"]
-    else:
-        cut_off, formed, right = row["eval_truncated_fraction"], row["eval_format_rate"], row["eval_accuracy"]
-        silent = formed**samples + (1 - formed) ** samples
+    cut_off, formed, right = (
+        row[f"eval_{name}"] for name in ("truncated_fraction", "format_rate", "accuracy")
+    )
+    silent = sum(share**samples for share in (right, formed - right, 1 - formed))
     if silent < 0.9 or right > 0.5:
         return None
     limit = recipe.sampling.max_new_tokens
+    some = f"{prompts * (1 - silent):.1f} of {prompts}"
     return (
-        f"{100 * cut_off:.1f} % of completions are cut off at {limit} tokens; {prompts * (1 - silent):.1f} "
-        f"of {prompts} groups a step can teach: in the others all rewards are equal.\n"
+        f"{100 * cut_off:.1f} % of completions are cut off at {limit} tokens. About {some} groups a step can "
+        "teach: in the others all rewards are equal.\n"
         "The paper's run with 256 tokens earned nothing for 30 steps either, and then took off. What helps: "
         f"more samples a prompt (--stages.{row['stage']}.samples-per-prompt {4 * samples}), no thinking "
         f"(--sampling.no-thinking), more room (--sampling.max-new-tokens {2 * limit})"

@@ -3,7 +3,7 @@
 import contextlib
 import re
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from data import DataError
 from data.load import endless_problems
@@ -14,10 +14,10 @@ from lab.device import peak_memory, processes, restarted
 from lab.errors import Stopped, stoppable
 from lab.evaluate import EVALUATION_SEED, evaluate
 from lab.plots import paper_points, write_curve
-from lab.recipe import Recipe, RecipeError, to_dict
+from lab.recipe import Recipe, RecipeError
 from lab.report import write_report
 from lab.runfolder import RunFolder
-from lab.screen import describe_run, final_line, pick_screen, silence
+from lab.screen import describe_run, final_line, pick_screen, silence, time_left
 from lab.setup import find_state, set_up, stage_start_model
 from model.sampler import Cancelled
 from rl.batch import Sample
@@ -29,7 +29,6 @@ from rl.rollout import prompt_of
 from rl.sft import sft_schedule, sft_step
 
 MAX_SKIPPED_UPDATES = 5  # in a row, then the run ends
-TELL_EVERY = 10  # steps between words on silent batches
 
 
 def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -> None:
@@ -41,7 +40,6 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
     # 1. Set up: the run's folder and screen, its model and problems, and where it stands.
     started = time.perf_counter()
     saving = last_save = 0.0  # seconds
-    told = -TELL_EVERY  # the step at which a silent batch was last spoken of
     run = RunFolder(recipe.out)
     with processes(), contextlib.ExitStack() as stack:
         if is_main():
@@ -57,7 +55,7 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
             run.rewind(state.step if checkpoint else -1)
         screen.history(run.metrics())
         if wandb and is_main():
-            run.start_wandb(to_dict(recipe))
+            run.start_wandb(asdict(recipe))
 
         def evaluation(last: bool) -> dict[str, float]:
             """Accuracy on held-out problems, sampled as in training; if `last`, on more, and greedy too."""
@@ -83,16 +81,15 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
 
         def record(row: dict, steps: int) -> None:
             """Log and show the metrics of a step, one of the `steps` of its stage."""
-            nonlocal told
             if is_main():
                 run.log(row)
                 screen.step(row, len(recipe.stages), state.stage_step, steps)
-                words = silence(row, recipe)
-                if words and row["step"] >= told + TELL_EVERY:
-                    screen.say(words)
-                    told = row["step"]
+                if row["kind"] == "grpo" and state.stage_step == 3:
+                    screen.say(f"at this speed, {time_left(row, recipe)} of GRPO left, without evaluations")
                 if "eval_accuracy" in row:
                     write_curve(run, paper_points(recipe))
+                    if words := silence(row, recipe):
+                        screen.say(words)
 
         def save(optimizer: Optimizer | None) -> None:
             """Save a checkpoint. Rank 0 writes; the others wait."""

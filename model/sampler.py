@@ -1,6 +1,6 @@
 """Sampling: from logits to tokens, and from prompts to completions.
 
-`plain_completion` is all that sampling is; `generate` does the same for many completions at once, and fast.
+`stream` is all that sampling is; `generate` does the same for many completions at once, and fast.
 """
 
 import hashlib
@@ -115,23 +115,23 @@ def random_streams(
     return torch.from_numpy(streams)
 
 
-def plain_completion(
+@torch.inference_mode()
+def stream(
     model: Qwen3, prompt: list[int], uniforms: Tensor, stops: tuple[int, ...], distribution: Distribution
-) -> Completion:
-    """Sample one completion without a cache: every token comes from a forward over all tokens before it.
+) -> Iterator[tuple[int, float]]:
+    """The tokens of one completion as they are sampled, each with its log-probability in nats.
 
     `uniforms` [max_new_tokens] are random numbers in [0, 1), `stops` the stop token ids.
     """
-    token_ids: list[int] = []
-    logprobs: list[float] = []
-    for uniform in uniforms:
-        logits = model(torch.tensor([prompt + token_ids], device=model.device))[:, -1]
-        sampled, logprob = sample(logits, uniform[None], model.num_tokens, *distribution)
-        token_ids.append(sampled.item())
-        logprobs.append(logprob.item())
-        if token_ids[-1] in stops:
-            return Completion(token_ids, logprobs, finished=True)
-    return Completion(token_ids, logprobs, finished=False)
+    cache = KVCache(model.config, 1, len(prompt) + len(uniforms), model.device, model.dtype)
+    ids = prompt
+    for uniform in uniforms.to(model.device):
+        logits = model(torch.tensor([ids], device=model.device), cache=cache)[:, -1]
+        token, logprob = sample(logits, uniform[None], model.num_tokens, *distribution)
+        ids = [token.item()]
+        yield ids[0], logprob.item()
+        if ids[0] in stops:
+            return
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from model.tokenizer import FILES as TOKENIZER_FILES
 from model.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "tiny"
-EMBEDDED = {"tiny": TINY, "tiny-calculus": TINY.with_name("tiny-calculus")}
+EMBEDDED = {name: TINY.with_name(name) for name in ("tiny", "tiny-256", "tiny-calculus")}
 INDEX = "model.safetensors.index.json"
 DOWNLOADED = ["config.json", *TOKENIZER_FILES, INDEX, "model.safetensors", "model-*.safetensors"]  # no pickle
 DTYPES = ("float32", "bfloat16", "float16", "float64")

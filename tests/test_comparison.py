@@ -36,7 +36,6 @@ def test_measures_by_hand():
     assert found["accuracy"]["low"] == pytest.approx(0.1500, abs=1e-4)  # Wilson of 2 in 4
     # 3, 1, 4 and 0 of four are correct; of two draws both miss with chance 0, 3/6, 0 and 1, of three 0, 1/4, 0 and 1.
     assert found["pass_at"] == pytest.approx({"1": 0.5, "2": 0.625, "3": 0.6875, "4": 0.75})
-    assert found["distinct_answers"] == 2.0
     assert found["outcomes"] == {"correct": 8 / 16, "near": 1 / 16, "wrong": 1 / 16, "malformed": 6 / 16}
     assert {kind: (row["mean"], row["problems"]) for kind, row in found["by_difficulty"].items()} == {
         "3 numbers, + and - suffice": (0.875, 2),

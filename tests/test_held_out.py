@@ -13,7 +13,7 @@ import eval as eval_command
 from data import Countdown, Problem, generate_problems, split_problems
 from data.load import endless_problems, fingerprint, read_jsonl
 from lab.checkpoint import RECIPE, STATE, TrainState, load_state, seen_by
-from lab.recipe import EvaluationSettings, Recipe, RecipeError, problems_of, to_dict
+from lab.recipe import EvaluationSettings, Recipe, RecipeError, problems_of
 from lab.runfolder import RunFolder
 from lab.stages import train
 
@@ -53,7 +53,7 @@ def trained(folder: Path, recipe: Recipe, steps: int, resumed: bool) -> set:
         if resumed or step == steps - 1:
             (folder / STATE).write_text(json.dumps(asdict(state)))
             state = load_state(folder)
-    (folder / RECIPE).write_text(json.dumps(to_dict(recipe)))
+    (folder / RECIPE).write_text(json.dumps(asdict(recipe)))
     return sampled
 
 

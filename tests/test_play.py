@@ -8,17 +8,20 @@ from helpers import random_model
 
 import play
 from data import Countdown, Problem
+from lab.recipe import RecipeError
 from model import generate
-from rl.rollout import SamplingSettings
+from model.sampler import random_streams, stream
+from rl import score
+from rl.rollout import prompt_of
 
 
 @pytest.mark.parametrize("distribution", [(1.0, None, None), (0.0, None, None), (1.3, 9, 0.7)])
 def test_streamed_tokens_are_those_that_the_sampler_gives(distribution):
     model, prompt, stops = random_model(std=0.2), [5, 17, 3, 44], (7, 30)
     chosen = dict(zip(("temperature", "top_k", "top_p"), distribution))
-    ids = list(play.stream(model, prompt, SamplingSettings(max_new_tokens=20, **chosen), stops, seed=4))
+    ids, logprobs = zip(*stream(model, prompt, random_streams([prompt], 1, 20, 4)[0, 0], stops, distribution))
     ((completion,),) = generate(model, [prompt], max_new_tokens=20, stop_token_ids=stops, seed=4, **chosen)
-    assert ids == completion.token_ids
+    assert list(ids) == completion.token_ids and logprobs == pytest.approx(completion.logprobs, abs=1e-5)
 
 
 def test_a_line_of_numbers_is_a_problem_and_any_other_is_refused():
@@ -30,13 +33,31 @@ def test_a_line_of_numbers_is_a_problem_and_any_other_is_refused():
 
 
 @pytest.mark.parametrize("end", ["q\n7 9 11 22\n", ""], ids=["q", "end of input"])
-def test_a_session_shows_thoughts_verdict_and_solution_and_ends(end, monkeypatch, capsys):
+def test_a_session_shows_thoughts_verdicts_and_solutions_side_by_side_and_ends(end, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("7 9 11 22\nnonsense\n1 1 50\n\n" + end))
-    play.main(play.Arguments("tiny", max_new_tokens=40, temperature=0.0))
+    play.main(play.Arguments(("tiny", "tiny-256"), max_new_tokens=40, temperature=0.0))
     shown = capsys.readouterr().out
-    assert shown.startswith("tiny. Type numbers and then the target, as in 7 9 11 22;")
-    assert "7, 9, 11 -> 22" in shown and "A solution: " in shown and "(9 - 7)" in shown
-    assert "type whole numbers" in shown and "there is none" in shown
-    assert shown.count("reward") == 3
-    drawn = shown.split("there is none")[1].split("\n")[3]
-    assert re.fullmatch(r"(\d+, ){2,3}\d+ -> [1-5]\d", drawn), drawn
+    assert re.match(r"(\d+, ){2,3}\d+ -> [1-5]\d\n", shown), "a random problem comes first"
+    assert (
+        len(re.findall(r"┃ tiny +┃ tiny-256 +┃", shown)) == shown.count("A solution: ") == shown.count("reward 0.00, 40") == 4
+    )
+    assert "7, 9, 11 -> 22" in shown and "(9 - 7)" in shown and "there is none" in shown
+    assert shown.count("type whole numbers") == 1 and shown.count("q to end > ") == (5 if end else 4) + 1
+
+
+def test_the_verdict_on_a_completion_is_the_tasks_own_and_names_its_end():
+    player = play.load_player("tiny-256", play.Arguments(temperature=0.0, device="cpu"))
+    problem = Problem((3, 4, 5), 12)
+    prompt = prompt_of(player.tokenizer, player.recipe.task, problem, player.recipe.sampling)
+    stops = player.tokenizer.stop_token_ids
+    ((completion,),) = generate(player.model, [prompt], max_new_tokens=256, stop_token_ids=stops, temperature=0.0)
+    text = player.tokenizer.decode(completion.token_ids[:-1])
+    *before, (last, verdict) = player.think(problem, seed=1)
+    assert completion.finished and last == text and all(text.startswith(part) and not end for part, end in before)
+    scored = score(text, problem)
+    assert verdict == f"{scored.outcome}: reward {scored.reward:.2f}, {len(completion.token_ids)} tokens"
+
+
+def test_models_of_two_tasks_are_refused_in_one_line():
+    with pytest.raises(RecipeError, match="one at a time"):
+        play.main(play.Arguments(("tiny", "tiny-calculus"), device="cpu"))

@@ -1,13 +1,13 @@
 """Recipes: what ships loads, what is written wrong is refused by the name of its field, and nothing is lost on the way."""
 
 import json
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
 
-from lab.recipe import RECIPES, Recipe, RecipeError, build_recipe, checked, from_dict, load_recipe, read_tables, to_dict
+from lab.recipe import RECIPES, Recipe, RecipeError, build_recipe, checked, from_dict, load_recipe, read_tables
 from rl.grpo import GRPOStage
 from rl.rollout import SamplingSettings
 from rl.sft import SFTStage
@@ -34,7 +34,7 @@ def test_every_recipe_loads_survives_json_and_states_its_thinking_mode_trap_trun
     """Qwen3-1.7B in thinking mode rarely finishes in 256 tokens at first, so the mode decides what step 0 shows."""
     loaded_name, recipe = load_recipe(name)
     assert loaded_name == name
-    again = from_dict(Recipe, json.loads(json.dumps(to_dict(recipe))))
+    again = from_dict(Recipe, json.loads(json.dumps(asdict(recipe))))
     assert again == recipe and list(map(type, again.stages)) == list(map(type, recipe.stages))
     assert isinstance(read_tables(RECIPES / f"{name}.toml")["sampling"]["thinking"], bool)
 

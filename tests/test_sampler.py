@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_map_only
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import model.sampler
-from model import generate
-from model.sampler import DecodeBatch, GraphedStep, plain_completion, random_streams, sample
+from model import Completion, generate
+from model.sampler import DecodeBatch, GraphedStep, random_streams, sample
 from rl.batch import Sample, completion_logprobs, make_batch
 
 PROMPTS = [[5, 17, 3, 44, 9], [8], [61, 2, 2, 30, 71, 12, 4, 4, 25], [19, 6, 40], [8, 1, 77, 50, 3, 9, 13]]
@@ -210,8 +210,18 @@ STREAMS = random_streams(COPIES, 5, 40, seed=3)
 
 
 @torch.inference_mode()
-def one_by_one(decoder, distribution) -> list:
-    return [plain_completion(decoder, p, s, STOPS, distribution) for p, group in zip(COPIES, STREAMS) for s in group]
+def one_by_one(decoder, distribution) -> list[Completion]:
+    """Without a cache: every token comes from a forward over all tokens before it."""
+    completions = []
+    for prompt, uniforms in ((prompt, uniforms) for prompt, group in zip(COPIES, STREAMS) for uniforms in group):
+        ids, logprobs = [], []
+        while len(ids) < len(uniforms) and not set(ids[-1:]) & set(STOPS):
+            logits = decoder(torch.tensor([prompt + ids]))[:, -1]
+            token, logprob = sample(logits, uniforms[len(ids), None], decoder.num_tokens, *distribution)
+            ids.append(token.item())
+            logprobs.append(logprob.item())
+        completions.append(Completion(ids, logprobs, ids[-1] in STOPS))
+    return completions
 
 
 @pytest.mark.parametrize("static", [False, True])

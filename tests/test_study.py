@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from unittest import mock
 
 import pytest
@@ -13,7 +13,7 @@ from experiments.study import report
 from experiments.study import run as study
 from experiments.study.report import Estimate, paired_difference
 from experiments.study.run import Arguments, execute, load_arms, next_run, plan, run_study, trace_folders
-from lab.recipe import RECIPES, RecipeError, build_recipe, to_dict
+from lab.recipe import RECIPES, RecipeError, build_recipe
 from lab.runfolder import flatten
 
 SMALL = """
@@ -74,7 +74,7 @@ def test_the_main_arms_take_the_same_grpo_steps_and_differ_in_nothing_else():
 
 def test_every_ablation_changes_one_thing_in_grpo_alone():
     arms = [arm for arm in load_arms(Arguments().recipe) if arm.name == "grpo" or not arm.is_main]
-    recipes = {arm.name: flatten(to_dict(build_recipe(arm.tables, RECIPES))) for arm in arms}
+    recipes = {arm.name: flatten(asdict(build_recipe(arm.tables, RECIPES))) for arm in arms}
     assert len({r["stages.0.prompts_per_step"] * r["stages.0.samples_per_prompt"] for r in recipes.values()}) == 1
     base, changed = recipes.pop("grpo"), {}
     for name, recipe in recipes.items():

@@ -28,7 +28,7 @@ from lab.runfolder import RunFolder
 from lab.setup import load_policy, set_up, stage_start_model
 from lab.stages import train
 from model import Qwen3Config, Tokenizer, generate, load_model, save_model
-from model.sampler import plain_completion, random_streams
+from model.sampler import random_streams, stream
 from rl.batch import Sample, make_batch, score_completions
 
 CPU = torch.device("cpu")
@@ -82,8 +82,8 @@ def test_a_model_of_any_precision_is_sampled_and_scored():
     options = dict(num_samples=2, max_new_tokens=6, seed=3)
     ((first, _),) = generate(model, [[5, 17, 3]], **options)
     uniforms = random_streams([[5, 17, 3]], 2, 6, seed=3)[0, 0]
-    plain = plain_completion(model, [5, 17, 3], uniforms, (), (1.0, None, None))
-    assert first.token_ids == plain.token_ids and np.allclose(first.logprobs, plain.logprobs, rtol=1e-12)
+    ids, logprobs = zip(*stream(model, [5, 17, 3], uniforms, (), (1.0, None, None)))
+    assert first.token_ids == list(ids) and np.allclose(first.logprobs, logprobs, rtol=1e-12)
     assert first.logprobs != np.float32(first.logprobs).tolist()  # none is rounded
     batch = make_batch([Sample([5, 17, 3], first.token_ids, first.logprobs, 1.0)])
     scored = score_completions(model, batch).logprobs[0].tolist()

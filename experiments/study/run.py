@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ import tyro
 
 from experiments.study.report import write_report
 from lab.errors import user_errors
-from lab.recipe import RECIPES, Recipe, RecipeError, build_recipe, from_dict, merge, read_tables, to_dict
+from lab.recipe import RECIPES, Recipe, RecipeError, build_recipe, from_dict, merge, read_tables
 from lab.runfolder import RunFolder
 from lab.stages import train
 from rl.sft import SFTStage
@@ -180,7 +180,7 @@ def result_of(run: StudyRun, rows: list[dict]) -> dict:
         },
         "versions": config["versions"],
         "git_revision": config["git_revision"],
-        "recipe": to_dict(run.recipe),
+        "recipe": asdict(run.recipe),
     }
 
 

@@ -8,7 +8,7 @@ BIN := .venv/bin
 ARGS ?=
 TESTS ?= tests
 
-.PHONY: help setup setup-test train-256 train-512 baseline eval report play check study study-quick test tiny-base lint clean
+.PHONY: help setup setup-test train-256 train-512 baseline eval report play check study study-quick test tiny-base tiny-256 lint clean
 
 help:
 	@echo "make train-256          GRPO -> SFT -> GRPO with 256 new tokens (ARGS='--out runs/x' adds options)"
@@ -22,7 +22,8 @@ help:
 	@echo "make study-quick        two of its runs again, in ten minutes, beside their results in docs/study"
 	@echo "make test               run the tests (TESTS=tests/test_loss.py: some of them)"
 	@echo "make lint               check style and format (ruff)"
-	@echo "make tiny-base          train the embedded model again from random weights, over model/tiny (twenty minutes; TASK=calculus: the other one)"
+	@echo "make tiny-base          train the embedded model again from random weights, over model/tiny (MINUTES; TASK=calculus: the other one)"
+	@echo "make tiny-256           train-256, and keep the result as model/tiny-256"
 	@echo "make setup              only install what the above needs (setup-test: what test and lint need too);"
 	@echo "                        TORCH=system uses the torch that PYTHON has, 2.11 or newer, instead of installing one"
 	@echo "make clean              remove the environment and the caches; runs/ stays"
@@ -93,6 +94,9 @@ lint: setup-test
 tiny-base: TASK ?= countdown
 tiny-base: setup
 	$(BIN)/python -m experiments.bases.train --task $(TASK) $(ARGS)
+
+tiny-256: train-256
+	$(BIN)/python -m experiments.bases.keep
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -36,7 +36,7 @@ from rl.optimizer import Optimizer, OptimizerSettings
 from rl.rollout import SamplingSettings, prompt_of
 from rl.sft import sft_step
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "group-relative-rl/decoding.json"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pocketgrpo/decoding.json"
 NEW_TOKENS = 96  # of a completion: two blocks of the cache, so at least two graphs
 # What rounding explains: the share of ids that differ, nats between log-probabilities, parts of a gradient.
 ROUNDING = {torch.float32: (0.01, 5e-3, 5e-3), torch.bfloat16: (0.15, 0.05, 0.1)}

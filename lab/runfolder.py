@@ -129,7 +129,7 @@ class RunFolder:
         id_file = self.path / "wandb_id"  # of this run alone, which a resumed one goes on under
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(8))
-        options = {"project": "group-relative-rl", "name": "-".join(self.path.parts[-2:])}
+        options = {"project": "pocketgrpo", "name": "-".join(self.path.parts[-2:])}
         options |= {"id": id_file.read_text(), "resume": "allow"}
         try:
             self.wandb = wandb.init(**options, dir=str(self.path), config=config)

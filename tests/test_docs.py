@@ -1,6 +1,7 @@
 """What the documents say about the code is true: links, names and paths exist, the notebook's asserts hold."""
 
 import ast
+import inspect
 import json
 import re
 import subprocess
@@ -11,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.study.report import load_runs, paired_difference
-from experiments.study.run import RESULTS, Arguments, load_arms
+from docs import make_readme
 from lab.recipe import STAGES, Recipe
+from rl import grpo_step
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "docs" / "one_step.ipynb"
@@ -79,9 +80,18 @@ def test_every_link_leads_to_a_file_and_every_name_in_it_is_defined_there(docume
             assert anchor in anchors(path), f"{document.name}: {name or document.name} has no heading #{anchor}"
 
 
-def test_the_readmes_python_runs():
+def test_the_readme_is_short_and_has_the_code_as_it_is():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 900 and text.count("\n") <= 150
+    assert make_readme.filled(text) == text, "python -m docs.make_readme"
+    assert inspect.getsource(grpo_step) in text
+    changed = text.replace("group_advantages(rewards", "other(rewards")
+    assert changed != text and make_readme.filled(changed) == text, "trap: a part that is not filled in"
+
+
+def test_the_python_for_your_own_code_runs():
     namespace = {}
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "runs.md").read_text(), flags=re.DOTALL | re.MULTILINE)
     for block in blocks:
         exec(block.replace("samples_per_prompt=16", "samples_per_prompt=2"), namespace)
     assert len(blocks) == 2 and namespace["metrics"]["rollout_seconds"] > 0 and len(namespace["groups"][0]) == 2
@@ -127,16 +137,6 @@ def test_every_file_and_every_option_of_a_recipe_that_a_document_names_exists(do
         if document.name == "exercises.md" and option.split(".")[-1] in added:
             continue  # a solution's own
         assert re.sub(r"^stages\.\d+", "stages.0", option) in options, f"{document.name}: no option --{option}"
-
-
-def test_the_disputes_figures_are_the_studys_and_no_arm_is_left_out():
-    arms, runs = load_arms(Arguments().recipe), load_runs(RESULTS)
-    text = " ".join((ROOT / "docs" / "algorithm.md").read_text().partition("## Disputes")[2].split())
-    said = dict(re.findall(r"`([\w .]+)`[):, ]+([+-][\d.]+ \([+-][\d.]+ to [+-][\d.]+\))", text))
-    elsewhere = {"near-miss reward", "32 x 4", "16 x 8"}  # no dispute of the literature
-    assert said.keys() == {arm.name for arm in arms if not arm.is_main} - elsewhere
-    for arm, figures in said.items():
-        assert figures == paired_difference(runs[arm], runs["grpo"]).signed, arm
 
 
 def run_notebook(source: Path, target: Path) -> subprocess.CompletedProcess:

@@ -51,6 +51,10 @@ def test_near_misses_earn_part_of_the_reward_unless_a_recipe_says_otherwise(sett
     assert reward_for(near, "79", RewardSettings(**settings)) == Score(expected, "near")
     for other in (CORRECT, WRONG, MALFORMED):
         assert reward_for(other, "79", RewardSettings(**settings)) == other
+    unformed = {
+        score: reward_for(score, "79", RewardSettings(**settings, format=False)).reward for score in (CORRECT, near, WRONG)
+    }
+    assert unformed == {CORRECT: 1.0, near: 0.75 if expected == 0.75 else 0.0, WRONG: 0.0}
 
 
 def test_the_drifted_share_is_of_all_characters():

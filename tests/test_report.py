@@ -103,6 +103,6 @@ def test_a_browser_draws_charts_and_rollouts(page, tmp_path):
         "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri(),
     ]  # fmt: skip
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    assert "<title>Runs</title>" in shown  # where an error would stand
+    assert "<title>pocketgrpo: runs</title>" in shown  # where an error would stand
     assert shown.count("<figure") == 12 and shown.count('<article class="card"') == 3
     assert shown.count("<polygon") == 2 and "NaN" not in shown.partition('<script id="data"')[0]

@@ -100,14 +100,8 @@ def test_a_chart_is_as_high_as_its_points_and_holds_each_until_the_next():
     assert [line[7:] for line in chart([(0, 5.0), (1, 20.0), (2, 10.0), (3, 15.0)], 4, 1)] == ["▂█▄▆"]
 
 
-START = {
-    "stage": 0,
-    "kind": "grpo",
-    "step": 0,
-    "eval_truncated_fraction": 0.975,
-    "eval_format_rate": 0.002,
-    "eval_accuracy": 0.001,
-}
+SHARES = {"eval_truncated_fraction": 0.975, "eval_format_rate": 0.002, "eval_accuracy": 0.001}
+START = {"stage": 0, "kind": "grpo", "step": 0, **SHARES}
 
 
 def test_a_start_from_nothing_and_a_silent_batch_are_put_into_words():

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, replace
 from unittest import mock
 
+import numpy as np
 import pytest
 
 import lab.stages
@@ -82,7 +83,7 @@ def test_every_ablation_changes_one_thing_in_grpo_alone():
     pairs = [{"clip_low", "clip_high"}, {"prompts_per_step", "samples_per_prompt"}]
     assert all(len(names) == 1 or names in pairs for names in changed.values()), changed
     covered = set().union(*changed.values())
-    assert covered >= {"clip_low", "scale_by_std", "aggregation", "near_miss", "updates_per_step", "samples_per_prompt"}
+    assert covered >= {"scale_by_std", "near_miss", "format", "learning_rate", "updates_per_step", "samples_per_prompt"}
 
 
 def test_a_run_waits_for_the_run_whose_traces_it_learns_from():
@@ -205,6 +206,16 @@ def test_tables_by_hand():
     assert end[0][4] == "after 0.00 M generated tokens, %"  # 2,000 of them
     assert end[2][:8] == ["grpo", "2", "12.0 ± 0.0", "24.0 ± 0.0", "11.0 ± 12.7", "0.0", "10.0", "0.00"]
     assert end[3][:5] == ["longer", "1", "44.0", "", "24.0"]
+
+
+def test_the_take_off_by_hand():
+    steps = {"completion_length": np.array([50.0, 70.0])}
+    grpo = [replace(made_up("grpo", seed, {0: 0.0, 10: 5.0, 20: 15.0 + seed}, final=12.0), steps=steps) for seed in (0, 5)]
+    late = [replace(made_up("late", seed, {0: 0.0, 70: 9.0, 90: 9.0 + 2 * seed}), steps=steps) for seed in (0, 1)]
+    assert grpo[0].passes(10.0) == pytest.approx((15.0, 1500.0)) and all(map(math.isnan, late[0].passes(10.0)))
+    rows = [line.strip("| ").split(" | ") for line in report.ablation_table(grpo, {"late": late}).splitlines()]
+    assert rows[2] == ["grpo", "2", "12.0 ± 0.0", "", "2 of 2", "14 (13 to 15)", "0.00", "24.0 ± 0.0", "60"]
+    assert rows[3][4:7] == ["1 of 2", "80 (80 to 80)", "0.01"]
 
 
 def test_an_sft_stage_is_one_point_beside_the_last_of_grpo():

@@ -40,15 +40,15 @@ ifeq ($(TORCH),system)
 	@$(PYTHON) -c "$(SYSTEM_TORCH)" > .venv/torch.pth 2> /dev/null \
 		|| { echo "error: $(PYTHON) has no torch 2.11 or newer; name one that has: make setup TORCH=system PYTHON=..."; exit 2; }
 	@mv .venv/torch.pth .venv/lib/python*/site-packages
-	@grep -v '^torch==' requirements.txt | $(BIN)/pip install --quiet -r /dev/stdin
+	@grep -v '^torch==' requirements.txt | $(BIN)/pip install --quiet --disable-pip-version-check -r /dev/stdin
 else
-	@$(BIN)/pip install --quiet -r requirements.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 endif
 	@touch $@
 
 .venv/ready-test: .venv/ready requirements-test.txt
 	@echo "setting up the tests, once: about a minute, some 20 MB to download"
-	@$(BIN)/pip install --quiet -r requirements-test.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	@touch $@
 
 setup: .venv/ready

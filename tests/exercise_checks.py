@@ -32,7 +32,7 @@ def shrunk(recipe: Recipe, out: str, sampling: dict | None = None, **stage_chang
     small = {"steps": 1, "prompts_per_step": 4, "samples_per_prompt": 8} | stage_changes
     stages = tuple(replace(s, **small) if s.kind == "grpo" else replace(s, epochs=1) for s in recipe.stages)
     return replace(
-        recipe, model="tiny", problems="generated", generated_problems=60, out=out, checkpoint_every=1, stages=stages,
+        recipe, model="tiny-256", problems="generated", generated_problems=60, out=out, checkpoint_every=1, stages=stages,
         sampling=replace(recipe.sampling, max_new_tokens=64, **sampling or {}), evaluation=EvaluationSettings(problems=4),
     )  # fmt: skip
 
@@ -63,7 +63,7 @@ def every_number_once() -> None:
 
 
 def length_bonus() -> None:
-    model, tokenizer = load_model("tiny")
+    model, tokenizer = load_model("tiny-256")
     task = Countdown(max_number=20, max_target=50)
     options = {"sampling": SamplingSettings(max_new_tokens=96), "num_samples": 16, "seed": 0}
 
@@ -152,7 +152,7 @@ def int8_rollout() -> None:
     recipe = load_recipe("smoke")[1]
     exact, rounded = small(recipe)[1], small(recipe, sampling={"int8": True})[1]
     assert exact["log_ratio_std"] < 1e-4 < rounded["log_ratio_std"] < 1, (exact, rounded)
-    model = load_model("tiny")[0]
+    model = load_model("tiny-256")[0]
     assert model.graphed and not int8_copy(model).graphed, "no CUDA graph around the copy's kernels; the policy stays exact"
 
 

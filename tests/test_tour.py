@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from data import evaluate_expression
-
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
 PROSE = " ".join(PAGE.split())
@@ -83,12 +81,10 @@ def test_the_clipped_tokens_are_those_beyond_the_range_in_the_direction_of_their
 
 def test_the_sentences_about_single_completions_are_true():
     before, after = (rows("completion tokens", part) for part in PAGE.split("## 6."))
-    ends = [row[-1].strip("'").rpartition("\\n")[2] for row in before]
-    unpaid = [n for n, row in enumerate(before) if row[2] == "malformed" and evaluate_expression(ends[n]) == 32]
-    assert unpaid == [2, 3, 4]  # "three of these reach the target and earn nothing"
-    assert [row[2] for row in before].count("malformed") == 4  # "the four malformed completions"
-    tags = ["<answer>" in row[-1] for row in after]
-    assert [n for n in range(6) if tags[n] and "<answer>" not in before[n][-1]] == [0, 2]
-    assert [n for n in range(6) if after[n][1] == "64" and "</think>" not in after[n][-1]] == [3, 4]
-    assert "/" in ends[5] and "/" not in after[5][-1].replace("</", "")
-    assert "11+5=16 16+16=32 too low" in after[1][-1] and after[1][2] == "correct"
+    assert [row[2] for row in before] == ["malformed", "near", "correct", "correct", "malformed", "near"]
+    assert [n for n in range(6) if before[n][1] == "64"] == [0, 4]  # "two are cut off"
+    assert all(before[n][-1].startswith("'9*3=27 27+14=41\\n</think>") for n in (1, 5))  # "give up", "misses by one"
+    assert "27+14=49" in after[1][-1] and "27+14=45" in after[5][-1]  # "and now"
+    assert all("14*6=84" in before[n][-1] and "14*6=42" in after[n][-1] for n in (0, 4))
+    clipped = [row[2] for row in rows("completion t token advantage") if float(row[3]) < 0]
+    assert {token for token in clipped if clipped.count(token) == 2} >= {"'\\n'", "'84'"} and clipped.count("'41'") == 3

@@ -64,11 +64,11 @@ def verdicts() -> list:
 def ragged_samples() -> list[Sample]:
     """Unequal lengths, prompts shared by three, by two and by nobody; ratios on both sides of the clip."""
     rng = random.Random(7)
-    prompts = [[rng.randrange(400) for _ in range(length)] for length in (9, 4, 1, 6)]
+    prompts = [[rng.randrange(360) for _ in range(length)] for length in (9, 4, 1, 6)]
     samples = []
     for prompt, count in zip(prompts, (3, 2, 1, 1), strict=True):
         for _ in range(count):
-            completion = [rng.randrange(400) for _ in range(rng.randint(1, 14))]
+            completion = [rng.randrange(360) for _ in range(rng.randint(1, 14))]
             old_logprobs = [rng.gauss(-12.0, 4.0) for _ in completion]
             samples.append(Sample(prompt, completion, old_logprobs, rng.gauss(0.0, 1.0)))
     return samples
@@ -76,7 +76,7 @@ def ragged_samples() -> list[Sample]:
 
 def gradients() -> dict:
     """Loss, entropy and, for each weight matrix, the norm of its gradient and its product with fixed random numbers."""
-    model, _ = load_model("tiny", dtype=torch.float64)
+    model, _ = load_model("tiny-256", dtype=torch.float64)
     batch = make_batch(ragged_samples())
     found = {}
     for aggregation, kl_coef in (("token", 0.0), ("sequence", 0.3), ("constant", 0.0)):
@@ -99,7 +99,7 @@ def gradients() -> dict:
 
 def completions() -> list:
     """[ids, log-probabilities] of every completion, for several ways of sampling."""
-    model, tokenizer = load_model("tiny")
+    model, tokenizer = load_model("tiny-256")
     problems = [Problem((5, 16, 11), 32), Problem((1, 2, 3, 20), 47), Problem((20, 19, 18), 10)]
     prompts = [prompt_ids(tokenizer, problem) for problem in problems]
     ways = [
@@ -136,7 +136,7 @@ def command(*arguments) -> None:
 
 def smoke_run(folder: Path) -> list[dict]:
     """The metrics of GRPO, SFT and GRPO, two steps each, without what depends on the machine."""
-    command("smoke", "--model", "tiny", "--out", folder, "--plain", "--keep-checkpoints", "99")
+    command("smoke", "--model", "tiny-256", "--out", folder, "--plain", "--keep-checkpoints", "99")
     return steady_metrics(folder)
 
 
@@ -192,7 +192,7 @@ def test_a_run_resumed_after_any_step_ends_in_the_same_bits(finished, tmp_path, 
         if int(checkpoint.name.removeprefix("step_")) > step:
             shutil.rmtree(checkpoint)
     command(
-        "smoke", "--model", "tiny", "--out", folder, "--plain", "--keep-checkpoints", "99", "--resume",
+        "smoke", "--model", "tiny-256", "--out", folder, "--plain", "--keep-checkpoints", "99", "--resume",
     )  # fmt: skip
     assert steady_metrics(folder) == steady_metrics(finished)
     newest = sorted((finished / "checkpoints").iterdir())[-1].name

@@ -90,7 +90,7 @@ def test_eval_has_the_room_of_the_recipe_of_the_option_or_of_memory(tmp_path, mo
         assert f"room for {room} tokens" in message and "and 256 new" in message and "raise max_cache_tokens" in message
 
 
-@pytest.mark.parametrize("command", [("train.py", "smoke", "--model", "tiny"), ("eval.py", "tiny")])
+@pytest.mark.parametrize("command", [("train.py", "smoke", "--model", "tiny-256"), ("eval.py", "tiny")])
 def test_out_of_memory_advises_options_that_the_command_has(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lab.evaluate, "collect_rollouts", mock.Mock(side_effect=torch.OutOfMemoryError))
     assert exit_code(monkeypatch, *command, *(("--out", tmp_path) if command[0] == "train.py" else ())) == 2

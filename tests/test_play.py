@@ -38,9 +38,8 @@ def test_a_session_shows_thoughts_verdicts_and_solutions_side_by_side_and_ends(e
     play.main(play.Arguments(("tiny", "tiny-256"), max_new_tokens=40, temperature=0.0))
     shown = capsys.readouterr().out
     assert re.match(r"(\d+, ){2,3}\d+ -> [1-5]\d\n", shown), "a random problem comes first"
-    assert (
-        len(re.findall(r"┃ tiny +┃ tiny-256 +┃", shown)) == shown.count("A solution: ") == shown.count("reward 0.00, 40") == 4
-    )
+    assert len(re.findall(r"┃ tiny +┃ tiny-256 +┃", shown)) == shown.count("A solution: ") == 4
+    assert shown.count("cut off, malformed: reward 0.00") >= 4
     assert "7, 9, 11 -> 22" in shown and "(9 - 7)" in shown and "there is none" in shown
     assert shown.count("type whole numbers") == 1 and shown.count("q to end > ") == (5 if end else 4) + 1
 

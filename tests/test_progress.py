@@ -156,7 +156,7 @@ class OnTerminal:
 
 
 TRAIN = [
-    "smoke", "--plain", "--model", "tiny", "--stages.0.steps", "500", "--stages.0.prompts-per-step", "3",
+    "smoke", "--plain", "--model", "tiny-256", "--stages.0.steps", "500", "--stages.0.prompts-per-step", "3",
     "--stages.0.samples-per-prompt", "4", "--sampling.max-new-tokens", "24", "--evaluation.problems", "5",
     "--evaluation.every", "100",
 ]  # fmt: skip

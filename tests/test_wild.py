@@ -189,7 +189,7 @@ def test_the_reference_of_a_policy_with_adapters_has_its_base_and_what_is_evalua
     ids = torch.arange(40, 60)[None]
     with torch.no_grad():
         assert torch.equal(policy(ids), reference(ids)) and not any(p.requires_grad for p in reference.parameters())
-        assert not torch.equal(policy(ids), load_model("tiny", CPU, torch.bfloat16)[0](ids))  # the base is in int8
+        assert not torch.equal(policy(ids), load_model("tiny-256", CPU, torch.bfloat16)[0](ids))  # the base is in int8
     grpo = replace(recipe.stages[0], steps=1, prompts_per_step=2, samples_per_prompt=4, updates_per_step=1)
     train(replace(recipe, stages=(grpo,)), quiet=True)
     (folder,) = checkpoints(tmp_path / "run")

@@ -5,6 +5,7 @@ TORCH ?= own
 # Where the torch of PYTHON lies, if it is recent enough
 SYSTEM_TORCH := import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 11); print(torch.__path__[0][:-6])
 BIN := .venv/bin
+OR_SAY := || { echo "error: that failed. It needs a network and up to 6 GB of disk; free here: $$(df -h . | awk 'NR == 2 {print $$4}')"; exit 2; }
 ARGS ?=
 TESTS ?= tests
 
@@ -22,7 +23,7 @@ help:
 	@echo "make study-quick        two of its runs again, in ten minutes, beside their results in docs/study"
 	@echo "make test               run the tests (TESTS=tests/test_loss.py: some of them)"
 	@echo "make lint               check style and format (ruff)"
-	@echo "make tiny-base          train the embedded model again from random weights, over model/tiny (MINUTES; TASK=calculus: the other one)"
+	@echo "make tiny-base          train the embedded model again from random weights, over model/tiny (an hour; TASK=calculus: the other one)"
 	@echo "make tiny-256           train-256, and keep the result as model/tiny-256"
 	@echo "make setup              only install what the above needs (setup-test: what test and lint need too);"
 	@echo "                        TORCH=system uses the torch that PYTHON has, 2.11 or newer, instead of installing one"
@@ -35,20 +36,20 @@ help:
 	@$(PYTHON) -c "import ensurepip, venv" 2> /dev/null \
 		|| { echo "error: $(PYTHON) has no venv module: install it (Debian, Ubuntu: apt install python3-venv)"; exit 2; }
 	@echo "setting up .venv, once: some minutes, up to 3 GB to download (most of it torch with CUDA)"
-	@$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv .venv $(OR_SAY)
 ifeq ($(TORCH),system)
 	@$(PYTHON) -c "$(SYSTEM_TORCH)" > .venv/torch.pth 2> /dev/null \
 		|| { echo "error: $(PYTHON) has no torch 2.11 or newer; name one that has: make setup TORCH=system PYTHON=..."; exit 2; }
 	@mv .venv/torch.pth .venv/lib/python*/site-packages
-	@grep -v '^torch==' requirements.txt | $(BIN)/pip install --quiet --disable-pip-version-check -r /dev/stdin
+	@grep -v '^torch==' requirements.txt | $(BIN)/pip install --quiet --disable-pip-version-check -r /dev/stdin $(OR_SAY)
 else
-	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt $(OR_SAY)
 endif
 	@touch $@
 
 .venv/ready-test: .venv/ready requirements-test.txt
 	@echo "setting up the tests, once: about a minute, some 20 MB to download"
-	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.txt $(OR_SAY)
 	@touch $@
 
 setup: .venv/ready

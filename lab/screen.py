@@ -263,8 +263,7 @@ def silence(row: dict, recipe: Recipe) -> str | None:
     silent = sum(share**samples for share in (right, formed - right, 1 - formed))
     if silent < 0.9 or right > 0.5:
         return None
-    limit = recipe.sampling.max_new_tokens
-    some = f"{prompts * (1 - silent):.1f} of {prompts}"
+    limit, some = recipe.sampling.max_new_tokens, f"{prompts * (1 - silent):.1f} of {prompts}"
     return (
         f"{100 * cut_off:.1f} % of completions are cut off at {limit} tokens. About {some} groups a step can "
         "teach: in the others all rewards are equal.\n"

@@ -14,7 +14,7 @@ import torch
 
 import eval as eval_command
 import train as train_command
-from data import GSM8K
+from data import GSM8K, evaluate_expression
 from lab.checkpoint import checkpoints
 from lab.errors import user_errors
 from lab.evaluate import Evaluation, evaluate
@@ -208,11 +208,8 @@ def test_the_base_muses_and_calculates_and_what_is_trained_from_it_solves():
     short, long, trained = evaluated("tiny", 256, 256), evaluated("tiny", 96, 1024), evaluated("tiny-256", 128, 256)
     assert short.accuracy < 0.015 and short.truncated_fraction > 0.85 and long.truncated_fraction < 0.4
     assert trained.accuracy > 0.5
-    steps = [step for [rollout] in long.groups for step in re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", rollout.text)]
-    right = [
-        int(value) == {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / max(1, int(b))}[op]
-        for a, op, b, value in steps
-    ]
+    steps = [step for [rollout] in long.groups for step in re.findall(r"(\d+[-+*/]\d+)=(\d+)", rollout.text)]
+    right = [evaluate_expression(claim) == int(value) for claim, value in steps]
     assert len(right) > 1000 and sum(right) / len(right) > 0.9
 
 

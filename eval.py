@@ -29,20 +29,20 @@ from model.weights import is_embedded
 class Arguments:
     """Evaluate one or more models."""
 
-    models: tyro.conf.Positional[tuple[str, ...]]  # Checkpoint folders, tiny or hub ids
+    models: tyro.conf.Positional[tuple[str, ...]]  # Checkpoint folders, tiny, tiny-256, or hub ids
     recipe: str | None = None  # For models not trained here; default: 256, or an embedded model's own
     problems: str | None = None  # hub, generated, a .parquet or .jsonl; default: those held out in training
     count: int | None = None  # Number of problems; default: all
     samples: int = 4  # Completions a problem, for pass@k
     max_new_tokens: int | None = None  # Token limit of a completion; default: the recipe's
-    temperature: float | None = None  # Of the samples; 0 leaves only the greedy ones. Default: the recipe's
+    temperature: float | None = None  # For sampling; 0: greedy only. Default: the recipe's
     top_k: int | None = None  # Sample from the k likeliest tokens only
-    top_p: float | None = None  # Sample from the likeliest tokens of this joint probability only
+    top_p: float | None = None  # Sample from the likeliest tokens that together have this probability
     max_cache_tokens: int | None = None  # Tokens of keys and values in memory; default: what fits
     thinking: bool | None = None  # Whether the prompt opens a <think> block; default: the recipe's
     state_limit: bool | None = None  # Whether the prompt says how many tokens there are; default: its own
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    seed: int = EVALUATION_SEED  # Of the sampling; the same seed gives the same completions
+    seed: int = EVALUATION_SEED  # For sampling; the same seed gives the same completions
     examples: int = 1  # Completions to print of each model and outcome
     json: str | None = None  # Write all numbers to this file; - prints them instead of the table
 

@@ -36,7 +36,7 @@ class Arguments:
     max_new_tokens: int | None = None  # Tokens a completion may have; default: the recipe's
     temperature: float | None = None  # 0 is greedy; default: the recipe's
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    seed: int | None = None  # Of the sampling and of random problems; default: a new one each time
+    seed: int | None = None  # For sampling and random problems; default: a new one each time
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class Arguments:
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     resume: bool = False  # Go on from the last checkpoint of the run folder
     quiet: bool = False  # Print nothing but errors
-    plain: bool = False  # Print a line a step also on a terminal, instead of a live screen
+    plain: bool = False  # Print a line a step on a terminal too, instead of a live screen
     wandb: bool = False  # Log to Weights & Biases too; it has to be installed
 
 

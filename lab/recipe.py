@@ -33,9 +33,9 @@ class RecipeError(ValueError):
 class EvaluationSettings:
     """Accuracy on problems that are never trained on."""
 
-    every: Count = 10  # Steps between evaluations; a stage's end and the run's start have one too
+    every: Count = 10  # Steps between evaluations; there is one at the start and at each stage's end too
     problems: Count = 512  # Held-out problems, one completion each
-    final_problems: CountOrZero = 0  # Held-out problems for a last evaluation, sampled and greedy; 0: none
+    final_problems: CountOrZero = 0  # Held-out problems for the evaluation at the end, sampled and greedy
 
     @property
     def held_out(self) -> int:
@@ -47,7 +47,7 @@ class EvaluationSettings:
 class AdapterSettings:
     """Train low-rank adapters beside frozen weights instead of the weights (LoRA, arXiv:2106.09685)."""
 
-    rank: Annotated[int, Interval(ge=0, le=4096)] = 0  # 0: none; they want 5 to 10 times the rate
+    rank: Annotated[int, Interval(ge=0, le=4096)] = 0  # 0: none; they want 5 to 10 times the learning rate
     alpha: Positive = 32.0  # The adapters' product is scaled by alpha / rank
     int8: bool = True  # Keep the frozen projections in 8 bits (bitsandbytes); checkpoints are plain
 
@@ -58,19 +58,19 @@ class Recipe:
 
     model: str = "auto"  # "auto" (Qwen/Qwen3-1.7B on a CUDA device, else tiny), "tiny", a folder, or a hub id
     revision: str | None = None  # Branch, tag or commit of a hub id
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # Of the weights; auto: as stored
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # Number format of the weights; auto: as stored
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     problems: str = "auto"  # hub, hub@COMMIT, generated, a .parquet or .jsonl; auto: tiny's are generated
     task: Annotated[AnyTask, Discriminator("kind")] = field(default_factory=Countdown)
     generated_problems: Count = 20000  # How many problems to generate, the held-out ones included
-    seed: Annotated[int, Interval(ge=0, le=2**31)] = 0  # Of the problems' order and of sampling
+    seed: Annotated[int, Interval(ge=0, le=2**31)] = 0  # Decides the order of the problems, and the sampling
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     reward: RewardSettings = field(default_factory=RewardSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     adapters: AdapterSettings = field(default_factory=AdapterSettings)
     checkpoint_every: Count = 10  # Steps between checkpoints; there is one at each stage's end
-    checkpoint_share: Share = 0.05  # Of the run's time for them, at most; fewer if they take long
+    checkpoint_share: Share = 0.05  # Most of the run's time that may go into checkpoints
     keep_checkpoints: Count = 2  # Latest checkpoints to keep, beside stage ends and the most accurate one
     out: str = ""  # Run folder; empty is runs/<recipe>
     stages: tuple[Annotated[GRPOStage | SFTStage, Discriminator("kind")], ...] = ()

@@ -34,10 +34,10 @@ class GRPOStage:
     steps: Count = 80  # Rollout batches
     prompts_per_step: Count = 32  # Groups in a rollout batch
     samples_per_prompt: Count = 8  # Completions in a group
-    updates_per_step: Count = 2  # Optimizer steps a rollout batch; the second one needs the clip
-    learning_rate: Positive = 5e-6  # Reached after the warm-up
-    warmup_steps: CountOrZero = 5  # Steps of linear rise to that; those without an update do not count
-    end_rate: Share = 1.0  # Share of the learning rate that is left at the end; it falls linearly
+    updates_per_step: Count = 2  # Optimizer steps on a rollout batch; the clip matters from the second on
+    learning_rate: Positive = 5e-6  # After the warm-up
+    warmup_steps: CountOrZero = 5  # Steps in which the rate rises; those without an update do not count
+    end_rate: Share = 1.0  # The rate falls linearly to this share of itself
     clip_low: Share = 0.25  # The ratio is clipped below at 1 - clip_low; 1 disables it
     clip_high: NonNegative = 0.25  # The ratio is clipped above at 1 + clip_high; 1e9 disables it
     aggregation: Literal["token", "sequence", "constant"] = "token"  # How token losses are averaged

@@ -20,10 +20,10 @@ MAX_GRAD_NORM = 1.0
 class OptimizerSettings:
     """The update, in GRPO and in SFT alike."""
 
-    kind: Literal["adamw", "adamw8bit"] = "adamw"  # torch's, or bitsandbytes' with moments in 8 bits
-    rounding: Literal["masters", "stochastic"] = "masters"  # How bfloat16 keeps small updates
+    kind: Literal["adamw", "adamw8bit"] = "adamw"  # AdamW of torch, or of bitsandbytes with 8-bit moments
+    rounding: Literal["masters", "stochastic"] = "masters"  # Float32 masters, or stochastic rounding
     micro_batch_tokens: Annotated[int, Interval(ge=1, le=10**9)] | Literal["auto"] = "auto"
-    """Tokens of a forward and backward; affects memory and speed, not the gradient. auto: what fits."""
+    """Tokens in one forward and backward; changes memory and speed, not the gradient. auto: what fits."""
     activation_checkpointing: bool = False  # Compute activations again in backward: less memory, slower
 
 

@@ -1,4 +1,4 @@
-"""Keep what `make train-256` has trained as the embedded model `tiny-256`: `python -m experiments.bases.keep`."""
+"""Keep what `make train-256` has trained as the embedded model `tiny-256`: `make tiny-256`."""
 
 import shutil
 from pathlib import Path

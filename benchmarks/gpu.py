@@ -228,7 +228,7 @@ def resume_and_training(settings: Settings) -> dict:
     shutil.rmtree(out, ignore_errors=True)  # of an earlier start
     losses = {}
     for name in ("whole", "resumed"):
-        recipe = replace(smoke, model="tiny", out=str(out / name), keep_checkpoints=9)
+        recipe = replace(smoke, model="tiny-256", out=str(out / name), keep_checkpoints=9)
         train(recipe, quiet=True)
         if name == "resumed":
             for folder in sorted((out / name / "checkpoints").iterdir())[1:]:

@@ -165,7 +165,7 @@ TRAIN = [
 def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     with closing(OnTerminal("train.py", *TRAIN, "--out", out)) as command:
-        command.read_until(r"grpo 1/3 +3/500.*?\n")
+        command.read_until(r"grpo 1/3 +3/500.*?\nat this speed, \d+:\d\d of GRPO left.*?\n")
         command.process.send_signal(signal.SIGINT)
         command.read_until(None)
         assert command.process.wait(timeout=10) == 130

@@ -13,17 +13,17 @@ README = Path(__file__).parent.parent / "README.md"
 READING = {  # what to read first, and why
     "rl/grpo.py": "the step above, and its gradient",
     "rl/rollout.py": "problems to scored completions",
-    "model/qwen3.py": "the decoder: one forward for training and sampling",
-    "model/sampler.py": "`stream`, all that sampling is; then `generate`, the same for many rows and fast",
+    "model/qwen3.py": "the decoder",
+    "model/sampler.py": "`stream`, then `generate`, the same for many rows and fast",
     "data/countdown.py": "the problems, the prompt, and the verdict",
 }
 
 
 def reading_list() -> str:
-    rows = ["| file | lines | what |", "|---|---|---|"]
+    rows = []
     for path, what in READING.items():
         lines = (README.parent / path).read_text().count("\n")
-        rows.append(f"| [{path}]({path}) | {lines} | {what} |")
+        rows.append(f"- [{path}]({path}), {lines} lines: {what}")
     return "\n".join(rows)
 
 

@@ -97,7 +97,8 @@ def test_a_run_notes_what_it_has_sampled_and_resumes_only_on_the_same_problems(t
     train(replace(recipe, stages=recipe.stages[:1]), quiet=True)
     state = load_state(max((run / "checkpoints").iterdir()))
     rows = [row for path in RunFolder(run).rollout_files() for _, row in read_jsonl(path, "")]
-    assert state.seen == sorted({fingerprint(Problem(tuple(row["numbers"]), row["target"])) for row in rows})
+    own = {fingerprint(Problem(tuple(row["numbers"]), row["target"])) for row in rows}
+    assert state.seen == sorted({*own, *seen_by(recipe.model)}) and len(seen_by(recipe.model)) > 1000  # the start model's too
     assert state.problems == json.loads((run / "config.json").read_text())["problems"]
     write(tmp_path / "mine.jsonl", POOL[1:])
     again = replace(recipe, stages=recipe.stages[:1])

@@ -97,12 +97,11 @@ def test_a_run_notes_what_it_has_sampled_and_resumes_only_on_the_same_problems(t
     train(replace(recipe, stages=recipe.stages[:1]), quiet=True)
     state = load_state(max((run / "checkpoints").iterdir()))
     rows = [row for path in RunFolder(run).rollout_files() for _, row in read_jsonl(path, "")]
-    own = {fingerprint(Problem(tuple(row["numbers"]), row["target"])) for row in rows}
-    assert state.seen == sorted({*own, *seen_by(recipe.model)}) and len(seen_by(recipe.model)) > 1000  # the start model's too
+    own, before = {fingerprint(Problem(tuple(row["numbers"]), row["target"])) for row in rows}, seen_by(recipe.model)
+    assert state.seen == sorted({*own, *before}) and len(before) > 1000  # those of the model that it began with, too
     assert state.problems == json.loads((run / "config.json").read_text())["problems"]
     write(tmp_path / "mine.jsonl", POOL[1:])
-    again = replace(recipe, stages=recipe.stages[:1])
-    assert "other problems" in fails(capsys, lambda: train(again, resume=True, quiet=True))
+    assert "other problems" in fails(capsys, lambda: train(replace(recipe, stages=recipe.stages[:1]), resume=True, quiet=True))
 
 
 def test_a_checkpoint_that_does_not_say_what_it_has_seen_is_refused(tmp_path):

@@ -14,7 +14,7 @@ from experiments.study import report
 from experiments.study import run as study
 from experiments.study.report import Estimate, paired_difference
 from experiments.study.run import Arguments, execute, load_arms, next_run, plan, run_study, trace_folders
-from lab.recipe import RECIPES, RecipeError, build_recipe
+from lab.recipe import RECIPES, RecipeError, build_recipe, load_recipe
 from lab.runfolder import flatten
 
 SMALL = """
@@ -58,19 +58,19 @@ def small_study(folder, text: str = SMALL) -> Arguments:
     return Arguments(recipe=path, results=folder / "results", out=folder / "runs", workers=2)
 
 
-def test_the_main_arms_take_the_same_grpo_steps_and_differ_in_nothing_else():
+def test_the_main_arms_take_the_same_grpo_steps_at_the_recipes_rates_and_differ_in_nothing_else():
+    first, _, last = load_recipe("256-tiny")[1].stages
     arms = {arm.name: build_recipe(arm.tables, RECIPES) for arm in load_arms(Arguments().recipe) if arm.is_main}
-    grpo = arms["grpo"]
+    grpo, staged, restart = arms["grpo"].stages[0], arms["staged"].stages, arms["restart"].stages
+    for stages in restart, arms["grpo-512"].stages:
+        assert sum(stage.steps for stage in stages) == grpo.steps
+        for stage, rate in zip(stages, (first.learning_rate, last.learning_rate), strict=False):
+            assert replace(stage, steps=grpo.steps) == replace(grpo, learning_rate=rate)
+    assert [stage.kind for stage in staged] == ["grpo", "sft", "grpo"] and restart == staged[::2]
     for name in "staged", "restart", "grpo-512":
-        stages = [stage for stage in arms[name].stages if stage.kind == "grpo"]
-        assert sum(stage.steps for stage in stages) == grpo.stages[0].steps
-        assert all(replace(stage, steps=grpo.stages[0].steps) == grpo.stages[0] for stage in stages)
-        assert replace(arms[name], stages=(), sampling=grpo.sampling) == replace(grpo, stages=())
-    assert [stage.kind for stage in arms["staged"].stages] == ["grpo", "sft", "grpo"]
-    assert arms["restart"].stages == arms["staged"].stages[::2]
-    assert arms["grpo-512"].sampling == replace(grpo.sampling, max_new_tokens=512)
-    (sft,) = arms["sft"].stages
-    assert sft == replace(arms["staged"].stages[1], traces="staged")
+        assert replace(arms[name], stages=(), sampling=arms["grpo"].sampling) == replace(arms["grpo"], stages=())
+    assert arms["grpo-512"].sampling == replace(arms["grpo"].sampling, max_new_tokens=512)
+    assert arms["sft"].stages == (replace(staged[1], traces="staged"),)
 
 
 def test_every_ablation_changes_one_thing_in_grpo_alone():

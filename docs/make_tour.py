@@ -188,8 +188,8 @@ def prefill_stop(walk: Walk) -> list[str]:
             f"{SAMPLES} copies would be    {SAMPLES * length} tokens, {size * SAMPLES * length:,} bytes"
         ),
         f"""The softmax of the logits ({at(token_logprobs)}) is the distribution of the first token. The
-        likeliest of {model.num_tokens} ids are {", ".join(choices)}: a number of the problem, or the "I" of
-        "I wonder whether it can be done", which is what it would have begun with before training. Each
+        likeliest of {model.num_tokens} ids are {", ".join(choices)}: the numbers of the problem.
+        Before training it would have begun with musing, "I wonder whether it can be done" for instance. Each
         completion samples with its own random number ({at(sample)}):
         {", ".join(f"`{walk.token(token_id)}`" for token_id in first.tolist())}.""",
     ]
@@ -232,7 +232,7 @@ def verdict_stop(walk: Walk) -> list[str]:
         {FOLLOWED} it is `{answer}`. {at(reward_for)} applies the recipe's settings; this recipe gives near
         misses the reward of any wrong answer.""",
         group_table(walk.group),
-        """Two are cut off in the middle of their search. Two give up after one attempt that misses by one,
+        """Two are cut off, one of them within its answer. Two give up after one attempt that misses by one,
         and two find it.""",
     ]
 
@@ -352,7 +352,7 @@ def step_stop(walk: Walk) -> list[str]:
         f"""The gradient's norm, {norm:.3f}, is below the limit of {MAX_GRAD_NORM:g}, so
         {at(Optimizer.step)} does not scale it down. AdamW divides the running mean of each weight's
         gradient by its running size. In the first step both are that one gradient, so every weight moves by
-        the learning rate, {rate:g}, up or down, however small its gradient. From `{name}`:""",
+        about the learning rate, {rate:g}, up or down, however small its gradient. From `{name}`:""",
         table(rows),
         f"""The rate is the recipe's, without the {walk.stage.warmup_steps} steps of warm-up, which exist
         because of such first steps. It is large, since the model is small: large enough for one step to
@@ -394,9 +394,9 @@ def clip_stop(walk: Walk) -> list[str]:
         that became likelier. The tokens without gradient are these:""",
         table(rows),
         f"""{at(clip_counts)} finds {low} below and {high} above, so the clip fraction is {low + high} /
-        {tokens} = {(low + high) / tokens:.3f}. Look at those below: beside the two newlines they are `84` and
-        `41`, results that were right. Every token of a completion is pushed alike, whatever its part in the
-        failure.""",
+        {tokens} = {(low + high) / tokens:.3f}. Those below are the newlines with which three completions gave
+        up, and a first `+`, which is no worse than a first `-`. Every token of a completion is pushed alike,
+        whatever its part in the failure; right results in failing completions are pushed down too.""",
     ]
 
 
@@ -436,11 +436,11 @@ def again_stop(walk: Walk) -> list[str]:
         difference, with the probabilities before these two steps and now:""",
         table(rows),
         group_table(again),
-        """That is what two steps on one group do. Completions 1 and 5 give up no more: good. But the right
-        results that were pushed down have become rarer, and now 14*6 is 42, and 27+14 is 49 or 45. Too large
-        a step on too few completions spoils the arithmetic. A run takes steps of twelve groups of sixteen,
-        in which the same sum is part of good completions and of bad ones, and only what makes the difference
-        is left; [README](../README.md) has its curve.""",
+        """That is what two steps on one group do. Completions 1 and 5 no longer give up at 41: good. But 1 now
+        drops a newline (`9/3=3+14`), and 5 does not even stop at 42: it calls it too low and goes on. Too
+        large a step on too few completions also changes what was right. A run takes steps of twelve groups of
+        sixteen. The same sums and newlines are part of good and of bad completions there, and what is left is
+        what makes the difference; [README](../README.md) has its curve.""",
     ]
 
 

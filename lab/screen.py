@@ -214,7 +214,7 @@ def printable(text: str) -> str:
 def describe_run(recipe: Recipe, model, train: list, held_out: list, resumed_at: int | None) -> str:
     """The lines that a run begins with."""
     on_gpu = model.device.type == "cuda"
-    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU, threads: {torch.get_num_threads()}"
     dtype = str(model.dtype).removeprefix("torch.")
     dtype += ", for want of bfloat16" * (not has_bfloat16(model.device))
     stages = []

@@ -82,9 +82,9 @@ def test_the_clipped_tokens_are_those_beyond_the_range_in_the_direction_of_their
 def test_the_sentences_about_single_completions_are_true():
     before, after = (rows("completion tokens", part) for part in PAGE.split("## 6."))
     assert [row[2] for row in before] == ["malformed", "near", "correct", "correct", "malformed", "near"]
-    assert [n for n in range(6) if before[n][1] == "64"] == [0, 4]  # "two are cut off"
+    assert [n for n in range(6) if before[n][1] == "64"] == [0, 4] and before[0][-1].endswith("<answer>('")  # "cut off"
     assert all(before[n][-1].startswith("'9*3=27 27+14=41\\n</think>") for n in (1, 5))  # "give up", "misses by one"
-    assert "27+14=49" in after[1][-1] and "27+14=45" in after[5][-1]  # "and now"
-    assert all("14*6=84" in before[n][-1] and "14*6=42" in after[n][-1] for n in (0, 4))
+    assert all("27+14=41 too low" in after[n][-1] for n in (1, 5))  # "no longer give up"
+    assert "9/3=3+14" in after[1][-1] and "14*3=42 too low" in after[5][-1]
     clipped = [row[2] for row in rows("completion t token advantage") if float(row[3]) < 0]
-    assert {token for token in clipped if clipped.count(token) == 2} >= {"'\\n'", "'84'"} and clipped.count("'41'") == 3
+    assert sorted(clipped) == sorted(["'\\n'"] * 3 + ["'+'"] * 2)

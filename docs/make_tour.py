@@ -436,11 +436,11 @@ def again_stop(walk: Walk) -> list[str]:
         difference, with the probabilities before these two steps and now:""",
         table(rows),
         group_table(again),
-        """That is what two steps on one group do. Completions 1 and 5 no longer give up at 41: good. But 1 now
-        drops a newline (`9/3=3+14`), and 5 does not even stop at 42: it calls it too low and goes on. Too
-        large a step on too few completions also changes what was right. A run takes steps of twelve groups of
-        sixteen. The same sums and newlines are part of good and of bad completions there, and what is left is
-        what makes the difference; [README](../README.md) has its curve.""",
+        """That is what two steps on one group do. Completions 1 and 5 no longer give up at 41: good. But 1
+        now drops a newline (`9/3=3+14`), and 5 does not even stop at 42: it calls it too low and goes on.
+        Too large a step on too few completions also changes what was right. A run takes steps of twelve
+        groups of sixteen. The same sums and newlines are part of good and of bad completions there, and what
+        is left is what makes the difference; [README](../README.md) has its curve.""",
     ]
 
 

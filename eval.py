@@ -33,7 +33,7 @@ class Arguments:
     recipe: str | None = None  # For models not trained here; default: 256, or an embedded model's own
     problems: str | None = None  # hub, generated, a .parquet or .jsonl; default: those held out in training
     count: int | None = None  # Number of problems; default: all
-    samples: int = 4  # Completions a problem, for pass@k
+    samples: int = 4  # Completions per problem, for pass@k
     max_new_tokens: int | None = None  # Token limit of a completion; default: the recipe's
     temperature: float | None = None  # For sampling; 0: greedy only. Default: the recipe's
     top_k: int | None = None  # Sample from the k likeliest tokens only

@@ -29,10 +29,10 @@ class Arguments:
     recipe_name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
     """A name in recipes/ (256, 512, baseline, calculus, gsm8k, smoke, ...) or a path ending in .toml."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
-    resume: bool = False  # Go on from the last checkpoint of the run folder
+    resume: bool = False  # Continue from the last checkpoint of the run folder
     quiet: bool = False  # Print nothing but errors
-    plain: bool = False  # Print a line a step on a terminal too, instead of a live screen
-    wandb: bool = False  # Log to Weights & Biases too; it has to be installed
+    plain: bool = False  # Print one line per step on a terminal too, no live screen
+    wandb: bool = False  # Log to Weights & Biases too; it must be installed
 
 
 def parse(arguments: list[str]) -> Arguments:

@@ -47,7 +47,7 @@ class EvaluationSettings:
 class AdapterSettings:
     """Train low-rank adapters beside frozen weights instead of the weights (LoRA, arXiv:2106.09685)."""
 
-    rank: Annotated[int, Interval(ge=0, le=4096)] = 0  # 0: none; they want 5 to 10 times the learning rate
+    rank: Annotated[int, Interval(ge=0, le=4096)] = 0  # 0: none; they need 5 to 10 times the learning rate
     alpha: Positive = 32.0  # The adapters' product is scaled by alpha / rank
     int8: bool = True  # Keep the frozen projections in 8 bits (bitsandbytes); checkpoints are plain
 
@@ -70,7 +70,7 @@ class Recipe:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     adapters: AdapterSettings = field(default_factory=AdapterSettings)
     checkpoint_every: Count = 10  # Steps between checkpoints; there is one at each stage's end
-    checkpoint_share: Share = 0.05  # Most of the run's time that may go into checkpoints
+    checkpoint_share: Share = 0.05  # Checkpoints take at most this share of the run's time
     keep_checkpoints: Count = 2  # Latest checkpoints to keep, beside stage ends and the most accurate one
     out: str = ""  # Run folder; empty is runs/<recipe>
     stages: tuple[Annotated[GRPOStage | SFTStage, Discriminator("kind")], ...] = ()

@@ -147,7 +147,7 @@ class LiveScreen(Screen):
                 f"entropy {shown(row['policy_entropy'])}",
                 f"clipped {shown(100 * row['clip_fraction'], 1)} %",
                 f"{row['tokens_per_second']:,.0f} tokens/s",
-                f"{row['rollout_seconds'] + row['update_seconds']:.1f} s a step",
+                f"{row['rollout_seconds'] + row['update_seconds']:.1f} s per step",
             ]
         return Columns(parts, padding=(0, 2))
 
@@ -265,10 +265,10 @@ def silence(row: dict, recipe: Recipe) -> str | None:
         return None
     limit, some = recipe.sampling.max_new_tokens, f"{prompts * (1 - silent):.1f} of {prompts}"
     return (
-        f"{100 * cut_off:.1f} % of completions are cut off at {limit} tokens. About {some} groups a step can "
-        "teach: in the others all rewards are equal.\n"
+        f"{100 * cut_off:.1f} % of completions are cut off at {limit} tokens. About {some} groups per step "
+        "can teach: in the others all rewards are equal.\n"
         "The paper's run with 256 tokens earned nothing for 30 steps either, and then took off. What helps: "
-        f"more samples a prompt (--stages.{row['stage']}.samples-per-prompt {4 * samples}), no thinking "
+        f"more samples per prompt (--stages.{row['stage']}.samples-per-prompt {4 * samples}), no thinking "
         f"(--sampling.no-thinking), more room (--sampling.max-new-tokens {2 * limit})"
     )
 

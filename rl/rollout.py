@@ -21,7 +21,7 @@ class SamplingSettings:
     thinking: bool = True  # Open a <think> block in the prompt; without, the prompt closes an empty one
     state_limit: bool = False  # Say in the prompt how many tokens there are; not measured on any model yet
     max_cache_tokens: Annotated[int, Interval(ge=1, le=10**12)] | None = None
-    """Most tokens whose keys and values are in memory at once, a group's prompt once; None: what fits."""
+    """Tokens of keys and values in memory at once, at most; None: as many as fit."""
     top_k: Count | None = None  # Sample from the k likeliest tokens; for evaluation, not for training
     top_p: Annotated[float, Interval(gt=0, le=1)] | None = None
     """Sample from the likeliest tokens that together have this probability; for evaluation, not training."""

@@ -56,7 +56,7 @@ def test_a_live_screen_shows_stage_numbers_accuracy_progress_and_the_last_rollou
     assert "GRPO 1/3  step 10/80" in text and "runs/shown" in text
     assert "held-out accuracy 20.3 % (17.1 to 24.0)" in text and "20 % |" in text
     numbers = (
-        "reward 0.432|correct 25.0 %|format 90 %|length 123|grad 0.07|entropy 0.31|clipped 1.2 %|12,346 tokens/s|2.5 s a step"
+        "reward 0.432|correct 25.0 %|format 90 %|length 123|grad 0.07|entropy 0.31|clipped 1.2 %|12,346 tokens/s|2.5 s per step"
     )
     assert all(part in " ".join(text.split()) for part in numbers.split("|"))
     assert "a good one" in text and "bad one" in text and "old" not in text and "\x1b[31m" not in text

@@ -190,8 +190,8 @@ def test_a_conclusion_says_no_more_than_its_interval_and_gives_the_greedy_differ
     assert f"**staged** {relation} **grpo**: {sum(better) / 3:+.1f} (" in sentence and "greedy" not in sentence
     grpo = [made_up("grpo", seed, {10: 1.0}, final=10.0) for seed in (0, 1)]
     staged = [made_up("staged", seed, {10: 1.0}, final=11.0 + seed) for seed in (0, 1)]  # greedy twice as much
-    (sentence,) = report.conclusions({"grpo": grpo, "staged": staged})
-    assert "+1.5 (-4.9 to +7.9) points at the end, greedy +3.0 (-9.7 to +15.7) (95 %" in sentence
+    sentence, _, against = report.conclusions({"grpo": grpo, "staged": staged, "restart": grpo})
+    assert "**restart**: +1.5" in against and "+1.5 (-4.9 to +7.9) points at the end, greedy +3.0 (-9.7 to +15.7) (" in sentence
 
 
 def test_tables_by_hand():

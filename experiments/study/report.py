@@ -182,22 +182,22 @@ def paired_difference(
 
 
 def conclusions(main: Runs) -> list[str]:
-    """For each other arm a sentence that compares it with GRPO alone."""
+    """A sentence per comparison: each other arm with GRPO alone, and staged with staged without its SFT."""
     sentences = []
-    for arm, runs in main.items():
-        if arm == BASELINE or BASELINE not in main:
+    for arm, other in [*((arm, BASELINE) for arm in main if arm != BASELINE), ("staged", "restart")]:
+        if not {arm, other} <= main.keys():
             continue
-        difference = paired_difference(runs, main[BASELINE])
+        difference = paired_difference(main[arm], main[other])
         if difference.count < 2:
             continue
         relation = "cannot be told apart from"
         if difference.low > 0 or difference.high < 0:
             relation = "is better than" if difference.low > 0 else "is worse than"
         greedy = ""
-        if all(run.final for run in runs + main[BASELINE]):
-            greedy = f", greedy {paired_difference(runs, main[BASELINE], greedy_accuracy).signed}"
+        if all(run.final for run in main[arm] + main[other]):
+            greedy = f", greedy {paired_difference(main[arm], main[other], greedy_accuracy).signed}"
         sentences.append(
-            f"**{arm}** {relation} **{BASELINE}**: {difference.signed} points at the end{greedy} "
+            f"**{arm}** {relation} **{other}**: {difference.signed} points at the end{greedy} "
             f"(95 % intervals of the difference seed by seed, {difference.count} seeds)."
         )
     return sentences

@@ -86,8 +86,8 @@ def grpo_step(
         part = samples[number :: settings.updates_per_step]
         lengths = [len(sample.completion_ids) for group in part for sample in group]
         denominator = loss_denominator(lengths, sampling.max_new_tokens, settings.aggregation)
-        # A completion without an advantage has no gradient: it only counts in the denominator. Where no
-        # completion has one, a group is scored for the metrics, and there is no update.
+        # Completions without an advantage have no gradient and only count in the denominator. If none has
+        # one, there is no update, and a group is scored for the metrics.
         own = [sample for group in share(part) for sample in group if sample.advantage or settings.kl_coef]
         teaches = settings.kl_coef > 0 or any(sample.advantage for group in part for sample in group)
         own = own if teaches else [sample for group in share(part)[:1] for sample in group]

@@ -1,7 +1,7 @@
 """Accuracy of models on held-out problems: `python eval.py runs/256-tiny/checkpoints/step_0080 tiny`.
 
-A model is a checkpoint folder, `tiny` or a hub id. All get the same problems: those that the first checkpoint
-of a run has held out, or recipe 256's.
+A model is a checkpoint folder, `tiny` or a hub id. All get the same held-out problems: those of the first
+checkpoint that you name, or of the first model's recipe.
 """
 
 import json
@@ -123,8 +123,7 @@ def print_examples(candidate: Candidate, examples: int, console: Console) -> Non
     rollouts = [rollout for group in candidate.sampled.groups for rollout in group]
     for outcome in candidate.sampled.counts:
         for rollout in [rollout for rollout in rollouts if rollout.score.outcome == outcome][:examples]:
-            problem = printable(str(rollout.problem))
-            console.rule(f"{candidate.name}, {outcome} ({rollout.score.reward:.2f}): {problem}")
+            console.rule(f"{candidate.name}, {outcome}: {printable(str(rollout.problem))}")
             console.print(printable(rollout.text), markup=False, highlight=False)
 
 

@@ -1,6 +1,6 @@
 """Give models a problem, and watch them think side by side: `make play`, or `python play.py tiny tiny-256`.
 
-They begin with a random problem. For Countdown type numbers and then the target: `7 9 11 22`. An empty line
+You first get a random problem. For Countdown type numbers and then the target: `7 9 11 22`. An empty line
 takes another random problem; `q` ends.
 """
 
@@ -25,6 +25,7 @@ from lab.screen import printable
 from lab.setup import load_policy
 from model import Qwen3, Tokenizer
 from model.sampler import random_streams, stream
+from rl.reward import reward_for
 from rl.rollout import prompt_of
 
 
@@ -59,7 +60,7 @@ class Player:
             ids.append(token)
             text = self.tokenizer.decode([id for id in ids if id not in stops])
             yield text.removesuffix("\N{REPLACEMENT CHARACTER}"), ""  # half a character
-        score = task.score(text, problem, sampling.thinking)
+        score = reward_for(task.score(text, problem, sampling.thinking), text, self.recipe.reward)
         cut = "" if ids[-1] in stops else "cut off, "
         yield text, f"{cut}{score.outcome}: reward {score.reward:.2f}, {len(ids)} tokens"
 

@@ -1,4 +1,4 @@
-"""Run a recipe: `python train.py 256` goes through the stages of `recipes/256.toml`.
+"""Run a recipe: `python train.py 256` takes `recipes/256.toml`, without a GPU `256-tiny.toml`.
 
 Any field of the recipe can be overridden: `python train.py 256 --stages.0.steps 10 --model Qwen/Qwen3-0.6B`.
 """

@@ -36,8 +36,8 @@ MAX_NEW_TOKENS = 64
 FOLLOWED = 2  # the completion that is shown token by token
 
 OPENING = f"""What happens between a question and a better model, once, with real numbers and the function
-that does each part. The model is `tiny-256`, the embedded one after `make train-256`. Everything is as in
-that run except for the size: one problem, and {SAMPLES} completions of at most {MAX_NEW_TOKENS} tokens.
+that does each part. The model is `tiny-256`, the embedded one after `make train-256`. The step is
+like that run's, but with one problem, {SAMPLES} completions of at most {MAX_NEW_TOKENS} tokens, no warm-up.
 `python -m docs.make_tour` ([make_tour.py](make_tour.py)) prints this page, and a test compares the two.
 Completions are numbered from 0, and t counts the tokens of a completion, from 0."""
 CLOSING = """[From REINFORCE to GRPO](algorithm.md) says why each formula is what it is; the
@@ -274,11 +274,11 @@ def batch_stop(walk: Walk) -> list[str]:
         rows.append((str(t), str(mask), *words, str(target), show(batch.old_logprobs[FOLLOWED, t])))
     return [
         f"""{at(make_batch)} is the one place that shifts and masks. All completions are in one stream, in
-        which the prompt stands once: {batch.input_ids.shape[1]} tokens, where rows padded to the longest
-        would be {SAMPLES} x {padded} = {SAMPLES * padded}. A model predicts the *next* token, so the target
-        at t, the completion's token there, is predicted one position earlier in the stream; for t = 0 that
-        is the prompt's last id. From row {FOLLOWED} of the tensors, whose shape is [{SAMPLES},
-        {longest}]:""",
+        which the prompt stands once: {batch.input_ids.shape[1]} tokens with padding, where rows padded
+        to the longest would be {SAMPLES} x {padded} = {SAMPLES * padded}. A model predicts the *next* token,
+        so the target at t, the completion's token there, is predicted one position earlier; for t = 0 that
+        is the prompt's last id, which each completion has for itself. From row {FOLLOWED} of the tensors,
+        whose shape is [{SAMPLES}, {longest}]:""",
         table(rows),
         f"""The mask is made from the length, {length}. The stop id is a target like any other, since
         stopping has to be learned; padding after it does not count.""",
@@ -385,8 +385,8 @@ def clip_stop(walk: Walk) -> list[str]:
         f"""The weights have changed, so the trainer now gives the same ids other log-probabilities. In
         completion {FOLLOWED}, these ratios differ from one by more than 0.04:""",
         table(own),
-        f"""Not all went up. The newline at t = 11 ends the search: right here, but completions 1 and 5 end
-        theirs in the same way, and they were pushed down. All share the weights. In order,
+        f"""Not all went up. The newline at t = 11 ends the search, at a hit. But completions 1 and 5 end
+        theirs with it at a miss, so there it was pushed down, and the weights are shared. In order,
         the completions' log-probabilities changed by {changes}.""",
         f"""The clip range is {1 - stage.clip_low:g} to {1 + stage.clip_high:g}. Where A > 0 and the ratio
         is above it, or A < 0 and the ratio below, the clipped term is the minimum and has no gradient: the
@@ -439,8 +439,8 @@ def again_stop(walk: Walk) -> list[str]:
         """That is what two steps on one group do. Completions 1 and 5 no longer give up at 41: good. But 1
         now drops a newline (`9/3=3+14`), and 5 does not even stop at 42: it calls it too low and goes on.
         Too large a step on too few completions also changes what was right. A run takes steps of twelve
-        groups of sixteen. The same sums and newlines are part of good and of bad completions there, and what
-        is left is what makes the difference; [README](../README.md) has its curve.""",
+        groups of sixteen. There the same sums and newlines occur in good and bad completions, so their
+        pushes cancel, and what sets the good ones apart is learned: [README](../README.md) has the curve.""",
     ]
 
 
@@ -465,11 +465,11 @@ def whole_stop(walk: Walk) -> list[str]:
     names = ("loss", "grad_norm", "policy_entropy", "clip_fraction", "log_ratio_mean", "log_ratio_std")
     rows = [("metric", "value"), *((name, f"{metrics[name] + 0.0:.4f}") for name in names)]
     return [
-        f"""Stops 1 to 10 are one function, {at(grpo_step)}, which is what a run calls at each step. Here it
-        takes the model as it was, the same problem and seed, and makes one update. Are its completions
+        f"""Sections 1 to 10 are one function, {at(grpo_step)}, which is what a run calls at each step. Here
+        it takes the model as it was, the same problem and seed, and makes one update. Are its completions
         those above? {yes(groups[0] == walk.group)}. And its advantages?
         {yes(torch.equal(advantages[0], walk.batch.advantages))}. Does the model end with exactly the
-        weights of stop 10? {yes(same_weights)}. It returns the rollouts, the advantages and these metrics,
+        weights of section 10? {yes(same_weights)}. It returns the rollouts, the advantages and these metrics,
         among others:""",
         table(rows),
     ]

@@ -155,7 +155,7 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
             metrics = sft_step(model, optimizer, schedule[state.stage_step], learning_rate)
             return metrics | {"lr": learning_rate, "update_seconds": time.perf_counter() - start}
 
-        # 2. Accuracy before any step. Only now does the folder hold a run: a failed start is not in the way.
+        # 2. Accuracy before any step. The folder holds a run only now, so a failed start can be repeated.
         if not broadcast(resume and bool(run.metrics())):
             kind = recipe.stages[0].kind if recipe.stages else "baseline"
             row = {"stage": 0, "kind": kind, "step": 0, "grpo_steps": 0} | evaluation(not recipe.stages)
@@ -163,7 +163,7 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                 run.create(recipe, state.problems)
             record(row, 0)
 
-        # 3. The stages, each with a new optimizer. From here on a signal lets the step under way finish.
+        # 3. The stages, each with a new optimizer. A signal drops unfinished rollouts or waits for an update.
         stop = stack.enter_context(stoppable(is_main()))
         while state.stage < len(recipe.stages):
             stage = recipe.stages[state.stage]
@@ -217,7 +217,7 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
             state.stage_step = 0
             save(None)
 
-        # 4. What a finished run is looked at by.
+        # 4. The curve and the report, to look at.
         if is_main():
             write_curve(run, paper_points(recipe))
             row = run.metrics()[-1]

@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
 def rotary_embedding(positions: Tensor, config: Qwen3Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of each position's angles, [batch, 1, time, head_dim] (RoPE, arXiv:2104.09864).
 
-    Angles are always float32: in bfloat16, positions 1000 and 1003 would be the same.
+    Angles are always float32: in bfloat16, positions 1000 and 1001 would be the same.
     """
     even = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     frequencies = 1.0 / config.rope_theta ** (even / config.head_dim)  # [head_dim / 2]

@@ -1,6 +1,6 @@
 """GRPO: sample groups of completions, compare each with its group, learn from the difference.
 
-Against PPO, there is no critic: the others of a group say what reward to expect (the paper, section 2.2). The
+Unlike PPO, no critic: the group's other completions say what reward to expect (the paper, section 2.2). The
 reward comes once, at the end, and is exact, so there is no GAE and, without `kl_coef`, no KL penalty.
 """
 
@@ -86,8 +86,8 @@ def grpo_step(
         part = samples[number :: settings.updates_per_step]
         lengths = [len(sample.completion_ids) for group in part for sample in group]
         denominator = loss_denominator(lengths, sampling.max_new_tokens, settings.aggregation)
-        # Completions without an advantage have no gradient and only count in the denominator. If none has
-        # one, there is no update, and a group is scored for the metrics.
+        # Completions with advantage zero have no gradient and only count in the denominator. If all are zero,
+        # there is no update; one group still runs through the model, for the metrics.
         own = [sample for group in share(part) for sample in group if sample.advantage or settings.kl_coef]
         teaches = settings.kl_coef > 0 or any(sample.advantage for group in part for sample in group)
         own = own if teaches else [sample for group in share(part)[:1] for sample in group]

@@ -79,15 +79,15 @@ def grpo_step(
         answers = [(r.prompt_ids, r.completion.token_ids, r.completion.logprobs) for r in group]
         samples.append([Sample(*answer, advantage) for answer, advantage in zip(answers, row, strict=True)])
 
-    # 3. Learn, each update from its own part of the groups. In the first update every ratio is one; from the
-    # second on the weights have moved since sampling, and the clip limits how far a ratio can go.
+    # 3. Learn, each update from its own part of the groups. In the first, every ratio is one; after it the
+    # weights have moved, and the clip limits the ratios.
     updates = []
     for number in range(settings.updates_per_step):
         part = samples[number :: settings.updates_per_step]
         lengths = [len(sample.completion_ids) for group in part for sample in group]
         denominator = loss_denominator(lengths, sampling.max_new_tokens, settings.aggregation)
-        # Completions with advantage zero have no gradient and only count in the denominator. If all are zero,
-        # there is no update; one group still runs through the model, for the metrics.
+        # Completions with advantage zero only count in the denominator. If all are zero, there is no update:
+        # one group runs through the model, for the metrics.
         own = [sample for group in share(part) for sample in group if sample.advantage or settings.kl_coef]
         teaches = settings.kl_coef > 0 or any(sample.advantage for group in part for sample in group)
         own = own if teaches else [sample for group in share(part)[:1] for sample in group]

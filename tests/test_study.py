@@ -121,7 +121,7 @@ def test_a_study_makes_each_run_once_and_again_only_if_its_recipe_changed(tmp_pa
         assert result["evaluations"][-1]["generated_tokens"] == sum(sampled)
         assert [e["eval_accuracy"] for e in result["evaluations"]] == [r["eval_accuracy"] for r in rows if "eval_accuracy" in r]
         assert result["final"]["final_accuracy"] == rows[-1]["final_accuracy"]
-    for written in "results.md", "accuracy.png", "training.png":
+    for written in "results.md", "accuracy.png", "training.png", "ablations.png":
         assert (arguments.results / written).stat().st_size > 500
     assert "nan" not in (arguments.results / "results.md").read_text()  # one seed of an arm has no interval
 

@@ -1,4 +1,4 @@
-"""The report of a study: `results.md`, `accuracy.png` and `training.png` from the results of its runs."""
+"""The report of a study: `results.md` and its plots, from the results of the runs."""
 
 import json
 import math
@@ -151,7 +151,7 @@ def load_runs(results: Path) -> Runs:
 
 
 def write_report(results: Path, arms: list) -> None:
-    """Write `results.md`, `accuracy.png` and `training.png` from the results in `results`/runs."""
+    """Write `results.md` and its plots into `results`, from the results in its folder runs."""
     runs = load_runs(results)
     main = {arm.name: runs[arm.name] for arm in arms if arm.is_main and arm.name in runs}
     ablations = {arm.name: runs[arm.name] for arm in arms if not arm.is_main and arm.name in runs}
@@ -162,6 +162,8 @@ def write_report(results: Path, arms: list) -> None:
     parts += ["## At the end", end_table(main), "## At every evaluation", evaluation_table(main)]
     if ablations and BASELINE in main:
         parts += ["## One thing changed", ablation_table(main[BASELINE], ablations)]
+        parts += ["![accuracy of the ablations](ablations.png)"]
+        plot_ablations(main[BASELINE], ablations, results / "ablations.png")
     (results / "results.md").write_text("\n\n".join(parts) + "\n")
     plot_accuracy(main, results / "accuracy.png")
     steps = {arm: [run.steps for run in runs_of_arm if run.steps] for arm, runs_of_arm in main.items()}
@@ -311,6 +313,27 @@ def plot_accuracy(main: Runs, path: Path) -> None:
     for axes in (by_steps, by_tokens):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
+
+
+def plot_ablations(baseline: list[Run], ablations: Runs, path: Path) -> None:
+    """Held-out accuracy over GRPO steps: baseline and three changes in each panel; thin lines are seeds."""
+    names = list(ablations)
+    panels = [names[start : start + 3] for start in range(0, len(names), 3)]
+    figure = Figure(figsize=(4 * len(panels), 4), layout="constrained")
+    row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, panel in zip(row, panels, strict=True):
+        arms = {BASELINE: baseline} | {name: ablations[name] for name in panel}
+        for (name, runs), (color, line, _) in zip(arms.items(), STYLES, strict=False):
+            points = [{steps: accuracy for (steps, _), accuracy in run.points.items()} for run in runs]
+            for of_seed in points:
+                axes.plot(of_seed.keys(), of_seed.values(), color=color, linewidth=0.5, alpha=0.4)
+            means = {steps: mean(of_seed[steps] for of_seed in points) for steps in points[0]}
+            axes.plot(means.keys(), means.values(), color=color, linestyle=line, label=name)
+        axes.set(xlabel="GRPO steps", ylim=(0, None), xlim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right", fontsize="small")
+    row[0].set_ylabel("held-out accuracy (%)")
+    figure.savefig(path, dpi=120)
 
 
 def plot_metrics(arms: dict[str, list[dict[str, np.ndarray]]], path: Path) -> None:

@@ -201,7 +201,7 @@ def run_study(arguments: Arguments) -> None:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 save_result(running.pop(future), future.result(), arguments)
     write_report(arguments.results, load_arms(arguments.recipe))
-    print(f"done: {arguments.results}/results.md, accuracy.png and training.png")
+    print(f"done: {arguments.results}/results.md, with its plots")
 
 
 def next_run(waiting: list[StudyRun], running: list[StudyRun]) -> StudyRun | None:

@@ -36,6 +36,7 @@ LINE = "line = text.rstrip(BLANKS).rpartition('\\n')[2]"
 EQUIVALENT = {  # mutant -> why no test can, or need, see it
     "@dataclass(frozen=True)  ->  @dataclass()": "nothing changes a Score; frozen says so",
     "@dataclass(frozen=True)  ->  @dataclass(frozen=False)": "the same",
+    "@abstractmethod  ->  @abstractmethod": "a default of Task.prompt, which every task overrides",
     f"{NEAR}  ->  {NEAR.replace('(3, 10)', '(2, 10)')}": "the line falls to 0.3 just where near ends: the floor is never above it",
     NEAR + "  ->  " + NEAR.replace("(3, 10)", "(3, 11)"): "the same",
     THINK + "  ->  " + THINK.replace("lstrip", "strip"): "only the beginning is looked at",
@@ -157,13 +158,12 @@ def main(modules: tyro.conf.Positional[tuple[str, ...]] = tuple(WATCHED), proces
     os.chdir(ROOT)
     jobs = [(path, what, source) for path in modules for what, source in mutants((ROOT / path).read_text())]
     count = len(jobs) - len(modules)
-    fork = multiprocessing.get_context("fork")
     running: dict = {}
     survivors = []
     while jobs or running:
         while jobs and len(running) < processes:
             path, what, source = jobs.pop(0)
-            process = fork.Process(target=judge, args=(path, source, seconds))
+            process = multiprocessing.get_context("fork").Process(target=judge, args=(path, source, seconds))
             process.start()
             running[process] = path, what
         multiprocessing.connection.wait([process.sentinel for process in running])

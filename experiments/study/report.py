@@ -29,11 +29,11 @@ STYLES = (  # color, line, marker
 )  # fmt: skip
 TAKE_OFF = 10  # % of held-out accuracy
 BASELINE = "grpo"  # the other arms are compared with this one
-LEGEND = """Written by `make study`; [README.md](README.md) says what follows. Accuracy *at the end* is
-on `evaluation.final_problems` held-out problems (here 1,024), *at every evaluation* on `evaluation.problems`
-(256). ± and brackets are 95 % intervals, Student's t over seeds. Spread is the standard deviation over seeds;
-largest fall, how far accuracy fell below its earlier best; `32 x 4`, prompts x samples per step; length, the
-tokens of a completion in the last ten steps. The cost of `sft` leaves out the run that made its traces."""
+LEGEND = """Written by `make study`; docs/study/README.md says what follows. Accuracy *at the end* is on
+`evaluation.final_problems` held-out problems, *at every evaluation* on `evaluation.problems`. ± and brackets
+are 95 % intervals, Student's t over seeds. Spread is the standard deviation over seeds; largest fall, how far
+accuracy fell below its earlier best; length, the tokens of a completion in the last ten steps. An arm of SFT
+alone also costs the run that made its traces."""
 T_95 = (  # two-sided quantiles of Student's t for 1 to 20 degrees of freedom
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
     2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,

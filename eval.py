@@ -6,7 +6,7 @@ checkpoint that you name, or of the first model's recipe.
 
 import json
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -21,8 +21,13 @@ from lab.errors import user_errors
 from lab.evaluate import EVALUATION_SEED, Evaluation, evaluate, problems_hash
 from lab.recipe import Recipe, RecipeError, checked, load_recipe, problems_of, recipe_for
 from lab.screen import printable, progress_bar
-from lab.setup import load_policy
+from lab.setup import load_policy, template_note, without_missing_thinking
 from model.weights import is_embedded
+
+# The sampling settings that have an option here
+SAMPLING = (
+    "max_new_tokens", "temperature", "top_k", "top_p", "max_cache_tokens", "thinking", "examples", "state_limit",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,11 @@ class Arguments:
     top_p: float | None = None  # Sample from the likeliest tokens that together have this probability
     max_cache_tokens: int | None = None  # Tokens of keys and values in memory; default: what fits
     thinking: bool | None = None  # Whether the prompt opens a <think> block; default: the recipe's
+    examples: int | None = None  # Solved examples before each problem; default: the recipe's
     state_limit: bool | None = None  # Whether the prompt says how many tokens there are; default: its own
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     seed: int = EVALUATION_SEED  # For sampling; the same seed gives the same completions
-    examples: int = 1  # Completions to print of each model and outcome
+    show: int = 1  # Completions to print of each model and outcome
     json: str | None = None  # Write all numbers to this file; - prints them instead of the table
 
 
@@ -64,7 +70,7 @@ def model_of(source: str, arguments: Arguments) -> Model:
         if arguments.count is not None:
             evaluation = replace(recipe.evaluation, problems=arguments.count, final_problems=0)
             recipe = replace(recipe, evaluation=evaluation)
-    given = {field.name: getattr(arguments, field.name) for field in fields(recipe.sampling)}
+    given = {name: getattr(arguments, name) for name in SAMPLING}
     sampling = replace(recipe.sampling, **{name: value for name, value in given.items() if value is not None})
     problems = arguments.problems or recipe.problems
     recipe = replace(recipe, stages=(), device=arguments.device, problems=problems, sampling=sampling)
@@ -90,10 +96,12 @@ def problems_for(models: list[Model], arguments: Arguments) -> list[Problem]:
         first = ([model for model in models if model.trained] or models)[0]
         problems = problems_of(first.recipe, seen_by(first.source))[1]
     seen = {mark for model in models for mark in seen_by(model.source)}
+    for recipe in (model.recipe for model in models):
+        seen.update(map(fingerprint, recipe.task.examples(recipe.sampling.examples)))
     unseen = [problem for problem in problems if fingerprint(problem) not in seen]
     if len(unseen) < len(problems):
         left_out = f"{len(problems) - len(unseen)} of {len(problems)} problems left out"
-        print(f"note: {left_out}: one of the models was trained on them", file=sys.stderr)
+        print(f"note: {left_out}: a model was trained on them, or its prompts show them", file=sys.stderr)
     most = len(unseen)
     if not most:
         raise RecipeError("all problems were trained on by one of the models; give others by --problems")
@@ -104,9 +112,14 @@ def problems_for(models: list[Model], arguments: Arguments) -> list[Problem]:
 
 def candidate_of(model: Model, problems: list[Problem], arguments: Arguments) -> Candidate:
     """A model's completions of the problems, sampled and greedy."""
-    recipe, sampling = model.recipe, model.recipe.sampling
+    recipe = model.recipe
     checkpoint = Path(model.source) if model.trained else None
     loaded = load_policy(recipe, checkpoint, pick_device(recipe))
+    if not model.trained and arguments.thinking is None:
+        recipe = without_missing_thinking(recipe, loaded[1])
+    if note := template_note(loaded[1]):
+        print(f"note: {model.source}: {note}", file=sys.stderr)
+    sampling = recipe.sampling
 
     def evaluated(temperature: float, samples: int) -> Evaluation:
         options = {"sampling": replace(sampling, temperature=temperature), "num_samples": samples}
@@ -147,7 +160,7 @@ def main(arguments: Arguments) -> None:
     title = f"{len(problems):,} problems (sha256 {digest}), intervals of 95 %"
     console.print(comparison_table(title, measured, differences))
     for candidate in candidates:
-        print_examples(candidate, arguments.examples, console)
+        print_examples(candidate, arguments.show, console)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(numbers, indent=2) + "\n")
 

@@ -22,7 +22,7 @@ from lab.device import pick_device
 from lab.errors import user_errors
 from lab.recipe import Recipe, RecipeError, checked, recipe_for
 from lab.screen import printable
-from lab.setup import load_policy
+from lab.setup import load_policy, without_missing_thinking
 from model import Qwen3, Tokenizer
 from model.sampler import random_streams, stream
 from rl.reward import reward_for
@@ -72,7 +72,10 @@ def load_player(source: str, arguments: Arguments) -> Player:
     sampling = replace(recipe.sampling, **{name: value for name, value in given.items() if value is not None})
     recipe = checked(replace(recipe, stages=(), device=arguments.device, sampling=sampling))
     checkpoint = Path(source) if trained else None
-    return Player(source, recipe, *load_policy(recipe, checkpoint, pick_device(recipe)))
+    model, tokenizer = load_policy(recipe, checkpoint, pick_device(recipe))
+    if not trained:
+        recipe = without_missing_thinking(recipe, tokenizer)
+    return Player(source, recipe, model, tokenizer)
 
 
 def side_by_side(players: list[Player], shown: list[tuple[str, str]], lines: int | None = None) -> Table:

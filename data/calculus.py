@@ -68,6 +68,11 @@ def term_text(coefficient: int, exponent: int) -> str:
     return f"{factor}x^{exponent}" if exponent > 1 else f"{factor}x"
 
 
+def derived_text(coefficient: int, exponent: int) -> str:
+    """The derivative of one term."""
+    return term_text(coefficient * exponent, exponent - 1) if exponent else "0"
+
+
 def sum_text(terms: list[tuple[int, int]]) -> str:
     """(coefficient, exponent) pairs in their order, such as `3x^4 - 2x^3 + 7`; zeros are left out."""
     texts = (term_text(coefficient, exponent) for coefficient, exponent in terms if coefficient)
@@ -189,6 +194,16 @@ class Calculus(Task):
         """By the number of single terms to differentiate, over all orders; x^e is gone after e + 1 times."""
         exponents = [exponent for _, exponent in terms_of(problem.polynomial)]
         return steps_difficulty(sum(min(exponent + 1, problem.order) for exponent in exponents))
+
+    def work_out(self, problem: Derivative, rng: random.Random) -> tuple[str, str]:
+        """A line for each term, such as `3x^4 -> 12x^3`, and a block of them for each order."""
+        polynomial = problem.polynomial
+        blocks = []
+        for _ in range(problem.order):
+            lines = [f"{term_text(*term)} -> {derived_text(*term)}" for term in terms_of(polynomial)]
+            blocks.append("\n".join(lines))
+            polynomial = differentiate(polynomial)
+        return "\n\n".join(blocks), sum_text(terms_of(polynomial))
 
     def solution(self, problem: Derivative) -> str:
         return sum_text(terms_of(problem.value))

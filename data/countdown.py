@@ -1,16 +1,18 @@
 """Countdown: make a target from a few numbers, each used exactly once. Easy to check, hard to find."""
 
+import random
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
 from data.expression import BLANKS, DIGITS, Expression, ExpressionError, parse_equation, parse_expression
 from data.load import Format
-from data.solver import draw_problems, solve
+from data.solver import draw_problems, random_attempt, random_solution, solve
 from data.task import CORRECT, INSIDE, MALFORMED, WRONG, Score, Task, split_answer
 
 MAX_NUMBER = 999_999_999  # nine digits, as in an expression
 NEAR_DISTANCE = 10  # largest distance from the target that earns part of the reward
+WRONG_ATTEMPTS = 3  # in a worked solution, at most
 EQUATION_CHARACTERS = DIGITS + "+-*/()=" + BLANKS
 
 
@@ -117,6 +119,25 @@ class Countdown(Task):
 
     def solution(self, problem: Problem) -> str | None:
         return solve(problem)
+
+    def work_out(self, problem: Problem, rng: random.Random) -> tuple[str, str] | None:
+        """Up to three random attempts that miss the target, each compared with it, then one that hits it.
+
+        For 7, 9, 11 -> 22:
+
+            9+7=16 11+16=27 too high
+            9-7=2 2*11=22 equal
+        """
+        found = random_solution(problem.numbers, problem.target, rng)
+        if found is None:
+            return None
+        lines = []
+        for _ in range(rng.randint(0, WRONG_ATTEMPTS)):
+            attempt = random_attempt(problem.numbers, rng)
+            if attempt.value != problem.target:
+                lines.append(f"{attempt.steps} {'too low' if attempt.value < problem.target else 'too high'}")
+        lines.append(f"{found.steps} equal")
+        return "\n".join(dict.fromkeys(lines)), found.expression
 
 
 def answer_expression(before: str, content: str) -> Expression | None:

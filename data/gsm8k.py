@@ -1,5 +1,6 @@
 """GSM8K: word problems with a number as the answer (arXiv:2110.14168)."""
 
+import random
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,6 +22,7 @@ PLAIN = {
     r"\ ": " ", r"\%": "%",
 }  # fmt: skip
 THOUSANDS = re.compile(r"(?<=[0-9])[\u2009\u00a0\u202f](?=[0-9]{3}(?![0-9]))")  # spaces between them
+MARK = re.compile(r"<<[^<>]*>>")
 FRACTION = re.compile(r"\\frac\{([0-9]+)\}\{([0-9]+)\}")
 
 
@@ -89,6 +91,16 @@ class GSM8K(Task):
         """By the number of calculations in the worked answer, which GSM8K writes as `<<48/2=24>>`."""
         return steps_difficulty(problem.answer.count("<<"))
 
+    def work_out(self, problem: WordProblem, rng: random.Random) -> tuple[str, str]:
+        """The dataset's own worked answer, without its marks for a calculator (`<<48/2=24>>`)."""
+        working = problem.answer.rpartition("####")[0]
+        return MARK.sub("", working).strip(), self.solution(problem)
+
+    def examples(self, count: int) -> list[WordProblem]:
+        if count > len(EXAMPLES):
+            raise ValueError(f"gsm8k has {len(EXAMPLES)} examples, not {count}")
+        return EXAMPLES[:count]
+
     def solution(self, problem: WordProblem) -> str:
         return problem.answer.rpartition("####")[2].strip()
 
@@ -108,3 +120,21 @@ def read_number(text: str) -> Fraction | None:
         return None
     top, _, bottom = re.sub(r"[\s,]", "", numbers[0]).partition("/")
     return Fraction(top) / int(bottom or 1) if int(bottom or 1) else None
+
+
+EXAMPLES = [  # of this project, for prompts
+    WordProblem(
+        "A baker fills 6 trays with 8 rolls each. 11 rolls burn. How many can be sold?",
+        "The trays hold 6 * 8 = 48 rolls.\nWithout the burnt ones there are 48 - 11 = 37.\n#### 37",
+    ),
+    WordProblem(
+        "Lena reads 15 pages a day for 4 days, then 20 pages a day for 3 days. How many pages is that?",
+        "In the first days she reads 15 * 4 = 60 pages.\nThen she reads 20 * 3 = 60 pages.\n"
+        "Together that is 60 + 60 = 120.\n#### 120",
+    ),
+    WordProblem(
+        "A bus ticket costs $3, and a child's ticket half of that. What do 2 adults and 4 children pay?",
+        "A child pays 3 / 2 = 1.5.\nThe adults pay 2 * 3 = 6 and the children 4 * 1.5 = 6.\n"
+        "Together they pay 6 + 6 = 12.\n#### 12",
+    ),
+]

@@ -4,6 +4,7 @@ import functools
 import itertools
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from operator import add, mul, sub, truediv
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from data.countdown import Countdown, Problem
 
 OPERATORS = {"+": add, "-": sub, "*": mul, "/": truediv}
+LARGEST_STEP = 1_000  # result of a step in a worked solution, at most, if its numbers are not larger
 MAX_MISSES = 2_000  # draws in a row without a new problem before the generator gives up
 
 
@@ -88,3 +90,73 @@ def _reachable(numbers: tuple[int, ...], low: int, high: int) -> tuple[int, ...]
                 if small and large % small == 0:
                     values.add(large // small)
     return tuple(sorted(value for value in made[everything] if low <= value <= high))
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One way to use all numbers in whole steps."""
+
+    steps: str  # "9-7=2 2*11=22"
+    value: int  # of the last step
+    expression: str  # "(9-7)*11"
+
+
+Term = tuple[int, str]  # a value, and the expression that makes it
+
+
+def step_results(large: int, small: int, largest: int) -> dict[str, int]:
+    """Operator -> result, where that is a whole number from 1 to `largest`."""
+    results = {"+": large + small, "-": large - small, "*": large * small}
+    if large % small == 0:
+        results["/"] = large // small
+    return {operator: value for operator, value in results.items() if 1 <= value <= largest}
+
+
+def next_steps(terms: list[Term], largest: int) -> list[tuple[list[Term], str]]:
+    """Every way to combine two of `terms` into a whole number from 1 to `largest`.
+
+    Returns (the terms after it, the step as text) of each.
+    """
+    steps = []
+    for i, j in itertools.combinations(range(len(terms)), 2):
+        others = [term for k, term in enumerate(terms) if k not in (i, j)]
+        (large, large_text), (small, small_text) = sorted((terms[i], terms[j]), key=lambda term: -term[0])
+        for operator, value in step_results(large, small, largest).items():
+            combined = (value, f"({large_text}{operator}{small_text})")
+            steps.append(([*others, combined], f"{large}{operator}{small}={value}"))
+    return steps
+
+
+def random_attempt(numbers: tuple[int, ...], rng: random.Random) -> Attempt:
+    """Random steps until one number is left, whatever it is."""
+    terms = [(number, str(number)) for number in numbers]
+    texts = []
+    while len(terms) > 1:
+        # A difference, or a quotient of one, is never above the larger term: there is always a step.
+        largest = max(LARGEST_STEP, *(value for value, _ in terms))
+        terms, text = rng.choice(next_steps(terms, largest))
+        texts.append(text)
+    return attempt_of(terms, texts)
+
+
+def random_solution(numbers: tuple[int, ...], target: int, rng: random.Random) -> Attempt | None:
+    """A random one of the attempts that reach `target`, by a search in random order; None: there is none."""
+    largest = max(LARGEST_STEP, target, *numbers)
+
+    def search(terms: list[Term], texts: list[str]) -> Attempt | None:
+        if len(terms) == 1:
+            return attempt_of(terms, texts) if terms[0][0] == target else None
+        steps = next_steps(terms, largest)
+        rng.shuffle(steps)
+        for after, text in steps:
+            found = search(after, [*texts, text])
+            if found is not None:
+                return found
+        return None
+
+    return search([(number, str(number)) for number in numbers], [])
+
+
+def attempt_of(terms: list[Term], texts: list[str]) -> Attempt:
+    [(value, expression)] = terms
+    return Attempt(" ".join(texts), value, expression[1:-1])

@@ -3,6 +3,8 @@
 To add a task, write a file such as data/gsm8k.py and add its class to `AnyTask` in data/__init__.py.
 """
 
+import functools
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ CORRECT = Score(1.0, "correct")
 WRONG = Score(0.1, "wrong")
 MALFORMED = Score(0.0, "malformed")
 INSIDE = " inside <think> </think>"  # for prompts
+EXAMPLES_SEED = 1_000_007  # of the problems that are shown, solved, in prompts
 
 
 class Task(ABC):
@@ -79,6 +82,35 @@ class Task(ABC):
     def solution(self, problem: Problem) -> str | None:
         """A correct answer, or None if none is known."""
         return None
+
+    def work_out(self, problem: Problem, rng: random.Random) -> tuple[str, str] | None:
+        """(working, content of the answer block) of a solution as one would write it down; None: not found.
+
+        Everything calculated in the working is right, but it may hold attempts that lead nowhere.
+        """
+        raise ValueError(f"{self.kind} cannot write worked solutions: it has no work_out")
+
+    def examples(self, count: int) -> list[Problem]:
+        """`count` problems to show solved in prompts; a run neither trains nor evaluates on them."""
+        return self.generate(count, EXAMPLES_SEED) if count else []
+
+
+def worked_solution(task: Task, problem: Problem, thinking: bool, rng: random.Random) -> str | None:
+    """A completion that solves `problem`, as `task` works it out; None: it finds no solution."""
+    worked = task.work_out(problem, rng)
+    if worked is None:
+        return None
+    working, answer = worked
+    closed = "</think>\n" if thinking else ""
+    return f"{working}\n{closed}<answer>{answer}</answer>"
+
+
+@functools.lru_cache
+def solved_examples(task: Task, count: int, thinking: bool) -> list[tuple[Problem, str]]:
+    """`count` problems, each with a worked solution, for prompts."""
+    rng = random.Random(EXAMPLES_SEED)
+    solved = [(problem, worked_solution(task, problem, thinking, rng)) for problem in task.examples(count)]
+    return [(problem, solution) for problem, solution in solved if solution is not None]
 
 
 def split_answer(text: str, thinking: bool) -> tuple[str, str] | None:

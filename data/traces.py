@@ -1,13 +1,15 @@
 """Curated traces: completions that solved their problem, as JSONL files for supervised fine-tuning."""
 
 import json
+import random
 import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.load import DataError, read_jsonl
+from data.load import DataError, endless_problems, read_jsonl
+from data.task import Task, worked_solution
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,20 @@ def curate(candidates: Iterable[Trace], per_problem: int, limit: int) -> list[Tr
     for traces in by_problem.values():
         chosen += sorted(traces.values(), key=lambda trace: (len(trace.completion), trace.step))[:per_problem]
     return sorted(chosen, key=lambda trace: -trace.step)[:limit]
+
+
+def worked_traces(task: Task, problems: list, count: int, thinking: bool, seed: int) -> list[Trace]:
+    """Solutions that `task` works out, for `count` of the training problems that reinforcement meets last.
+
+    These are the end of the first pass through the problems, in the order of `endless_problems`.
+    """
+    rng = random.Random(seed)
+    traces = []
+    for problem in endless_problems(problems, seed, max(0, len(problems) - count), count):
+        solution = worked_solution(task, problem, thinking, rng)
+        if solution is not None:
+            traces.append(Trace(problem, solution))
+    return traces
 
 
 def save_traces(path: str | Path, traces: Iterable[Trace]) -> None:

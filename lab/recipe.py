@@ -89,17 +89,22 @@ class Recipe:
 
 
 def problems_of(recipe: Recipe, seen: Iterable[str] = ()) -> tuple[list[Problem], list[Problem]]:
-    """The training and the held-out problems of a recipe; none of `seen`, by fingerprint, is held out."""
+    """The training and the held-out problems of a recipe; none of `seen`, by fingerprint, is held out.
+
+    The examples that its prompts show are in neither.
+    """
     source = recipe.problems
     if source == "auto":
         source = "generated" if is_embedded(recipe.model) else "hub"
     if source != "generated":
         problems = recipe.task.load(source)
-    else:
-        try:
+    try:
+        if source == "generated":
             problems = recipe.task.generate(recipe.generated_problems, seed=0)
-        except ValueError as error:
-            raise DataError(f"task: {error}") from None
+        shown = {problem.key for problem in recipe.task.examples(recipe.sampling.examples)}
+    except ValueError as error:
+        raise DataError(f"task: {error}") from None
+    problems = [problem for problem in problems if problem.key not in shown]
     return split_problems(problems, recipe.evaluation.held_out, seen)
 
 

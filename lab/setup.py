@@ -1,10 +1,12 @@
 """What a run needs before its first step: where it stands, its model, and whether it fits into memory."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from data.task import Problem
+from data.traces import worked_traces
 from lab.check import check_decoding
 from lab.checkpoint import TrainState, checkpoints, load_into, load_state, newest_checkpoint, seen_by
 from lab.device import pick_device, pick_dtype, return_freed_blocks
@@ -13,9 +15,11 @@ from lab.memory_plan import check_plan, gb, plan_memory, work_of
 from lab.recipe import Recipe, RecipeError, problems_of
 from lab.runfolder import RunFolder
 from model import Qwen3, Tokenizer, add_adapters, load_model
+from model.chat import PLAIN
 from model.memory import free_memory
 from rl.distributed import broadcast, is_main, world_size
 from rl.rollout import prompt_of
+from rl.sft import WORKED
 
 
 def find_state(recipe: Recipe, run: RunFolder, resume: bool, screen) -> tuple[TrainState, Path | None]:
@@ -47,12 +51,42 @@ def set_up(
     model, tokenizer = load_policy(recipe, checkpoint, device)
     problems, held_out = problems_of(recipe, state.seen)
     state.problems = {"train": problems_hash(problems), "held_out": problems_hash(held_out)}
+    for number, stage in enumerate(recipe.stages):
+        if stage.kind == "sft" and stage.traces == WORKED:
+            check_worked(recipe, number, problems)
     prompts = [prompt_of(tokenizer, recipe.task, problem, recipe.sampling) for problem in held_out]
     work = work_of(recipe, max(map(len, prompts)), world_size())
     plan = plan_memory(model, recipe.optimizer, work, free)
     check_plan(plan, free)
-    lines = [f"memory    {gb(plan.peak)} of {gb(free)} free: {plan}", check_decoding(model, prompts[:4])]
+    lines = [
+        template_note(tokenizer),
+        f"memory    {gb(plan.peak)} of {gb(free)} free: {plan}",
+        check_decoding(model, prompts[:4]),
+    ]
     return model, tokenizer, problems, held_out, plan.micro_batch_tokens, "\n".join(filter(None, lines))
+
+
+def check_worked(recipe: Recipe, number: int, problems: list[Problem]) -> None:
+    """RecipeError: the task cannot write the worked solutions that stage `number` is to learn from."""
+    try:
+        worked_traces(recipe.task, problems, 1, recipe.sampling.thinking, recipe.seed)
+    except ValueError as error:
+        raise RecipeError(f"stages.{number}.traces: {error}") from None
+
+
+def template_note(tokenizer: Tokenizer) -> str | None:
+    """A line that says what prompts look like for a model without a chat template; None for the others."""
+    if tokenizer.has_template:
+        return None
+    form = "plain text" if tokenizer.template.source == PLAIN else "ChatML"
+    return f"prompts   {form}, since the model comes without a chat template"
+
+
+def without_missing_thinking(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
+    """The same recipe; for a tokenizer that has no `<think>`, with prompts that open no thinking block."""
+    if tokenizer.knows_thinking:
+        return recipe
+    return replace(recipe, sampling=replace(recipe.sampling, thinking=False))
 
 
 def load_policy(recipe: Recipe, checkpoint: Path | None, device: torch.device) -> tuple[Qwen3, Tokenizer]:

@@ -4,11 +4,12 @@ import contextlib
 import re
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from data import DataError
 from data.load import endless_problems
 from data.task import Problem
-from data.traces import Trace, curate, load_traces, save_traces
+from data.traces import Trace, curate, load_traces, save_traces, worked_traces
 from lab.checkpoint import TrainState, load_into, prune_checkpoints, save_checkpoint
 from lab.device import peak_memory, processes, restarted
 from lab.errors import Stopped, stoppable
@@ -26,7 +27,7 @@ from rl.grpo import GRPOStage, grpo_step
 from rl.metrics import rollout_metrics
 from rl.optimizer import Optimizer
 from rl.rollout import prompt_of
-from rl.sft import sft_schedule, sft_step
+from rl.sft import WORKED, SFTStage, sft_schedule, sft_step
 
 MAX_SKIPPED_UPDATES = 5  # in a row, then the run ends
 
@@ -133,7 +134,7 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
 
         def sft_batches() -> list[list[Sample]]:
             """The samples of each step of an SFT stage; none where no rollout was correct."""
-            traces = broadcast(traces_for(recipe, run, state, held_out) if is_main() else None)
+            traces = broadcast(traces_for(recipe, run, state, problems, held_out) if is_main() else None)
             if not traces:
                 screen.say("no correct rollouts to imitate: the sft stage is skipped")
                 return []
@@ -144,8 +145,8 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                 samples.append(Sample(prompt, completion))
             state.see(trace.problem for trace in traces)
             solved = len({trace.problem.key for trace in traces})
-            source = stage.traces or run.path / "traces.jsonl"
-            screen.say(f"sft on {len(traces)} curated traces of {solved} problems ({source})")
+            what = "worked solutions" if stage.traces == WORKED else "curated traces"
+            screen.say(f"sft on {len(traces)} {what} of {solved} problems ({trace_file(stage, run)})")
             return sft_schedule(samples, stage.batch_size, stage.epochs, recipe.seed)
 
         def take_sft_step() -> dict:
@@ -234,11 +235,22 @@ def learning_rate_at(stage: GRPOStage, step: int, updates: int) -> float:
     return stage.learning_rate * rise * fall
 
 
-def traces_for(recipe: Recipe, run: RunFolder, state: TrainState, held_out: list[Problem]) -> list[Trace]:
-    """What an SFT stage imitates: the user's file, or rollouts of the stage before, curated."""
+def trace_file(stage: SFTStage, run: RunFolder) -> Path:
+    """The file that an SFT stage learns from, which but for the user's own is written by the run."""
+    if stage.traces == WORKED:
+        return run.path / "worked.jsonl"
+    return Path(stage.traces) if stage.traces else run.path / "traces.jsonl"
+
+
+def traces_for(
+    recipe: Recipe, run: RunFolder, state: TrainState, problems: list[Problem], held_out: list[Problem]
+) -> list[Trace]:
+    """What an SFT stage imitates: the user's file, worked solutions, or curated rollouts of the stage before."""
     stage, task, thinking = recipe.stages[state.stage], recipe.task, recipe.sampling.thinking
-    source = stage.traces or run.path / "traces.jsonl"
-    if stage.traces is None:
+    source = trace_file(stage, run)
+    if stage.traces == WORKED:
+        save_traces(source, worked_traces(task, problems, stage.max_traces, thinking, recipe.seed))
+    elif stage.traces is None:
         correct = run.correct_traces(state.stage - 1, task)
         curated = curate(correct, stage.traces_per_problem, stage.max_traces)
         save_traces(source, curated)
@@ -249,8 +261,8 @@ def traces_for(recipe: Recipe, run: RunFolder, state: TrainState, held_out: list
         return task.score(text, problem, thinking).outcome == "correct"
 
     traces = load_traces(source, task.problem, is_correct)
-    held_out_keys = {problem.key for problem in held_out}
-    traces = [trace for trace in traces if trace.problem.key not in held_out_keys]
+    kept_back = {problem.key for problem in (*held_out, *task.examples(recipe.sampling.examples))}
+    traces = [trace for trace in traces if trace.problem.key not in kept_back]
     if not traces:
         raise DataError(f"{source}: all traces are of held-out problems; use others")
     if thinking:  # the prompt has opened the tag

@@ -7,5 +7,5 @@ from model.packed import PackedGroup, PackedGroups
 from model.quantize import adapter_state, add_adapters, load_adapter_state, plain_state
 from model.qwen3 import Qwen3
 from model.sampler import Completion, generate, token_logprobs
-from model.tokenizer import Tokenizer, prompt_ids, render_chat
+from model.tokenizer import Tokenizer, prompt_ids
 from model.weights import load_model, save_model

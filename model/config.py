@@ -1,8 +1,16 @@
-"""The shape of a Qwen3 in eleven numbers, read from and written to Hugging Face's `config.json`."""
+"""The shape of a Qwen3 or one of its relatives, read from and written to Hugging Face's `config.json`."""
 
 from dataclasses import MISSING, dataclass, fields
 
 UP_TO_4096 = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+# model_type -> what the attention of this family has beside the four projections
+FAMILIES = {
+    "qwen3": {"qk_norm": True, "qkv_bias": False},
+    "qwen2": {"qk_norm": False, "qkv_bias": True},  # Qwen2.5 too
+    "llama": {"qk_norm": False, "qkv_bias": False},  # SmolLM2 too
+}
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 
 
 class ModelError(ValueError):
@@ -11,7 +19,7 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Qwen3Config:
-    """Shape of a dense Qwen3 decoder; field names and meanings are Hugging Face's.
+    """Shape of a dense decoder: Qwen3, or with other flags Qwen2 or Llama. Field names are Hugging Face's.
 
     `head_dim` is not `hidden_size / num_attention_heads`: Qwen3-0.6B has 16 heads of 128 for a hidden size of
     1024. `num_key_value_heads` divides `num_attention_heads` (grouped-query attention).
@@ -28,6 +36,8 @@ class Qwen3Config:
     rope_theta: float = 1e6
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 40960
+    qk_norm: bool = True  # An RMSNorm on each query and key head: Qwen3
+    qkv_bias: bool = False  # Biases of the projections to queries, keys and values: Qwen2 and Qwen2.5
 
     def __post_init__(self):
         for field in fields(self):
@@ -43,6 +53,8 @@ class Qwen3Config:
         if self.num_attention_heads % self.num_key_value_heads:
             heads = f"num_attention_heads {self.num_attention_heads}"
             raise ModelError(f"config: {heads} is no multiple of {self.num_key_value_heads} key-value heads")
+        if self.qk_norm and self.qkv_bias:
+            raise ModelError("config: qk_norm and qkv_bias together are no known family")
         if self.head_dim % 2:
             raise ModelError(f"config: head_dim must be even for rotary embeddings, not {self.head_dim}")
 
@@ -55,12 +67,15 @@ class Qwen3Config:
         """
         if not isinstance(hf, dict):
             raise ModelError(f"config: expected a JSON object, not {type(hf).__name__}")
+        # 1. Refuse what changes the arithmetic in a way that this decoder does not know.
+        family = hf.get("model_type")
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # of transformers 5, 4
         rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
         layers = hf.get("layer_types") or []
         supported = {
-            "model_type": hf.get("model_type") == "qwen3",
+            "model_type": isinstance(family, str) and family in FAMILIES,
             "attention_bias": hf.get("attention_bias", False) is False,
+            "mlp_bias": hf.get("mlp_bias", False) is False,
             "hidden_act": hf.get("hidden_act", "silu") == "silu",
             "use_sliding_window": hf.get("use_sliding_window", False) is False,
             "rope_parameters" if hf.get("rope_parameters") else "rope_scaling": rope_type == "default",
@@ -68,22 +83,36 @@ class Qwen3Config:
         }
         for name, is_supported in supported.items():
             if not is_supported:
-                raise ModelError(f"config: {name} {hf.get(name)!r:.60} is not supported, only dense Qwen3")
-        # Beside transformers' own defaults, which are not Qwen3's; every published config.json states both.
-        known = {"tie_word_embeddings": False, "rope_theta": 1e4} | hf
-        known["rope_theta"] = rope.get("rope_theta", known["rope_theta"])
-        values = {name: known[name] for name in cls.__dataclass_fields__ if name in known}
+                known = "only dense Qwen3, Qwen2 and Llama"
+                raise ModelError(f"config: {name} {hf.get(name)!r:.60} is not supported, {known}")
+
+        # 2. Read the shape. These are transformers' own defaults, which are not Qwen3's; every published
+        # config.json of a Qwen3 states both.
+        values = {"tie_word_embeddings": False, "rope_theta": 1e4}
+        values |= {name: hf[name] for name in cls.__dataclass_fields__ if name in hf}
+        if family != "qwen3":
+            values |= derived_heads(hf)
+        values["rope_theta"] = rope.get("rope_theta", values["rope_theta"])
+        values |= FAMILIES[family]
         missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
         if missing:
             raise ModelError(f"config: missing {', '.join(missing)}")
         return cls(**values)
 
+    @property
+    def model_type(self) -> str:
+        """The name of the family with these flags, as in `config.json`."""
+        flags = {"qk_norm": self.qk_norm, "qkv_bias": self.qkv_bias}
+        return next(name for name, own in FAMILIES.items() if own == flags)
+
     def to_hf(self, dtype: str, eos_token_id: int | None = None) -> dict:
         """The `config.json` of a checkpoint, as transformers 4, 5 and vLLM read it."""
+        shape = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        del shape["qk_norm"], shape["qkv_bias"]  # which the model type says
         return {
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
-            **{name: getattr(self, name) for name in self.__dataclass_fields__},
+            "architectures": [ARCHITECTURES[self.model_type]],
+            "model_type": self.model_type,
+            **shape,
             "attention_bias": False,
             "eos_token_id": eos_token_id,
             "hidden_act": "silu",
@@ -97,6 +126,23 @@ class Qwen3Config:
         """Parameters of the whole model; a tied output head counts once."""
         heads = self.num_attention_heads + self.num_key_value_heads
         projections = self.hidden_size * (2 * heads * self.head_dim + 3 * self.intermediate_size)
-        layer = projections + 2 * self.hidden_size + 2 * self.head_dim
+        layer = projections + 2 * self.hidden_size
+        if self.qk_norm:
+            layer += 2 * self.head_dim
+        if self.qkv_bias:
+            layer += (heads + self.num_key_value_heads) * self.head_dim
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return embeddings + self.num_hidden_layers * layer + self.hidden_size
+
+
+def derived_heads(hf: dict) -> dict:
+    """What the `config.json` of a Qwen2 or Llama may leave out or leave null: the size of a head, and of a
+    Llama also the number of key-value heads.
+    """
+    hidden, heads = hf.get("hidden_size"), hf.get("num_attention_heads")
+    if type(hidden) is not int or type(heads) is not int or heads < 1:
+        return {}  # which is then refused
+    derived = {"head_dim": hidden // heads}
+    if hf["model_type"] == "llama":
+        derived["num_key_value_heads"] = heads
+    return {name: value for name, value in derived.items() if hf.get(name) is None}

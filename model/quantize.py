@@ -65,8 +65,10 @@ def quantized(linear: nn.Linear) -> nn.Linear:
     import bitsandbytes  # here, because the import takes seconds and most runs do not need it
 
     out_size, in_size = linear.weight.shape
-    options = {"bias": False, "has_fp16_weights": False, "threshold": 0.0}
-    made = bitsandbytes.nn.Linear8bitLt(in_size, out_size, device="meta", **options)
+    made = bitsandbytes.nn.Linear8bitLt(
+        in_size, out_size, bias=False, has_fp16_weights=False, threshold=0.0, device="meta"
+    )
+    made.bias = linear.bias
     int8, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(linear.weight.detach().to(torch.float16))
     made.weight = bitsandbytes.nn.Int8Params(int8, requires_grad=False, CB=int8, SCB=scales)
     made.init_8bit_state()  # else the first forward does it
@@ -124,4 +126,6 @@ def plain_state(model: Qwen3, device=None) -> dict[str, Tensor]:
         for key in part.state_dict(prefix=f"{name}."):
             del state[key]
         state[f"{name}.weight"] = part.merged().to(device, model.dtype)  # a GPU may have no room for all
+        if part.base.bias is not None:
+            state[f"{name}.bias"] = part.base.bias.detach()
     return {name: tensor.to(device) for name, tensor in state.items()}

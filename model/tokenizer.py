@@ -1,20 +1,26 @@
-"""Text to ids and back, and the chat format, from a checkpoint's own tokenizer files."""
+"""Text to ids and back, and prompts, from a checkpoint's own tokenizer files."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
 
+from model.chat import CHATML, PLAIN, ChatTemplate
 from model.config import ModelError
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 
 
 class Tokenizer:
-    """A Qwen3 tokenizer, read from `tokenizer.json` and `tokenizer_config.json` in `folder`.
+    """A tokenizer, read from `tokenizer.json`, `tokenizer_config.json` and what lies beside them in `folder`.
 
-    Tokens that are only in the latter are added, such as `<think>` in Qwen3-Base. `stop_token_ids` end a
-    completion: those of `generation_config.json`, `<|endoftext|>`, and `<|im_end|>` (`end_of_turn_id`).
+    Attributes:
+        stop_token_ids: each ends a completion: those of `generation_config.json`, the tokenizer's end token,
+            and the two of ChatML, `<|im_end|>` and `<|endoftext|>`, if it knows them.
+        end_of_turn_id: the one that ends an assistant's turn in its chat template.
+        knows_thinking: whether `<think>` is a token. If not, prompts have no thinking block.
+        has_template: whether it comes with a chat template.
     """
 
     def __init__(self, folder: str | Path):
@@ -25,23 +31,55 @@ class Tokenizer:
                 raise ModelError(f"{folder}: no {name}")
         try:
             config = json.loads(self.files["tokenizer_config.json"])
-            generation = json.loads(self.files.get("generation_config.json", b"{}"))
             self.backend = tokenizers.Tokenizer.from_buffer(self.files["tokenizer.json"])
             self.backend.no_truncation()  # transformers saves both there, and does not heed them either
             self.backend.no_padding()
+            # Tokens that stand only in the configuration, such as <think> in Qwen3-Base.
             self._add_missing_tokens(config.get("added_tokens_decoder", {}))
-            stops = generation.get("eos_token_id")
-            stops = set(stops if isinstance(stops, list) else [] if stops is None else [stops])
-            if not all(type(stop) is int and 0 <= stop < len(self) for stop in stops):
-                raise ValueError(f"eos_token_id {stops} in generation_config.json are no token ids")
+            special = {name: token_text(value) for name, value in config.items() if name.endswith("_token")}
+            special = {name: text for name, text in special.items() if isinstance(text, str)}
+            source = self._template_source(config.get("chat_template"))
+            self.has_template = source is not None
+            if source is None:
+                source = CHATML if self._knows("<|im_start|>") else PLAIN
+            self.template = ChatTemplate(source, special)
+            stops = self._stops_of_generation(folder)
         except Exception as error:  # the backend raises bare Exception for a malformed file
             raise ModelError(f"{folder}: unreadable tokenizer files: {error}") from error
-        ends = {token: self.backend.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")}
-        for token, token_id in ends.items():
-            if token_id is None:
-                raise ModelError(f"{folder}: no {token}, so this is not a Qwen3 chat tokenizer")
-        self.stop_token_ids = tuple(sorted(stops.union(ends.values())))
-        self.end_of_turn_id = ends["<|im_end|>"]
+        ends = ["<|im_end|>", "<|endoftext|>", special.get("eos_token")]
+        if "<|im_end|>" not in source:
+            ends.reverse()
+        ends = [self.backend.token_to_id(token) for token in ends if token and self._knows(token)]
+        stops.update(ends)
+        if not stops:
+            raise ModelError(f"{folder}: no token ends a completion; name one as eos_token in {FILES[1]}")
+        self.stop_token_ids = tuple(sorted(stops))
+        self.end_of_turn_id = (ends or self.stop_token_ids)[0]
+        self.knows_thinking = self._knows("<think>") and self._knows("</think>")
+
+    def _knows(self, token: str) -> bool:
+        return self.backend.token_to_id(token) is not None
+
+    def _template_source(self, configured) -> str | None:
+        """The template of `chat_template.jinja`, or of the configuration, which may name several."""
+        if "chat_template.jinja" in self.files:
+            return self.files["chat_template.jinja"].decode()
+        if isinstance(configured, list):
+            configured = {entry["name"]: entry["template"] for entry in configured}["default"]
+        if configured is not None and not isinstance(configured, str):
+            raise ValueError(f"chat_template is no text but {type(configured).__name__}")
+        return configured
+
+    def _stops_of_generation(self, folder: Path) -> set[int]:
+        """The end tokens of `generation_config.json`, or where there is none, of `config.json`."""
+        text = self.files.get("generation_config.json")
+        if text is None and (folder / "config.json").is_file():
+            text = (folder / "config.json").read_bytes()
+        stops = json.loads(text or b"{}").get("eos_token_id")
+        stops = set(stops if isinstance(stops, list) else [] if stops is None else [stops])
+        if not all(type(stop) is int and 0 <= stop < len(self) for stop in stops):
+            raise ValueError(f"eos_token_id {stops} in generation_config.json are no token ids")
+        return stops
 
     def _add_missing_tokens(self, added: dict) -> None:
         for token_id, fields in sorted(added.items(), key=lambda item: int(item[0])):
@@ -57,8 +95,12 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; chat tokens in it, such as `<|im_end|>`, become single ids."""
+        """Ids of `text`, and no others; chat tokens in it, such as `<|im_end|>`, become single ids."""
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a whole prompt. Plain text gets what the tokenizer begins texts with, such as `<s>`."""
+        return self.backend.encode(text, add_special_tokens=self.template.source == PLAIN).ids
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of `token_ids`, chat tokens included; an id without a text gives nothing."""
@@ -69,17 +111,40 @@ class Tokenizer:
             (Path(folder) / name).write_bytes(content)
 
 
-def render_chat(user: str, system: str | None = None, thinking: bool | None = None) -> str:
-    """One user turn in Qwen3's chat format, ready for the assistant's answer, as the official template gives.
+def token_text(value) -> str | None:
+    """A special token as `tokenizer_config.json` holds it: a text, or a table with the text inside."""
+    return value.get("content") if isinstance(value, dict) else value
 
-    None and True leave it to the model to open `<think>`; False adds an empty, closed one.
+
+def prompt_ids(
+    tokenizer: Tokenizer, user: str, thinking: bool, examples: Sequence[tuple[str, str]] = ()
+) -> list[int]:
+    """Ids of a prompt: the user's text in the model's own chat format, up to where the answer begins.
+
+    With `thinking` it ends in an open `<think>`; without, thinking is closed in the way of the template.
+
+    Args:
+        examples: (user's text, answer) of earlier turns of the chat.
+
+    Raises:
+        ModelError: thinking is asked for and the tokenizer has no `<think>`, or the chat template fails.
     """
-    text = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
-    text += f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
-    return text + ("<think>\n\n</think>\n\n" if thinking is False else "")
-
-
-def prompt_ids(tokenizer: Tokenizer, user: str, thinking: bool) -> list[int]:
-    """Ids of a prompt. It ends in an open `<think>` with `thinking`, else in an empty, closed one."""
-    text = render_chat(user, thinking=thinking)
-    return tokenizer.encode(text + "<think>\n" if thinking else text)
+    messages = []
+    for question, answer in (*examples, (user, None)):
+        messages.append({"role": "user", "content": question})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": answer})
+    if not tokenizer.knows_thinking:
+        if thinking:
+            raise ModelError(
+                "this model's tokenizer has no <think>, so its prompts cannot open a thinking block: "
+                "add --sampling.no-thinking (in eval.py --thinking False)"
+            )
+        return tokenizer.encode_prompt(tokenizer.template.render(messages))
+    text = tokenizer.template.render(messages, enable_thinking=thinking)
+    is_open = text.rstrip().endswith("<think>")  # by the template itself, as in models that always think
+    if thinking and not is_open:
+        text += "<think>\n"
+    if is_open and not thinking:
+        text += "\n</think>\n\n"
+    return tokenizer.encode_prompt(text)

@@ -1,14 +1,14 @@
 """From problems to scored completions: prompt, sample, decode, score."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated
 
 from annotated_types import Interval
 
-from data.task import Problem, Score, Task
+from data.task import Problem, Score, Task, solved_examples
 from model import Completion, Qwen3, Tokenizer, generate, prompt_ids
 from rl.distributed import gather, rank, share, world_size
-from rl.ranges import Count, NonNegative
+from rl.ranges import Count, CountOrZero, NonNegative
 from rl.reward import RewardSettings, reward_for
 
 
@@ -19,6 +19,7 @@ class SamplingSettings:
     max_new_tokens: Count = 256  # Tokens a completion may have, its stop token included
     temperature: NonNegative = 1.0  # Softmax temperature; training needs it above 0
     thinking: bool = True  # End the prompt with an open <think>; if false, with an empty, closed one
+    examples: CountOrZero = 0  # Solved examples before the problem, as earlier turns of the chat
     state_limit: bool = False  # Say in the prompt how many tokens there are; not measured on any model yet
     max_cache_tokens: Annotated[int, Interval(ge=1, le=10**12)] | None = None
     """Tokens of keys and values in memory at once, at most; None: as many as fit."""
@@ -29,9 +30,17 @@ class SamplingSettings:
 
 def prompt_of(tokenizer: Tokenizer, task: Task, problem: Problem, sampling: SamplingSettings) -> list[int]:
     """The ids that a completion goes on from."""
-    text = task.prompt(problem, sampling.thinking)
-    limit = f" Use at most {sampling.max_new_tokens} tokens in all." if sampling.state_limit else ""
-    return prompt_ids(tokenizer, text + limit, sampling.thinking)
+
+    def question(asked: Problem) -> str:
+        limit = f" Use at most {sampling.max_new_tokens} tokens in all." if sampling.state_limit else ""
+        return task.prompt(asked, sampling.thinking) + limit
+
+    examples = []
+    if sampling.examples:
+        for solved, solution in solved_examples(task, sampling.examples, sampling.thinking):
+            opened = "<think>\n" if sampling.thinking else ""
+            examples.append((question(solved), opened + solution))
+    return prompt_ids(tokenizer, question(problem), sampling.thinking, examples)
 
 
 @dataclass(frozen=True)
@@ -63,10 +72,20 @@ def collect_rollouts(
     `on_progress` and `cancel` of `generate`.
     """
     prompts = [prompt_of(tokenizer, task, problem, sampling) for problem in problems]
-    options = asdict(sampling) | {"num_samples": num_samples, "stop_token_ids": tokenizer.stop_token_ids}
-    del options["thinking"], options["state_limit"]  # of the prompt; the others are arguments of `generate`
-    only = slice(rank(), None, world_size())
-    completions = generate(model, prompts, seed=seed, only=only, **options, **watch)
+    completions = generate(
+        model,
+        prompts,
+        num_samples=num_samples,
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        stop_token_ids=tokenizer.stop_token_ids,
+        seed=seed,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        max_cache_tokens=sampling.max_cache_tokens,
+        only=slice(rank(), None, world_size()),
+        **watch,
+    )
     groups = []
     for problem, prompt, its_completions in zip(share(problems), share(prompts), completions, strict=True):
         group = []

@@ -16,6 +16,8 @@ from rl.loss import sft_loss
 from rl.optimizer import Optimizer
 from rl.ranges import Count, Positive
 
+WORKED = "worked"  # as a stage's traces
+
 
 @dataclass(frozen=True)
 class SFTStage:
@@ -27,7 +29,9 @@ class SFTStage:
     learning_rate: Positive = 1e-5  # Peak; falls linearly to zero over the stage
     max_traces: Count = 2400  # At most so many traces; those of later steps are taken first
     traces_per_problem: Count = 2  # At most so many traces of one problem; the shortest are taken
-    traces: str | None = None  # Your own JSONL, a problem and a completion a line; None: rollouts
+    traces: str | None = None
+    """What to imitate. None: the correct rollouts of the stage before. "worked": solutions that the task
+    itself writes, a cold start. Else a JSONL file of yours, with a problem and a completion in each line."""
 
 
 def sft_schedule(samples: list[Sample], batch_size: int, epochs: int, seed: int) -> list[list[Sample]]:

@@ -1,4 +1,4 @@
-"""Random Qwen3 models of transformers, the independent reference, and the same weights in this project's decoder."""
+"""Random models of transformers, the independent reference, and the same weights in this project's decoder."""
 
 import os
 import shutil
@@ -23,23 +23,33 @@ SHAPES = {
     "heads_fill_hidden": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=10, hidden_size=40),
     "one_layer": dict(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, head_dim=2, rope_theta=50.0),
     "wide_heads": dict(hidden_size=24, num_attention_heads=8, num_key_value_heads=4, head_dim=32, tie_word_embeddings=True),
+    "qwen2": dict(family="qwen2", num_attention_heads=6, num_key_value_heads=2, head_dim=16),
+    "qwen2_tied": dict(family="qwen2", hidden_size=40, num_attention_heads=5, head_dim=8, num_key_value_heads=1, tie_word_embeddings=True),
+    "llama": dict(family="llama", hidden_size=48, num_attention_heads=6, num_key_value_heads=3, head_dim=16, rope_theta=1e4),
+    "smollm2": dict(family="llama", hidden_size=36, num_attention_heads=9, num_key_value_heads=3, head_dim=4, tie_word_embeddings=True),
+}
+FAMILIES = {
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
 }
 
 
-def reference_model(seed: int = 0, **shape) -> transformers.Qwen3ForCausalLM:
-    """A random transformers Qwen3, float32 and eager, at a scale where every part of the arithmetic shows.
+def reference_model(seed: int = 0, family: str = "qwen3", **shape) -> transformers.PreTrainedModel:
+    """A random transformers model of a family, float32 and eager, at a scale where every part of the arithmetic shows.
 
-    Norm weights are drawn from [0.5, 2] instead of left at one: all ones would hide a norm in the wrong place.
+    Norm weights and biases are drawn from [0.5, 2]: all ones or zeros would hide one in the wrong place.
     """
     shape = dict(vocab_size=83, hidden_size=44, intermediate_size=52, num_hidden_layers=2, rms_norm_eps=1e-6) | shape
     rope_theta = shape.pop("rope_theta", 1e6)
-    config = transformers.Qwen3Config(
+    config_class, model_class = FAMILIES[family]
+    config = config_class(
         **dict(SHAPES["grouped_tied"], tie_word_embeddings=False) | shape,
         rope_parameters={"rope_theta": rope_theta, "rope_type": "default"},
         max_position_embeddings=1024,
         attn_implementation="eager",
     )
-    model = transformers.Qwen3ForCausalLM(config).eval()
+    model = model_class(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -50,7 +60,7 @@ def reference_model(seed: int = 0, **shape) -> transformers.Qwen3ForCausalLM:
     return model
 
 
-def same_weights(reference: transformers.Qwen3ForCausalLM) -> Qwen3:
+def same_weights(reference: transformers.PreTrainedModel) -> Qwen3:
     """This project's decoder with the configuration and the weights of `reference`."""
     model = Qwen3(Qwen3Config.from_hf(reference.config.to_dict())).eval()
     model.load_state_dict(reference.state_dict())

@@ -6,7 +6,7 @@ import torch
 from helpers import gradients, largest, largest_gap, ragged_samples, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import reference_model, same_weights
+from reference import FAMILIES, SHAPES, reference_model, same_weights
 
 import rl.batch
 from model import PackedGroup
@@ -81,11 +81,12 @@ def test_prompts_that_begin_alike_share_their_beginning():
         assert make_batch(samples).input_ids.shape == (1, tokens)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_completion_logprobs_equal_a_plain_log_softmax_of_transformers(temperature, tied):
+def test_completion_logprobs_equal_a_plain_log_softmax_of_transformers(temperature, tied, family):
     """Ids past `num_tokens`, which take no part, are cut off transformers' logits by hand; the padding id is sampled too."""
-    theirs = reference_model(vocab_size=48, tie_word_embeddings=tied)
+    theirs = reference_model(family=family, vocab_size=48, hidden_size=48, tie_word_embeddings=tied)
     ours = same_weights(theirs)
     ours.num_tokens = 40
     samples = [*ragged_samples(5, vocab=40), Sample([5, 6], [PAD, 7, PAD, PAD])]
@@ -98,6 +99,24 @@ def test_completion_logprobs_equal_a_plain_log_softmax_of_transformers(temperatu
         expected = expected[torch.arange(len(expected)), ids[0, 1:]][len(sample.prompt_ids) - 1 :].float()
         torch.testing.assert_close(logprobs[row][batch.mask[row]], expected, rtol=0, atol=2e-5)
     assert not logprobs[~batch.mask].any()
+
+
+@pytest.mark.parametrize("name", ["grouped_tied", "qwen2", "qwen2_tied", "llama", "smollm2"])
+def test_packed_gradients_equal_those_of_transformers(name):
+    theirs = reference_model(**SHAPES[name])
+    ours = same_weights(theirs)
+    samples = grouped_samples([(5, [4, 1, 7]), (3, [2, 2]), (1, [6])], vocab=83)
+    batch = make_batch(samples)
+    completion_logprobs(ours, batch)[batch.mask].sum().backward()
+    packed = gradients(ours)
+    for sample in samples:
+        ids = torch.tensor([sample.prompt_ids + sample.completion_ids])
+        logprobs = theirs(ids).logits[0, len(sample.prompt_ids) - 1 : -1].log_softmax(-1)
+        logprobs.gather(-1, torch.tensor(sample.completion_ids)[:, None]).sum().backward()
+    plain = gradients(theirs)
+    assert packed.keys() == plain.keys()
+    for parameter, expected in plain.items():
+        assert (packed[parameter] - expected).norm() <= 1e-3 * expected.norm(), parameter
 
 
 def test_only_completion_tokens_go_through_the_output_head(monkeypatch):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from helpers import gradients
-from reference import SHAPES, qwen3_file, random_ids, reference_model, same_weights
+from reference import FAMILIES, SHAPES, qwen3_file, random_ids, reference_model, same_weights
 
 from experiments.bases.weights import init_weights
 from model import KVCache, ModelError, Qwen3, Qwen3Config
@@ -31,6 +31,12 @@ V4 = {  # as transformers 4 writes it
     "initializer_range": 0.02, "max_window_layers": 2, "sliding_window": None, "use_sliding_window": False,
     "torch_dtype": "float32", "transformers_version": "4.51.0", "use_cache": True,
 }  # fmt: skip
+
+
+LLAMA = {name: value for name, value in V4.items() if name not in ("head_dim", "use_sliding_window", "max_window_layers")}
+LLAMA |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 48, "mlp_bias": False}
+QWEN2 = {name: value for name, value in V4.items() if name not in ("head_dim", "attention_bias")}
+QWEN2 |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 48, "sliding_window": 4096}
 
 
 def as_v5(v4: dict) -> dict:
@@ -120,49 +126,56 @@ def test_every_published_config_builds_what_transformers_builds(name):
     assert ours == theirs
 
 
+@pytest.mark.parametrize("v4", [V4, QWEN2, LLAMA], ids=lambda v4: v4["model_type"])
 @torch.no_grad()
-def test_both_generations_of_config_json_give_the_same_decoder_as_in_transformers():
-    config = Qwen3Config.from_hf(V4)
+def test_both_generations_of_config_json_give_the_same_decoder_as_in_transformers(v4):
+    config = Qwen3Config.from_hf(v4)
     assert (config.rope_theta, config.tie_word_embeddings) == (20000.0, False)
     token_ids = random_ids(1, 40)
-    for hf in (V4, as_v5(V4)):
+    config_class, model_class = FAMILIES[v4["model_type"]]
+    for hf in (v4, as_v5(v4)):
         assert Qwen3Config.from_hf(hf) == config
-        reference = transformers.Qwen3ForCausalLM(transformers.Qwen3Config.from_dict(hf)).eval()
+        reference = model_class(config_class.from_dict(hf)).eval()
         model = Qwen3(config)
         model.load_state_dict(reference.state_dict())
         torch.testing.assert_close(model(token_ids), reference(token_ids).logits, rtol=0, atol=1e-4)
 
 
-def test_a_written_config_is_read_back_the_same_by_us_and_by_transformers():
-    config = Qwen3Config.from_hf(V4 | {"tie_word_embeddings": True, "rms_norm_eps": 3e-5})
+@pytest.mark.parametrize("v4", [V4, QWEN2, LLAMA], ids=lambda v4: v4["model_type"])
+def test_a_written_config_is_read_back_the_same_by_us_and_by_transformers(v4):
+    config = Qwen3Config.from_hf(v4 | {"tie_word_embeddings": True, "rms_norm_eps": 3e-5})
     written = json.loads(json.dumps(config.to_hf("bfloat16", eos_token_id=5)))
-    theirs = transformers.Qwen3Config.from_dict(written)
+    theirs = FAMILIES[written["model_type"]][0].from_dict(written)
+    assert written["architectures"] == v4["architectures"]
     assert Qwen3Config.from_hf(written) == Qwen3Config.from_hf(theirs.to_dict()) == config
     assert (str(theirs.dtype).removeprefix("torch."), theirs.eos_token_id) == ("bfloat16", 5)
 
 
+@pytest.mark.parametrize("v4", [V4, QWEN2, LLAMA], ids=lambda v4: v4["model_type"])
 @pytest.mark.parametrize("spelling", [dict, as_v5])
-def test_a_field_that_a_config_leaves_out_is_refused_or_means_what_it_means_in_transformers(spelling):
-    for name in V4.keys() - {"model_type", "max_position_embeddings"}:  # the latter changes no logits
-        hf = spelling(V4)
+def test_a_field_that_a_config_leaves_out_is_refused_or_means_what_it_means_in_transformers(spelling, v4):
+    for name in v4.keys() - {"model_type", "max_position_embeddings"}:  # the latter changes no logits
+        hf = spelling(v4)
         hf.pop("rope_parameters" if name == "rope_theta" and spelling is as_v5 else name, None)
         try:
             config = Qwen3Config.from_hf(hf)
         except ModelError as error:
             assert name in str(error)
         else:
-            assert config == Qwen3Config.from_hf(transformers.Qwen3Config.from_dict(hf).to_dict()), name
+            theirs = FAMILIES[v4["model_type"]][0].from_dict(hf)
+            assert config == Qwen3Config.from_hf(theirs.to_dict()), name
 
 
 def test_what_the_decoder_does_not_implement_is_refused_by_name():
     yarn = {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0}
     for field, values in {
-        "model_type": ["qwen2", "qwen3_moe", None],
+        "model_type": ["mistral", "qwen3_moe", ["qwen3"], None],
         "rope_scaling": [yarn],
         "rope_parameters": [yarn, {"rope_theta": 1e6, "type": "linear", "factor": 4.0}, "default"],
         "use_sliding_window": [True],
         "layer_types": [["full_attention", "sliding_attention"], 7],
         "attention_bias": [True],
+        "mlp_bias": [True],
         "hidden_act": ["gelu"],
         "num_attention_heads": [7],  # with 2 key-value heads
         "head_dim": [15],
@@ -173,6 +186,25 @@ def test_what_the_decoder_does_not_implement_is_refused_by_name():
         for value in values:
             with pytest.raises(ModelError, match=rf"^config: .*{field}"):
                 Qwen3Config.from_hf(V4 | {field: value})
+
+
+def test_null_head_sizes_of_a_llama_mean_what_they_mean_in_transformers():
+    hf = LLAMA | {"head_dim": None, "num_key_value_heads": None}
+    config = Qwen3Config.from_hf(hf)
+    assert (config.head_dim, config.num_key_value_heads) == (8, 6)
+    assert config == Qwen3Config.from_hf(transformers.LlamaConfig.from_dict(hf).to_dict())
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if "family" in SHAPES[name]])
+def test_parameters_of_a_relative_are_counted(name):
+    model = same_weights(reference_model(**SHAPES[name]))
+    assert model.config.num_parameters() == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_llama_3_is_refused_for_its_scaled_positions():
+    scaled = {"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 8192}
+    with pytest.raises(ModelError, match="^config: rope_scaling .*llama3.* is not supported"):
+        Qwen3Config.from_hf(LLAMA | {"rope_scaling": scaled})
 
 
 def test_a_size_that_is_no_positive_integer_is_refused_and_so_is_what_is_no_object():

@@ -31,13 +31,12 @@ should go on until an attempt reaches the target, and then answer.
 """
 
 import functools
-import itertools
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from data.countdown import Countdown, Problem
+from data.solver import Attempt, Term, attempt_of, next_steps, step_results
 
 ATTEMPTS = 10  # on average, but for the limits: 1/10 stop after each, so length says nothing about success
 MAX_STEPS = 39  # calculations of all attempts together: just within 256 tokens
@@ -61,23 +60,6 @@ MORE_MUSING = 4  # lines on average beyond these
 BETWEEN = 0.3  # lines on average before each other attempt
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """One way to use all the numbers: the steps as written, their result, and the whole as one expression."""
-
-    steps: str
-    value: int
-    expression: str
-
-
-def step_results(left: int, right: int) -> dict[str, int]:
-    """Operator -> result, where that is a whole number from 1 to LARGEST_VALUE."""
-    results = {"+": left + right, "-": left - right, "*": left * right}
-    if left % right == 0:
-        results["/"] = left // right
-    return {operator: value for operator, value in results.items() if 1 <= value <= LARGEST_VALUE}
-
-
 @functools.lru_cache(maxsize=4096)
 def all_attempts(numbers: tuple[int, ...]) -> list[Attempt]:
     """All different attempts in order: pairs as in the prompt, + - * /, the last step changes first."""
@@ -85,17 +67,12 @@ def all_attempts(numbers: tuple[int, ...]) -> list[Attempt]:
     return list({attempt.steps: attempt for attempt in attempts}.values())
 
 
-def _attempts(terms: list[tuple[int, str]], steps: list[str]) -> Iterator[Attempt]:
+def _attempts(terms: list[Term], steps: list[str]) -> Iterator[Attempt]:
     """All ways to go on from `terms`, each a value and its expression, after `steps`."""
     if len(terms) == 1:
-        [(value, expression)] = terms
-        yield Attempt(" ".join(steps), value, expression[1:-1])
-    for pair in itertools.combinations(range(len(terms)), 2):
-        others = [term for k, term in enumerate(terms) if k not in pair]
-        left, right = sorted((terms[k] for k in pair), key=lambda term: -term[0])
-        for operator, value in step_results(left[0], right[0]).items():
-            step = f"{left[0]}{operator}{right[0]}={value}"
-            yield from _attempts([*others, (value, f"({left[1]}{operator}{right[1]})")], [*steps, step])
+        yield attempt_of(terms, steps)
+    for after, step in next_steps(terms, LARGEST_VALUE):
+        yield from _attempts(after, [*steps, step])
 
 
 def attempts_document(problem: Problem, rng: random.Random, musing: bool = False) -> str:
@@ -139,7 +116,7 @@ def comparison_document(rng: random.Random, settings: Countdown) -> tuple[int, s
         left, right = sorted(
             (rng.randint(settings.min_number, settings.max_target) for _ in range(2)), reverse=True
         )
-        operator, value = rng.choice(list(step_results(left, right).items()))
+        operator, value = rng.choice(list(step_results(left, right, LARGEST_VALUE).items()))
         steps.append((f"{left}{operator}{right}={value}", value))
     number = max(1, rng.choice(steps)[1] + rng.choice(NEAR))
     values = [value for _, value in steps]

@@ -16,7 +16,7 @@ from torch import Tensor
 from data.countdown import Countdown, Problem
 from data.task import split_answer
 from lab.recipe import Recipe, load_recipe
-from model import Completion, Qwen3, Tokenizer, generate, load_model, prompt_ids, render_chat, token_logprobs
+from model import Completion, Qwen3, Tokenizer, generate, load_model, prompt_ids, token_logprobs
 from model.cache import GroupCache
 from model.memory import token_bytes
 from model.sampler import DecodeBatch, prefill, random_streams, sample, stream
@@ -148,9 +148,9 @@ def prompt_stop(walk: Walk) -> list[str]:
     question = walk.recipe.task.prompt(PROBLEM)
     return [
         f"""The problem is `{PROBLEM}`: reach {PROBLEM.target} with each number exactly once. The task
-        ({at(Countdown.prompt)}) puts it into words, and {at(render_chat)} puts these into Qwen3's chat
-        format. {at(prompt_ids)} opens `<think>` for the model, so that what it writes begins with its
-        work.""",
+        ({at(Countdown.prompt)}) puts it into words, and {at(prompt_ids)} puts these into the chat format of
+        the model, which its own chat template gives. It also opens `<think>` for the model, so that what the
+        model writes begins with its work.""",
         code(walk.tokenizer.decode(prompt_ids(walk.tokenizer, question, thinking=True)).strip()),
     ]
 

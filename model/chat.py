@@ -52,9 +52,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, names: dict[str, str]):
         sandbox = Sandbox(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[jinja2.ext.loopcontrols, GenerationTag],
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, GenerationTag]
         )
         sandbox.globals["raise_exception"] = refuse
         self.source = source
@@ -64,8 +62,10 @@ class ChatTemplate:
     def render(self, messages: list[Message], **options) -> str:
         """The text of a chat up to where the assistant's next answer begins. ModelError: the template fails."""
         try:
-            return self.template.render(
+            text = self.template.render(
                 messages=messages, tools=None, add_generation_prompt=True, **self.names, **options
             )
+            text.encode()  # half a surrogate pair cannot be tokenized
+            return text
         except Exception as error:  # whatever a program from outside may do
             raise ModelError(f"the model's chat template fails: {error or type(error).__name__}") from error

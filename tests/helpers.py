@@ -11,6 +11,7 @@ from data import Problem
 from data.task import Score
 from experiments.bases.weights import init_weights
 from model import Qwen3, Qwen3Config
+from model.chat import CHATML, ChatTemplate
 from rl.batch import Sample
 from rl.optimizer import Optimizer, OptimizerSettings
 
@@ -47,8 +48,10 @@ class FakeTokenizer:
     """48 ids; a prompt is encoded as the user's text alone; a completion is decoded to its ids as numbers."""
 
     stop_token_ids = (0, 1, 2)
+    knows_thinking = True
+    template = ChatTemplate(CHATML, {})
 
-    def encode(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str) -> list[int]:
         return [ord(character) % 48 for character in text.split("user\n")[1].split("<|im_end|>")[0]]
 
     def decode(self, token_ids: list[int]) -> str:

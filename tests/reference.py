@@ -24,9 +24,13 @@ SHAPES = {
     "one_layer": dict(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, head_dim=2, rope_theta=50.0),
     "wide_heads": dict(hidden_size=24, num_attention_heads=8, num_key_value_heads=4, head_dim=32, tie_word_embeddings=True),
     "qwen2": dict(family="qwen2", num_attention_heads=6, num_key_value_heads=2, head_dim=16),
-    "qwen2_tied": dict(family="qwen2", hidden_size=40, num_attention_heads=5, head_dim=8, num_key_value_heads=1, tie_word_embeddings=True),
+    "qwen2_tied": dict(
+        family="qwen2", hidden_size=40, num_attention_heads=5, head_dim=8, num_key_value_heads=1, tie_word_embeddings=True
+    ),
     "llama": dict(family="llama", hidden_size=48, num_attention_heads=6, num_key_value_heads=3, head_dim=16, rope_theta=1e4),
-    "smollm2": dict(family="llama", hidden_size=36, num_attention_heads=9, num_key_value_heads=3, head_dim=4, tie_word_embeddings=True),
+    "smollm2": dict(
+        family="llama", hidden_size=36, num_attention_heads=9, num_key_value_heads=3, head_dim=4, tie_word_embeddings=True
+    ),
 }
 FAMILIES = {
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),

@@ -133,7 +133,8 @@ def test_a_card_without_bfloat16_takes_float32_and_says_so(monkeypatch):
         )
         assert pick_dtype(RECIPE, gpu) is (None if supported else torch.float32)
         assert pick_dtype(replace(RECIPE, dtype="bfloat16"), gpu) is torch.bfloat16  # what is asked for
-    assert pick_dtype(RECIPE, torch.device("cpu")) is None
+    on_cpu = None if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    assert pick_dtype(RECIPE, torch.device("cpu")) is on_cpu
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     model = SimpleNamespace(device=gpu, dtype=torch.float32, config=Qwen3Config(**SHAPE))
     assert "float32, for want of bfloat16, on Tesla T4" in describe_run(RECIPE, model, [], [], None)

@@ -91,10 +91,10 @@ def recipe(tmp_path) -> Recipe:
 def test_traces_of_held_out_problems_are_left_out(recipe, tmp_path):
     """In any order of their numbers: 17, 79, 60 -> 36 is the problem of the second trace."""
     run, state = RunFolder(tmp_path), TrainState()
-    traces = traces_for(recipe, run, state, [Problem((17, 79, 60), 36)])
+    traces = traces_for(recipe, run, state, [], [Problem((17, 79, 60), 36)])
     assert [trace.problem for trace in traces] == PROBLEMS[::2]
     with pytest.raises(DataError, match="held-out"):
-        traces_for(recipe, run, state, PROBLEMS)
+        traces_for(recipe, run, state, [], PROBLEMS)
 
 
 def test_a_step_learns_a_prompt_a_trace_and_the_end_of_turn_at_a_rate_that_falls_linearly_to_zero(recipe, monkeypatch):

@@ -32,6 +32,7 @@ from experiments.bases.attempts import (
 from experiments.bases.derivations import derivation_document
 from experiments.bases.weights import init_weights
 from model import Qwen3, Qwen3Config, Tokenizer, prompt_ids, save_model
+from model.chat import CHATML
 from model.weights import TINY
 from rl.batch import Sample
 from rl.optimizer import Optimizer
@@ -155,6 +156,7 @@ def train_tokenizer(folder: Path, corpus: Corpus) -> Tokenizer:
         "pad_token": "<|endoftext|>",
         "model_max_length": 4096,
         "clean_up_tokenization_spaces": False,
+        "chat_template": CHATML,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return Tokenizer(folder)

@@ -26,8 +26,15 @@ from model.weights import is_embedded
 
 # The sampling settings that have an option here
 SAMPLING = (
-    "max_new_tokens", "temperature", "top_k", "top_p", "max_cache_tokens", "thinking", "examples", "state_limit",
-)  # fmt: skip
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "max_cache_tokens",
+    "thinking",
+    "examples",
+    "state_limit",
+)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from lab.plots import paper_points, write_curve
 from lab.recipe import Recipe, RecipeError
 from lab.report import write_report
 from lab.runfolder import RunFolder
-from lab.screen import describe_run, final_line, pick_screen, silence, time_left
+from lab.screen import describe_run, final_line, pick_screen, silence, stuck, time_left
 from lab.setup import find_state, set_up, stage_start_model
 from model.sampler import Cancelled
 from rl.batch import Sample
@@ -89,8 +89,9 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                     screen.say(f"at this speed, {time_left(row, recipe)} of GRPO left, without evaluations")
                 if "eval_accuracy" in row:
                     write_curve(run, paper_points(recipe))
-                    if words := silence(row, recipe):
-                        screen.say(words)
+                    for words in (silence(row, recipe), stuck(row, recipe)):
+                        if words:
+                            screen.say(words)
 
         def save(optimizer: Optimizer | None) -> None:
             """Save a checkpoint. Rank 0 writes; the others wait."""
@@ -245,7 +246,7 @@ def trace_file(stage: SFTStage, run: RunFolder) -> Path:
 def traces_for(
     recipe: Recipe, run: RunFolder, state: TrainState, problems: list[Problem], held_out: list[Problem]
 ) -> list[Trace]:
-    """What an SFT stage imitates: the user's file, worked solutions, or curated rollouts of the stage before."""
+    """What an SFT stage imitates: the user's file, worked solutions, or rollouts of the stage before, curated."""
     stage, task, thinking = recipe.stages[state.stage], recipe.task, recipe.sampling.thinking
     source = trace_file(stage, run)
     if stage.traces == WORKED:

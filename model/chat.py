@@ -12,7 +12,9 @@ from model.config import ModelError
 
 # For tokenizers without a template: ChatML if they know its tokens, as Qwen3's does, else plain text.
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
 )
@@ -24,7 +26,7 @@ Message = dict[str, str]  # "role": "user" or "assistant"; "content": the text
 class GenerationTag(jinja2.ext.Extension):
     """`{% generation %}`, by which trainers mark an assistant's text; here it changes nothing."""
 
-    tags = {"generation"}
+    tags = frozenset({"generation"})
 
     def parse(self, parser):
         next(parser.stream)
@@ -60,7 +62,7 @@ class ChatTemplate:
         self.template = sandbox.from_string(source)
 
     def render(self, messages: list[Message], **options) -> str:
-        """The text of a chat up to where the assistant's next answer begins. ModelError: the template fails."""
+        """The text of a chat, up to where the assistant's next answer begins. ModelError: it cannot be made."""
         try:
             text = self.template.render(
                 messages=messages, tools=None, add_generation_prompt=True, **self.names, **options

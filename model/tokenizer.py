@@ -146,5 +146,5 @@ def prompt_ids(
     if thinking and not is_open:
         text += "<think>\n"
     if is_open and not thinking:
-        text += "\n</think>\n\n"
+        text = text.rstrip() + "\n\n</think>\n\n"
     return tokenizer.encode_prompt(text)

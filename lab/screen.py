@@ -19,8 +19,8 @@ from lab.recipe import Recipe
 from rl.rollout import Rollout
 
 CHART_HEIGHT = 5  # lines
-# A policy has stopped exploring if at least this share of groups have equal rewards, though at most this share
-# of completions are correct, and the entropy is at most so many nats per token.
+# A policy has stopped exploring if at least this share of groups have equal rewards, though at most this
+# share of completions are correct, and the entropy is at most so many nats per token.
 STUCK_GROUPS, STUCK_ACCURACY, STUCK_ENTROPY = 0.8, 0.6, 0.08
 STUCK_FORM = 0.8  # share of answers of one form, from which on it is worth saying
 ROLLOUT_LINES = 7  # the last ones of a completion
@@ -278,18 +278,19 @@ def silence(row: dict, recipe: Recipe) -> str | None:
 
 
 def stuck(row: dict, recipe: Recipe) -> str | None:
-    """After a step by which the policy has stopped exploring before it got good: the signs, and what helps."""
+    """After a step by which the policy has stopped exploring, though it is not good: the signs, what helps."""
     if row["kind"] != "grpo" or not row["step"]:
         return None
     equal, right, entropy = row["silent_groups"], row["train_accuracy"], row["entropy"]
     if equal < STUCK_GROUPS or right > STUCK_ACCURACY or entropy > STUCK_ENTROPY:
         return None
     signs = (
-        f"The policy has stopped exploring: in {100 * equal:.0f} % of groups all rewards are equal, though only "
-        f"{100 * right:.0f} % of completions are correct. Entropy is {entropy:.2f} nats per token"
+        f"The policy has stopped exploring: in {100 * equal:.0f} % of groups all rewards are equal, though "
+        f"only {100 * right:.0f} % of completions are correct. Entropy is {entropy:.2f} nats per token"
     )
-    if row["common_form_fraction"] >= STUCK_FORM and len(row["common_form"]) > 1:
-        signs += f", and {100 * row['common_form_fraction']:.0f} % of answers have the form {row['common_form']}"
+    form, share = row["common_form"], row["common_form_fraction"]
+    if share >= STUCK_FORM and len(form) > 1:
+        signs += f", and {100 * share:.0f} % of answers have the form {form}"
     number = row["stage"]
     stage = recipe.stages[number]
     helps = [f"a lower rate (--stages.{number}.learning-rate {stage.learning_rate / 2:.2g})"]

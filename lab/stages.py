@@ -246,7 +246,7 @@ def trace_file(stage: SFTStage, run: RunFolder) -> Path:
 def traces_for(
     recipe: Recipe, run: RunFolder, state: TrainState, problems: list[Problem], held_out: list[Problem]
 ) -> list[Trace]:
-    """What an SFT stage imitates: the user's file, worked solutions, or rollouts of the stage before, curated."""
+    """What an SFT stage imitates: the user's file, worked solutions, or the rollouts before it, curated."""
     stage, task, thinking = recipe.stages[state.stage], recipe.task, recipe.sampling.thinking
     source = trace_file(stage, run)
     if stage.traces == WORKED:

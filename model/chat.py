@@ -62,7 +62,7 @@ class ChatTemplate:
         self.template = sandbox.from_string(source)
 
     def render(self, messages: list[Message], **options) -> str:
-        """The text of a chat, up to where the assistant's next answer begins. ModelError: it cannot be made."""
+        """A chat as text, up to where the assistant's next answer begins. ModelError: the template fails."""
         try:
             text = self.template.render(
                 messages=messages, tools=None, add_generation_prompt=True, **self.names, **options

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import random
 import re
 from fractions import Fraction
 
@@ -9,14 +10,14 @@ import numpy.polynomial.polynomial as reference
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data import Calculus, DataError
 from data.calculus import MAX_COEFFICIENT, MAX_PROBLEM_EXPONENT, Derivative, terms_of, trimmed
 from data.calculus import parse_polynomial as parse
 from data.calculus import sum_text as text_of
-from data.task import Score, split_answer
+from data.task import Score, split_answer, worked_solution
 
 TASK = Calculus()
 PROBLEM = Derivative((7, 5, 0, -2, 3))  # 3x^4 - 2x^3 + 5x + 7
@@ -196,3 +197,21 @@ def test_a_request_for_more_problems_than_there_are_is_refused():
 def test_settings_out_of_bounds_name_the_first_of_these_fields(settings):
     with pytest.raises(ValueError, match=f"^{next(iter(settings))} must be"):
         Calculus(**settings)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6))
+def test_a_worked_solution_has_a_right_line_for_every_term_of_every_order(seed):
+    rng = random.Random(seed)
+    problem = TASK.draw(rng)
+    text = worked_solution(TASK, problem, False, rng)
+    assert TASK.score(text, problem, False).outcome == "correct"
+    blocks = text.partition("<answer>")[0].strip().split("\n\n")
+    assert len(blocks) == problem.order
+    polynomial = problem.polynomial
+    for block in blocks:
+        lines = [line.split(" -> ") for line in block.split("\n")]
+        assert parse(" + ".join(left for left, _ in lines).replace("+ -", "- ")) == polynomial
+        for left, right in lines:
+            assert parse(right) == trimmed(reference.polyder(parse(left)).astype(int).tolist())
+        polynomial = trimmed(reference.polyder(polynomial).astype(int).tolist())

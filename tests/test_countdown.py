@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -12,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import Countdown, Problem, generate_problems, prompt_text, score, solve
-from data.task import CORRECT, split_answer, steps_difficulty
+from data import Countdown, Problem, evaluate_expression, generate_problems, prompt_text, score, solve
+from data.task import CORRECT, split_answer, steps_difficulty, worked_solution
 from lab.plots import PAPER
 
 TASK = Countdown()
@@ -175,3 +176,54 @@ def test_what_a_recipe_a_file_and_a_user_call_it():
     for text in ("9999999990 1 2", "7 x 2", "", "7 -2 5", "٣ 2 5"):
         with pytest.raises(ValueError, match="type whole numbers and then the target"):
             task.parse_input(text)
+
+
+def random_target(numbers: list[int], rng: random.Random) -> int:
+    """What random steps make of `numbers`; each result is a whole number from 1 to 1000."""
+    while len(numbers) > 1:
+        a, b, *rest = rng.sample(numbers, len(numbers))
+        results = [value for value in (a + b, a - b, a * b, Fraction(a, b)) if value in range(1, 1001)]
+        numbers = [int(rng.choice(results)), *rest] if results else numbers
+    return numbers[0]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 99), min_size=2, max_size=4), st.integers(0, 10**6), st.booleans())
+def test_every_sum_of_a_worked_solution_is_right_and_its_last_attempt_hits(numbers, seed, thinking):
+    """By evaluating each step, and following which numbers are left after it."""
+    rng = random.Random(seed)
+    problem = Problem(numbers, random_target(numbers, rng))
+    text = worked_solution(TASK, problem, thinking, rng)
+    assert score(text, problem, thinking) == CORRECT and ("</think>" in text) == thinking
+    *attempts, _ = text.partition("</think>")[0].partition("<answer>")[0].strip().split("\n") + [""]
+    assert 1 <= len(attempts) <= 4 and len(set(attempts)) == len(attempts)
+    for attempt in attempts:
+        steps, verdict = re.fullmatch(r"(.*?) (too low|too high|equal)", attempt).groups()
+        left = [Fraction(number) for number in numbers]
+        for expression, result in (step.split("=") for step in steps.split(" ")):
+            assert evaluate_expression(expression) == int(result)
+            for operand in re.split(r"[-+*/]", expression):
+                left.remove(int(operand))
+            left.append(Fraction(result))
+        [value] = left
+        expected = "equal" if value == problem.target else "too low" if value < problem.target else "too high"
+        assert verdict == expected and (verdict == "equal") == (attempt == attempts[-1])
+
+
+def test_worked_solutions_differ_in_the_number_of_wrong_attempts_and_follow_the_seed():
+    problem = Problem((2, 3, 4), 9)
+    texts = [worked_solution(TASK, problem, False, random.Random(seed)) for seed in range(60)]
+    assert texts == [worked_solution(TASK, problem, False, random.Random(seed)) for seed in range(60)]
+    counts = [text.count("too") for text in texts]
+    assert set(counts) == {0, 1, 2, 3} and len(set(texts)) > 30
+    assert len({text.partition("<answer>")[2] for text in texts}) > 1  # more than one way
+
+
+@pytest.mark.parametrize("numbers, target", [((1, 2), 9), ((3, 3, 8, 8), 24)])  # 8 / (3 - 8 / 3) has no whole steps
+def test_a_problem_without_a_solution_in_whole_steps_has_no_worked_one(numbers, target):
+    assert worked_solution(TASK, Problem(numbers, target), False, random.Random(0)) is None
+
+
+def test_large_numbers_have_worked_solutions_too():
+    problem = Problem((999_999_999, 999_999_998, 7), 8)
+    assert score(worked_solution(TASK, problem, False, random.Random(0)), problem, False) == CORRECT

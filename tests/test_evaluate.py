@@ -16,7 +16,7 @@ from lab.runfolder import RunFolder
 from lab.stages import train
 from model import Completion
 from rl import score
-from rl.metrics import pass_at_k, rollout_metrics
+from rl.metrics import common_form, pass_at_k, rollout_metrics
 from rl.rollout import Rollout
 
 
@@ -71,11 +71,20 @@ def test_rollout_metrics_by_hand():
         [rollout(1.0, "correct", 2), rollout(0.1, "wrong", 4)],
         [rollout(0.0, "malformed", 8, finished=False), rollout(0.0, "malformed", 2)],
     ]
-    assert rollout_metrics(groups) == pytest.approx({
+    found = rollout_metrics(groups)
+    assert (found.pop("common_form"), found.pop("common_form_fraction")) == ("", 0.0)
+    assert found == pytest.approx({
         "reward_mean": 0.275, "train_accuracy": 0.25, "format_rate": 0.5, "entropy": 0.5, "completion_length": 4.0,
         "truncated_fraction": 0.25, "silent_groups": 0.5, "tokens": 16, "near_fraction": 0.0, "non_latin_fraction": 0.0,
         "pass_at_2": 0.5,
     })  # fmt: skip
+
+
+def test_the_common_form_of_answers_by_hand():
+    answers = ["<answer>1+20*3</answer>", "x <answer>4 + 5*6</answer>", "<answer>7-8</answer>", "no answer", "<answer>"]
+    assert common_form(answers) == ("n+n*n", pytest.approx(2 / 3))
+    assert common_form(["<answer>1</answer><answer>2+3</answer>"]) == ("n+n", 1.0)  # the last one counts
+    assert common_form(["", "<answer></answer>"]) == ("", 0.0)
 
 
 @pytest.mark.parametrize("final, sizes", [(7, [4, 7, 7]), (0, [4])])

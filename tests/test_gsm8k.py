@@ -1,6 +1,8 @@
 """GSM8K: which number counts, what is a problem, files of them, and a run through the same code as Countdown."""
 
 import itertools
+import random
+import re
 from dataclasses import replace
 from fractions import Fraction
 
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from data import GSM8K, DataError
 from data.gsm8k import WordProblem, read_number
 from data.load import read_jsonl
-from data.task import CORRECT, MALFORMED, WRONG, Task
+from data.task import CORRECT, MALFORMED, WRONG, Task, worked_solution
 from data.traces import Trace, save_traces
 from lab.recipe import EvaluationSettings, load_recipe, problems_of
 from lab.runfolder import RunFolder
@@ -128,3 +130,19 @@ def test_a_run_of_grpo_and_sft_goes_through_the_same_code(monkeypatch, tmp_path)
     assert len({problem.key for problem in rows}) == 2
     assert "paper" not in (run.path / "curve.md").read_text()
     assert "What is" in (run.path / "report.html").read_text()
+
+
+def test_a_worked_solution_is_the_datasets_own_answer_without_its_calculator_marks():
+    problem = WordProblem("How many?", "He has 48/2 = <<48/2=24>>24.\nThen 24+1 = <<24+1=25>>25 are left.\n#### 25")
+    text = worked_solution(GSM8K(), problem, False, random.Random(0))
+    assert text == "He has 48/2 = 24.\nThen 24+1 = 25 are left.\n<answer>25</answer>"
+
+
+def test_the_examples_for_prompts_are_right_and_there_are_three():
+    for problem in GSM8K().examples(3):
+        text = worked_solution(GSM8K(), problem, False, random.Random(0))
+        assert GSM8K().score(text, problem, False).outcome == "correct"
+        for left, right in re.findall(r"([0-9][0-9. */+-]*) = ([0-9.]+[0-9])", problem.answer):
+            assert eval(left) == float(right)  # our own text
+    with pytest.raises(ValueError, match="gsm8k has 3 examples, not 4"):
+        GSM8K().examples(4)

@@ -16,6 +16,7 @@ from lab.checkpoint import RECIPE, STATE, TrainState, load_state, seen_by
 from lab.recipe import EvaluationSettings, Recipe, RecipeError, problems_of
 from lab.runfolder import RunFolder
 from lab.stages import train
+from rl.rollout import SamplingSettings
 
 POOL = generate_problems(120, seed=3)
 SMALL = Countdown(max_number=4, max_target=24)
@@ -108,3 +109,28 @@ def test_a_checkpoint_that_does_not_say_what_it_has_seen_is_refused(tmp_path):
     (tmp_path / STATE).write_text(json.dumps({"stage": 0, "stage_step": 1, "step": 1, "problems_seen": 12}))
     with pytest.raises(RecipeError, match="older version"):
         seen_by(str(tmp_path))
+
+
+@pytest.mark.parametrize("source", ["generated", "file"])
+def test_the_examples_of_a_prompt_are_neither_trained_nor_evaluated_on(source, tmp_path):
+    sampling = SamplingSettings(examples=4)
+    examples = {problem.key for problem in SMALL.examples(4)}
+    problems = generate_problems(50, seed=0, settings=SMALL)
+    assert examples & {problem.key for problem in problems}  # else this test would show nothing
+    recipe = Recipe(task=SMALL, problems="generated", generated_problems=50, evaluation=EvaluationSettings(problems=10))
+    if source == "file":
+        recipe = replace(recipe, problems=write(tmp_path / "problems.jsonl", problems))
+    with_examples = problems_of(replace(recipe, sampling=sampling))
+    assert not examples & {problem.key for part in with_examples for problem in part}
+    all_keys = {problem.key for part in problems_of(recipe) for problem in part}
+    assert {problem.key for part in with_examples for problem in part} == all_keys - examples
+
+
+def test_eval_leaves_out_the_examples_of_its_prompts_from_a_file_too(tmp_path, capsys):
+    problems = [*Countdown(max_number=20, max_target=50, four_number_share=1 / 3).examples(2), *POOL[:3]]
+    source = write(tmp_path / "problems.jsonl", problems)
+    options = dict(problems=source, examples=2, samples=1, max_new_tokens=4, json="-")
+    eval_command.main(eval_command.Arguments(("tiny",), **options))
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["problems"]["count"] == 3
+    assert "2 of 5 problems left out" in printed.err

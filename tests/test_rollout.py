@@ -66,6 +66,22 @@ def test_a_prompt_speaks_of_thinking_only_with_it_and_of_the_limit_only_if_asked
     assert "at most 512 tokens in all.<|im_end|>" in prompt(max_new_tokens=512, state_limit=True)
 
 
+@pytest.mark.parametrize("task", [Countdown(), Calculus(), GSM8K()])
+@pytest.mark.parametrize("thinking", [True, False])
+def test_examples_are_solved_problems_as_earlier_turns_of_the_chat(task, thinking):
+    problem = task.problem(json.loads(task.stored.example))
+    tokenizer = load_model("tiny")[1]
+    plain = prompt_of(tokenizer, task, problem, SamplingSettings(thinking=thinking))
+    text = tokenizer.decode(prompt_of(tokenizer, task, problem, SamplingSettings(thinking=thinking, examples=2)))
+    assert text.endswith(tokenizer.decode(plain))
+    for example in task.examples(2):
+        _, asked, after = text.partition(f"<|im_start|>user\n{task.prompt(example, thinking)}<|im_end|>\n")
+        assert asked and after.startswith("<|im_start|>assistant\n" + "<think>\n" * thinking)
+        answer = after.partition("assistant\n")[2].removeprefix("<think>\n").partition("<|im_end|>")[0]
+        assert task.score(answer, example, thinking).outcome == "correct"
+    assert text.count("<|im_start|>user") == 3
+
+
 def test_an_error_of_the_scorer_ends_the_step_at_once():
     scored = []
     with pytest.raises(ZeroDivisionError):

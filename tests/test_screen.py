@@ -14,8 +14,9 @@ import lab.screen
 from data.task import Score
 from lab.device import pick_dtype
 from lab.recipe import load_recipe
-from lab.screen import LiveScreen, QuietScreen, Screen, chart, describe_run, pick_screen, printable, silence
+from lab.screen import LiveScreen, QuietScreen, Screen, chart, describe_run, pick_screen, printable, silence, stuck
 from model import Completion, Qwen3Config
+from rl.reward import RewardSettings
 from rl.rollout import Rollout
 
 RECIPE = replace(load_recipe("256", "tiny")[1], out="runs/shown")
@@ -122,6 +123,30 @@ def test_a_start_from_nothing_and_a_silent_batch_are_put_into_words():
 )  # fmt: skip
 def test_nothing_is_said_where_batches_teach_or_all_is_right_or_nothing_is_sampled(row):
     assert silence(START | row, load_recipe("256")[1]) is None
+
+
+COLLAPSED = GRPO | {  # what a run on SmolLM2 without a cold start came to
+    "silent_groups": 0.9, "train_accuracy": 0.12, "entropy": 0.02, "common_form": "n+n+n", "common_form_fraction": 1.0,
+}  # fmt: skip
+
+
+def test_a_policy_that_has_stopped_exploring_is_put_into_words():
+    recipe = load_recipe("256")[1]
+    words = stuck(COLLAPSED, recipe)
+    assert "in 90 % of groups all rewards are equal, though only 12 % of completions are correct" in words
+    assert "0.02 nats per token, and 100 % of answers have the form n+n+n" in words
+    for option in ("--stages.0.learning-rate 2.5e-06", "--reward.no-format", "--stages.0.kl-coef 0.01", "cold start"):
+        assert option in words
+    paid = replace(recipe, reward=RewardSettings(near_miss=False, format=False))
+    assert "--reward" not in stuck(COLLAPSED, paid)
+    assert "form" not in stuck(COLLAPSED | {"common_form": "n"}, paid)  # as all answers of gsm8k have
+
+
+@pytest.mark.parametrize(
+    "row", [{"silent_groups": 0.6}, {"train_accuracy": 0.9}, {"entropy": 0.3}, {"kind": "sft"}, {"step": 0}],
+)  # fmt: skip
+def test_nothing_is_said_of_a_policy_that_explores_or_is_good(row):
+    assert stuck(COLLAPSED | row, load_recipe("256")[1]) is None
 
 
 def test_a_card_without_bfloat16_takes_float32_and_says_so(monkeypatch):

@@ -14,10 +14,11 @@ from test_commands import smoke
 
 import lab.stages
 from data import Countdown, DataError, Problem
-from data.task import Score
-from data.traces import Trace, save_traces
-from lab.checkpoint import TrainState
-from lab.recipe import Recipe
+from data.load import endless_problems
+from data.task import Score, Task
+from data.traces import Trace, load_traces, save_traces
+from lab.checkpoint import TrainState, seen_by
+from lab.recipe import Recipe, RecipeError, problems_of
 from lab.runfolder import RunFolder
 from lab.stages import traces_for, train
 from model import Completion, Tokenizer
@@ -95,6 +96,38 @@ def test_traces_of_held_out_problems_are_left_out(recipe, tmp_path):
     assert [trace.problem for trace in traces] == PROBLEMS[::2]
     with pytest.raises(DataError, match="held-out"):
         traces_for(recipe, run, state, [], PROBLEMS)
+
+
+def test_a_cold_start_learns_right_worked_solutions_of_training_problems_only(tmp_path, monkeypatch):
+    """GRPO begins with other problems, and neither held-out problems nor the prompts' examples are among them."""
+    steps = mock.Mock(return_value={"loss": 1.0, "grad_norm": 1.0, "tokens": 1})
+    monkeypatch.setattr(lab.stages, "sft_step", steps)
+    stage = SFTStage(traces="worked", max_traces=40, batch_size=10, epochs=1)
+    options = ("--out", tmp_path / "run", "--generated-problems", 100, "--sampling.examples", 2)
+    recipe = replace(smoke(*options).recipe, stages=(stage,))
+    train(recipe, quiet=True)
+    traces = load_traces(tmp_path / "run" / "worked.jsonl", recipe.task.problem, lambda text, problem: True)
+    assert len(traces) == 40 and len({trace.problem.key for trace in traces}) == 40
+    for trace in traces:
+        assert recipe.task.score(trace.completion, trace.problem).outcome == "correct"
+    problems, held_out = problems_of(recipe, seen_by(recipe.model))
+    used = {trace.problem.key for trace in traces}
+    assert used <= {problem.key for problem in problems}
+    kept_back = [*held_out, *recipe.task.examples(2)]
+    assert not used & {problem.key for problem in kept_back}
+    first = endless_problems(problems, recipe.seed, 0, len(problems) - 40)
+    assert not used & {problem.key for problem in first}
+    samples = [sample for call in steps.call_args_list for sample in call.args[2]]
+    learned = {Tokenizer(TINY).decode(sample.completion_ids) for sample in samples}
+    assert learned == {trace.completion + "<|im_end|>" for trace in traces}
+
+
+def test_a_task_that_writes_no_solutions_is_refused_before_any_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(Countdown, "work_out", Task.work_out)
+    recipe = smoke("--out", tmp_path / "run").recipe
+    with pytest.raises(RecipeError, match="stages.0.traces: countdown cannot write worked solutions"):
+        train(replace(recipe, stages=(SFTStage(traces="worked"),)), quiet=True)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_step_learns_a_prompt_a_trace_and_the_end_of_turn_at_a_rate_that_falls_linearly_to_zero(recipe, monkeypatch):

@@ -93,8 +93,8 @@ EXAMPLES = [("Make 3.", "1 + 2 <answer>1 + 2</answer>"), ("Make 7.\n", "<think>\
 
 
 def chat(user: str, examples) -> list[dict]:
-    turns = [[{"role": "user", "content": asked}, {"role": "assistant", "content": answer}] for asked, answer in examples]
-    return sum(turns, []) + [{"role": "user", "content": user}]
+    turns = [{"role": role, "content": text} for pair in examples for role, text in zip(("user", "assistant"), pair)]
+    return [*turns, {"role": "user", "content": user}]
 
 
 @KINDS
@@ -127,7 +127,9 @@ NO_THINKING = {"<think>": "<idea>", "</think>": "</idea>"}
 @pytest.mark.parametrize("place", ["config", "named", "file"])
 def test_a_prompt_is_what_the_models_own_template_makes_of_it(template, place, tmp_path):
     """In the configuration, among several there, or in a file of its own, which takes precedence."""
-    ours = changed_tokenizer(tmp_path, NO_THINKING, chat_template=template, bos_token=ADDED | {"__type": "AddedToken", "content": "<|im_start|>"})
+    ours = changed_tokenizer(
+        tmp_path, NO_THINKING, chat_template=template, bos_token=ADDED | {"__type": "AddedToken", "content": "<|im_start|>"}
+    )
     if place == "named":
         named = [{"name": "tools", "template": "no"}, {"name": "default", "template": template}]
         ours = changed_tokenizer(tmp_path, NO_THINKING, chat_template=named, bos_token="<|im_start|>")

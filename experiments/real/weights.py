@@ -87,9 +87,9 @@ def name_of(gguf_name: str) -> str:
 
 
 def halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a query or key projection in Hugging Face's order: the two halves of a head one after the other.
+    """Rows of a query or key projection in Hugging Face's order: first one half of a head, then the other.
 
-    llama.cpp has them interleaved.
+    llama.cpp has the two interleaved.
     """
     pairs = weight.reshape(heads, -1, 2, weight.shape[1])  # [heads, head_dim / 2, 2, hidden]
     return pairs.swapaxes(1, 2).reshape(weight.shape)

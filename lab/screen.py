@@ -278,7 +278,7 @@ def silence(row: dict, recipe: Recipe) -> str | None:
 
 
 def stuck(row: dict, recipe: Recipe) -> str | None:
-    """After a step by which the policy has stopped exploring, though it is not good: the signs, what helps."""
+    """After a step by which the policy has stopped exploring, and is not good: the signs, and what helps."""
     if row["kind"] != "grpo" or not row["step"]:
         return None
     equal, right, entropy = row["silent_groups"], row["train_accuracy"], row["entropy"]

@@ -1,5 +1,6 @@
 """Random models of transformers, the independent reference, and the same weights in this project's decoder."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -32,6 +33,7 @@ SHAPES = {
         family="llama", hidden_size=36, num_attention_heads=9, num_key_value_heads=3, head_dim=4, tie_word_embeddings=True
     ),
 }
+NO_THINKING = {"<think>": "<idea>", "</think>": "</idea>"}  # for `changed_tokenizer`
 FAMILIES = {
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
@@ -81,6 +83,19 @@ def copy_tokenizer(folder: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / name, folder / name)
     return folder
+
+
+def changed_tokenizer(folder, replaced: dict[str, str], **config) -> Tokenizer:
+    """The bundled tokenizer, in `folder`, with other texts for some tokens, and these fields of its configuration changed."""
+    path = copy_tokenizer(folder) / "tokenizer.json"
+    text = path.read_text(encoding="utf-8")
+    for old, new in replaced.items():
+        assert f'"{old}"' in text
+        text = text.replace(f'"{old}"', f'"{new}"')
+    path.write_text(text, encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return Tokenizer(folder)
 
 
 def qwen3_file(name: str) -> Path:

@@ -5,12 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from reference import NO_THINKING, changed_tokenizer, reference_model, same_weights
 
 import eval as eval_command
 import train as train_command
@@ -21,7 +22,8 @@ from lab.evaluate import Evaluation, evaluate
 from lab.recipe import RecipeError, problems_of
 from lab.runfolder import RunFolder
 from lab.stages import train
-from model import load_model
+from model import load_model, save_model
+from rl.rollout import SamplingSettings
 
 ROOT = Path(__file__).parent.parent
 TIMES = {"rollout_seconds", "update_seconds", "checkpoint_seconds", "tokens_per_second", "peak_memory_bytes", "eval_seconds"}
@@ -170,13 +172,13 @@ def test_settings_of_memory_and_speed_may_change_on_resume_and_no_others(smoke_r
 def test_a_mistake_ends_in_one_line_that_names_it_and_leaves_no_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))  # an empty cache; the tests run offline
     (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
     cut = shutil.copytree(ROOT / "model" / "tiny", tmp_path / "cut") / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:100_000])
     for overrides, words in [
         (("--model", "./no-such/folder"), ["no-such/folder"]),
         (("--model", "nobody/no-such-model"), ["nobody/no-such-model", "tiny"]),  # what works without a network
-        (("--model", tmp_path), ["llama"]),
+        (("--model", tmp_path), ["mistral"]),
         (("--model", tmp_path / "cut"), ["model.safetensors"]),
         (("--problems", tmp_path / "empty.jsonl"), ["empty.jsonl"]),
         (("--device", "cuda:7"), ["cuda:7"]),
@@ -187,6 +189,49 @@ def test_a_mistake_ends_in_one_line_that_names_it_and_leaves_no_run(tmp_path, ca
         assert all(word in message for word in words), message
     assert "no recipe" in fails(capsys, lambda: train_command.parse(["no-such-recipe"]))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def qwen2(tmp_path) -> Path:
+    """A random Qwen2 whose tokenizer knows no `<think>`, as a folder."""
+    tokenizer = changed_tokenizer(tmp_path / "tokenizer", NO_THINKING)
+    shape = dict(vocab_size=len(tokenizer), hidden_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    save_model(tmp_path / "qwen2", same_weights(reference_model(family="qwen2", **shape)), tokenizer)
+    return tmp_path / "qwen2"
+
+
+def test_a_model_that_knows_no_thinking_trains_and_evaluates_without(qwen2, tmp_path, capsys):
+    options = ("--model", qwen2, "--problems", "generated", "--sampling.max-new-tokens", 8, "--out", tmp_path / "run")
+    message = fails(capsys, lambda: train(smoke(*options).recipe, plain=True))
+    assert "no <think>" in message and "--sampling.no-thinking" in message
+    train(smoke(*options, "--sampling.no-thinking").recipe, quiet=True)
+    trained = checkpoints(tmp_path / "run")[-1]
+    assert json.loads((trained / "config.json").read_text())["model_type"] == "qwen2"
+    found = evaluated(capsys, trained, qwen2, count=4, samples=1)
+    assert [model["name"] for model in found["models"]] == [str(trained), str(qwen2)]
+    message = fails(capsys, lambda: evaluated(capsys, qwen2, count=4, problems="generated", thinking=True))
+    assert "--thinking False" in message
+
+
+def test_a_run_says_that_its_model_has_no_chat_template(qwen2, tmp_path, capsys):
+    path = qwen2 / "tokenizer_config.json"
+    path.write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    options = ("--model", qwen2, "--problems", "generated", "--sampling.max-new-tokens", 8, "--sampling.no-thinking")
+    train(replace(smoke(*options, "--out", tmp_path / "run").recipe, stages=()), plain=True)
+    assert "prompts   ChatML, since the model comes without a chat template" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("template", ["{{ ''.__class__.__mro__ }}", "{% for i in range(1000000000) %}{% endfor %}"])
+def test_a_hostile_chat_template_is_one_line(template, qwen2, tmp_path, capsys):
+    (qwen2 / "chat_template.jinja").write_text(template)
+    options = ("--model", qwen2, "--problems", "generated", "--sampling.no-thinking", "--out", tmp_path / "run")
+    assert "template" in fails(capsys, lambda: train(smoke(*options).recipe))
+    assert "template" in fails(capsys, lambda: evaluated(capsys, qwen2, count=4, problems="generated"))
+
+
+def test_eval_passes_on_every_setting_of_sampling_that_it_has_an_option_for():
+    options = {field.name for field in fields(eval_command.Arguments)}
+    assert set(eval_command.SAMPLING) == {field.name for field in fields(SamplingSettings)} <= options
 
 
 def test_a_run_without_room_is_not_in_the_way_of_the_corrected_one(tmp_path, capsys):

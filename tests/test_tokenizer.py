@@ -9,7 +9,7 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import TINY, TINY_TOKENS, copy_tokenizer, qwen3_file, smollm2_folder
+from reference import NO_THINKING, TINY, TINY_TOKENS, changed_tokenizer, copy_tokenizer, qwen3_file, smollm2_folder
 
 from data import Problem, score
 from model import ModelError, Tokenizer, prompt_ids
@@ -105,22 +105,6 @@ def test_prompts_of_qwen3_equal_its_official_template(kind, thinking, examples):
     options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
     expected = theirs.apply_chat_template(chat(USER, examples), **options) + "<think>\n" * thinking
     assert prompt_ids(ours, USER, thinking, examples) == theirs.encode(expected, add_special_tokens=False)
-
-
-def changed_tokenizer(folder, replaced: dict[str, str], **config) -> Tokenizer:
-    """The bundled tokenizer with other texts for some tokens, and these fields of its configuration changed."""
-    path = copy_tokenizer(folder) / "tokenizer.json"
-    text = path.read_text(encoding="utf-8")
-    for old, new in replaced.items():
-        assert f'"{old}"' in text
-        text = text.replace(f'"{old}"', f'"{new}"')
-    path.write_text(text, encoding="utf-8")
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
-    return Tokenizer(folder)
-
-
-NO_THINKING = {"<think>": "<idea>", "</think>": "</idea>"}
 
 
 @pytest.mark.parametrize("template", [QWEN25, SMOLLM2, LLAMA2], ids=["qwen2.5", "smollm2", "llama2"])

@@ -22,6 +22,7 @@ CHART_HEIGHT = 5  # lines
 # A policy has stopped exploring if at least this share of groups have equal rewards, though at most this
 # share of completions are correct, and the entropy is at most so many nats per token.
 STUCK_GROUPS, STUCK_ACCURACY, STUCK_ENTROPY = 0.8, 0.6, 0.08
+UPDATE_COST = 1.5  # time of a token in an update over that of sampling one, on a CPU
 STUCK_FORM = 0.8  # share of answers of one form, from which on it is worth saying
 ROLLOUT_LINES = 7  # the last ones of a completion
 OnProgress = Callable[[int, int], None]
@@ -220,7 +221,8 @@ def describe_run(recipe: Recipe, model, train: list, held_out: list, resumed_at:
     on_gpu = model.device.type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, threads: {torch.get_num_threads()}"
     dtype = str(model.dtype).removeprefix("torch.")
-    dtype += ", for want of bfloat16" * (not has_bfloat16(model.device))
+    if on_gpu and not has_bfloat16(model.device):
+        dtype += ", for want of bfloat16"
     stages = []
     for stage in recipe.stages:
         batch = "" if stage.kind == "sft" else f" of {stage.prompts_per_step} x {stage.samples_per_prompt}"
@@ -253,6 +255,31 @@ def time_left(row: dict, recipe: Recipe) -> str:
     steps = sum(stage.steps for stage in recipe.stages if stage.kind == "grpo") - row["grpo_steps"]
     minutes, seconds = divmod(round((row["rollout_seconds"] + row["update_seconds"]) * steps), 60)
     return f"{minutes}:{seconds:02}"
+
+
+def planned_time(row: dict, recipe: Recipe, prompt_length: int) -> str:
+    """Roughly how long a run will take on a CPU, by its first evaluation, which `row` holds.
+
+    It counts tokens: those to sample, if completions keep their length, and those of updates with their
+    prompts.
+    """
+    length = row["eval_completion_length"]
+    seconds_per_token = row["eval_seconds"] / (recipe.evaluation.problems * length)
+    sampled = updated = evaluations = 0.0
+    for stage in recipe.stages:
+        if stage.kind == "grpo":
+            completions = stage.samples_per_prompt * length
+            sampled += stage.steps * stage.prompts_per_step * completions
+            updated += stage.steps * stage.prompts_per_step * (completions + prompt_length)
+            evaluations += stage.steps / recipe.evaluation.every
+        else:
+            updated += stage.epochs * stage.max_traces * (length + prompt_length)
+            evaluations += 4
+    sampled += evaluations * recipe.evaluation.problems * length
+    sampled += 2 * recipe.evaluation.final_problems * length
+    minutes = round(seconds_per_token * (sampled + UPDATE_COST * updated) / 60)
+    hours = f"{minutes // 60}:{minutes % 60:02} h"
+    return f"time      about {hours}, if completions keep their length of {length:.0f} tokens"
 
 
 def silence(row: dict, recipe: Recipe) -> str | None:

@@ -18,9 +18,10 @@ from lab.plots import paper_points, write_curve
 from lab.recipe import Recipe, RecipeError
 from lab.report import write_report
 from lab.runfolder import RunFolder
-from lab.screen import describe_run, final_line, pick_screen, silence, stuck, time_left
+from lab.screen import describe_run, final_line, pick_screen, planned_time, silence, stuck, time_left
 from lab.setup import find_state, set_up, stage_start_model
 from model.sampler import Cancelled
+from model.weights import is_embedded
 from rl.batch import Sample
 from rl.distributed import all_values, any_rank, broadcast, is_main, share, world_size
 from rl.grpo import GRPOStage, grpo_step
@@ -164,6 +165,9 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
             if is_main() and not resume:
                 run.create(recipe, state.problems)
             record(row, 0)
+            if recipe.stages and model.device.type == "cpu" and not is_embedded(recipe.model):
+                prompt = prompt_of(tokenizer, recipe.task, held_out[0], recipe.sampling)
+                screen.say(planned_time(row, recipe, len(prompt)))
 
         # 3. The stages, each with a new optimizer. A signal drops unfinished rollouts or waits for an update.
         stop = stack.enter_context(stoppable(is_main()))

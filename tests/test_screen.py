@@ -13,11 +13,24 @@ from rich.console import Console
 import lab.screen
 from data.task import Score
 from lab.device import pick_dtype
-from lab.recipe import load_recipe
-from lab.screen import LiveScreen, QuietScreen, Screen, chart, describe_run, pick_screen, printable, silence, stuck
+from lab.recipe import EvaluationSettings, load_recipe
+from lab.screen import (
+    LiveScreen,
+    QuietScreen,
+    Screen,
+    chart,
+    describe_run,
+    pick_screen,
+    planned_time,
+    printable,
+    silence,
+    stuck,
+)
 from model import Completion, Qwen3Config
+from rl.grpo import GRPOStage
 from rl.reward import RewardSettings
 from rl.rollout import Rollout
+from rl.sft import SFTStage
 
 RECIPE = replace(load_recipe("256", "tiny")[1], out="runs/shown")
 GRPO = {
@@ -123,6 +136,18 @@ def test_a_start_from_nothing_and_a_silent_batch_are_put_into_words():
 )  # fmt: skip
 def test_nothing_is_said_where_batches_teach_or_all_is_right_or_nothing_is_sampled(row):
     assert silence(START | row, load_recipe("256")[1]) is None
+
+
+def test_the_planned_time_counts_the_tokens_of_sampling_updates_and_evaluations():
+    """0.01 s a token; 10 tokens a completion, 30 a prompt: by hand."""
+    stages = (SFTStage(epochs=2, max_traces=100), GRPOStage(steps=20, prompts_per_step=4, samples_per_prompt=8))
+    evaluation = EvaluationSettings(every=10, problems=50, final_problems=70)
+    recipe = replace(RECIPE, stages=stages, evaluation=evaluation)
+    sampled = 20 * 4 * 8 * 10 + (4 + 2) * 50 * 10 + 2 * 70 * 10
+    updated = 2 * 100 * 40 + 20 * 4 * (8 * 10 + 30)
+    minutes = round(0.01 * (sampled + 1.5 * updated) / 60)
+    words = planned_time({"eval_completion_length": 10.0, "eval_seconds": 5.0}, recipe, 30)
+    assert words == f"time      about 0:{minutes:02} h, if completions keep their length of 10 tokens" and minutes == 6
 
 
 COLLAPSED = GRPO | {  # what a run on SmolLM2 without a cold start came to

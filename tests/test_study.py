@@ -12,7 +12,7 @@ import pytest
 import lab.stages
 from experiments.study import report
 from experiments.study import run as study
-from experiments.study.report import Estimate, paired_difference
+from experiments.study.results import Estimate, Run, paired_difference
 from experiments.study.run import Arguments, execute, load_arms, next_run, plan, run_study, trace_folders
 from lab.recipe import RECIPES, RecipeError, build_recipe, load_recipe
 from lab.runfolder import flatten
@@ -154,14 +154,14 @@ def test_a_study_resumes_a_run_that_was_stopped(tmp_path, monkeypatch):
         assert result[part] == whole[part]
 
 
-def made_up(arm: str, seed: int, accuracies: dict[int, float], tokens_a_step=100, final: float | None = None) -> report.Run:
+def made_up(arm: str, seed: int, accuracies: dict[int, float], tokens_a_step=100, final: float | None = None) -> Run:
     evaluations = [
         {"stage": 0, "kind": "grpo", "step": step, "grpo_steps": step, "eval_accuracy": accuracy / 100,
          "generated_tokens": tokens_a_step * step}
         for step, accuracy in accuracies.items()
     ]  # fmt: skip
     ends = {} if final is None else {"final_accuracy": final / 100, "final_greedy_accuracy": final / 50}
-    return report.Run(arm, seed, evaluations, ends, {}, 60)
+    return Run(arm, seed, evaluations, ends, {}, 60)
 
 
 def test_the_interval_is_students():
@@ -222,5 +222,5 @@ def test_an_sft_stage_is_one_point_beside_the_last_of_grpo():
     rows = [(0, 0, 0, 0.1), (0, 5, 5, 0.2), (1, 8, 5, 0.3), (1, 9, 5, 0.4), (2, 14, 10, 0.5)]
     names = ("stage", "step", "grpo_steps", "eval_accuracy")
     evaluations = [dict(zip(names, row)) | {"kind": "sft" if row[0] == 1 else "grpo"} for row in rows]
-    run = report.Run("staged", 0, evaluations, {}, {}, 0)
+    run = Run("staged", 0, evaluations, {}, {}, 0)
     assert run.points == pytest.approx({(0, False): 10, (5, False): 20, (5, True): 40, (10, False): 50})

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shutil
 from dataclasses import asdict, replace
 from unittest import mock
 
@@ -13,7 +14,8 @@ import lab.stages
 from experiments.study import report
 from experiments.study import run as study
 from experiments.study.results import Estimate, Run, paired_difference
-from experiments.study.run import Arguments, execute, load_arms, next_run, plan, run_study, trace_folders
+from experiments.study.run import Arguments, execute, load_arms, next_run, plan, run_study
+from lab.checkpoint import checkpoints
 from lab.recipe import RECIPES, RecipeError, build_recipe, load_recipe
 from lab.runfolder import flatten
 
@@ -89,10 +91,31 @@ def test_every_ablation_changes_one_thing_in_grpo_alone():
 def test_a_run_waits_for_the_run_whose_traces_it_learns_from():
     runs = {(run.arm.name, run.seed): run for run in plan(Arguments(arms=("staged", "sft"), seeds=2))}
     sft, staged = runs["sft", 1], runs["staged", 1]
-    assert trace_folders(sft) == {staged.recipe.out} and not trace_folders(staged)
+    assert sft.needs == {staged.recipe.out} and not staged.needs
+    assert sft.recipe.stages[0].traces == f"{staged.recipe.out}/traces.jsonl"
     assert next_run([sft, staged], []) is staged
     assert next_run([sft], [staged]) is None
     assert next_run([sft], [runs["staged", 0]]) is sft
+
+
+def test_an_arm_may_begin_with_the_model_of_another_which_is_made_again_if_it_is_lost(tmp_path, monkeypatch):
+    arguments = small_study(tmp_path, SMALL + 'later = {{ model = "grpo", problems = "generated" }}\n')
+    arguments = replace(arguments, arms=("grpo", "later"))
+    made = []
+    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda *_, **__: InProcess(made))
+    monkeypatch.setattr(study, "write_report", lambda *_: None)
+    run_study(arguments)
+    assert made == [("grpo", 0), ("later", 0)]
+    grpo, later = (arguments.out / arm / "seed_0" for arm in ("grpo", "later"))
+    config = json.loads((later / "config.json").read_text())
+    assert config["recipe"]["model"] == str(checkpoints(grpo)[-1])
+    made.clear()
+    shutil.rmtree(grpo)
+    run_study(arguments)
+    assert made == []
+    (arguments.results / "runs" / "later.0.json").unlink()
+    run_study(arguments)
+    assert made == [("grpo", 0), ("later", 0)]
 
 
 def test_an_arm_that_does_not_exist_or_changes_what_does_not_is_named(tmp_path):

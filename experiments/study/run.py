@@ -4,6 +4,9 @@
 one thread, so as many run side by side as there are cores, with the same results. A finished run writes one
 JSON file into docs/study/runs. It is repeated only if its recipe has changed; a run that was stopped resumes
 from its last checkpoint.
+
+An arm may build on another one with the same seed: `traces = "staged"` in an SFT stage takes the traces of
+the arm `staged`, and `model = "staged"` begins with the model that it ended with.
 """
 
 import json
@@ -11,27 +14,29 @@ import math
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean
 
 import torch
 import tyro
 
 from experiments.study.report import write_report
+from lab.checkpoint import checkpoints
 from lab.errors import user_errors
 from lab.recipe import RECIPES, Recipe, RecipeError, build_recipe, from_dict, merge, read_tables
 from lab.runfolder import RunFolder
 from lab.stages import train
-from rl.sft import SFTStage
+from model.weights import is_embedded
+from rl.sft import WORKED, SFTStage
 
 RESULTS = Path(__file__).parent.parent.parent / "docs" / "study"
-STAGED = "staged"  # the arm whose traces the arm `sft` learns from
 KEPT = (  # metrics of the GRPO steps that go into the result of a run
     "reward_mean", "train_accuracy", "pass_at_8", "format_rate", "completion_length", "truncated_fraction",
     "non_latin_fraction", "policy_entropy", "clip_fraction", "log_ratio_std", "grad_norm", "near_fraction",
-    "tokens",
+    "tokens", "silent_groups", "common_form_fraction",
 )  # fmt: skip
 
 
@@ -45,6 +50,8 @@ class Arguments:
     """Folder for the report and the results."""
     out: Path = Path("runs/study")
     """Folder for the runs."""
+    model: str | None = None
+    """The model to start from, a folder or hub id; default: the recipe's."""
     arms: tuple[str, ...] = ()
     """Only these arms."""
     seeds: int | None = None
@@ -73,6 +80,8 @@ class StudyRun:
     seed: int
     recipe: Recipe
     result: Path
+    needs: frozenset[str] = frozenset()
+    """Folders of the runs that this one builds on."""
 
 
 def load_arms(path: Path) -> list[Arm]:
@@ -107,20 +116,30 @@ def plan(arguments: Arguments) -> Iterator[StudyRun]:
         for seed in range(max((arguments.seeds or arm.seeds for arm in chosen), default=0)):
             for arm in chosen:
                 if seed < (arguments.seeds or arm.seeds):
-                    yield study_run(arguments, arm, seed)
+                    yield study_run(arguments, arm, seed, {arm.name for arm in arms})
 
 
-def study_run(arguments: Arguments, arm: Arm, seed: int) -> StudyRun:
+def study_run(arguments: Arguments, arm: Arm, seed: int, arms: set[str]) -> StudyRun:
+    """The run of an arm with this seed. Names of other `arms` become the folders of their runs."""
+
+    def folder_of(name: str) -> str:
+        return str(arguments.out / name / f"seed_{seed}")
+
     recipe = build_recipe(arm.tables, arguments.recipe)
-    traces = str(arguments.out / STAGED / f"seed_{seed}" / "traces.jsonl")
+    needs = set()
     stages = []
     for stage in recipe.stages:
-        imitates = isinstance(stage, SFTStage) and stage.traces == STAGED
-        stages.append(replace(stage, traces=traces) if imitates else stage)
-    out = str(arguments.out / arm.name / f"seed_{seed}")
-    recipe = replace(recipe, seed=seed, stages=tuple(stages), out=out)
+        if isinstance(stage, SFTStage) and stage.traces in arms:
+            needs.add(folder_of(stage.traces))
+            stage = replace(stage, traces=f"{folder_of(stage.traces)}/traces.jsonl")
+        stages.append(stage)
+    model = arguments.model or recipe.model
+    if recipe.model in arms:
+        model = folder_of(recipe.model)
+        needs.add(model)
+    recipe = replace(recipe, model=model, seed=seed, stages=tuple(stages), out=folder_of(arm.name))
     name = f"{arm.name.replace(' ', '-')}.{seed}.json"
-    return StudyRun(arm, seed, recipe, arguments.results / "runs" / name)
+    return StudyRun(arm, seed, recipe, arguments.results / "runs" / name, frozenset(needs))
 
 
 def up_to_date(run: StudyRun) -> bool:
@@ -135,23 +154,28 @@ def up_to_date(run: StudyRun) -> bool:
 
 
 def without_paths(recipe: Recipe) -> Recipe:
-    """A recipe without the paths of its run and traces."""
-    stages = (
-        replace(s, traces="a file") if isinstance(s, SFTStage) and s.traces else s for s in recipe.stages
-    )
-    return replace(recipe, out="", stages=tuple(stages))
+    """A recipe without the paths of its run, its traces and its model."""
+    stages = []
+    for stage in recipe.stages:
+        has_file = isinstance(stage, SFTStage) and stage.traces not in (None, WORKED)
+        stages.append(replace(stage, traces="a file") if has_file else stage)
+    model = recipe.model if is_embedded(recipe.model) else "a model"
+    return replace(recipe, out="", model=model, stages=tuple(stages))
 
 
 def execute(run: StudyRun) -> dict:
     """Start or resume one run, on one thread, and return its result."""
     torch.set_num_threads(1)
-    folder = RunFolder(run.recipe.out)
+    recipe = run.recipe
+    if recipe.model in run.needs:
+        recipe = replace(recipe, model=str(checkpoints(Path(recipe.model))[-1]))
+    folder = RunFolder(recipe.out)
     if folder.holds_run:
         try:
-            folder.check_recipe(run.recipe)
+            folder.check_recipe(recipe)
         except RecipeError:
             shutil.rmtree(folder.path)  # left by an earlier version of the study
-    train(run.recipe, resume=folder.holds_run, quiet=True)
+    train(recipe, resume=folder.holds_run, quiet=True)
     return result_of(run, folder.metrics())
 
 
@@ -163,7 +187,7 @@ def result_of(run: StudyRun, rows: list[dict]) -> dict:
     for row in rows:
         tokens += row["tokens"] if row["kind"] == "grpo" and row["step"] else 0
         if "eval_accuracy" in row:
-            names = ("stage", "kind", "step", "grpo_steps", "eval_accuracy")
+            names = ("stage", "kind", "step", "grpo_steps", "eval_accuracy", "eval_format_rate")
             evaluations.append({name: row[name] for name in names} | {"generated_tokens": tokens})
     steps = [row for row in rows if row["kind"] == "grpo" and row["step"]]
     parts = ("rollout_seconds", "update_seconds", "eval_seconds")
@@ -171,6 +195,8 @@ def result_of(run: StudyRun, rows: list[dict]) -> dict:
         "arm": run.arm.name,
         "seed": run.seed,
         "seconds": round(sum(row.get(part, 0) for row in rows for part in parts)),
+        "seconds_per_step": round(mean(map(step_seconds, steps)), 2) if steps else None,
+        "peak_memory_bytes": max(row.get("peak_memory_bytes", 0) for row in rows),
         "evaluations": evaluations,
         "final": {name: value for name, value in rows[-1].items() if name.startswith("final")},
         "steps": {
@@ -184,11 +210,24 @@ def result_of(run: StudyRun, rows: list[dict]) -> dict:
     }
 
 
-def run_study(arguments: Arguments) -> None:
+def step_seconds(row: dict) -> float:
+    return row["rollout_seconds"] + row["update_seconds"]
+
+
+Report = Callable[[Path, list[Arm]], None]
+
+
+def run_study(arguments: Arguments, report: Report | None = None) -> None:
+    """Make the runs that have no result yet; `report(results, arms)` writes what there is after each."""
+    report = report or write_report
     runs = list(plan(arguments))
     waiting = [run for run in runs if not up_to_date(run)]
     done = len(runs) - len(waiting)
     print(f"{len(runs)} runs, {done} of them with a result in {arguments.results}", flush=True)
+    # A run whose result is here may have to be made again for those that build on it.
+    needed = frozenset().union(*(run.needs for run in waiting))
+    lost = [run for run in runs if run.recipe.out in needed and not checkpoints(Path(run.recipe.out))]
+    waiting = lost + [run for run in waiting if run not in lost]
     waiting = [] if arguments.report_only else waiting
     (arguments.results / "runs").mkdir(parents=True, exist_ok=True)
     running: dict[Future, StudyRun] = {}
@@ -200,20 +239,15 @@ def run_study(arguments: Arguments) -> None:
                 running[pool.submit(execute, run)] = run
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 save_result(running.pop(future), future.result(), arguments)
-    write_report(arguments.results, load_arms(arguments.recipe))
+                report(arguments.results, load_arms(arguments.recipe))
+    report(arguments.results, load_arms(arguments.recipe))
     print(f"done: {arguments.results}/results.md, with its plots")
 
 
 def next_run(waiting: list[StudyRun], running: list[StudyRun]) -> StudyRun | None:
-    """The first of the waiting runs that does not need the traces of an unfinished one."""
+    """The first of the waiting runs that does not build on an unfinished one."""
     unfinished = {run.recipe.out for run in waiting + running}
-    return next((run for run in waiting if not trace_folders(run) & unfinished), None)
-
-
-def trace_folders(run: StudyRun) -> set[str]:
-    """The folders of the runs whose traces this run learns from."""
-    stages = (stage for stage in run.recipe.stages if isinstance(stage, SFTStage))
-    return {str(Path(stage.traces).parent) for stage in stages if stage.traces}
+    return next((run for run in waiting if not run.needs & unfinished), None)
 
 
 def save_result(run: StudyRun, result: dict, arguments: Arguments) -> None:
@@ -224,7 +258,6 @@ def save_result(run: StudyRun, result: dict, arguments: Arguments) -> None:
     accuracy = f"held-out {last_accuracy(result)}{before}"
     print(f"{run.arm.name}, seed {run.seed}: {accuracy}, {result['seconds']} s", flush=True)
     run.result.write_text(json.dumps(result, separators=(",", ":")) + "\n")
-    write_report(arguments.results, load_arms(arguments.recipe))
 
 
 def last_accuracy(result: dict) -> str:

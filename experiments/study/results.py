@@ -4,7 +4,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
@@ -63,6 +63,8 @@ class Run:
     final: dict
     steps: dict[str, np.ndarray]
     seconds: float
+    seconds_per_step: float | None = None  # of GRPO; None where there was none, or it was not noted
+    peak_memory_bytes: int = 0
 
     @property
     def points(self) -> dict[tuple[int, bool], float]:
@@ -123,8 +125,8 @@ def load_runs(results: Path) -> Runs:
         row["steps"] = {
             name: np.array(values, dtype=float) for name, values in row["steps"].items()
         }  # None is NaN
-        fields = ("arm", "seed", "evaluations", "final", "steps", "seconds")
-        runs[row["arm"]].append(Run(**{name: row[name] for name in fields}))
+        names = [field.name for field in fields(Run)]
+        runs[row["arm"]].append(Run(**{name: row[name] for name in names if name in row}))
     return {arm: sorted(runs_of_arm, key=lambda run: run.seed) for arm, runs_of_arm in runs.items()}
 
 

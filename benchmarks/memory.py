@@ -26,6 +26,7 @@ from lab.device import peak_memory, return_freed_blocks
 from lab.memory_plan import gb, plan_memory, work_of
 from lab.recipe import EvaluationSettings, Recipe
 from model import Qwen3, Qwen3Config, add_adapters
+from model.chat import PLAIN, ChatTemplate
 from model.memory import free_memory, read
 from rl.grpo import GRPOStage, grpo_step
 from rl.optimizer import Optimizer, OptimizerSettings
@@ -104,6 +105,8 @@ class RandomTask:
     """Tokenizer and task in one: problem n is a prompt of random ids; every second completion is rewarded."""
 
     stop_token_ids = ()
+    knows_thinking = True
+    template = ChatTemplate(PLAIN, {})
 
     def __init__(self, vocab_size: int, prompts: int, prompt_length: int):
         generator = torch.Generator().manual_seed(0)
@@ -113,7 +116,7 @@ class RandomTask:
     def prompt(self, problem: int, thinking: bool = True) -> str:
         return f"[{problem}]"
 
-    def encode(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str) -> list[int]:
         return self.prompts[int(text.partition("[")[2].partition("]")[0])]
 
     def decode(self, token_ids: list[int]) -> str:

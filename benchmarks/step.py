@@ -2,8 +2,9 @@
 
     pip install trl==1.16.0                        # needed here only
     python benchmarks/step.py                      # about ten minutes on two cores
+    python benchmarks/step.py --model FOLDER       # the weights of a folder or hub id, not random ones
 
-Weights, prompts and sizes are the same. Each side runs in its own process, so that their memory does not
+Weights, prompts and sizes are the same; prompts are random ids. Each side runs in its own process, so that their memory does not
 mix, and they take turns. All completions have full length: ours has no stop ids, TRL's may not end before.
 Rewards are the same function of a completion's number in its group. Both make one AdamW update per step, in
 float32, with the gradient's norm clipped to one and no reference model. The first step of each process is
@@ -27,19 +28,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import tyro
-from memory import Case, RandomTask, held_memory, random_model
+from memory import RandomTask, held_memory, random_model
 from rich.console import Console
 from rich.table import Table
 
 from lab.device import peak_memory
-from model import Qwen3Config
+from model import Qwen3, Qwen3Config, load_model
 from rl.optimizer import OptimizerSettings
 
 CONFIG = Qwen3Config(151936, 256, 768, 4, 4, 2, 64)
-CASE = Case(
-    CONFIG, torch.float32, OptimizerSettings(), prompts=4, samples=8, prompt_length=140, new_tokens=64
-)
-ROWS = CASE.prompts * CASE.samples
+PROMPTS, SAMPLES, PROMPT_LENGTH, NEW_TOKENS = 4, 8, 140, 64
+ROWS = PROMPTS * SAMPLES
 
 
 def trl_batches(size: int, checkpointing: bool) -> dict:
@@ -69,6 +68,8 @@ class Settings:
     """Processes of each side, in turns."""
     steps: int = 2
     """Timed steps in each process."""
+    model: str | None = None
+    """A folder or hub id; default: random weights of 42 M parameters."""
     trl_python: str = sys.executable
     """Python of an environment that has TRL."""
     here: Literal["ours", "trl"] | None = None
@@ -77,10 +78,16 @@ class Settings:
     """Options of OptimizerSettings or of TRL's GRPOConfig, as JSON, for --here."""
 
 
-def prompts() -> list[list[int]]:
+def weights(settings: Settings) -> Qwen3:
+    """The model of both sides, in float32."""
+    if settings.model is None:
+        return random_model(CONFIG, torch.float32, "cpu")
+    return load_model(settings.model, dtype=torch.float32)[0]
+
+
+def prompts(vocab_size: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
-    shape = (CASE.prompts, CASE.prompt_length)
-    return torch.randint(1, CONFIG.vocab_size, shape, generator=generator).tolist()
+    return torch.randint(1, vocab_size, (PROMPTS, PROMPT_LENGTH), generator=generator).tolist()
 
 
 def run_ours(settings: Settings) -> dict:
@@ -95,25 +102,25 @@ def run_ours(settings: Settings) -> dict:
 
     return_freed_blocks()
     before = held_memory(torch.device("cpu"))
-    model = random_model(CONFIG, torch.float32, "cpu")
+    model = weights(settings)
     kept = OptimizerSettings(**json.loads(settings.options))
     model.model.checkpoint_activations = kept.activation_checkpointing
-    stage = GRPOStage(prompts_per_step=CASE.prompts, samples_per_prompt=CASE.samples, updates_per_step=1)
-    sampling = SamplingSettings(max_new_tokens=CASE.new_tokens)
+    stage = GRPOStage(prompts_per_step=PROMPTS, samples_per_prompt=SAMPLES, updates_per_step=1)
+    sampling = SamplingSettings(max_new_tokens=NEW_TOKENS)
     evaluation = EvaluationSettings(problems=1)
     recipe = Recipe(sampling=sampling, optimizer=kept, evaluation=evaluation, stages=(stage,))
-    plan = plan_memory(model, kept, work_of(recipe, CASE.prompt_length), free_memory(model.device))
+    plan = plan_memory(model, kept, work_of(recipe, PROMPT_LENGTH), free_memory(model.device))
     optimizer = Optimizer(model, kept, plan.micro_batch_tokens)
-    task = RandomTask(CONFIG.vocab_size, CASE.prompts, CASE.prompt_length)
+    task = RandomTask(model.config.vocab_size, PROMPTS, PROMPT_LENGTH)
     options = {"settings": stage, "sampling": sampling, "learning_rate": 1e-6}
     times = []
     for step in range(1 + settings.steps):
         start = time.perf_counter()
-        problems = list(range(CASE.prompts))
+        problems = list(range(PROMPTS))
         groups, _, metrics = grpo_step(model, task, optimizer, task, problems, seed=step, **options)
         rollout = metrics["rollout_seconds"]
         times.append((rollout, time.perf_counter() - start - rollout))
-        assert all(len(r.completion.token_ids) == CASE.new_tokens for group in groups for r in group)
+        assert all(len(r.completion.token_ids) == NEW_TOKENS for group in groups for r in group)
         assert metrics["grad_norm"] > 0
     return {"times": times[1:], "before": before}
 
@@ -123,19 +130,21 @@ def run_trl(settings: Settings) -> dict:
     import trl
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, TrainerCallback
-    from transformers import Qwen3Config as TheirConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
     before = held_memory(torch.device("cpu"))
-    vocabulary = {"<end>": 0} | {f"t{number}": number for number in range(1, CONFIG.vocab_size)}
+    ours = weights(settings)
+    vocab_size = ours.config.vocab_size
+    vocabulary = {"<end>": 0} | {f"t{number}": number for number in range(1, vocab_size)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token="<end>", pad_token="<end>", padding_side="left"
     )
-    theirs = TheirConfig(**{**CONFIG.to_hf("float32", eos_token_id=0), "pad_token_id": 0})
-    model = Qwen3ForCausalLM(theirs)
-    model.load_state_dict(random_model(CONFIG, torch.float32, "cpu").state_dict())
+    theirs = AutoConfig.for_model(**ours.config.to_hf("float32", eos_token_id=0), pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(theirs)
+    model.load_state_dict(ours.state_dict())
+    del ours
     times, rollout_seconds = [], []
 
     class Clock(TrainerCallback):
@@ -151,8 +160,8 @@ def run_trl(settings: Settings) -> dict:
             found = super()._generate_and_score_completions(inputs)
             rollout_seconds.append(time.perf_counter() - start)
             shape = (found["prompt_ids"].shape[1], found["completion_ids"].shape[1])
-            assert shape == (CASE.prompt_length, CASE.new_tokens), shape
-            assert found["prompt_ids"][0].tolist() in prompts()
+            assert shape == (PROMPT_LENGTH, NEW_TOKENS), shape
+            assert found["prompt_ids"][0].tolist() in prompts(vocab_size)
             return found
 
     def reward(completions, **_):
@@ -161,8 +170,8 @@ def run_trl(settings: Settings) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         config = trl.GRPOConfig(
             output_dir=folder,
-            num_generations=CASE.samples,
-            max_completion_length=CASE.new_tokens,
+            num_generations=SAMPLES,
+            max_completion_length=NEW_TOKENS,
             max_steps=1 + settings.steps,
             learning_rate=1e-6,
             lr_scheduler_type="constant",
@@ -179,11 +188,11 @@ def run_trl(settings: Settings) -> dict:
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            generation_kwargs={"min_new_tokens": CASE.new_tokens},
+            generation_kwargs={"min_new_tokens": NEW_TOKENS},
             **json.loads(settings.options),
         )
         data = Dataset.from_list(
-            [{"prompt": " ".join(f"t{number}" for number in prompt)} for prompt in prompts()]
+            [{"prompt": " ".join(f"t{number}" for number in prompt)} for prompt in prompts(vocab_size)]
         )
         trainer = Trainer(
             model, reward, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()]
@@ -200,6 +209,7 @@ def measure(name: str, settings: Settings) -> dict:
     side = "ours" if name.startswith("ours") else "trl"
     python = sys.executable if side == "ours" else settings.trl_python
     options = ["--steps", str(settings.steps), "--options", json.dumps(SIDES[name])]
+    options += ["--model", settings.model] if settings.model else []
     run = subprocess.run([python, __file__, "--here", side, *options], capture_output=True, text=True)
     if run.returncode:
         sys.exit(f"error: {name}: {(run.stderr.strip().splitlines() or ['killed'])[-1]}")
@@ -224,9 +234,7 @@ def main(settings: Settings) -> None:
         for name in settings.side:
             found[name].append(measure(name, settings))
             print(f"{name}: {[round(sum(step), 2) for step in found[name][-1]['times']]} s", flush=True)
-    table = Table(
-        title=f"one GRPO step, {CASE.prompts} x {CASE.samples} x {CASE.new_tokens} new tokens: medians"
-    )
+    table = Table(title=f"one GRPO step, {PROMPTS} x {SAMPLES} x {NEW_TOKENS} new tokens: medians")
     for column in (
         "",
         "step, s",

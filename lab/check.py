@@ -224,7 +224,8 @@ def loaded(source: str, device, dtype: torch.dtype | None = None) -> tuple[Qwen3
     """A model, and prompts of several lengths."""
     model, tokenizer = load_model(source, device, dtype)
     task = Countdown(max_number=20, max_target=50)
-    return model, [prompt_of(tokenizer, task, p, SamplingSettings()) for p in task.generate(4, seed=0)]
+    sampling = SamplingSettings(thinking=tokenizer.knows_thinking)
+    return model, [prompt_of(tokenizer, task, problem, sampling) for problem in task.generate(4, seed=0)]
 
 
 def samples_of(model: Qwen3, prompts: list[list[int]], length: int = 48) -> list[Sample]:

@@ -82,7 +82,7 @@ def test_every_link_leads_to_a_file_and_every_name_in_it_is_defined_there(docume
 
 def test_the_readme_is_short_and_has_the_code_as_it_is():
     text = (ROOT / "README.md").read_text()
-    assert len(text.split()) <= 900 and text.count("\n") <= 150
+    assert len(text.split()) <= 1100 and text.count("\n") <= 170
     assert make_readme.filled(text) == text, "python -m docs.make_readme"
     assert inspect.getsource(grpo_step) in text
     changed = text.replace("group_advantages(rewards", "other(rewards")

@@ -306,8 +306,8 @@ def silence(row: dict, recipe: Recipe) -> str | None:
 
 def stuck(row: dict, recipe: Recipe) -> str | None:
     """After a step by which the policy has stopped exploring, and is not good: the signs, and what helps."""
-    if row["kind"] != "grpo" or not row["step"]:
-        return None
+    if row["kind"] != "grpo" or not row["step"] or row["format_rate"] < 0.5:
+        return None  # where few completions have an answer, `silence` says why
     equal, right, entropy = row["silent_groups"], row["train_accuracy"], row["entropy"]
     if equal < STUCK_GROUPS or right > STUCK_ACCURACY or entropy > STUCK_ENTROPY:
         return None

@@ -44,17 +44,16 @@ class Tokenizer:
                 source = CHATML if self._knows("<|im_start|>") else PLAIN
             self.template = ChatTemplate(source, special)
             stops = self._stops_of_generation(folder)
+            eos = special.get("eos_token")
+            ends = [token for token in ("<|im_end|>", "<|endoftext|>", eos) if token and self._knows(token)]
         except Exception as error:  # the backend raises bare Exception for a malformed file
             raise ModelError(f"{folder}: unreadable tokenizer files: {error}") from error
-        ends = ["<|im_end|>", "<|endoftext|>", special.get("eos_token")]
-        if "<|im_end|>" not in source:
-            ends.reverse()
-        ends = [self.backend.token_to_id(token) for token in ends if token and self._knows(token)]
-        stops.update(ends)
+        stops.update(map(self.backend.token_to_id, ends))
         if not stops:
             raise ModelError(f"{folder}: no token ends a completion; name one as eos_token in {FILES[1]}")
         self.stop_token_ids = tuple(sorted(stops))
-        self.end_of_turn_id = (ends or self.stop_token_ids)[0]
+        end_of_turn = "<|im_end|>" if "<|im_end|>" in source else eos
+        self.end_of_turn_id = self.backend.token_to_id(end_of_turn) if end_of_turn in ends else min(stops)
         self.knows_thinking = self._knows("<think>") and self._knows("</think>")
 
     def _knows(self, token: str) -> bool:

@@ -109,6 +109,8 @@ def read_state(folder: Path, model: Qwen3, device, dtype: torch.dtype) -> dict[s
         try:
             with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
                 for name in file.keys():
+                    if name.endswith("rotary_emb.inv_freq"):
+                        continue  # old checkpoints of Llama hold what follows from config.json
                     if name not in expected:
                         raise ModelError(f"{path}: unexpected weight {name}")
                     shape = file.get_slice(name).get_shape()  # before any memory is taken

@@ -168,7 +168,7 @@ def test_a_policy_that_has_stopped_exploring_is_put_into_words():
 
 
 @pytest.mark.parametrize(
-    "row", [{"silent_groups": 0.6}, {"train_accuracy": 0.9}, {"entropy": 0.3}, {"kind": "sft"}, {"step": 0}],
+    "row", [{"silent_groups": 0.6}, {"train_accuracy": 0.9}, {"format_rate": 0.1}, {"entropy": 0.3}, {"kind": "sft"}, {"step": 0}],
 )  # fmt: skip
 def test_nothing_is_said_of_a_policy_that_explores_or_is_good(row):
     assert stuck(COLLAPSED | row, load_recipe("256")[1]) is None

@@ -135,6 +135,13 @@ def test_weights_keep_the_dtype_that_the_config_names_unless_told_otherwise(fiel
     assert transformers.AutoModelForCausalLM.from_pretrained(folder / "copy", dtype="auto").dtype == torch.bfloat16
 
 
+def test_rotary_frequencies_that_old_llamas_stored_are_ignored(folder):
+    path = folder / "model.safetensors"
+    frequencies = {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.rand(8)}
+    safetensors.torch.save_file(safetensors.torch.load_file(path) | frequencies, path)
+    torch.testing.assert_close(load_model(folder)[0](IDS), logits_of_folder(folder), rtol=0, atol=1e-4)
+
+
 def test_a_weight_that_is_missing_unexpected_or_misshapen_is_named(folder):
     path = folder / "model.safetensors"
     whole = safetensors.torch.load_file(path)

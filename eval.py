@@ -20,7 +20,7 @@ from lab.device import pick_device
 from lab.errors import user_errors
 from lab.evaluate import EVALUATION_SEED, Evaluation, evaluate, problems_hash
 from lab.recipe import Recipe, RecipeError, checked, load_recipe, problems_of, recipe_for
-from lab.screen import printable, progress_bar
+from lab.screen import plain_console, printable, progress_bar
 from lab.setup import load_policy, template_note, without_missing_thinking
 from model.weights import is_embedded
 
@@ -144,7 +144,7 @@ def print_examples(candidate: Candidate, examples: int, console: Console) -> Non
     for outcome in candidate.sampled.counts:
         for rollout in [rollout for rollout in rollouts if rollout.score.outcome == outcome][:examples]:
             console.rule(f"{candidate.name}, {outcome}: {printable(str(rollout.problem))}")
-            console.print(printable(rollout.text), markup=False, highlight=False)
+            console.print(printable(rollout.text))
 
 
 def main(arguments: Arguments) -> None:
@@ -163,7 +163,7 @@ def main(arguments: Arguments) -> None:
     if arguments.json == "-":
         print(json.dumps(numbers, indent=2))
         return
-    console = Console()
+    console = plain_console()
     title = f"{len(problems):,} problems (sha256 {digest}), intervals of 95 %"
     console.print(comparison_table(title, measured, differences))
     for candidate in candidates:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -21,7 +20,7 @@ from lab.checkpoint import saved_recipe
 from lab.device import pick_device
 from lab.errors import user_errors
 from lab.recipe import Recipe, RecipeError, checked, recipe_for
-from lab.screen import printable
+from lab.screen import plain_console, printable
 from lab.setup import load_policy, without_missing_thinking
 from model import Qwen3, Tokenizer
 from model.sampler import random_streams, stream
@@ -91,7 +90,7 @@ def side_by_side(players: list[Player], shown: list[tuple[str, str]], lines: int
 
 def show(players: list[Player], problem: Problem, seed: int) -> None:
     """Ask all the same, show their tokens as they come, then verdicts and a solution."""
-    console = Console(markup=False, highlight=False)
+    console = plain_console()
     console.print(printable(str(problem)))
     thoughts = [player.think(problem, seed) for player in players]
     shown = [("", "")] * len(players)

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from data import Countdown
@@ -26,6 +25,7 @@ from lab.errors import user_errors
 from lab.memory_plan import gb, plan_memory, work_of
 from lab.recipe import EvaluationSettings, Recipe
 from lab.runfolder import write_whole
+from lab.screen import plain_console
 from model import ModelError, Qwen3, add_adapters, generate, load_model, token_logprobs
 from model.memory import free_memory, token_bytes
 from model.sampler import random_streams, sample
@@ -257,7 +257,7 @@ def main(model: str = "tiny", device: str = "auto") -> None:
         for row in rows_of(part, model, place):
             table.add_row(row.what, row.found, "wrong" if row.wrong else "")
             wrong += [row.what] * row.wrong
-    Console().print(table)
+    plain_console().print(table)
     if wrong:
         sys.exit(f"wrong on this device: {'; '.join(wrong)}")
 

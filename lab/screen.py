@@ -11,7 +11,7 @@ from rich.columns import Columns
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from lab.device import has_bfloat16
@@ -83,7 +83,7 @@ class LiveScreen(Screen):
         self.live.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
     def history(self, rows: list[dict]) -> None:
         for row in rows:
@@ -127,7 +127,7 @@ class LiveScreen(Screen):
             kinds = [kind for kind in ("correct", "wrong") if kind in self.samples][:columns]
             panels = [self._draw_sample(kind, (inner + 1) // columns - 1) for kind in kinds]
             parts.append(Columns(panels, padding=(0, 0)))
-        return Panel(Group(*parts), title=self.recipe.out, width=width)
+        return Panel(Group(*parts), title=Text(printable(self.recipe.out)), width=width)
 
     def _draw_position(self) -> Columns:
         """The step, the present activity and its speed, and the time left."""
@@ -162,7 +162,7 @@ class LiveScreen(Screen):
         if len(lines) > ROLLOUT_LINES:
             lines = ["...", *lines[1 - ROLLOUT_LINES :]]
         text = Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
-        title = f"last {kind}: {printable(str(rollout.problem))}"
+        title = Text(f"last {kind}: {printable(str(rollout.problem))}")
         style = "green" if kind == "correct" else "red"
         return Panel(
             text, title=title, title_align="left", width=width, height=ROLLOUT_LINES + 2, style=style
@@ -173,7 +173,7 @@ def pick_screen(recipe: Recipe, quiet: bool = False, plain: bool = False) -> Scr
     """A live screen on a terminal, else lines; `plain`: always lines; `quiet`: nothing."""
     if quiet:
         return QuietScreen()
-    console = Console()
+    console = plain_console()
     live = console.is_terminal and not console.is_dumb_terminal and not plain
     return LiveScreen(recipe, console) if live else Screen()
 
@@ -196,19 +196,28 @@ def chart(points: list[tuple[int, float]], width: int, height: int) -> list[str]
 @contextlib.contextmanager
 def progress_bar(what: str, total: int) -> Iterator[OnProgress | None]:
     """Gives an `on_progress` that draws a bar on the last line of a terminal; None without a terminal."""
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     start = time.perf_counter()
     if not console.is_terminal:
         yield None
         return
     counts = "{task.completed}/{task.total} completions  {task.fields[rate]}"
-    with Progress("{task.description}", BarColumn(), counts, console=console, transient=True) as bar:
+    description = TextColumn("{task.description}", markup=False)
+    with Progress(description, BarColumn(), counts, console=console, transient=True) as bar:
         task = bar.add_task(what, total=total, rate="")
 
         def show(done: int, tokens: int) -> None:
             bar.update(task, completed=done, rate=f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
 
         yield show
+
+
+def plain_console(stderr: bool = False) -> Console:
+    """A console that shows texts as they are: `[/b]` and `:-)` in a problem or a path are no commands.
+
+    A panel's title reads markup all the same; give it a `Text`.
+    """
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
 
 
 def printable(text: str) -> str:

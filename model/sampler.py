@@ -128,6 +128,7 @@ def stream(
     for uniform in uniforms.to(model.device):
         logits = model(torch.tensor([ids], device=model.device), cache=cache)[:, -1]
         token, logprob = sample(logits, uniform[None], model.num_tokens, *distribution)
+        check_finite(logprob)
         ids = [token.item()]
         yield ids[0], logprob.item()
         if ids[0] in stops:
@@ -164,7 +165,8 @@ def generate(
         on_progress: called now and then with (completions done, tokens sampled so far).
         cancel: when a signal or another thread sets it, sampling ends with `Cancelled`.
 
-    Raises ValueError for an argument out of its range, ModelError if there is no room for one completion.
+    Raises ValueError for an argument out of its range, ModelError if there is no room for one completion, or
+    if logits are not finite.
     """
     check_arguments(model.config.vocab_size, prompts, num_samples, max_new_tokens, temperature, top_k, top_p)
     uniforms = random_streams(prompts, num_samples, max_new_tokens, seed, only)
@@ -198,6 +200,15 @@ def check_arguments(vocab: int, prompts, num_samples, max_new_tokens, temperatur
     for prompt in prompts:
         if not prompt or max(prompt) >= vocab or min(prompt) < 0:
             raise ValueError(f"a prompt needs at least one id, all of them in [0, {vocab}), not {prompt[:8]}")
+
+
+def check_finite(logprobs: Tensor) -> None:
+    """Raise ModelError for a NaN, as log-probabilities are if a logit is NaN or infinite."""
+    if logprobs.isnan().any():
+        raise ModelError(
+            "the model gives logits that are not finite, so there is nothing to sample from: "
+            "its weights are damaged, or too large for their number format (try --dtype float32)"
+        )
 
 
 def plan_batches(lengths: list[int], num_samples: int, max_new_tokens: int, room: int) -> list[tuple]:
@@ -278,6 +289,7 @@ class DecodeBatch:
 
     def compact(self, count: int, below: float) -> tuple[int, int]:
         """Drop finished rows if at most `below` of all are unfinished; return completions done, tokens."""
+        check_finite(self.logprobs[:, :count])
         stops = torch.isin(self.token_ids[:, :count], self.stops)  # [rows, count]
         finished = stops.any(1)
         lengths = torch.where(finished, stops.int().argmax(1) + 1, count)

@@ -117,6 +117,8 @@ def read_state(folder: Path, model: Qwen3, device, dtype: torch.dtype) -> dict[s
                     if shape != expected[name]:
                         raise ModelError(f"{path}: {name} is {shape}, config.json says {expected[name]}")
                     state[name] = file.get_tensor(name).to(dtype)
+                    if not torch.isfinite(torch.stack(state[name].aminmax())).all():
+                        raise ModelError(f"{path}: {name} holds values that are not finite (NaN or infinity)")
         except (safetensors.SafetensorError, OSError) as error:
             raise ModelError(f"{path}: cannot be read ({error}); is the file complete?") from error
     missing = [name for name in expected if name not in state and not (tied and name == HEAD)]

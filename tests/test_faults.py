@@ -12,8 +12,8 @@ import rl.grpo
 from lab.checkpoint import state_tensors
 from lab.runfolder import RunFolder
 from lab.stages import train
-from model import generate
-from model.sampler import sample
+from model import ModelError, generate
+from model.sampler import sample, stream
 from rl.grpo import grpo_loss
 from rl.sft import sft_step
 
@@ -52,12 +52,15 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted_and_the_nex
     assert all(map(math.isfinite, metrics.values())) and metrics["grad_norm"] > 0 and metrics["policy_entropy"] > 1
 
 
-def test_bad_weights_still_sample_something():
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_sampler_whose_logits_are_not_finite_says_so(bad):
     model = random_model()
     with torch.no_grad():
-        model.model.norm.weight.fill_(math.nan)
-    ((completion,),) = generate(model, [[1, 2, 3]], max_new_tokens=4)
-    assert len(completion.token_ids) == 4 and all(map(math.isnan, completion.logprobs))
+        model.model.norm.weight[3] = bad
+    with pytest.raises(ModelError, match="logits that are not finite"):
+        generate(model, [[1, 2, 3]], max_new_tokens=4)
+    with pytest.raises(ModelError, match="logits that are not finite"):
+        list(stream(model, [1, 2, 3], torch.rand(4), (), (1.0, None, None)))
     ids, logprobs = sample(torch.full((2, 7), math.nan), torch.tensor([0.1, 0.9]), 5, 1.0)
     assert ids.max() < 5 and logprobs.isnan().all()
 

@@ -196,7 +196,7 @@ def test_the_screen_follows_the_terminal_and_the_options(monkeypatch):
     assert type(pick_screen(RECIPE)) is Screen
     assert type(pick_screen(RECIPE, quiet=True)) is QuietScreen
     console = Console(file=io.StringIO(), force_terminal=True)
-    monkeypatch.setattr(lab.screen, "Console", lambda: console)
+    monkeypatch.setattr(lab.screen, "Console", lambda **_: console)
     monkeypatch.setenv("TERM", "xterm")
     assert type(pick_screen(RECIPE)) is LiveScreen
     assert type(pick_screen(RECIPE, plain=True)) is Screen and type(pick_screen(RECIPE, quiet=True)) is QuietScreen

@@ -135,6 +135,15 @@ def test_weights_keep_the_dtype_that_the_config_names_unless_told_otherwise(fiel
     assert transformers.AutoModelForCausalLM.from_pretrained(folder / "copy", dtype="auto").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(bad, folder):
+    path = folder / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    weights[NORM][-1] = bad
+    safetensors.torch.save_file(weights, path)
+    assert refusal(folder) == f"{path}: {NORM} holds values that are not finite (NaN or infinity)"
+
+
 def test_rotary_frequencies_that_old_llamas_stored_are_ignored(folder):
     path = folder / "model.safetensors"
     frequencies = {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.rand(8)}

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,18 +19,25 @@ from reference import ROOT, TINY
 from test_commands import smoke
 
 import eval as eval_command
+import play as play_command
 import train as train_command
 from data import score
+from data.gsm8k import WordProblem
+from data.task import Score
 from data.traces import Trace, save_traces
 from lab.checkpoint import TrainState, checkpoints, prune_checkpoints
+from lab.comparison import Candidate, comparison_table, measures
 from lab.device import pick_device
-from lab.recipe import RecipeError, problems_of
+from lab.evaluate import Evaluation
+from lab.recipe import RecipeError, load_recipe, problems_of
 from lab.runfolder import RunFolder
+from lab.screen import LiveScreen, plain_console, progress_bar
 from lab.setup import load_policy, set_up, stage_start_model
 from lab.stages import train
-from model import Qwen3Config, Tokenizer, generate, load_model, save_model
+from model import Completion, Qwen3Config, Tokenizer, generate, load_model, save_model
 from model.sampler import random_streams, stream
 from rl.batch import Sample, make_batch, score_completions
+from rl.rollout import Rollout
 
 CPU = torch.device("cpu")
 
@@ -197,3 +205,38 @@ def test_the_reference_of_a_policy_with_adapters_has_its_base_and_what_is_evalua
     later = stage_start_model(policy, recipe, RunFolder(tmp_path / "run"), TrainState(stage=1))
     with torch.no_grad():
         assert torch.equal(loaded(ids), later(ids)) and not torch.equal(loaded(ids), policy(ids))
+
+
+HOSTILE = "a [/INST] [bold]b[/bold] :smile: [/x]"
+
+
+def test_texts_from_outside_are_shown_as_they_are_on_the_live_screen(monkeypatch):
+    """In a run's path, a problem, a completion, and whatever is said: none of it is markup, none is an emoji."""
+    recipe = replace(load_recipe("256", "tiny")[1], out=f"runs/{HOSTILE}")
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("LINES", "60")
+    shown = LiveScreen(recipe, plain_console())
+    problem = WordProblem(HOSTILE, "#### 1")
+    shown.rollouts([[Rollout(problem, [1], Completion([5], [-0.5], True), HOSTILE, Score(1.0, "correct"))]])
+    with shown.console.capture() as capture:
+        shown.console.print(shown.draw())
+        shown.say(HOSTILE)
+    assert capture.get().count(HOSTILE) == 4
+
+
+def test_texts_from_outside_are_shown_as_they_are_in_eval_play_and_progress_bars(capsys, monkeypatch):
+    problem = WordProblem(HOSTILE, "#### 1")
+    group = [Rollout(problem, [1], Completion([5], [-0.5], True), HOSTILE, Score(1.0, "correct"))]
+    recipe = replace(load_recipe("gsm8k")[1], model=HOSTILE)
+    candidate = Candidate(HOSTILE, recipe, Evaluation.of([group]), Evaluation.of([group]))
+    monkeypatch.setenv("COLUMNS", "200")
+    console = plain_console()
+    console.print(comparison_table(HOSTILE, [measures(candidate)], []))
+    eval_command.print_examples(candidate, 1, console)
+    player = play_command.Player(HOSTILE, recipe, None, None)
+    console.print(play_command.side_by_side([player], [(HOSTILE, HOSTILE)]))
+    assert capsys.readouterr().out.count(HOSTILE) == 2 + 3 + 3
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress_bar(HOSTILE, 3) as show:
+        show(1, 10)
+    assert HOSTILE in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)

@@ -14,12 +14,12 @@ from rich.console import Console
 
 from data.load import fingerprint
 from data.task import Problem
-from lab.checkpoint import saved_recipe, seen_by
+from lab.checkpoint import saved_recipe, seen_by, untrained_recipe
 from lab.comparison import Candidate, comparison_table, difference, measures
 from lab.device import pick_device
 from lab.errors import user_errors
 from lab.evaluate import EVALUATION_SEED, Evaluation, evaluate, problems_hash
-from lab.recipe import Recipe, RecipeError, checked, load_recipe, problems_of, recipe_for
+from lab.recipe import Recipe, RecipeError, checked, load_recipe, problems_of
 from lab.screen import plain_console, printable, progress_bar
 from lab.setup import load_policy, template_note, without_missing_thinking
 from model.weights import is_embedded
@@ -42,7 +42,8 @@ class Arguments:
     """Evaluate one or more models."""
 
     models: tyro.conf.Positional[tuple[str, ...]]  # Checkpoint folders, tiny, tiny-256, or hub ids
-    recipe: str | None = None  # For models not trained here; default: 256, or an embedded model's own
+    recipe: str | None = None
+    """For models not trained here; default: that of a model beside it which was, or 256."""
     problems: str | None = None  # hub, generated, a .parquet or .jsonl; default: those held out in training
     count: int | None = None  # Number of problems; default: all
     samples: int = 4  # Completions per problem, for pass@k
@@ -72,7 +73,9 @@ def model_of(source: str, arguments: Arguments) -> Model:
     recipe = saved_recipe(source)
     trained = recipe is not None
     if not trained:
-        recipe = load_recipe(arguments.recipe)[1] if arguments.recipe else recipe_for(source)
+        recipe = untrained_recipe(source, arguments.models)
+        if arguments.recipe:
+            recipe = load_recipe(arguments.recipe)[1]
         recipe = replace(recipe, model=source, adapters=Recipe().adapters)
         if arguments.count is not None:
             evaluation = replace(recipe.evaluation, problems=arguments.count, final_problems=0)

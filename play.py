@@ -16,10 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from data.task import Problem
-from lab.checkpoint import saved_recipe
+from lab.checkpoint import saved_recipe, untrained_recipe
 from lab.device import pick_device
 from lab.errors import user_errors
-from lab.recipe import Recipe, RecipeError, checked, recipe_for
+from lab.recipe import Recipe, RecipeError, checked
 from lab.screen import plain_console, printable
 from lab.setup import load_policy, without_missing_thinking
 from model import Qwen3, Tokenizer
@@ -66,7 +66,9 @@ class Player:
 
 def load_player(source: str, arguments: Arguments) -> Player:
     trained = saved_recipe(source)
-    recipe = trained or replace(recipe_for(source), model=source, adapters=Recipe().adapters)
+    recipe = trained or untrained_recipe(source, arguments.models)
+    if not trained:
+        recipe = replace(recipe, model=source, adapters=Recipe().adapters)
     given = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
     sampling = replace(recipe.sampling, **{name: value for name, value in given.items() if value is not None})
     recipe = checked(replace(recipe, stages=(), device=arguments.device, sampling=sampling))

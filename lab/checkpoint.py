@@ -17,10 +17,10 @@ from torch import Tensor
 
 from data.load import fingerprint
 from data.task import Problem
-from lab.recipe import Recipe, RecipeError, from_dict
+from lab.recipe import Recipe, RecipeError, from_dict, recipe_for
 from lab.runfolder import step_of
 from model import Qwen3, Tokenizer, adapter_state, load_adapter_state, save_model
-from model.weights import EMBEDDED, read_json
+from model.weights import EMBEDDED, is_embedded, read_json
 from rl.optimizer import Optimizer
 
 STATE, OPTIMIZER, RECIPE = "trainer_state.json", "optimizer.safetensors", "recipe.json"
@@ -191,6 +191,17 @@ def saved_recipe(folder: str | Path) -> Recipe | None:
         return from_dict(Recipe, read_json(path))
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from None
+
+
+def untrained_recipe(source: str, beside: Iterable[str]) -> Recipe:
+    """The recipe to ask a model by that was not trained here.
+
+    For a model from elsewhere it is that of the first of the models `beside` it that has one, so that both
+    get the same prompts and limits; without one, and for a bundled model, that of `recipe_for`.
+    """
+    others = (saved_recipe(other) for other in beside)
+    trained = None if is_embedded(source) else next(filter(None, others), None)
+    return trained or recipe_for(source)
 
 
 def state_tensors(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:

@@ -209,6 +209,7 @@ def test_a_model_that_knows_no_thinking_trains_and_evaluates_without(qwen2, tmp_
     assert json.loads((trained / "config.json").read_text())["model_type"] == "qwen2"
     found = evaluated(capsys, trained, qwen2, count=4, samples=1)
     assert [model["name"] for model in found["models"]] == [str(trained), str(qwen2)]
+    assert [model["max_new_tokens"] for model in found["models"]] == [8, 8]  # as the trained one was asked
     message = fails(capsys, lambda: evaluated(capsys, qwen2, count=4, problems="generated", thinking=True))
     assert "--thinking False" in message
 

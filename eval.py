@@ -22,7 +22,7 @@ from lab.evaluate import EVALUATION_SEED, Evaluation, evaluate, problems_hash
 from lab.recipe import Recipe, RecipeError, checked, load_recipe, problems_of
 from lab.screen import plain_console, printable, progress_bar
 from lab.setup import load_policy, template_note, without_missing_thinking
-from model.weights import is_embedded
+from model.weights import is_embedded, resolve_source
 
 # The sampling settings that have an option here
 SAMPLING = (
@@ -123,7 +123,7 @@ def problems_for(models: list[Model], arguments: Arguments) -> list[Problem]:
 def candidate_of(model: Model, problems: list[Problem], arguments: Arguments) -> Candidate:
     """A model's completions of the problems, sampled and greedy."""
     recipe = model.recipe
-    checkpoint = Path(model.source) if model.trained else None
+    checkpoint = resolve_source(model.source) if model.trained else None
     loaded = load_policy(recipe, checkpoint, pick_device(recipe))
     if not model.trained and arguments.thinking is None:
         recipe = without_missing_thinking(recipe, loaded[1])

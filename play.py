@@ -8,7 +8,6 @@ import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import tyro
 from rich.live import Live
@@ -24,6 +23,7 @@ from lab.screen import plain_console, printable
 from lab.setup import load_policy, without_missing_thinking
 from model import Qwen3, Tokenizer
 from model.sampler import random_streams, stream
+from model.weights import resolve_source
 from rl.reward import reward_for
 from rl.rollout import prompt_of
 
@@ -72,7 +72,7 @@ def load_player(source: str, arguments: Arguments) -> Player:
     given = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
     sampling = replace(recipe.sampling, **{name: value for name, value in given.items() if value is not None})
     recipe = checked(replace(recipe, stages=(), device=arguments.device, sampling=sampling))
-    checkpoint = Path(source) if trained else None
+    checkpoint = resolve_source(source) if trained else None
     model, tokenizer = load_policy(recipe, checkpoint, pick_device(recipe))
     if not trained:
         recipe = without_missing_thinking(recipe, tokenizer)

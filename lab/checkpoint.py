@@ -20,7 +20,7 @@ from data.task import Problem
 from lab.recipe import Recipe, RecipeError, from_dict, recipe_for
 from lab.runfolder import step_of
 from model import Qwen3, Tokenizer, adapter_state, load_adapter_state, save_model
-from model.weights import EMBEDDED, is_embedded, read_json
+from model.weights import is_embedded, read_json, resolve_source
 from rl.optimizer import Optimizer
 
 STATE, OPTIMIZER, RECIPE = "trainer_state.json", "optimizer.safetensors", "recipe.json"
@@ -139,9 +139,9 @@ def load_state(folder: Path) -> TrainState:
     return state
 
 
-def seen_by(model: str) -> list[str]:
+def seen_by(model: str, revision: str | None = None) -> list[str]:
     """The fingerprints of the problems that a model was trained on; empty for a model from elsewhere."""
-    folder = EMBEDDED.get(model, Path(model))
+    folder = resolve_source(model, revision)
     return load_state(folder).seen if (folder / STATE).is_file() else []
 
 
@@ -182,9 +182,9 @@ def remove_checkpoint(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def saved_recipe(folder: str | Path) -> Recipe | None:
+def saved_recipe(source: str | Path) -> Recipe | None:
     """The recipe that a model was trained by, or None for one from elsewhere. RecipeError: it is damaged."""
-    path = EMBEDDED.get(str(folder), Path(folder)) / RECIPE
+    path = resolve_source(source) / RECIPE
     if not path.is_file():
         return None
     try:

@@ -33,7 +33,7 @@ class RunFolder:
     """`runs/<name>/`: config.json, metrics.jsonl, of which all else is a view, rollouts/ and checkpoints/."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.metrics_path = self.path / "metrics.jsonl"
         self.board = self.wandb = None
 

@@ -31,10 +31,12 @@ def find_state(recipe: Recipe, run: RunFolder, resume: bool, screen) -> tuple[Tr
     if not resume:
         if is_main():
             run.check_free()
-        return TrainState(seen=seen_by(recipe.model)), None
+        return TrainState(seen=seen_by(recipe.model, recipe.revision)), None
     run.check_recipe(recipe)
     checkpoint = broadcast(newest_checkpoint(run.path, screen.say) if is_main() else None)
-    return load_state(checkpoint) if checkpoint else TrainState(seen=seen_by(recipe.model)), checkpoint
+    if checkpoint:
+        return load_state(checkpoint), checkpoint
+    return TrainState(seen=seen_by(recipe.model, recipe.revision)), None
 
 
 def set_up(

@@ -1,10 +1,12 @@
 """Held out means held out: no problem that is evaluated was sampled in training, by any of the models shown."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from helpers import Hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_commands import fails, smoke
@@ -12,10 +14,11 @@ from test_commands import fails, smoke
 import eval as eval_command
 from data import Countdown, Problem, generate_problems, split_problems
 from data.load import endless_problems, fingerprint, read_jsonl
-from lab.checkpoint import RECIPE, STATE, TrainState, load_state, seen_by
+from lab.checkpoint import RECIPE, STATE, TrainState, load_state, saved_recipe, seen_by
 from lab.recipe import EvaluationSettings, Recipe, RecipeError, problems_of
 from lab.runfolder import RunFolder
 from lab.stages import train
+from model.weights import TINY
 from rl.rollout import SamplingSettings
 
 POOL = generate_problems(120, seed=3)
@@ -134,3 +137,28 @@ def test_eval_leaves_out_the_examples_of_its_prompts_from_a_file_too(tmp_path, c
     printed = capsys.readouterr()
     assert json.loads(printed.out)["problems"]["count"] == 3
     assert "2 of 5 problems left out" in printed.err
+
+
+@pytest.mark.parametrize("named", ["home", "relative", "link", "hub"])
+def test_a_model_has_its_notes_however_it_is_named(named, tmp_path, monkeypatch):
+    """With a `~`, as a relative path, by a link, or as a hub id whose files are a checkpoint of this project."""
+    recipe = Recipe(
+        model="tiny", task=SMALL, problems="generated", generated_problems=50, evaluation=EvaluationSettings(problems=10)
+    )
+    trained(tmp_path / "model", recipe, steps=3, resumed=False)
+    for file in TINY.iterdir():
+        shutil.copy(file, tmp_path / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Hub(tmp_path / "model").put_in_place(monkeypatch)
+    name = {"home": "~/model", "relative": "./model", "link": "link", "hub": "someone/model"}[named]
+    assert seen_by(name) == load_state(tmp_path / "model").seen != []
+    assert saved_recipe(name) == recipe
+    model = eval_command.model_of(name, eval_command.Arguments((name,)))
+    assert model.trained and eval_command.problems_for([model], eval_command.Arguments((name,)))
+
+
+def test_a_run_folder_may_be_named_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunFolder("~/run").path == tmp_path / "run"

@@ -103,7 +103,7 @@ def terminal(monkeypatch) -> io.StringIO:
     """In the place of standard error: a terminal of 100 columns."""
     written = io.StringIO()
     console = Console(file=written, force_terminal=True, width=100)
-    monkeypatch.setattr(lab.screen, "Console", lambda stderr: console)
+    monkeypatch.setattr(lab.screen, "Console", lambda **_: console)
     return written
 
 

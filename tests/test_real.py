@@ -46,7 +46,7 @@ def test_every_ablation_changes_one_thing_from_the_same_cold_start():
     arms = [arm for arm in load_arms(ARMS) if not arm.is_main]
     recipes = {arm.name: flatten(asdict(build_recipe(arm.tables, ARMS))) for arm in arms}
     base = recipes.pop("GRPO")
-    assert base["model"] == "cold start" and len(recipes) == 8
+    assert base["model"] == "cold start" and len(recipes) == 9
     for name, recipe in recipes.items():
         changed = {field.split(".")[-1] for field in base if base[field] != recipe[field]}
         assert len(changed) == 1 or changed == {"prompts_per_step", "samples_per_prompt"}, name

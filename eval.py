@@ -21,7 +21,7 @@ from lab.errors import user_errors
 from lab.evaluate import EVALUATION_SEED, Evaluation, evaluate, problems_hash
 from lab.recipe import Recipe, RecipeError, checked, load_recipe, problems_of
 from lab.screen import plain_console, printable, progress_bar
-from lab.setup import load_policy, template_note, without_missing_thinking
+from lab.setup import load_policy, prompt_form, without_missing_thinking
 from model.weights import is_embedded, resolve_source
 
 # The sampling settings that have an option here
@@ -73,9 +73,8 @@ def model_of(source: str, arguments: Arguments) -> Model:
     recipe = saved_recipe(source)
     trained = recipe is not None
     if not trained:
-        recipe = untrained_recipe(source, arguments.models)
-        if arguments.recipe:
-            recipe = load_recipe(arguments.recipe)[1]
+        named = load_recipe(arguments.recipe)[1] if arguments.recipe else None
+        recipe = named or untrained_recipe(source, arguments.models)
         recipe = replace(recipe, model=source, adapters=Recipe().adapters)
         if arguments.count is not None:
             evaluation = replace(recipe.evaluation, problems=arguments.count, final_problems=0)
@@ -127,8 +126,8 @@ def candidate_of(model: Model, problems: list[Problem], arguments: Arguments) ->
     loaded = load_policy(recipe, checkpoint, pick_device(recipe))
     if not model.trained and arguments.thinking is None:
         recipe = without_missing_thinking(recipe, loaded[1])
-    if note := template_note(loaded[1]):
-        print(f"note: {model.source}: {note}", file=sys.stderr)
+    if not loaded[1].has_template:
+        print(f"note: {model.source} gets prompts in {prompt_form(loaded[1])}", file=sys.stderr)
     sampling = recipe.sampling
 
     def evaluated(temperature: float, samples: int) -> Evaluation:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ class Attempt:
 Term = tuple[int, str]  # a value, and the expression that makes it
 
 
-def step_results(large: int, small: int, largest: int) -> dict[str, int]:
+def step_results(large: int, small: int, largest: float) -> dict[str, int]:
     """Operator -> result, where that is a whole number from 1 to `largest`."""
     results = {"+": large + small, "-": large - small, "*": large * small}
     if large % small == 0:
@@ -112,7 +113,7 @@ def step_results(large: int, small: int, largest: int) -> dict[str, int]:
     return {operator: value for operator, value in results.items() if 1 <= value <= largest}
 
 
-def next_steps(terms: list[Term], largest: int) -> list[tuple[list[Term], str]]:
+def next_steps(terms: list[Term], largest: float) -> list[tuple[list[Term], str]]:
     """Every way to combine two of `terms` into a whole number from 1 to `largest`.
 
     Returns (the terms after it, the step as text) of each.
@@ -140,21 +141,24 @@ def random_attempt(numbers: tuple[int, ...], rng: random.Random) -> Attempt:
 
 
 def random_solution(numbers: tuple[int, ...], target: int, rng: random.Random) -> Attempt | None:
-    """A random one of the attempts that reach `target`, by a search in random order; None: there is none."""
-    largest = max(LARGEST_STEP, target, *numbers)
+    """A random one of the attempts that reach `target`, by a search in random order; None: there is none.
 
-    def search(terms: list[Term], texts: list[str]) -> Attempt | None:
+    Steps above LARGEST_STEP are taken only if it cannot be done without.
+    """
+
+    def search(terms: list[Term], texts: list[str], largest: float) -> Attempt | None:
         if len(terms) == 1:
             return attempt_of(terms, texts) if terms[0][0] == target else None
         steps = next_steps(terms, largest)
         rng.shuffle(steps)
         for after, text in steps:
-            found = search(after, [*texts, text])
+            found = search(after, [*texts, text], largest)
             if found is not None:
                 return found
         return None
 
-    return search([(number, str(number)) for number in numbers], [])
+    terms = [(number, str(number)) for number in numbers]
+    return search(terms, [], max(LARGEST_STEP, target, *numbers)) or search(terms, [], math.inf)
 
 
 def attempt_of(terms: list[Term], texts: list[str]) -> Attempt:

@@ -91,7 +91,7 @@ class Task(ABC):
         raise ValueError(f"{self.kind} cannot write worked solutions: it has no work_out")
 
     def examples(self, count: int) -> list[Problem]:
-        """`count` problems to show solved in prompts; a run neither trains nor evaluates on them."""
+        """`count` problems with worked solutions, for prompts; a run neither trains nor evaluates on them."""
         return self.generate(count, EXAMPLES_SEED) if count else []
 
 
@@ -109,8 +109,7 @@ def worked_solution(task: Task, problem: Problem, thinking: bool, rng: random.Ra
 def solved_examples(task: Task, count: int, thinking: bool) -> list[tuple[Problem, str]]:
     """`count` problems, each with a worked solution, for prompts."""
     rng = random.Random(EXAMPLES_SEED)
-    solved = [(problem, worked_solution(task, problem, thinking, rng)) for problem in task.examples(count)]
-    return [(problem, solution) for problem, solution in solved if solution is not None]
+    return [(problem, worked_solution(task, problem, thinking, rng)) for problem in task.examples(count)]
 
 
 def split_answer(text: str, thinking: bool) -> tuple[str, str] | None:

@@ -56,7 +56,8 @@ def has_bfloat16(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()  # what torch asks before it uses oneDNN for them
+    # What torch asks before it multiplies bfloat16 by oneDNN.
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def peak_memory(device: torch.device) -> int:

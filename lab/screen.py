@@ -324,9 +324,9 @@ def stuck(row: dict, recipe: Recipe) -> str | None:
         f"The policy has stopped exploring: in {100 * equal:.0f} % of groups all rewards are equal, though "
         f"only {100 * right:.0f} % of completions are correct. Entropy is {entropy:.2f} nats per token"
     )
-    form, share = row["common_form"], row["common_form_fraction"]
-    if share >= STUCK_FORM and len(form) > 1:
-        signs += f", and {100 * share:.0f} % of answers have the form {form}"
+    form, fraction = row["common_form"], row["common_form_fraction"]
+    if fraction >= STUCK_FORM and len(form) > 1:
+        signs += f", and {100 * fraction:.0f} % of answers have the form {form}"
     number = row["stage"]
     stage = recipe.stages[number]
     helps = [f"a lower rate (--stages.{number}.learning-rate {stage.learning_rate / 2:.2g})"]

@@ -61,7 +61,7 @@ def set_up(
     plan = plan_memory(model, recipe.optimizer, work, free)
     check_plan(plan, free)
     lines = [
-        template_note(tokenizer),
+        "" if tokenizer.has_template else f"prompts   {prompt_form(tokenizer)}",
         f"memory    {gb(plan.peak)} of {gb(free)} free: {plan}",
         check_decoding(model, prompts[:4]),
     ]
@@ -76,12 +76,10 @@ def check_worked(recipe: Recipe, number: int, problems: list[Problem]) -> None:
         raise RecipeError(f"stages.{number}.traces: {error}") from None
 
 
-def template_note(tokenizer: Tokenizer) -> str | None:
-    """A line that says what prompts look like for a model without a chat template; None for the others."""
-    if tokenizer.has_template:
-        return None
+def prompt_form(tokenizer: Tokenizer) -> str:
+    """The form of the prompts for a model without a chat template, and the reason."""
     form = "plain text" if tokenizer.template.source == PLAIN else "ChatML"
-    return f"prompts   {form}, since the model comes without a chat template"
+    return f"{form}, since the model comes without a chat template"
 
 
 def without_missing_thinking(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:

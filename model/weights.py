@@ -19,14 +19,8 @@ TINY = Path(__file__).parent / "tiny"
 EMBEDDED = {name: TINY.with_name(name) for name in ("tiny", "tiny-256", "tiny-calculus")}
 INDEX = "model.safetensors.index.json"
 NOTES = ("recipe.json", "trainer_state.json")  # of a run of this project: what the model was trained on
-DOWNLOADED = [
-    "config.json",
-    *TOKENIZER_FILES,
-    INDEX,
-    "model.safetensors",
-    "model-*.safetensors",
-    *NOTES,
-]  # no pickle, fmt: skip
+WEIGHTS = ("model.safetensors", "model-*.safetensors")
+DOWNLOADED = ["config.json", *TOKENIZER_FILES, INDEX, *WEIGHTS, *NOTES]  # no pickle
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 

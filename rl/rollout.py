@@ -18,7 +18,7 @@ class SamplingSettings:
 
     max_new_tokens: Count = 256  # Tokens a completion may have, its stop token included
     temperature: NonNegative = 1.0  # Softmax temperature; training needs it above 0
-    thinking: bool = True  # End the prompt with an open <think>; if false, with an empty, closed one
+    thinking: bool = True  # End the prompt with an open <think>; if false, as the model's template does
     examples: CountOrZero = 0  # Solved examples before the problem, as earlier turns of the chat
     state_limit: bool = False  # Say in the prompt how many tokens there are; not measured on any model yet
     max_cache_tokens: Annotated[int, Interval(ge=1, le=10**12)] | None = None

@@ -224,6 +224,11 @@ def test_a_problem_without_a_solution_in_whole_steps_has_no_worked_one(numbers, 
     assert worked_solution(TASK, Problem(numbers, target), False, random.Random(0)) is None
 
 
+def test_a_step_above_a_thousand_is_taken_where_nothing_else_reaches_the_target():
+    problem = Problem((50, 60, 70, 71), 2859)  # 50 * 60 = 3000, 70 + 71 = 141
+    assert "50=3000" in worked_solution(TASK, problem, False, random.Random(0))
+
+
 def test_large_numbers_have_worked_solutions_too():
     problem = Problem((999_999_999, 999_999_998, 7), 8)
     assert score(worked_solution(TASK, problem, False, random.Random(0)), problem, False) == CORRECT

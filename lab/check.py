@@ -1,12 +1,8 @@
 """Does this code work on this device? `make check`, or `python -m lab.check --model Qwen/Qwen3-1.7B`.
 
-Each row compares two ways to the same numbers. A run on a GPU makes the first comparison before it starts.
+Each row compares two ways to the same numbers.
 """
 
-import contextlib
-import hashlib
-import json
-import os
 import sys
 import tempfile
 import time
@@ -14,111 +10,49 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import tyro
 from rich.table import Table
 
 from data import Countdown
 from lab.checkpoint import TrainState, load_into, save_checkpoint
+from lab.decoding import NEW_TOKENS, Row, decoding_row, exceeds
 from lab.device import check_driver, peak_memory, pick_device
 from lab.errors import user_errors
 from lab.memory_plan import gb, plan_memory, work_of
 from lab.recipe import EvaluationSettings, Recipe
-from lab.runfolder import write_whole
 from lab.screen import plain_console
-from model import ModelError, Qwen3, add_adapters, generate, load_model, token_logprobs
+from model import Qwen3, add_adapters, generate, load_model, token_logprobs
 from model.memory import free_memory, token_bytes
-from model.sampler import random_streams, sample
-from model.weights import TINY
 from rl.batch import Sample, completion_logprobs, make_batch
 from rl.grpo import GRPOStage
 from rl.optimizer import Optimizer, OptimizerSettings
 from rl.rollout import SamplingSettings, prompt_of
 from rl.sft import sft_step
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pocketgrpo/decoding.json"
-NEW_TOKENS = 96  # of a completion: two blocks of the cache, so at least two graphs
-# What rounding explains: the share of ids that differ, nats between log-probabilities, parts of a gradient.
-ROUNDING = {torch.float32: (0.01, 5e-3, 5e-3), torch.bfloat16: (0.15, 0.05, 0.1)}
-UPDATES = {
-    "adamw": OptimizerSettings("adamw"),
-    "adamw8bit": OptimizerSettings("adamw8bit"),
-    "stochastic rounding": OptimizerSettings("adamw", "stochastic"),
-    "int8 with adapters": OptimizerSettings("adamw"),
-}
+MOST_GRADIENT_OFF = {torch.float32: 5e-3, torch.bfloat16: 0.1}  # parts of its norm that rounding explains
 
 
-class Row(NamedTuple):
-    what: str
-    found: str
-    wrong: bool = False
+class Update(NamedTuple):
+    """A way to update weights, and whether adapters on int8 weights are what learns."""
+
+    name: str
+    settings: OptimizerSettings
+    adapters: bool = False
 
 
-@torch.inference_mode()
-def decoding_row(what: str, model: Qwen3, prompts: list[list[int]]) -> Row:
-    """`generate` against a plain forward over each completion; the worse of with and without top-k."""
-    worst = (0.0, 0.0)
-    for top_k in (None, 20):
-        count = other = gap = 0
-        options = {"num_samples": 4, "max_new_tokens": NEW_TOKENS, "seed": 0}
-        streams = random_streams(prompts, **options).to(model.device)
-        stops = range(0, model.num_tokens, 50)  # rows finish at all lengths
-        groups = generate(model, prompts, **options, top_k=top_k, stop_token_ids=list(stops))
-        for prompt, group, uniforms in zip(prompts, groups, streams, strict=True):
-            for completion, row in zip(group, uniforms, strict=True):
-                ids = torch.tensor(prompt + completion.token_ids, device=model.device)
-                logits = model.next_logits(model.model(ids[None])[0, len(prompt) - 1 : -1])
-                ids = ids[len(prompt) :]
-                sampled, _ = sample(logits, row[: len(ids)], model.num_tokens, 1.0, top_k)
-                logprobs = token_logprobs(logits, 1.0, model.num_tokens).gather(-1, ids[:, None])[:, 0]
-                count += len(ids)
-                other += int((sampled != ids).sum())
-                gap += float((logprobs - logprobs.new_tensor(completion.logprobs)).abs().sum())
-        worst = max(worst[0], other / count), max(worst[1], gap / count)
-    found = f"{100 * worst[0]:.1f} % other ids, log-probabilities {worst[1]:.1g} nats apart"
-    most_other, most_gap, _ = ROUNDING[model.dtype]
-    return Row(what, found, not (worst[0] <= most_other and worst[1] <= most_gap))
-
-
-def check_decoding(model: Qwen3, prompts: list[list[int]]) -> str | None:
-    """On a GPU, see that decoding is right; where CUDA graphs make it fail, `model` decodes without.
-
-    The result is remembered for the device, the versions and this code. Returns a line to show, or None if
-    there is nothing to say. ModelError: decoding is wrong even without graphs.
-    """
-    if model.device.type != "cuda":
-        return None
-    code = b"".join(path.read_bytes() for path in sorted(TINY.parent.glob("*.py")))
-    versions = (torch.cuda.get_device_name(model.device), torch.__version__, torch.version.cuda)
-    key = " ".join(map(str, (*versions, model.dtype, model.graphed, hashlib.sha256(code).hexdigest())))
-    known = {}
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(CACHE.read_text())
-    if key in known:
-        model.graphed = known[key]
-        return None if known[key] else "decoding  without CUDA graphs, which did not work here before"
-    said = "decoding  compared with plain forwards: the same"
-    graphed = model.graphed
-    try:
-        row = decoding_row("decoding", model, prompts)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        row = Row("decoding", str(error).splitlines()[0], wrong=True)
-    if row.wrong and graphed:
-        model.graphed = False
-        said = f"decoding  without CUDA graphs, which do not work here ({row.found}): slower, and right"
-        row = decoding_row("decoding", model, prompts)
-    if row.wrong:
-        raise ModelError(f"decoding is wrong on this device ({row.found}): make check says more")
-    with contextlib.suppress(OSError):
-        CACHE.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(CACHE, json.dumps(known | {key: model.graphed}))
-    return said
+UPDATES = (
+    Update("adamw", OptimizerSettings("adamw")),
+    Update("adamw8bit", OptimizerSettings("adamw8bit")),
+    Update("stochastic rounding", OptimizerSettings("adamw", "stochastic")),
+    Update("int8 with adapters", OptimizerSettings("adamw"), adapters=True),
+)
+EIGHT_BIT = OptimizerSettings("adamw8bit")
 
 
 def decoding(source: str, device: torch.device) -> Iterator[Row]:
-    for dtype in ROUNDING:
+    for dtype in MOST_GRADIENT_OFF:
         model, prompts = loaded(source, device, dtype)
         yield decoding_row(f"decoding, {model.dtype}", model, prompts)
         if device.type == "cuda":
@@ -128,7 +62,7 @@ def decoding(source: str, device: torch.device) -> Iterator[Row]:
 
 def gradient(source: str, device: torch.device) -> Iterator[Row]:
     """Of the mean log-probability: packed, and one sequence at a time."""
-    for dtype in ROUNDING:
+    for dtype in MOST_GRADIENT_OFF:
         model, prompts = loaded(source, device, dtype)
         samples = samples_of(model, prompts)
         batch = make_batch(samples, device)
@@ -143,40 +77,41 @@ def gradient(source: str, device: torch.device) -> Iterator[Row]:
         plain = [parameter.grad for parameter in model.parameters()]
         gap = torch.stack([(a - b).norm() for a, b in zip(packed, plain, strict=True)]).norm()
         gap = float(gap / torch.stack([grad.norm() for grad in plain]).norm())
-        yield Row(f"packed gradient, {model.dtype}", f"{100 * gap:.2g} % off", not gap <= ROUNDING[dtype][2])
+        wrong = exceeds(gap, MOST_GRADIENT_OFF[dtype])
+        yield Row(f"packed gradient, {model.dtype}", f"{100 * gap:.2g} % off", wrong)
 
 
 def updates(source: str, device: torch.device) -> Iterator[Row]:
     """Of the embedded model: how far ten updates lower the loss, against float32 on the CPU."""
     samples = samples_of(*loaded("tiny", "cpu"))
-    for kind, settings in UPDATES.items():
+    for name, settings, adapters in UPDATES:
         falls = []
         for place, dtype in (("cpu", torch.float32), (device, torch.bfloat16)):
             model, _ = loaded("tiny", place, dtype)
-            if "adapters" in kind:
+            if adapters:
                 add_adapters(model, rank=8, alpha=32.0, int8=place is device)
             optimizer = Optimizer(model, settings if place is device else OptimizerSettings())
             losses = [sft_step(model, optimizer, samples, 1e-4)["loss"] for _ in range(10)]
             falls.append(losses[0] - losses[-1])
         found = f"the loss falls by {falls[1]:.4f}, on the CPU by {falls[0]:.4f}"
-        yield Row(f"update, {kind}", found, not 0.9 <= falls[1] / falls[0] <= 1.1)
+        yield Row(f"update, {name}", found, exceeds(abs(falls[1] / falls[0] - 1), 0.1))
 
 
 def resuming(source: str, device: torch.device) -> Iterator[Row]:
     model, tokenizer = load_model("tiny", device, torch.bfloat16)
     samples = samples_of(*loaded("tiny", device))
-    optimizer = Optimizer(model, UPDATES["adamw8bit"])
+    optimizer = Optimizer(model, EIGHT_BIT)
     sft_step(model, optimizer, samples, 1e-3)
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / "step_0001"
         save_checkpoint(saved, model, tokenizer, optimizer, TrainState(), Recipe())
         again, _ = load_model(saved, device)
-        resumed = Optimizer(again, UPDATES["adamw8bit"])
+        resumed = Optimizer(again, EIGHT_BIT)
         load_into(resumed, saved)
     pairs = ((model, optimizer), (again, resumed))
     losses = [[sft_step(*pair, samples, 1e-3)["loss"] for _ in range(3)] for pair in pairs]
-    gap = max(abs(a - b) for a, b in zip(*losses, strict=True))
-    yield Row("save, load, resume", f"losses of the next steps {gap:.1g} apart", not gap <= 1e-3)
+    gap = np.abs(np.subtract(*losses)).max()  # NaN if one of them is
+    yield Row("save, load, resume", f"losses of the next steps {gap:.1g} apart", exceeds(gap, 1e-3))
 
 
 def memory(source: str, device: torch.device) -> Iterator[Row]:
@@ -191,11 +126,12 @@ def memory(source: str, device: torch.device) -> Iterator[Row]:
     stages = (GRPOStage(prompts_per_step=4, samples_per_prompt=8, updates_per_step=1),)
     recipe = Recipe(sampling=SamplingSettings(128), evaluation=EvaluationSettings(problems=4), stages=stages)
     work = work_of(recipe, max(map(len, prompts)))
-    plan = plan_memory(model, UPDATES["adamw8bit"], work, free)
-    optimizer = Optimizer(model, UPDATES["adamw8bit"], plan.micro_batch_tokens)
+    plan = plan_memory(model, EIGHT_BIT, work, free)
+    optimizer = Optimizer(model, EIGHT_BIT, plan.micro_batch_tokens)
     sft_step(model, optimizer, samples_of(model, prompts, 128), 1e-6)
     measured = peak_memory(device) - before
-    yield Row("memory", f"{gb(plan.peak)} planned, {gb(measured)} measured", measured > 1.1 * plan.peak)
+    wrong = exceeds(measured, 1.1 * plan.peak)
+    yield Row("memory", f"{gb(plan.peak)} planned, {gb(measured)} measured", wrong)
 
 
 def speed(source: str, device: torch.device) -> Iterator[Row]:

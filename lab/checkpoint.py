@@ -1,5 +1,6 @@
 """Checkpoints: Hugging Face folders that any tool loads, with what resuming needs; no pickle."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from torch import Tensor
 from data.load import fingerprint
 from data.task import Problem
 from lab.recipe import Recipe, RecipeError, from_dict, recipe_for
-from lab.runfolder import step_of
+from lab.runfolder import step_of, sync
 from model import Qwen3, Tokenizer, adapter_state, load_adapter_state, save_model
 from model.weights import is_embedded, read_json, resolve_source
 from rl.optimizer import Optimizer
@@ -88,15 +89,6 @@ def save_checkpoint(
 def digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Wait until the content of a file or folder is on the disk, so that it survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def damage(folder: Path) -> str | None:
@@ -170,8 +162,9 @@ def prune_checkpoints(run: Path, keep: int, accuracies: dict[int, float]) -> Non
     evaluated = [folder for folder in folders if step_of(folder) in accuracies]
     best = max(evaluated, key=lambda folder: accuracies[step_of(folder)], default=None)
     for folder in folders[:-keep]:
-        if folder != best and load_state(folder).stage_step != 0:
-            remove_checkpoint(folder)
+        with contextlib.suppress(RecipeError):  # one that cannot be read is left as it is
+            if folder != best and load_state(folder).stage_step != 0:
+                remove_checkpoint(folder)
 
 
 def remove_checkpoint(folder: Path) -> None:

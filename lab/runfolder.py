@@ -3,9 +3,8 @@
 import contextlib
 import json
 import math
+import os
 import platform
-import secrets
-import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -35,7 +34,6 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser()
         self.metrics_path = self.path / "metrics.jsonl"
-        self.board = self.wandb = None
 
     @property
     def holds_run(self) -> bool:
@@ -57,7 +55,9 @@ class RunFolder:
             yield
         finally:
             if {path.name for path in self.path.iterdir()} <= {"lock"}:  # nothing came of the run
-                shutil.rmtree(self.path)
+                with contextlib.suppress(OSError):  # a link, a mount point, or in a folder of somebody else's
+                    (self.path / "lock").unlink()
+                    self.path.rmdir()
             lock.release()  # only now, so that no other run can be in the folder that is removed
 
     def check_free(self) -> None:
@@ -96,56 +96,54 @@ class RunFolder:
             raise RecipeError(f"{self.path} was started with other problems ({started}): {advice}")
 
     def rewind(self, step: int) -> None:
-        """Delete metrics and rollouts of the steps after `step`, which a resumed run writes again."""
-        lines = [json_line(row) for row in self.metrics() if row["step"] <= step]
-        write_whole(self.metrics_path, "".join(lines))
+        """Delete metrics and rollouts of the steps after `step`, which a resumed run writes again.
+
+        `step` is that of the checkpoint it goes on from, -1 if it begins anew. RecipeError: what the run had
+        written before `step` is no longer there, or it has saved checkpoints and none is left.
+        """
+        rows = self.metrics()
+        advice = "put it back, or begin a new run by another --out"
+        if step < 0 and any(row.get("checkpoint_seconds") for row in rows):
+            folder = self.path / "checkpoints"
+            raise RecipeError(f"{folder}: no whole checkpoint of this run is left: {advice}")
+        missing = set(range(step + 1)) - {row["step"] for row in rows}
+        if missing:
+            raise RecipeError(f"{self.metrics_path} has nothing on step {min(missing)} of this run: {advice}")
+        self.write_metrics([row for row in rows if row["step"] <= step])
         for path in self.rollout_files():
             if step_of(path) > step:
                 path.unlink()
 
+    def write_metrics(self, rows: list[dict]) -> None:
+        """Replace metrics.jsonl."""
+        write_whole(self.metrics_path, "".join(map(json_line, rows)))
+
     def log(self, row: dict) -> None:
-        """Append one line to metrics.jsonl; what of it can be drawn goes to TensorBoard and W&B."""
-        with open(self.metrics_path, "a") as file:
+        """Append one line to metrics.jsonl."""
+        with open(self.metrics_path, "a", encoding="utf-8") as file:
             file.write(json_line(row))
-        if self.board is None:
-            from torch.utils.tensorboard import SummaryWriter  # here, since the import is slow
-
-            self.board = SummaryWriter(str(self.path), purge_step=row["step"])
-        numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
-        numbers = {name: value for name, value in numbers.items() if math.isfinite(value) and name != "step"}
-        for name, value in numbers.items():
-            self.board.add_scalar(name, value, row["step"])
-        self.board.flush()
-        if self.wandb is not None:
-            self.wandb.log(numbers, step=row["step"])
-
-    def start_wandb(self, config: dict) -> None:
-        """Log to Weights & Biases too, which is installed separately. RecipeError: it is not, or fails."""
-        try:
-            import wandb
-        except ImportError:
-            advice = "pip install wandb, or leave out --wandb"
-            raise RecipeError(f"Weights & Biases is not installed: {advice}") from None
-        id_file = self.path / "wandb_id"  # of this run alone, which a resumed one goes on under
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(8))
-        options = {"project": "pocketgrpo", "name": "-".join(self.path.parts[-2:])}
-        options |= {"id": id_file.read_text(), "resume": "allow"}
-        try:
-            self.wandb = wandb.init(**options, dir=str(self.path), config=config)
-        except Exception as error:  # its own errors differ from version to version
-            raise RecipeError(f"Weights & Biases does not start ({error}); try WANDB_MODE=offline") from None
 
     def metrics(self) -> list[dict]:
-        """All lines of metrics.jsonl, null as NaN; a last line cut short by a crash is left out."""
+        """All lines of metrics.jsonl, null as NaN; a last line cut short by a crash is left out.
+
+        RecipeError: another line cannot be read.
+        """
+        if not self.metrics_path.exists():
+            return []
         rows = []
-        for line in self.metrics_path.read_text().splitlines() if self.metrics_path.exists() else []:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            rows.append({name: math.nan if value is None else value for name, value in row.items()})
+        lines = self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        for number, line in enumerate(lines, 1):
+            row = metrics_row(line)
+            if row is not None:
+                rows.append(row)
+            elif number < len(lines):
+                raise RecipeError(f"{self.metrics_path}, line {number}: not the metrics of a step")
         return rows
+
+    def sync(self) -> None:
+        """Wait until metrics and rollouts are on the disk: a checkpoint must not outlive what led to it."""
+        for path in [self.metrics_path, *self.rollout_files()]:
+            sync(path)
 
     def save_rollouts(self, step: int, stage: int, groups: list[list[Rollout]], advantages: Tensor) -> None:
         """Write rollouts/step_NNNN.jsonl: each completion with verdict and advantage [groups, samples]."""
@@ -162,16 +160,35 @@ class RunFolder:
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def rollout_files(self) -> list[Path]:
-        return sorted((self.path / "rollouts").glob("step_*.jsonl"), key=step_of)
+        """rollouts/step_NNNN.jsonl in the order of steps; other files there are not the run's."""
+        files = (self.path / "rollouts").glob("step_*.jsonl")
+        return sorted((path for path in files if path.stem[5:].isdecimal()), key=step_of)
 
     def correct_traces(self, stage: int, task: Task) -> list[Trace]:
-        """The finished, correct rollouts of one stage."""
+        """The finished, correct rollouts of one stage. RecipeError: the rollouts of a step are missing."""
         traces = []
-        for path in self.rollout_files():
+        paths = self.rollout_files()
+        steps = {row["step"] for row in self.metrics() if row["stage"] == stage and row["step"]}
+        missing = steps - set(map(step_of, paths))
+        if missing:
+            path = self.path / "rollouts" / f"step_{min(missing):04d}.jsonl"
+            raise RecipeError(f"{path} is missing, from which the sft stage learns: put it back")
+        for path in paths:
             for _, row in read_jsonl(path, "a rollout"):
                 if row["stage"] == stage and row["outcome"] == "correct" and row["finished"]:
                     traces.append(Trace(task.problem(row), row["completion"], step_of(path)))
         return traces
+
+
+def metrics_row(line: str) -> dict | None:
+    """A line of metrics.jsonl, null as NaN; None for anything else."""
+    try:
+        row = json.loads(line)
+        if not isinstance(row["step"], int):
+            return None
+    except (ValueError, TypeError, KeyError):
+        return None
+    return {name: math.nan if value is None else value for name, value in row.items()}
 
 
 def json_line(row: dict) -> str:
@@ -187,6 +204,15 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_suffix(".partial")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until the content of a file or folder is on the disk, so that it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def step_of(path: Path) -> int:

@@ -7,8 +7,8 @@ import torch
 
 from data.task import Problem
 from data.traces import worked_traces
-from lab.check import check_decoding
-from lab.checkpoint import TrainState, checkpoints, load_into, load_state, newest_checkpoint, seen_by
+from lab.checkpoint import TrainState, damage, load_into, load_state, newest_checkpoint, seen_by
+from lab.decoding import check_decoding
 from lab.device import pick_device, pick_dtype, return_freed_blocks
 from lab.evaluate import problems_hash
 from lab.memory_plan import check_plan, gb, plan_memory, work_of
@@ -104,8 +104,16 @@ def load_policy(recipe: Recipe, checkpoint: Path | None, device: torch.device) -
 
 
 def stage_start_model(model: Qwen3, recipe: Recipe, run: RunFolder, state: TrainState) -> Qwen3:
-    """The reference of the KL penalty: a frozen copy of the policy as it was when the stage began."""
-    states = {folder: load_state(folder) for folder in checkpoints(run.path)}
-    starts = [folder for folder, s in states.items() if (s.stage, s.stage_step) == (state.stage, 0)]
-    reference, _ = load_policy(recipe, starts[-1] if starts else None, model.device)
+    """The reference of the KL penalty: a frozen copy of the policy as it was when the stage began.
+
+    RecipeError: the checkpoint of that moment is not there any more, or it is damaged.
+    """
+    start = None  # the model before any training
+    if state.stage > 0:
+        step = state.step - state.stage_step
+        start = run.path / "checkpoints" / f"step_{step:04d}"
+        fault = damage(start)
+        if fault is not None:
+            raise RecipeError(f"{start}: the KL penalty needs it, and {fault}; put it back")
+    reference, _ = load_policy(recipe, start, model.device)
     return reference.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""A run: the stages of a recipe one after the other, with evaluations, metrics and checkpoints on the way."""
+"""`train`: the stages of a recipe one after the other. A stage knows its steps, and how to take one."""
 
 import contextlib
 import re
@@ -10,27 +10,22 @@ from data import DataError
 from data.load import endless_problems
 from data.task import Problem
 from data.traces import Trace, curate, load_traces, save_traces, worked_traces
-from lab.checkpoint import TrainState, load_into, prune_checkpoints, save_checkpoint
-from lab.device import peak_memory, processes, restarted
-from lab.errors import Stopped, stoppable
-from lab.evaluate import EVALUATION_SEED, evaluate
-from lab.plots import paper_points, write_curve
-from lab.recipe import Recipe, RecipeError
-from lab.report import write_report
+from lab.checkpoint import load_into
+from lab.device import processes, restarted
+from lab.errors import stoppable
+from lab.recipe import Recipe
+from lab.run import Run
 from lab.runfolder import RunFolder
-from lab.screen import describe_run, final_line, pick_screen, planned_time, silence, stuck, time_left
-from lab.setup import find_state, set_up, stage_start_model
+from lab.screen import pick_screen
+from lab.setup import stage_start_model
 from model.sampler import Cancelled
-from model.weights import is_embedded
 from rl.batch import Sample
-from rl.distributed import all_values, any_rank, broadcast, is_main, share, world_size
+from rl.distributed import broadcast, is_main, share
 from rl.grpo import GRPOStage, grpo_step
 from rl.metrics import rollout_metrics
 from rl.optimizer import Optimizer
 from rl.rollout import prompt_of
 from rl.sft import WORKED, SFTStage, sft_schedule, sft_step
-
-MAX_SKIPPED_UPDATES = 5  # in a row, then the run ends
 
 
 def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -> None:
@@ -39,198 +34,135 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
     The options are those of train.py. ModelError, DataError, RecipeError: something that the user named
     cannot be used. Stopped: a signal has ended the run.
     """
-    # 1. Set up: the run's folder and screen, its model and problems, and where it stands.
-    started = time.perf_counter()
-    saving = last_save = 0.0  # seconds
-    run = RunFolder(recipe.out)
     with processes(), contextlib.ExitStack() as stack:
+        folder = RunFolder(recipe.out)
         if is_main():
-            stack.enter_context(run.locked())
-        resume = broadcast(resume or (restarted() and run.holds_run))
+            stack.enter_context(folder.locked())
+        resume = broadcast(resume or (restarted() and folder.holds_run))
         screen = stack.enter_context(pick_screen(recipe, quiet or not is_main(), plain))
-        state, checkpoint = find_state(recipe, run, resume, screen)
-        model, tokenizer, problems, held_out, micro_batch_tokens, fitness = set_up(recipe, checkpoint, state)
-        screen.say(describe_run(recipe, model, problems, held_out, state.step if resume else None))
-        screen.say(fitness)
-        if resume and is_main():
-            run.check_problems(state.problems)
-            run.rewind(state.step if checkpoint else -1)
-        screen.history(run.metrics())
+        run = Run(recipe, folder, screen, resume)
         if wandb and is_main():
-            run.start_wandb(asdict(recipe))
+            run.boards.start_wandb(asdict(recipe))
+        run.evaluate_first()
+        run.stop = stack.enter_context(stoppable(is_main()))
+        while run.state.stage < len(recipe.stages):
+            train_stage(run)
+        run.finish()
 
-        def evaluation(last: bool) -> dict[str, float]:
-            """Accuracy on held-out problems, sampled as in training; if `last`, on more, and greedy too."""
-            start = time.perf_counter()
-            settings = recipe.evaluation
-            evaluations = [("eval", settings.problems, recipe.sampling)]
-            if last and settings.final_problems:
-                greedy = replace(recipe.sampling, temperature=0.0)
-                evaluations.append(("final", settings.final_problems, recipe.sampling))
-                evaluations.append(("final_greedy", settings.final_problems, greedy))
-            metrics = {}
-            for name, count, sampling in evaluations:
-                options = {"sampling": sampling, "num_samples": 1, "seed": EVALUATION_SEED}
-                with screen.sampling("evaluation", len(share(held_out[:count]))) as options["on_progress"]:
-                    result = evaluate(model, tokenizer, recipe.task, held_out[:count], **options)
-                metrics |= {f"{name}_{part}": getattr(result, part) for part in ("accuracy", "low", "high")}
-                if name == "eval":
-                    metrics["eval_completion_length"] = result.completion_length
-                    metrics["eval_truncated_fraction"] = result.truncated_fraction
-                    metrics["eval_format_rate"] = 1 - result.counts["malformed"] / sum(result.counts.values())
-                    metrics["eval_seconds"] = time.perf_counter() - start
-            return metrics
 
-        def record(row: dict, steps: int) -> None:
-            """Log and show the metrics of a step, one of the `steps` of its stage."""
-            if is_main():
-                run.log(row)
-                screen.step(row, len(recipe.stages), state.stage_step, steps)
-                if row["kind"] == "grpo" and state.stage_step == 3:
-                    screen.say(f"at this speed, {time_left(row, recipe)} of GRPO left, without evaluations")
-                if "eval_accuracy" in row:
-                    write_curve(run, paper_points(recipe))
-                    for words in (silence(row, recipe), stuck(row, recipe)):
-                        if words:
-                            screen.say(words)
+def train_stage(run: Run) -> None:
+    """The steps of one stage that are left. When it returns, the memory of its optimizer is free again."""
+    stage = begin_stage(run)
+    run.complete_evaluation(stage)
+    while run.state.stage_step < stage.steps:
+        run.stop_if_asked(stage.optimizer)
+        try:
+            metrics = stage.take_step()
+        except Cancelled:  # by a signal, before the step has changed anything
+            continue
+        run.finish_step(stage, metrics)
+    run.end_stage(stage)
 
-        def save(optimizer: Optimizer | None) -> None:
-            """Save a checkpoint. Rank 0 writes; the others wait."""
-            nonlocal last_save, saving
-            start = time.perf_counter()
-            if is_main():
-                folder = run.path / "checkpoints" / f"step_{state.step:04d}"
-                save_checkpoint(folder, model, tokenizer, optimizer, state, recipe)
-                rows = [row for row in run.metrics() if "eval_accuracy" in row]
-                accuracies = {row["step"]: row["eval_accuracy"] for row in rows}
-                prune_checkpoints(run.path, recipe.keep_checkpoints, accuracies)
-            broadcast(None)
-            last_save = time.perf_counter() - start
-            saving += last_save
 
-        def can_save() -> bool:
-            """Whether one more checkpoint keeps all of them within their share of the time."""
-            elapsed = time.perf_counter() - started
-            return broadcast(saving + last_save <= recipe.checkpoint_share * elapsed)
+def begin_stage(run: Run) -> "GRPOTraining | SFTTraining":
+    """The stage at which `run` stands, with a new optimizer or, within a resumed stage, the saved one."""
+    settings = run.recipe.stages[run.state.stage]
+    optimizer = Optimizer(run.model, run.recipe.optimizer, run.micro_batch_tokens)
+    if run.checkpoint is not None and run.state.stage_step > 0:
+        load_into(optimizer, run.checkpoint)
+    run.checkpoint = None
+    kind = GRPOTraining if settings.kind == "grpo" else SFTTraining
+    return kind(run, settings, optimizer)
 
-        def take_grpo_step() -> dict:
-            """A GRPO step on the next problems; its rollouts go to the screen and into the run's folder."""
-            count = stage.prompts_per_step
-            chosen = endless_problems(problems, recipe.seed, state.problems_seen, count)
-            options = {"settings": stage, "sampling": recipe.sampling, "reward": recipe.reward}
-            options |= {"learning_rate": learning_rate_at(stage, state.stage_step, optimizer.steps)}
-            options["reference"] = reference
-            # A step that has only sampled can be dropped, unless other ranks would wait for this one.
-            options["cancel"] = stop.requested if world_size() == 1 else None
-            options["seed"] = 1000 * recipe.seed + state.step
-            with screen.sampling("rollout", len(share(chosen)) * stage.samples_per_prompt) as show:
-                step = (model, tokenizer, optimizer, recipe.task, chosen)
-                groups, advantages, metrics = grpo_step(*step, **options, on_progress=show)
-            state.problems_seen += count
-            state.see(chosen)
-            screen.rollouts(groups)
-            if is_main():
-                run.save_rollouts(state.step + 1, state.stage, groups, advantages)
-            metrics |= rollout_metrics(groups) | {"micro_batch_tokens": optimizer.micro_batch_tokens}
-            return metrics | {"tokens_per_second": metrics["tokens"] / metrics["rollout_seconds"]}
 
-        def sft_batches() -> list[list[Sample]]:
-            """The samples of each step of an SFT stage; none where no rollout was correct."""
-            traces = broadcast(traces_for(recipe, run, state, problems, held_out) if is_main() else None)
-            if not traces:
-                screen.say("no correct rollouts to imitate: the sft stage is skipped")
-                return []
-            samples = []
-            for trace in traces:
-                prompt = prompt_of(tokenizer, recipe.task, trace.problem, recipe.sampling)
-                completion = tokenizer.encode(trace.completion) + [tokenizer.end_of_turn_id]
-                samples.append(Sample(prompt, completion))
-            state.see(trace.problem for trace in traces)
-            solved = len({trace.problem.key for trace in traces})
-            what = "worked solutions" if stage.traces == WORKED else "curated traces"
-            screen.say(f"sft on {len(traces)} {what} of {solved} problems ({trace_file(stage, run)})")
-            return sft_schedule(samples, stage.batch_size, stage.epochs, recipe.seed)
+class GRPOTraining:
+    """A GRPO stage of a run."""
 
-        def take_sft_step() -> dict:
-            """One step of the schedule, at a learning rate that falls linearly to zero."""
-            start = time.perf_counter()
-            learning_rate = stage.learning_rate * (1 - state.stage_step / len(schedule))
-            metrics = sft_step(model, optimizer, schedule[state.stage_step], learning_rate)
-            return metrics | {"lr": learning_rate, "update_seconds": time.perf_counter() - start}
+    kind = "grpo"
 
-        # 2. Accuracy before any step. The folder holds a run only now, so a failed start can be repeated.
-        if not broadcast(resume and bool(run.metrics())):
-            kind = recipe.stages[0].kind if recipe.stages else "baseline"
-            row = {"stage": 0, "kind": kind, "step": 0, "grpo_steps": 0} | evaluation(not recipe.stages)
-            if is_main() and not resume:
-                run.create(recipe, state.problems)
-            record(row, 0)
-            if recipe.stages and model.device.type == "cpu" and not is_embedded(recipe.model):
-                prompt = prompt_of(tokenizer, recipe.task, held_out[0], recipe.sampling)
-                screen.say(planned_time(row, recipe, len(prompt)))
+    def __init__(self, run: Run, settings: GRPOStage, optimizer: Optimizer):
+        self.run = run
+        self.settings = settings
+        self.optimizer = optimizer
+        self.steps = settings.steps
+        self.evaluate_every = run.recipe.evaluation.every
+        self.reference = None
+        if settings.kl_coef:
+            self.reference = stage_start_model(run.model, run.recipe, run.folder, run.state)
 
-        # 3. The stages, each with a new optimizer. A signal drops unfinished rollouts or waits for an update.
-        stop = stack.enter_context(stoppable(is_main()))
-        while state.stage < len(recipe.stages):
-            stage = recipe.stages[state.stage]
-            is_last = state.stage == len(recipe.stages) - 1
-            optimizer = Optimizer(model, recipe.optimizer, micro_batch_tokens)
-            if checkpoint is not None and state.stage_step > 0:
-                load_into(optimizer, checkpoint)
-            checkpoint = reference = None
-            if stage.kind == "grpo":
-                steps, every, take_step = stage.steps, recipe.evaluation.every, take_grpo_step
-                if stage.kl_coef:
-                    reference = stage_start_model(model, recipe, run, state)
-            else:
-                schedule = sft_batches()
-                steps, take_step = len(schedule), take_sft_step
-                every = max(recipe.evaluation.every, -(-steps // 4))  # its steps are short
-            while state.stage_step < steps:
-                if any_rank(stop.requested.is_set()):
-                    save(optimizer if state.stage_step else None)
-                    number = next(filter(None, all_values(stop.number)))
-                    advice = "go on with the same command and --resume."
-                    raise Stopped(f"Saved after step {state.step}; {advice}", number)
-                try:
-                    metrics = take_step()
-                except Cancelled:
-                    continue
-                state.step += 1
-                state.stage_step += 1
-                state.grpo_steps += stage.kind == "grpo"
-                row = {"stage": state.stage, "kind": stage.kind, "step": state.step} | metrics
-                row |= {"grpo_steps": state.grpo_steps, "peak_memory_bytes": peak_memory(model.device)}
-                row["checkpoint_seconds"] = saving
-                ends = state.stage_step == steps
-                if ends or state.stage_step % every == 0:
-                    row |= evaluation(ends and is_last)
-                record(row, steps)
-                if optimizer.skipped_in_a_row >= MAX_SKIPPED_UPDATES:
-                    skipped = f"{optimizer.skipped_in_a_row} updates in a row had no finite loss and gradient"
-                    advice = "lower the learning rate, or try --dtype float32, in a new run"
-                    raise RecipeError(f"{skipped}, and changed nothing: {advice}")
-                if not ends and state.stage_step % recipe.checkpoint_every == 0 and can_save():
-                    save(optimizer)
-            if not steps and is_last:  # an SFT stage without traces: no step has evaluated
-                position = {"stage": state.stage, "kind": stage.kind, "step": state.step}
-                row = position | {"grpo_steps": state.grpo_steps} | evaluation(True)
-                if is_main():
-                    run.log(row)
-            micro_batch_tokens = optimizer.micro_batch_tokens
-            del optimizer, reference  # frees their memory before the next stage takes its own
-            state.stage += 1
-            state.stage_step = 0
-            save(None)
-
-        # 4. The curve and the report, to look at.
+    def take_step(self) -> dict:
+        """A GRPO step on the next problems. Its rollouts go to the screen and into the run's folder."""
+        run, settings, state = self.run, self.settings, self.run.state
+        count = settings.prompts_per_step
+        problems = endless_problems(run.problems, run.recipe.seed, state.problems_seen, count)
+        completions = len(share(problems)) * settings.samples_per_prompt
+        with run.screen.sampling("rollout", completions) as on_progress:
+            groups, advantages, metrics = grpo_step(
+                run.model,
+                run.tokenizer,
+                self.optimizer,
+                run.recipe.task,
+                problems,
+                settings=settings,
+                sampling=run.recipe.sampling,
+                reward=run.recipe.reward,
+                learning_rate=learning_rate_at(settings, state.stage_step, self.optimizer.steps),
+                seed=1000 * run.recipe.seed + state.step,
+                reference=self.reference,
+                on_progress=on_progress,
+                cancel=run.cancel,
+            )
+        state.problems_seen += count
+        state.see(problems)
+        run.screen.rollouts(groups)
         if is_main():
-            write_curve(run, paper_points(recipe))
-            row = run.metrics()[-1]
-            if "final_accuracy" in row:
-                screen.say(final_line(row, recipe.evaluation.final_problems))
-            report = write_report((run.path,))
-            screen.say(f"done: {run.path}/curve.md and curve.png; to look into it, open {report}")
+            run.folder.save_rollouts(state.step + 1, state.stage, groups, advantages)
+        metrics |= rollout_metrics(groups)
+        metrics["micro_batch_tokens"] = self.optimizer.micro_batch_tokens
+        metrics["tokens_per_second"] = metrics["tokens"] / metrics["rollout_seconds"]
+        return metrics
+
+
+class SFTTraining:
+    """An SFT stage of a run."""
+
+    kind = "sft"
+
+    def __init__(self, run: Run, settings: SFTStage, optimizer: Optimizer):
+        self.run = run
+        self.settings = settings
+        self.optimizer = optimizer
+        self.batches = self.make_batches()
+        self.steps = len(self.batches)
+        self.evaluate_every = max(run.recipe.evaluation.every, -(-self.steps // 4))  # its steps are short
+
+    def make_batches(self) -> list[list[Sample]]:
+        """The samples of each step; none where no rollout was correct."""
+        run, settings = self.run, self.settings
+        traces = traces_for(run) if is_main() else None
+        traces = broadcast(traces)
+        if not traces:
+            run.screen.say("no correct rollouts to imitate: the sft stage is skipped")
+            return []
+        samples = []
+        for trace in traces:
+            prompt = prompt_of(run.tokenizer, run.recipe.task, trace.problem, run.recipe.sampling)
+            completion = run.tokenizer.encode(trace.completion) + [run.tokenizer.end_of_turn_id]
+            samples.append(Sample(prompt, completion))
+        run.state.see(trace.problem for trace in traces)
+        solved = len({trace.problem.key for trace in traces})
+        origin = "worked solutions" if settings.traces == WORKED else "curated traces"
+        source = trace_file(settings, run.folder)
+        run.screen.say(f"sft on {len(traces)} {origin} of {solved} problems ({source})")
+        return sft_schedule(samples, settings.batch_size, settings.epochs, run.recipe.seed)
+
+    def take_step(self) -> dict:
+        """One step of the schedule, at a learning rate that falls linearly to zero."""
+        start = time.perf_counter()
+        number = self.run.state.stage_step
+        learning_rate = self.settings.learning_rate * (1 - number / self.steps)
+        metrics = sft_step(self.run.model, self.optimizer, self.batches[number], learning_rate)
+        return metrics | {"lr": learning_rate, "update_seconds": time.perf_counter() - start}
 
 
 def learning_rate_at(stage: GRPOStage, step: int, updates: int) -> float:
@@ -240,23 +172,27 @@ def learning_rate_at(stage: GRPOStage, step: int, updates: int) -> float:
     return stage.learning_rate * rise * fall
 
 
-def trace_file(stage: SFTStage, run: RunFolder) -> Path:
+def trace_file(stage: SFTStage, folder: RunFolder) -> Path:
     """The file that an SFT stage learns from, which but for the user's own is written by the run."""
     if stage.traces == WORKED:
-        return run.path / "worked.jsonl"
-    return Path(stage.traces) if stage.traces else run.path / "traces.jsonl"
+        return folder.path / "worked.jsonl"
+    return Path(stage.traces) if stage.traces else folder.path / "traces.jsonl"
 
 
-def traces_for(
-    recipe: Recipe, run: RunFolder, state: TrainState, problems: list[Problem], held_out: list[Problem]
-) -> list[Trace]:
-    """What an SFT stage imitates: the user's file, worked solutions, or the rollouts before it, curated."""
+def traces_for(run: Run) -> list[Trace]:
+    """What an SFT stage imitates: the user's file, worked solutions, or the rollouts before it, curated.
+
+    A stage that goes on takes the file that it began with. DataError: a trace cannot be used.
+    RecipeError: rollouts of the stage before are missing.
+    """
+    recipe, state = run.recipe, run.state
     stage, task, thinking = recipe.stages[state.stage], recipe.task, recipe.sampling.thinking
-    source = trace_file(stage, run)
-    if stage.traces == WORKED:
-        save_traces(source, worked_traces(task, problems, stage.max_traces, thinking, recipe.seed))
-    elif stage.traces is None:
-        correct = run.correct_traces(state.stage - 1, task)
+    source = trace_file(stage, run.folder)
+    goes_on = state.stage_step > 0 and source.exists()
+    if stage.traces == WORKED and not goes_on:
+        save_traces(source, worked_traces(task, run.problems, stage.max_traces, thinking, recipe.seed))
+    elif stage.traces is None and not goes_on:
+        correct = run.folder.correct_traces(state.stage - 1, task)
         curated = curate(correct, stage.traces_per_problem, stage.max_traces)
         save_traces(source, curated)
         if not curated:
@@ -266,7 +202,7 @@ def traces_for(
         return task.score(text, problem, thinking).outcome == "correct"
 
     traces = load_traces(source, task.problem, is_correct)
-    kept_back = {problem.key for problem in (*held_out, *task.examples(recipe.sampling.examples))}
+    kept_back = {problem.key for problem in (*run.held_out, *task.examples(recipe.sampling.examples))}
     traces = [trace for trace in traces if trace.problem.key not in kept_back]
     if not traces:
         raise DataError(f"{source}: all traces are of held-out problems; use others")

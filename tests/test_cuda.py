@@ -4,6 +4,7 @@ What can be shown without a device is: that decoding mixes no devices and never 
 """
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import lab.check
-from lab.check import UPDATES, Row, check_decoding, decoding, gradient, resuming, updates
+import lab.decoding
+from lab.check import UPDATES, decoding, gradient, resuming, updates
+from lab.decoding import Row, check_decoding
 from model import KVCache, ModelError, generate, load_model
 from model.quantize import quantized
 from model.sampler import DecodeBatch, random_streams, stream
@@ -89,6 +92,10 @@ def test_the_check_finds_nothing_wrong(device, part):
     assert rows and not any(row.wrong for row in rows), rows
 
 
+def not_a_number(logits, *arguments):
+    return torch.full_like(logits, math.nan)
+
+
 BROKEN = {  # a part of the check, what is broken, and the rows that have to notice
     "no causal mask": (gradient, "model.packed.causal_lower_right", lambda *sizes: None, ["packed gradient"]),
     "small updates lost": (updates, "rl.optimizer.round_stochastically", lambda x, key: x.bfloat16(), ["stochastic"]),
@@ -99,6 +106,7 @@ BROKEN = {  # a part of the check, what is broken, and the rows that have to not
         ["int8"],
     ),
     "moments forgotten": (resuming, "lab.check.load_into", lambda optimizer, folder: None, ["save, load, resume"]),
+    "log-probabilities are NaN": (decoding, "lab.decoding.token_logprobs", not_a_number, ["decoding"]),
     "keys not stored": (decoding, "model.cache.GroupCache.advance", lambda self, time: None, ["decoding"]),
 }
 
@@ -108,7 +116,7 @@ def test_the_check_names_what_is_broken(what, monkeypatch):
     part, target, broken, rows = BROKEN[what]
     monkeypatch.setattr(target, broken)
     if part is updates:
-        monkeypatch.setattr(lab.check, "UPDATES", {kind: UPDATES[kind] for kind in UPDATES if rows[0] in kind})
+        monkeypatch.setattr(lab.check, "UPDATES", [update for update in UPDATES if rows[0] in update.name])
     wrong = [row.what for row in part("tiny", torch.device("cpu")) if row.wrong]
     assert wrong and all(name in " ".join(wrong) for name in rows), wrong
 
@@ -131,7 +139,7 @@ def test_the_command_shows_a_table_and_fails_with_the_names_of_wrong_rows(monkey
 @pytest.fixture
 def on_gpu(monkeypatch, tmp_path):
     """`check_decoding` of a model on a GPU that is not there: (said, still with graphs?) for these comparisons."""
-    monkeypatch.setattr(lab.check, "CACHE", tmp_path / "cache" / "decoding.json")
+    monkeypatch.setattr(lab.decoding, "CACHE", tmp_path / "cache" / "decoding.json")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
 
     def check(*rows: Row | Exception, dtype=torch.float32) -> tuple[str | None, bool]:
@@ -143,7 +151,7 @@ def on_gpu(monkeypatch, tmp_path):
                 raise row
             return row
 
-        monkeypatch.setattr(lab.check, "decoding_row", compared)
+        monkeypatch.setattr(lab.decoding, "decoding_row", compared)
         model = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, graphed=True)
         said = check_decoding(model, PROMPTS)
         assert not left
@@ -160,7 +168,7 @@ def test_a_run_on_a_gpu_compares_its_decoding_once_and_remembers(on_gpu):
     assert "the same" in said and graphed
     assert on_gpu() == (None, True)  # nothing is compared again,
     assert on_gpu(GOOD, dtype=torch.bfloat16)[1]  # unless in another dtype
-    assert set(json.loads(lab.check.CACHE.read_text()).values()) == {True}
+    assert set(json.loads(lab.decoding.CACHE.read_text()).values()) == {True}
 
 
 @pytest.mark.parametrize(
@@ -178,7 +186,7 @@ def test_decoding_that_is_wrong_without_graphs_too_ends_the_run_and_is_not_remem
     with pytest.raises(torch.OutOfMemoryError):
         on_gpu(torch.OutOfMemoryError("full"))
     assert on_gpu(GOOD)[1]
-    lab.check.CACHE.write_text("{")  # a damaged file is no reason to stop
+    lab.decoding.CACHE.write_text("{")  # a damaged file is no reason to stop
     assert on_gpu(GOOD)[1]
 
 

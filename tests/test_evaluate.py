@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from helpers import PROBLEM
 
-import lab.stages
+import lab.run
 from data import Problem
 from data.task import Score
 from lab.evaluate import Evaluation, problems_hash
@@ -94,11 +94,11 @@ def test_a_run_ends_with_all_of_its_held_out_problems_as_sampled_and_greedy(monk
     recipe = replace(recipe, stages=(), out=str(tmp_path), generated_problems=40, evaluation=evaluation)
     calls = []
 
-    def evaluated(model, tokenizer, task, problems, *, sampling, num_samples, seed, on_progress):
+    def evaluated(model, tokenizer, task, problems, *, sampling, num_samples, seed, on_progress, cancel):
         calls.append((problems, sampling.temperature, num_samples))
         return Evaluation(len(calls) / 10, 0.0, 1.0, [], {"wrong": 1, "malformed": 3}, 5.0, 0.0, [])
 
-    monkeypatch.setattr(lab.stages, "evaluate", evaluated)
+    monkeypatch.setattr(lab.run, "evaluate", evaluated)
     train(recipe, quiet=True)
     held_out = problems_of(recipe)[1]
     assert calls == [(held_out[:n], temperature, 1) for n, temperature in zip(sizes, (1.0, 1.0, 0.0))]

@@ -34,7 +34,7 @@ OPTIONS = [  # three prompts for two or four processes, in two updates: uneven, 
 
 def run_training(out: Path, resume: bool = False) -> None:
     """A small run."""
-    with mock.patch("lab.stages.write_curve"):  # drawing takes two thirds of the time of so small a run
+    with mock.patch("lab.run.write_curve"):  # drawing takes two thirds of the time of so small a run
         train(smoke("--out", out, *OPTIONS).recipe, resume=resume, quiet=True)
 
 
@@ -136,7 +136,7 @@ def train_and_die(out: str) -> None:
             os._exit(9)
         return advantages(*arguments, **options)
 
-    with user_errors(), mock.patch("rl.grpo.group_advantages", dying), mock.patch("lab.stages.write_curve"):
+    with user_errors(), mock.patch("rl.grpo.group_advantages", dying), mock.patch("lab.run.write_curve"):
         main(smoke("--out", out, *OPTIONS))
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lab.boards import Boards
 from lab.recipe import Recipe, RecipeError
 from lab.runfolder import RunFolder
 
@@ -48,12 +49,12 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 def test_what_is_not_finite_is_null_in_metrics_and_nan_when_read(tmp_path):
     run = RunFolder(tmp_path)
-    run.log({"step": 1, "kind": "grpo", "entropy": math.nan, "loss": -math.inf, "reward_mean": 0.5})
-    plain = {"step": 1, "kind": "grpo", "entropy": None, "loss": None, "reward_mean": 0.5}
+    run.log({"step": 0, "kind": "grpo", "entropy": math.nan, "loss": -math.inf, "reward_mean": 0.5})
+    plain = {"step": 0, "kind": "grpo", "entropy": None, "loss": None, "reward_mean": 0.5}
     assert json.loads(run.metrics_path.read_text()) == plain
     (row,) = run.metrics()
     assert math.isnan(row["entropy"]) and math.isnan(row["loss"]) and row["reward_mean"] == 0.5
-    run.rewind(1)
+    run.rewind(0)
     assert "null" in run.metrics_path.read_text()
 
 
@@ -70,14 +71,14 @@ def wandb(monkeypatch):
     return told
 
 
-def test_a_row_goes_to_metrics_tensorboard_and_wandb(tmp_path, wandb):
+def test_a_row_goes_to_tensorboard_and_wandb(tmp_path, wandb):
     rows = [{"step": 0, "kind": "grpo", "eval_accuracy": 0.07}, {"step": 1, "kind": "grpo", "reward_mean": 0.25}]
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
-    run.start_wandb({"seed": 3})
+    boards = Boards(run.path)
+    boards.start_wandb({"seed": 3})
     for row in rows:
-        run.log(row)
-    assert run.metrics() == rows
+        boards.log(row)
     events = EventAccumulator(str(run.path)).Reload()
     assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("reward_mean")] == [(1, 0.25)]
     assert events.Tags()["scalars"] == ["eval_accuracy", "reward_mean"]
@@ -94,4 +95,4 @@ def test_a_wandb_that_is_not_installed_or_does_not_start_says_what_to_do(tmp_pat
     for package, advice in ((None, "pip install wandb"), (SimpleNamespace(init=refuses), "no API key")):
         monkeypatch.setitem(sys.modules, "wandb", package)
         with pytest.raises(RecipeError, match=advice):
-            RunFolder(tmp_path).start_wandb({})
+            Boards(tmp_path).start_wandb({})

@@ -12,6 +12,7 @@ from helpers import largest_gap, optimizer_for, ragged_samples, random_model, we
 from reference import reference_model, same_weights
 from test_commands import smoke
 
+import lab.run
 import lab.stages
 from data import Countdown, DataError, Problem
 from data.load import endless_problems
@@ -91,11 +92,13 @@ def recipe(tmp_path) -> Recipe:
 
 def test_traces_of_held_out_problems_are_left_out(recipe, tmp_path):
     """In any order of their numbers: 17, 79, 60 -> 36 is the problem of the second trace."""
-    run, state = RunFolder(tmp_path), TrainState()
-    traces = traces_for(recipe, run, state, [], [Problem((17, 79, 60), 36)])
+    run = SimpleNamespace(recipe=recipe, folder=RunFolder(tmp_path), state=TrainState(), problems=[])
+    run.held_out = [Problem((17, 79, 60), 36)]
+    traces = traces_for(run)
     assert [trace.problem for trace in traces] == PROBLEMS[::2]
+    run.held_out = PROBLEMS
     with pytest.raises(DataError, match="held-out"):
-        traces_for(recipe, run, state, [], PROBLEMS)
+        traces_for(run)
 
 
 def test_a_cold_start_learns_right_worked_solutions_of_training_problems_only(tmp_path, monkeypatch):
@@ -160,9 +163,9 @@ def test_checkpoints_take_their_share_of_the_time_and_short_steps_are_evaluated_
         clock[0] += 2
         saved.append(state.step)
 
-    monkeypatch.setattr(lab.stages, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(lab.run, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(lab.stages, "sft_step", step)
-    monkeypatch.setattr(lab.stages, "save_checkpoint", save)
+    monkeypatch.setattr(lab.run, "save_checkpoint", save)
     stages = (replace(recipe.stages[0], epochs=10),)
     evaluation = replace(recipe.evaluation, every=1)
     train(replace(recipe, stages=stages, evaluation=evaluation, checkpoint_every=1, checkpoint_share=share), quiet=True)

@@ -25,6 +25,7 @@ from data import score
 from data.gsm8k import WordProblem
 from data.task import Score
 from data.traces import Trace, save_traces
+from lab.boards import Boards
 from lab.checkpoint import TrainState, checkpoints, prune_checkpoints
 from lab.comparison import Candidate, comparison_table, measures
 from lab.device import pick_device
@@ -182,8 +183,8 @@ def test_a_new_run_in_a_folder_of_the_same_name_is_another_run_to_wandb(tmp_path
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: ids.append(options["id"])))
     for _ in range(2):
         (tmp_path / "run").mkdir()
-        RunFolder(tmp_path / "run").start_wandb({})
-        RunFolder(tmp_path / "run").start_wandb({})  # as a resumed run does
+        Boards(tmp_path / "run").start_wandb({})
+        Boards(tmp_path / "run").start_wandb({})  # as a resumed run does
         shutil.rmtree(tmp_path / "run")
     assert ids[0] == ids[1] != ids[2] == ids[3]
 

@@ -22,7 +22,7 @@ from lab.recipe import Recipe, RecipeError, checked
 from lab.screen import plain_console, printable
 from lab.setup import load_policy, without_missing_thinking
 from model import Qwen3, Tokenizer
-from model.sampler import random_streams, stream
+from model.sampler import TokenChoice, random_uniforms, sample_completion
 from model.weights import resolve_source
 from rl.reward import reward_for
 from rl.rollout import prompt_of
@@ -52,10 +52,10 @@ class Player:
         """The text so far after each token, and the verdict, which is empty before the last token."""
         task, sampling, stops = self.recipe.task, self.recipe.sampling, self.tokenizer.stop_token_ids
         prompt = prompt_of(self.tokenizer, task, problem, sampling)
-        uniforms = random_streams([prompt], 1, sampling.max_new_tokens, seed)[0, 0]
-        distribution = (sampling.temperature, sampling.top_k, sampling.top_p)
+        uniforms = random_uniforms([prompt], 1, sampling.max_new_tokens, seed)[0, 0]
+        choice = TokenChoice(sampling.temperature, sampling.top_k, sampling.top_p)
         ids = []
-        for token, _ in stream(self.model, prompt, uniforms, stops, distribution):
+        for token, _ in sample_completion(self.model, prompt, uniforms, stops, choice):
             ids.append(token)
             text = self.tokenizer.decode([id for id in ids if id not in stops])
             yield text.removesuffix("\N{REPLACEMENT CHARACTER}"), ""  # half a character

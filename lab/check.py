@@ -28,7 +28,7 @@ from lab.runfolder import write_whole
 from lab.screen import plain_console
 from model import ModelError, Qwen3, add_adapters, generate, load_model, token_logprobs
 from model.memory import free_memory, token_bytes
-from model.sampler import random_streams, sample
+from model.sampler import TokenChoice, random_uniforms, sample_tokens
 from model.weights import TINY
 from rl.batch import Sample, completion_logprobs, make_batch
 from rl.grpo import GRPOStage
@@ -61,15 +61,16 @@ def decoding_row(what: str, model: Qwen3, prompts: list[list[int]]) -> Row:
     for top_k in (None, 20):
         count = other = gap = 0
         options = {"num_samples": 4, "max_new_tokens": NEW_TOKENS, "seed": 0}
-        streams = random_streams(prompts, **options).to(model.device)
+        uniforms = random_uniforms(prompts, **options).to(model.device)
         stops = range(0, model.num_tokens, 50)  # rows finish at all lengths
         groups = generate(model, prompts, **options, top_k=top_k, stop_token_ids=list(stops))
-        for prompt, group, uniforms in zip(prompts, groups, streams, strict=True):
-            for completion, row in zip(group, uniforms, strict=True):
+        for prompt, group, rows in zip(prompts, groups, uniforms, strict=True):
+            for completion, row in zip(group, rows, strict=True):
                 ids = torch.tensor(prompt + completion.token_ids, device=model.device)
                 logits = model.next_logits(model.model(ids[None])[0, len(prompt) - 1 : -1])
                 ids = ids[len(prompt) :]
-                sampled, _ = sample(logits, row[: len(ids)], model.num_tokens, 1.0, top_k)
+                choice = TokenChoice(top_k=top_k)
+                sampled, _ = sample_tokens(logits, row[: len(ids)], model.num_tokens, choice)
                 logprobs = token_logprobs(logits, 1.0, model.num_tokens).gather(-1, ids[:, None])[:, 0]
                 count += len(ids)
                 other += int((sampled != ids).sum())

@@ -73,9 +73,7 @@ class PackedGroup:
 
 
 def after_prefix(prefix: Tensor, branches: Tensor) -> Tensor:
-    """[prefix, ...] before each of [rows, length, ...]: [rows, prefix + length, ...]."""
-    if len(prefix) == 0:
-        return branches
+    """Repeat [prefix, heads, head_dim] before each of [rows, length, heads, head_dim]."""
     repeated = prefix.expand(len(branches), -1, -1, -1)
     return torch.cat((repeated, branches), dim=1)
 

@@ -5,13 +5,30 @@ an RMSNorm on each query and key head, rotary positions, SwiGLU. Order and preci
 those of Hugging Face's `modeling_qwen3.py`, so logits agree; module names are those of its checkpoints.
 """
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.cache import Cache, product
 from model.config import Qwen3Config
+
+
+class Cache(Protocol):
+    """What the decoder calls in a forward: `start` once, `attend` in every layer, `advance` once."""
+
+    def start(self, time: int) -> Tensor:
+        """Positions of the next `time` tokens of each row: [batch, time]."""
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Store `keys` and `values` [batch, kv_heads, time, head_dim]; attend to all that a query may see.
+
+        `queries`, after RoPE as the keys are, and the result are [batch, heads, time, head_dim].
+        """
+
+    def advance(self, time: int) -> None:
+        """Count the `time` tokens that every layer has stored."""
 
 
 class RMSNorm(nn.Module):
@@ -131,6 +148,17 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
+def unrounded_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of matrices, or of batches of them. On a GPU, bfloat16 factors give their sums in float32.
+
+    A CPU has no such product, and rounds the sums to bfloat16.
+    """
+    if not a.is_cuda or a.dtype not in (torch.bfloat16, torch.float16):
+        return a @ b
+    multiply = torch.mm if a.dim() == 2 else torch.bmm
+    return multiply(a, b, out_dtype=torch.float32)
+
+
 class Qwen3(nn.Module):
     """A Qwen3 language model: token ids [batch, time] -> logits [batch, time, vocab].
 
@@ -153,8 +181,8 @@ class Qwen3(nn.Module):
         return self.lm_head(self.model(token_ids, cache))
 
     def next_logits(self, hidden: Tensor) -> Tensor:
-        """Logits [rows, vocab] after hidden states [rows, hidden], for sampling; see `product`."""
-        return product(hidden, self.lm_head.weight.T)
+        """Logits [rows, vocab] after hidden states [rows, hidden], for sampling; see `unrounded_matmul`."""
+        return unrounded_matmul(hidden, self.lm_head.weight.T)
 
     @property
     def device(self) -> torch.device:

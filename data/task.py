@@ -18,7 +18,6 @@ class Problem(Protocol):
     """One question, as a frozen dataclass; `str(problem)` is how tables and screens show it."""
 
     key: Hashable  # equal for problems that differ only in wording; sortable, for the held-out split
-    value: Hashable  # the correct answer as `Task.read` returns it; only `Task.score` needs it
 
     def row(self) -> dict:
         """The problem as JSON, as files of problems, rollouts and traces hold it."""
@@ -41,7 +40,7 @@ class Task(ABC):
     """A family of problems with exact answers: a frozen dataclass whose fields are a recipe's `[task]`."""
 
     kind: str  # the task's name in a recipe
-    stored: ClassVar[Format]  # how files hold its problems
+    file_format: ClassVar[Format]  # how files hold its problems
     input_format: ClassVar[str]  # what `parse_input` reads, shown to the user
 
     def generate(self, count: int, seed: int) -> list[Problem]:
@@ -50,10 +49,10 @@ class Task(ABC):
 
     def load(self, source: str) -> list[Problem]:
         """Problems from "hub" or from a .parquet or .jsonl file, see `read_problems`."""
-        return read_problems(source, self.stored, self.problem)
+        return read_problems(source, self.file_format, self.problem_from_row)
 
     @abstractmethod
-    def problem(self, row: dict) -> Problem:
+    def problem_from_row(self, row: dict) -> Problem:
         """The inverse of `row()`. ValueError, TypeError or KeyError if the row is no problem."""
 
     @abstractmethod
@@ -65,15 +64,19 @@ class Task(ABC):
         """The text of the user's turn; without `thinking`, it does not speak of `<think>`."""
 
     def score(self, text: str, problem: Problem, thinking: bool = True) -> Score:
-        """Judge a completion, which is hostile input: bounded time, no exception. See `split_answer`."""
+        """Score a completion: malformed if `split_answer` finds no answer, else what `judge` says."""
         parts = split_answer(text, thinking)
         if parts is None:
             return MALFORMED
-        return CORRECT if self.read(parts[1]) == problem.value else WRONG
+        before, answer = parts
+        return self.judge(before, answer, problem)
 
-    def read(self, content: str) -> Hashable | None:
-        """Parse an answer block in bounded time; None if there is no answer in it."""
-        raise NotImplementedError
+    @abstractmethod
+    def judge(self, before: str, answer: str, problem: Problem) -> Score:
+        """Score the content of an answer block; `before` is the text between the thinking and the block.
+
+        Both are hostile input: bounded time, no exception.
+        """
 
     def difficulty(self, problem: Problem) -> str:
         """A class of problems, such as "3 to 4 steps"; evaluations give accuracy by it."""
@@ -136,4 +139,6 @@ def split_answer(text: str, thinking: bool) -> tuple[str, str] | None:
 
 
 def steps_difficulty(steps: int) -> str:
-    return "1 to 2 steps" if steps <= 2 else "3 to 4 steps" if steps <= 4 else "5 steps or more"
+    if steps <= 2:
+        return "1 to 2 steps"
+    return "3 to 4 steps" if steps <= 4 else "5 steps or more"

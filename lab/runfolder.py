@@ -170,7 +170,7 @@ class RunFolder:
         for path in self.rollout_files():
             for _, row in read_jsonl(path, "a rollout"):
                 if row["stage"] == stage and row["outcome"] == "correct" and row["finished"]:
-                    traces.append(Trace(task.problem(row), row["completion"], step_of(path)))
+                    traces.append(Trace(task.problem_from_row(row), row["completion"], step_of(path)))
         return traces
 
 

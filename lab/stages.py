@@ -265,7 +265,7 @@ def traces_for(
     def is_correct(text: str, problem: Problem) -> bool:
         return task.score(text, problem, thinking).outcome == "correct"
 
-    traces = load_traces(source, task.problem, is_correct)
+    traces = load_traces(source, task.problem_from_row, is_correct)
     kept_back = {problem.key for problem in (*held_out, *task.examples(recipe.sampling.examples))}
     traces = [trace for trace in traces if trace.problem.key not in kept_back]
     if not traces:

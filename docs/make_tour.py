@@ -228,7 +228,7 @@ def verdict_stop(walk: Walk) -> list[str]:
     _, answer = split_answer(walk.group[FOLLOWED].text, thinking=True)
     return [
         f"""{at(collect_rollouts)} decodes each completion, and the task judges the text
-        ({at(Countdown.score)}): after its thinking it must give one `<answer>` ({at(split_answer)}), and
+        ({at(Countdown.judge)}): after its thinking it must give one `<answer>` ({at(split_answer)}), and
         exact arithmetic checks that this uses each number once and reaches the target. In completion
         {FOLLOWED} it is `{answer}`. {at(reward_for)} applies the recipe's settings; this recipe gives near
         misses the reward of any wrong answer.""",

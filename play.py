@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from data.task import Problem
+from data.task import AnyProblem
 from lab.checkpoint import saved_recipe, untrained_recipe
 from lab.device import pick_device
 from lab.errors import user_errors
@@ -48,7 +48,7 @@ class Player:
     model: Qwen3
     tokenizer: Tokenizer
 
-    def think(self, problem: Problem, seed: int) -> Iterator[tuple[str, str]]:
+    def think(self, problem: AnyProblem, seed: int) -> Iterator[tuple[str, str]]:
         """The text so far after each token, and the verdict, which is empty before the last token."""
         task, sampling, stops = self.recipe.task, self.recipe.sampling, self.tokenizer.stop_token_ids
         prompt = prompt_of(self.tokenizer, task, problem, sampling)
@@ -90,7 +90,7 @@ def side_by_side(players: list[Player], shown: list[tuple[str, str]], lines: int
     return table
 
 
-def show(players: list[Player], problem: Problem, seed: int) -> None:
+def show(players: list[Player], problem: AnyProblem, seed: int) -> None:
     """Ask all the same, show their tokens as they come, then verdicts and a solution."""
     console = plain_console()
     console.print(printable(str(problem)))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data import DataError
 from data.load import endless_problems
-from data.task import Problem
+from data.task import AnyProblem
 from data.traces import Trace, curate, load_traces, save_traces, worked_traces
 from lab.checkpoint import TrainState, load_into, prune_checkpoints, save_checkpoint
 from lab.device import peak_memory, processes, restarted
@@ -248,7 +248,7 @@ def trace_file(stage: SFTStage, run: RunFolder) -> Path:
 
 
 def traces_for(
-    recipe: Recipe, run: RunFolder, state: TrainState, problems: list[Problem], held_out: list[Problem]
+    recipe: Recipe, run: RunFolder, state: TrainState, problems: list[AnyProblem], held_out: list[AnyProblem]
 ) -> list[Trace]:
     """What an SFT stage imitates: the user's file, worked solutions, or the rollouts before it, curated."""
     stage, task, thinking = recipe.stages[state.stage], recipe.task, recipe.sampling.thinking
@@ -262,7 +262,7 @@ def traces_for(
         if not curated:
             return []
 
-    def is_correct(text: str, problem: Problem) -> bool:
+    def is_correct(text: str, problem: AnyProblem) -> bool:
         return task.score(text, problem, thinking).outcome == "correct"
 
     traces = load_traces(source, task.problem_from_row, is_correct)

@@ -45,23 +45,23 @@ def logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor
     On a GPU they are the sampler's logits, see `unrounded_matmul`; on a CPU they are all in one buffer.
     """
     size = chunk_tokens(weight)
-    buffer = hidden.new_empty(0 if hidden.is_cuda else min(size, len(hidden)), len(weight))
-    for start in range(0, len(hidden), size):
-        chunk = hidden[start : start + size]
-        if hidden.is_cuda:
+    buffer = None if hidden.is_cuda else hidden.new_empty(min(size, len(hidden)), len(weight))
+    start = 0
+    for chunk in hidden.split(size):
+        if buffer is None:
             logits = unrounded_matmul(chunk, weight.T)
         else:
             logits = torch.mm(chunk, weight.T, out=buffer[: len(chunk)])
         yield slice(start, start + len(chunk)), logits
+        start += len(chunk)
 
 
 def softmax_parts(tokens: slice, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Divide tokens and their logits [tokens, vocab] into parts for one softmax each."""
-    size = rows_at_once(logits)
-    for first in range(0, len(logits), size):
-        part = logits[first : first + size]
-        start = tokens.start + first
+    start = tokens.start
+    for part in logits.split(rows_at_once(logits)):
         yield slice(start, start + len(part)), part
+        start += len(part)
 
 
 class TargetLogprobs(torch.autograd.Function):
@@ -88,39 +88,26 @@ class TargetLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy):
-        """Gradients of the loss at `hidden` and `weight`, from those at the results, [tokens]."""
+        """From the loss's gradients g at log p_t and e at H, both [tokens], to those at hidden and weight."""
         hidden, weight, target_ids, entropy = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for chunk, chunk_logits in logit_chunks(hidden, weight):
-            # 1. The gradient at the logits, which takes their place in memory.
+            # 1. At the logits. These gradients take their place in memory.
             for tokens, logits in softmax_parts(chunk, chunk_logits):
                 logprobs = token_logprobs(logits, ctx.temperature, ctx.num_tokens)
-                grad_scaled = grad_scaled_logits(
-                    logprobs,
-                    target_ids[tokens, None],
-                    entropy[tokens, None],
-                    grad_logprobs[tokens, None],
-                    grad_entropy[tokens, None],
-                )
+                target = target_ids[tokens, None]
+                g = grad_logprobs[tokens, None]
+                e = grad_entropy[tokens, None]
+                # p_j (-e (log p_j + H) - g), and where j = t, g more
+                grad_scaled = (logprobs + entropy[tokens, None]).mul_(-e).sub_(g).mul_(logprobs.exp())
+                grad_scaled.scatter_add_(-1, target, g)
                 logits[:, : ctx.num_tokens] = grad_scaled / ctx.temperature
                 logits[:, ctx.num_tokens :] = 0
             grad_logits = chunk_logits.to(weight.dtype)
 
-            # 2. From there back through the output head.
+            # 2. Through the output head.
             torch.mm(grad_logits, weight, out=grad_hidden[chunk])
             if grad_weight is not None:
                 grad_weight.addmm_(grad_logits.T, hidden[chunk])
         return grad_hidden, grad_weight, None, None, None
-
-
-def grad_scaled_logits(
-    logprobs: Tensor, target_ids: Tensor, entropy: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor
-) -> Tensor:
-    """The loss's gradient at z / T, [tokens, num_tokens], by the formula above; all others are [tokens, 1].
-
-    It is g (1[j = t] - p_j) - e p_j (log p_j + H) for gradients g at log p_t and e at H.
-    """
-    gradient = (logprobs + entropy).mul_(-grad_entropy).sub_(grad_logprobs)
-    gradient *= logprobs.exp()
-    return gradient.scatter_add_(-1, target_ids, grad_logprobs)

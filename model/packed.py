@@ -39,7 +39,7 @@ class PackedGroup:
 
     def part_sizes(self) -> list[int]:
         """Tokens of the prefix and of each block, padding included, as they follow in the stream."""
-        return [self.prefix] + [block.rows * block.length for block in self.blocks()]
+        return [self.prefix] + [rows * length for rows, length in self.blocks()]
 
     def num_tokens(self) -> int:
         """Tokens in the stream, padding included."""
@@ -48,9 +48,9 @@ class PackedGroup:
     def positions(self) -> Tensor:
         """Position of each token in its own sequence, [tokens]: every branch goes on after the prefix."""
         parts = [torch.arange(self.prefix)]
-        for block in self.blocks():
-            branch = self.prefix + torch.arange(block.length)
-            parts.append(branch.repeat(block.rows))
+        for rows, length in self.blocks():
+            branch = torch.arange(self.prefix, self.prefix + length)
+            parts.append(branch.repeat(rows))
         return torch.cat(parts)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -96,9 +96,7 @@ class PackedGroups:
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         # [1, heads, tokens, head_dim] -> for each group [tokens, heads, head_dim]
-        queries = queries[0].transpose(0, 1).split(self.sizes)
-        keys = keys[0].transpose(0, 1).split(self.sizes)
-        values = values[0].transpose(0, 1).split(self.sizes)
+        queries, keys, values = (x[0].transpose(0, 1).split(self.sizes) for x in (queries, keys, values))
         attended = []
         for group, query, key, value in zip(self.groups, queries, keys, values, strict=True):
             attended.append(group.attend(query, key, value))
@@ -111,7 +109,6 @@ class PackedGroups:
 def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Causal attention in which the last query sees the last key; all are [rows, tokens, heads, head_dim]."""
     causal = causal_lower_right(queries.shape[1], keys.shape[1])
-    attended = F.scaled_dot_product_attention(
-        queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), causal, enable_gqa=True
-    )
+    queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
+    attended = F.scaled_dot_product_attention(queries, keys, values, causal, enable_gqa=True)
     return attended.transpose(1, 2)

@@ -397,5 +397,6 @@ def prefill(model: Qwen3, prompts: list[list[int]]) -> tuple[Tensor, KVCache, Te
     for start in range(0, len(prompts), at_once):
         rows = slice(start, start + at_once)
         hidden = model.model(padded[rows], cache.part(rows))  # [at_once, longest, hidden]
-        last.append(hidden[torch.arange(len(hidden), device=model.device), lengths[rows] - 1])
+        position = lengths[rows, None, None] - 1
+        last.append(hidden.take_along_dim(position, dim=1)[:, 0])
     return model.next_logits(torch.cat(last)), cache, lengths

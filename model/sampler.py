@@ -136,11 +136,11 @@ def random_uniforms(prompts: list[list[int]], num_samples: int, max_new_tokens: 
 
 @torch.inference_mode()
 def sample_completion(
-    model: Qwen3, prompt: list[int], uniforms: Tensor, stops: tuple[int, ...], choice: TokenChoice
+    model: Qwen3, prompt: list[int], uniforms: Tensor, stop_ids: tuple[int, ...], choice: TokenChoice
 ) -> Iterator[tuple[int, float]]:
     """The tokens of one completion as they are sampled, each with its log-probability in nats.
 
-    `uniforms` [max_new_tokens] are random numbers in [0, 1), `stops` the stop token ids.
+    `uniforms` [max_new_tokens] are random numbers in [0, 1), `stop_ids` the stop tokens.
     """
     cache = KVCache(model.config, 1, len(prompt) + len(uniforms), model.device, model.dtype)
     ids = prompt
@@ -150,7 +150,7 @@ def sample_completion(
         check_finite(logprob)
         ids = [token.item()]
         yield ids[0], logprob.item()
-        if ids[0] in stops:
+        if ids[0] in stop_ids:
             return
 
 

@@ -101,12 +101,13 @@ class GroupCache:
         self.block = BLOCK[device.type] if static else max_new_tokens
         self.max_new_tokens = max_new_tokens
         self.room = 0  # own tokens that the blocks can hold
-        # Own tokens of every row, a number on two devices. `reserve` raises it on the host, before a forward;
-        # `advance` raises it on the GPU, where a CUDA graph reads it. Between forwards they are equal.
+        # Own tokens of every row, one number in two places. `reserve` raises it on the host before a forward;
+        # `advance` raises it on the device, where a CUDA graph reads it. Between forwards they are equal.
         self.stored_on_host = 0
         self.stored_on_device = torch.zeros(1, dtype=torch.int64, device=device)
 
     def build_grid(self) -> None:
+        """Give each pair its cell; the grid is as wide as the largest group."""
         rows_of_prompt = torch.bincount(self.prompt_index, minlength=len(self.prompt_lengths))
         width = int(rows_of_prompt.max())
         first_row = rows_of_prompt.cumsum(0) - rows_of_prompt
@@ -145,12 +146,12 @@ class GroupCache:
         heads = torch.arange(self.kv_heads, device=rows.device)
         pairs = (rows[:, None] * self.kv_heads + heads).flatten()
         for blocks in self.keys + self.values:
-            unread = self.stored_on_host
+            used = self.stored_on_host  # slots from this block on; those that are empty yet are not copied
             for number, block in enumerate(blocks):
                 kept = self.new_block(block.shape[1])
-                kept[:, :unread] = block[pairs, :unread]  # no copy of slots that are empty yet
+                kept[:, :used] = block[pairs, :used]
                 blocks[number] = kept
-                unread -= block.shape[1]
+                used -= block.shape[1]
 
     def start(self, time: int) -> Tensor:
         assert time == 1, "rows in lock-step decode one token at a time"

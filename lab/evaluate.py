@@ -14,7 +14,7 @@ from model import Qwen3, Tokenizer
 from rl.rollout import Rollout, collect_rollouts
 
 OUTCOMES = ("correct", "near", "wrong", "malformed")
-EVALUATION_SEED = 1_000_003  # every evaluation of a run samples from the same random streams
+EVALUATION_SEED = 1_000_003  # every evaluation of a run samples with the same random numbers
 Group = list[Rollout]
 
 

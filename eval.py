@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 
 from data.load import fingerprint
-from data.task import Problem
+from data.task import AnyProblem
 from lab.checkpoint import saved_recipe, seen_by, untrained_recipe
 from lab.comparison import Candidate, comparison_table, difference, measures
 from lab.device import pick_device
@@ -97,7 +97,7 @@ def of_one_task(models: list[Model]) -> list[Model]:
     return [m if m in own else replace(m, recipe=replace(m.recipe, task=task)) for m in models]
 
 
-def problems_for(models: list[Model], arguments: Arguments) -> list[Problem]:
+def problems_for(models: list[Model], arguments: Arguments) -> list[AnyProblem]:
     """The problems for all models: those of a file, or held-out ones; none that a model was trained on."""
     if arguments.problems and arguments.problems.partition("@")[0] not in ("hub", "generated"):
         problems = models[0].recipe.task.load(arguments.problems)
@@ -119,7 +119,7 @@ def problems_for(models: list[Model], arguments: Arguments) -> list[Problem]:
     return unseen[: arguments.count]
 
 
-def candidate_of(model: Model, problems: list[Problem], arguments: Arguments) -> Candidate:
+def candidate_of(model: Model, problems: list[AnyProblem], arguments: Arguments) -> Candidate:
     """A model's completions of the problems, sampled and greedy."""
     recipe = model.recipe
     checkpoint = resolve_source(model.source) if model.trained else None

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from data.task import Problem
+from data.task import AnyProblem
 from lab.checkpoint import saved_recipe, untrained_recipe
 from lab.device import pick_device
 from lab.errors import user_errors
@@ -22,7 +22,7 @@ from lab.recipe import Recipe, RecipeError, checked
 from lab.screen import plain_console, printable
 from lab.setup import load_policy, without_missing_thinking
 from model import Qwen3, Tokenizer
-from model.sampler import random_streams, stream
+from model.sampler import TokenChoice, random_uniforms, sample_completion
 from model.weights import resolve_source
 from rl.reward import reward_for
 from rl.rollout import prompt_of
@@ -48,14 +48,14 @@ class Player:
     model: Qwen3
     tokenizer: Tokenizer
 
-    def think(self, problem: Problem, seed: int) -> Iterator[tuple[str, str]]:
+    def think(self, problem: AnyProblem, seed: int) -> Iterator[tuple[str, str]]:
         """The text so far after each token, and the verdict, which is empty before the last token."""
         task, sampling, stops = self.recipe.task, self.recipe.sampling, self.tokenizer.stop_token_ids
         prompt = prompt_of(self.tokenizer, task, problem, sampling)
-        uniforms = random_streams([prompt], 1, sampling.max_new_tokens, seed)[0, 0]
-        distribution = (sampling.temperature, sampling.top_k, sampling.top_p)
+        uniforms = random_uniforms([prompt], 1, sampling.max_new_tokens, seed)[0, 0]
+        choice = TokenChoice(sampling.temperature, sampling.top_k, sampling.top_p)
         ids = []
-        for token, _ in stream(self.model, prompt, uniforms, stops, distribution):
+        for token, _ in sample_completion(self.model, prompt, uniforms, stops, choice):
             ids.append(token)
             text = self.tokenizer.decode([id for id in ids if id not in stops])
             yield text.removesuffix("\N{REPLACEMENT CHARACTER}"), ""  # half a character
@@ -90,7 +90,7 @@ def side_by_side(players: list[Player], shown: list[tuple[str, str]], lines: int
     return table
 
 
-def show(players: list[Player], problem: Problem, seed: int) -> None:
+def show(players: list[Player], problem: AnyProblem, seed: int) -> None:
     """Ask all the same, show their tokens as they come, then verdicts and a solution."""
     console = plain_console()
     console.print(printable(str(problem)))

@@ -27,7 +27,7 @@ from lab.check import PARTS, rows_of
 from lab.recipe import load_recipe
 from lab.stages import train
 from model import KVCache, Qwen3Config, generate, load_model
-from model.sampler import DecodeBatch, GraphedStep
+from model.sampler import DecodeBatch, GraphedStep, TokenChoice
 from model.weights import TINY
 from rl.optimizer import OptimizerSettings
 
@@ -170,13 +170,14 @@ def launching(settings: Settings) -> dict:
         """Median over the steps of a batch of 4 prompts x 8 samples; steps that make a graph are outliers."""
         with torch.inference_mode():
             uniforms = torch.rand(4, 8, new_tokens)
-            batch = DecodeBatch(model, prompts, uniforms, stops, (1.0, None, None), static=True)
+            batch = DecodeBatch(model, prompts, uniforms, stops, TokenChoice(), static=True)
+            batch.start()
             step = GraphedStep(batch.step) if graph else lambda shape: batch.step()
             times = []
             for count in range(1, new_tokens):
                 batch.cache.reserve(count)
                 start = time.perf_counter()
-                step((len(batch.numbers), batch.cache.visible))
+                step((len(batch.active), batch.cache.visible))
                 synchronize()
                 times.append(time.perf_counter() - start)
         return 1000 * statistics.median(times)

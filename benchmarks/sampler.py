@@ -97,7 +97,7 @@ def planned_lengths(case: Case) -> np.ndarray:
     )
 
 
-def planned_streams(case: Case) -> torch.Tensor:
+def planned_uniforms(case: Case) -> torch.Tensor:
     """Random numbers that make each completion as long as planned: [prompts, samples, max_new_tokens]."""
     lengths = planned_lengths(case)
     uniforms = np.random.default_rng(1).uniform(0.3, 1 - 2**-24, (len(lengths), case.max_new_tokens))
@@ -107,10 +107,10 @@ def planned_streams(case: Case) -> torch.Tensor:
 
 
 def our_run(case: Case, decoder: Qwen3, prompts: list[list[int]]) -> Callable[[], int]:
-    streams = planned_streams(case)
+    uniforms = planned_uniforms(case)
 
     def run() -> int:
-        with mock.patch.object(model.sampler, "random_streams", lambda *_: streams):
+        with mock.patch.object(model.sampler, "random_uniforms", lambda *_: uniforms):
             groups = generate(
                 decoder,
                 prompts,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data.load import Format
-from data.task import INSIDE, Task, steps_difficulty
+from data.task import CORRECT, INSIDE, WRONG, Score, Task, steps_difficulty
 
 MAX_CHARACTERS = 256  # of an answer
 MAX_DIGITS = 15  # of a coefficient in an answer
@@ -46,7 +46,9 @@ def parse_polynomial(text: str) -> Polynomial:
 
 def trimmed(coefficients: Sequence[int]) -> Polynomial:
     """The coefficients without the zeros at the end."""
-    length = max((i for i, coefficient in enumerate(coefficients, 1) if coefficient), default=0)
+    length = len(coefficients)
+    while length and coefficients[length - 1] == 0:
+        length -= 1
     return tuple(coefficients[:length])
 
 
@@ -66,11 +68,6 @@ def term_text(coefficient: int, exponent: int) -> str:
         return str(coefficient)
     factor = {1: "", -1: "-"}.get(coefficient, str(coefficient))
     return f"{factor}x^{exponent}" if exponent > 1 else f"{factor}x"
-
-
-def derived_text(coefficient: int, exponent: int) -> str:
-    """The derivative of one term."""
-    return term_text(coefficient * exponent, exponent - 1) if exponent else "0"
 
 
 def sum_text(terms: list[tuple[int, int]]) -> str:
@@ -128,7 +125,7 @@ class Calculus(Task):
     max_coefficient: int = 99  # Largest coefficient, of either sign, at most 999,999
     max_order: int = 3  # How often to differentiate at most, from 1 to 5
 
-    stored = Format('{"polynomial": [7, 5, 0, -2, 3], "order": 1}')
+    file_format = Format('{"polynomial": [7, 5, 0, -2, 3], "order": 1}')
     input_format = "a polynomial such as 3x^4 - 2x + 5, or 3x^4 - 2x + 5; 2 for its second derivative"
 
     def __post_init__(self):
@@ -166,7 +163,7 @@ class Calculus(Task):
                 polynomial[exponent] = rng.choice((1, -1)) * rng.randint(1, self.max_coefficient)
         return Derivative(tuple(polynomial), order)
 
-    def problem(self, row: dict) -> Derivative:
+    def problem_from_row(self, row: dict) -> Derivative:
         return Derivative(row["polynomial"], row.get("order", 1))
 
     def parse_input(self, text: str) -> Derivative:
@@ -184,11 +181,12 @@ class Calculus(Task):
             "then put the derivative, a sum of terms without parentheses, inside <answer> </answer>."
         )
 
-    def read(self, content: str) -> Polynomial | None:
+    def judge(self, before: str, answer: str, problem: Derivative) -> Score:
         try:
-            return parse_polynomial(content)
+            polynomial = parse_polynomial(answer)
         except ValueError:
-            return None
+            return WRONG
+        return CORRECT if polynomial == problem.value else WRONG
 
     def difficulty(self, problem: Derivative) -> str:
         """By the number of single terms to differentiate, over all orders; x^e is gone after e + 1 times."""
@@ -200,7 +198,10 @@ class Calculus(Task):
         polynomial = problem.polynomial
         blocks = []
         for _ in range(problem.order):
-            lines = [f"{term_text(*term)} -> {derived_text(*term)}" for term in terms_of(polynomial)]
+            lines = []
+            for coefficient, exponent in terms_of(polynomial):
+                derived = term_text(coefficient * exponent, exponent - 1)
+                lines.append(f"{term_text(coefficient, exponent)} -> {derived}")
             blocks.append("\n".join(lines))
             polynomial = differentiate(polynomial)
         return "\n\n".join(blocks), sum_text(terms_of(polynomial))

@@ -5,10 +5,18 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from data.expression import BLANKS, DIGITS, Expression, ExpressionError, parse_equation, parse_expression
+from data.expression import (
+    BLANKS,
+    DIGITS,
+    NUMBER,
+    Expression,
+    ExpressionError,
+    parse_equation,
+    parse_expression,
+)
 from data.load import Format
-from data.solver import draw_problems, random_attempt, random_solution, solve
-from data.task import CORRECT, INSIDE, MALFORMED, WRONG, Score, Task, split_answer
+from data.solver import draw_problems, find_expression, random_attempt, random_solution
+from data.task import CORRECT, INSIDE, WRONG, Score, Task
 
 MAX_NUMBER = 999_999_999  # nine digits, as in an expression
 NEAR_DISTANCE = 10  # largest distance from the target that earns part of the reward
@@ -43,6 +51,11 @@ class Problem:
         return f"{', '.join(map(str, self.numbers))} -> {self.target}"
 
 
+def solve(problem: Problem, operators: str = "+-*/") -> str | None:
+    """An expression that solves the problem, or None; see `find_expression`."""
+    return find_expression(problem.numbers, problem.target, operators)
+
+
 @dataclass(frozen=True)
 class Countdown(Task):
     """Make a target from a few numbers. The default ranges are those of the hub dataset."""
@@ -54,7 +67,7 @@ class Countdown(Task):
     four_number_share: float = 0.5  # Share of problems with 4 numbers, from 0 to 1; the others have 3
     kind: Literal["countdown"] = "countdown"
 
-    stored = Format(
+    file_format = Format(
         '{"numbers": [79, 60, 17], "target": 36}',
         "Jiayi-Pan/Countdown-Tasks-3to4",  # 490,364 problems
         {"hub": "data/train-00000-of-00001.parquet"},
@@ -63,7 +76,8 @@ class Countdown(Task):
 
     def __post_init__(self):
         for name in ("number", "target"):
-            low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            low = getattr(self, f"min_{name}")
+            high = getattr(self, f"max_{name}")
             if not 1 <= low <= high <= MAX_NUMBER:
                 limits = f"from 1 to {MAX_NUMBER}, in order"
                 raise ValueError(f"min_{name} {low} and max_{name} {high} must be {limits}")
@@ -71,14 +85,22 @@ class Countdown(Task):
             raise ValueError(f"four_number_share must be from 0 to 1, not {self.four_number_share}")
 
     def generate(self, count: int, seed: int) -> list[Problem]:
-        return [Problem(numbers, target) for numbers, target in draw_problems(count, seed, self)]
+        drawn = draw_problems(
+            count,
+            seed,
+            numbers=range(self.min_number, self.max_number + 1),
+            targets=range(self.min_target, self.max_target + 1),
+            four_number_share=self.four_number_share,
+        )
+        return [Problem(numbers, target) for numbers, target in drawn]
 
-    def problem(self, row: dict) -> Problem:
-        return Problem(row["nums"] if "nums" in row else row["numbers"], row["target"])  # nums: on the hub
+    def problem_from_row(self, row: dict) -> Problem:
+        numbers = row["nums"] if "nums" in row else row["numbers"]  # nums: on the hub
+        return Problem(numbers, row["target"])
 
     def parse_input(self, text: str) -> Problem:
         words = text.replace(",", " ").replace("->", " ").split()
-        if not words or not all(word.isascii() and word.isdigit() and len(word) < 10 for word in words):
+        if not words or not all(map(NUMBER.fullmatch, words)):
             raise ValueError(f"type whole {self.input_format}")
         *numbers, target = map(int, words)
         return Problem(numbers, target)
@@ -91,18 +113,14 @@ class Countdown(Task):
             "then put the final expression inside <answer> </answer>."
         )
 
-    def score(self, text: str, problem: Problem, thinking: bool = True) -> Score:
-        """Judge a completion.
+    def judge(self, before: str, answer: str, problem: Problem) -> Score:
+        """Score the content of the one answer block after the thinking.
 
-        correct, 1.0: one answer block after the thinking; it uses each number once and hits the target
+        correct, 1.0: it uses each number once and hits the target
         near, max(0.3, 0.8 - 0.05 d): the same, but it misses the target by a distance 0 < d <= 10
-        wrong, 0.1: one answer block after the thinking with anything else in it
-        malformed, 0.0: no such block, two of them, or a block inside the thinking
+        wrong, 0.1: anything else
         """
-        parts = split_answer(text, thinking)
-        if parts is None:
-            return MALFORMED
-        expression = answer_expression(*parts)
+        expression = answer_expression(before, answer)
         if expression is None or sorted(expression.numbers) != sorted(problem.numbers):
             return WRONG
         distance = abs(expression.value - problem.target)
@@ -134,8 +152,10 @@ class Countdown(Task):
         lines = []
         for _ in range(rng.randint(0, WRONG_ATTEMPTS)):
             attempt = random_attempt(problem.numbers, rng)
-            if attempt.value != problem.target:
-                lines.append(f"{attempt.steps} {'too low' if attempt.value < problem.target else 'too high'}")
+            if attempt.value < problem.target:
+                lines.append(f"{attempt.steps} too low")
+            if attempt.value > problem.target:
+                lines.append(f"{attempt.steps} too high")
         lines.append(f"{found.steps} equal")
         return "\n".join(dict.fromkeys(lines)), found.expression
 
@@ -166,13 +186,3 @@ def _equation_before(text: str) -> str:
     after_word = len(words) > 1 and words[-2:].isalpha()  # a single letter may be a variable, or mean "times"
     apart = equation.startswith(" ") and (after_word or words.endswith((".", ",", ":", ";")))
     return equation if not words or apart else ""
-
-
-prompt_text = Countdown().prompt
-score = Countdown().score
-load_problems = Countdown().load
-
-
-def generate_problems(count: int, seed: int, settings: Countdown = Countdown()) -> list[Problem]:
-    """`count` different problems with a solution; see `draw_problems`."""
-    return settings.generate(count, seed)

@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Literal
 
 from data.load import Format
-from data.task import INSIDE, Task, steps_difficulty
+from data.task import CORRECT, INSIDE, WRONG, Score, Task, steps_difficulty
 
 MAX_CHARACTERS = 256  # of an answer block
 NUMBER = re.compile(  # 18 or 1,234 or -2.50 or 3/4, but no part of a longer word or number
@@ -60,14 +60,14 @@ class GSM8K(Task):
 
     kind: Literal["gsm8k"] = "gsm8k"
 
-    stored = Format(
+    file_format = Format(
         '{"question": "Ann has 3 apples and eats 1. How many are left?", "answer": "3 - 1 = 2\\n#### 2"}',
         "openai/gsm8k",
         {"hub": "main/train-00000-of-00001.parquet", "hub-test": "main/test-00000-of-00001.parquet"},
     )
     input_format = "a question, # and its answer, as in Ann has 3 apples and eats 1. How many are left? # 2"
 
-    def problem(self, row: dict) -> WordProblem:
+    def problem_from_row(self, row: dict) -> WordProblem:
         return WordProblem(row["question"], row["answer"])
 
     def parse_input(self, text: str) -> WordProblem:
@@ -84,8 +84,8 @@ class GSM8K(Task):
             "and nothing else, inside <answer> </answer>."
         )
 
-    def read(self, content: str) -> Fraction | None:
-        return read_number(content)
+    def judge(self, before: str, answer: str, problem: WordProblem) -> Score:
+        return CORRECT if read_number(answer) == problem.value else WRONG
 
     def difficulty(self, problem: WordProblem) -> str:
         """By the number of calculations in the worked answer, which GSM8K writes as `<<48/2=24>>`."""

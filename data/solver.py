@@ -8,35 +8,35 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from operator import add, mul, sub, truediv
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from data.countdown import Countdown, Problem
 
 OPERATORS = {"+": add, "-": sub, "*": mul, "/": truediv}
 LARGEST_STEP = 1_000  # result of a step in a worked solution, at most, if its numbers are not larger
 MAX_MISSES = 2_000  # draws in a row without a new problem before the generator gives up
 
+Numbers = tuple[int, ...]
 
-def solve(problem: "Problem", operators: str = "+-*/") -> str | None:
+
+def find_expression(numbers: Numbers, target: int, operators: str = "+-*/") -> str | None:
     """An expression that uses every number once and equals the target, or None if there is none.
 
     Intermediate values may be fractions, so `8 / (3 - 8 / 3)` is found. The search is exhaustive: some 10 ms
     for four numbers, 10 seconds for six without a solution.
     """
-    everything = (1 << len(problem.numbers)) - 1
+    everything = (1 << len(numbers)) - 1
     # subset -> value -> the first expression that makes it
-    made = {1 << i: {Fraction(number): str(number)} for i, number in enumerate(problem.numbers)}
+    made = {1 << i: {Fraction(number): str(number)} for i, number in enumerate(numbers)}
     for subset in range(1, everything + 1):
         values = made.setdefault(subset, {})
         for left, right in _splits(subset):
             for (a, a_text), (b, b_text) in itertools.product(made[left].items(), made[right].items()):
                 for operator in operators:
-                    value = OPERATORS[operator](a, b) if b or operator != "/" else None
-                    if value is not None and value not in values:
+                    if operator == "/" and b == 0:
+                        continue
+                    value = OPERATORS[operator](a, b)
+                    if value not in values:
                         values[value] = f"({a_text} {operator} {b_text})"
-            if subset == everything and problem.target in values:
-                return values[problem.target][1:-1]
+            if subset == everything and target in values:
+                return values[target][1:-1]
     return None
 
 
@@ -47,37 +47,41 @@ def _splits(subset: int) -> Iterator[tuple[int, int]]:
         yield part, subset ^ part
 
 
-def draw_problems(count: int, seed: int, settings: "Countdown") -> list[tuple[tuple[int, ...], int]]:
+def draw_problems(
+    count: int, seed: int, numbers: range, targets: range, four_number_share: float
+) -> list[tuple[Numbers, int]]:
     """(numbers, target) of `count` different problems with a solution; the same arguments give the same list.
 
-    Numbers are drawn uniformly, then the target uniformly from those they make in whole steps. Problems that
-    differ only in the order of their numbers are the same. ValueError: there are too few.
+    The numbers are drawn uniformly from `numbers`, then the target uniformly from those of `targets` that
+    they make in whole steps. Problems that differ only in the order of their numbers are the same.
+    ValueError: there are too few.
     """
     rng = random.Random(seed)
-    with_three = count - round(count * settings.four_number_share)
-    problems: dict[tuple, tuple] = {}
+    with_three = count - round(count * four_number_share)
+    problems = {}  # (ordered numbers, target) -> (numbers, target)
     misses = 0
     while len(problems) < count:
         size = 3 if len(problems) < with_three else 4
-        numbers = tuple(rng.randint(settings.min_number, settings.max_number) for _ in range(size))
-        ordered = tuple(sorted(numbers))
-        targets = _reachable(ordered, settings.min_target, settings.max_target)
-        new = [target for target in targets if (ordered, target) not in problems]
+        drawn = tuple(rng.choice(numbers) for _ in range(size))
+        ordered = tuple(sorted(drawn))
+        new = [target for target in _reachable(ordered, targets) if (ordered, target) not in problems]
         if new:
             target = rng.choice(new)
-            problems[ordered, target] = (numbers, target)
-        misses = 0 if new else misses + 1
+            problems[ordered, target] = (drawn, target)
+            misses = 0
+            continue
+        misses += 1
         if misses == MAX_MISSES:
             only = f"found only {len(problems)} of {count} different problems, no more with {size} numbers"
-            raise ValueError(f"{only}; ask for fewer, or change {settings}")
-    drawn = list(problems.values())
-    rng.shuffle(drawn)
-    return drawn
+            raise ValueError(f"{only}; ask for fewer, or widen the range of numbers or targets")
+    found = list(problems.values())
+    rng.shuffle(found)
+    return found
 
 
 @functools.lru_cache(maxsize=4096)
-def _reachable(numbers: tuple[int, ...], low: int, high: int) -> tuple[int, ...]:
-    """The targets from `low` to `high` that all numbers make with whole intermediate values, ascending."""
+def _reachable(numbers: Numbers, targets: range) -> list[int]:
+    """Those of `targets` that all numbers make with whole intermediate values, ascending."""
     everything = (1 << len(numbers)) - 1
     made = {1 << i: {number} for i, number in enumerate(numbers)}
     for subset in range(1, everything + 1):
@@ -86,11 +90,12 @@ def _reachable(numbers: tuple[int, ...], low: int, high: int) -> tuple[int, ...]
             if left < right:  # all four results are the same for the other order
                 continue
             for a, b in itertools.product(made[left], made[right]):
-                large, small = (a, b) if a > b else (b, a)
+                large = max(a, b)
+                small = min(a, b)
                 values.update((a + b, large - small, a * b))  # a negative difference reaches nothing more
                 if small and large % small == 0:
                     values.add(large // small)
-    return tuple(sorted(value for value in made[everything] if low <= value <= high))
+    return sorted(value for value in made[everything] if value in targets)
 
 
 @dataclass(frozen=True)
@@ -128,19 +133,19 @@ def next_steps(terms: list[Term], largest: float) -> list[tuple[list[Term], str]
     return steps
 
 
-def random_attempt(numbers: tuple[int, ...], rng: random.Random) -> Attempt:
+def random_attempt(numbers: Numbers, rng: random.Random) -> Attempt:
     """Random steps until one number is left, whatever it is."""
     terms = [(number, str(number)) for number in numbers]
     texts = []
     while len(terms) > 1:
         # A difference, or a quotient of one, is never above the larger term: there is always a step.
-        largest = max(LARGEST_STEP, *(value for value, _ in terms))
+        largest = max(LARGEST_STEP, max(terms)[0])
         terms, text = rng.choice(next_steps(terms, largest))
         texts.append(text)
     return attempt_of(terms, texts)
 
 
-def random_solution(numbers: tuple[int, ...], target: int, rng: random.Random) -> Attempt | None:
+def random_solution(numbers: Numbers, target: int, rng: random.Random) -> Attempt | None:
     """A random one of the attempts that reach `target`, by a search in random order; None: there is none.
 
     Steps above LARGEST_STEP are taken only if it cannot be done without.
@@ -158,7 +163,10 @@ def random_solution(numbers: tuple[int, ...], target: int, rng: random.Random) -
         return None
 
     terms = [(number, str(number)) for number in numbers]
-    return search(terms, [], max(LARGEST_STEP, target, *numbers)) or search(terms, [], math.inf)
+    found = search(terms, [], max(LARGEST_STEP, target, max(numbers)))
+    if found is None:
+        found = search(terms, [], math.inf)
+    return found
 
 
 def attempt_of(terms: list[Term], texts: list[str]) -> Attempt:

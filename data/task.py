@@ -14,11 +14,10 @@ from data.expression import BLANKS
 from data.load import Format, read_problems
 
 
-class Problem(Protocol):
+class AnyProblem(Protocol):
     """One question, as a frozen dataclass; `str(problem)` is how tables and screens show it."""
 
     key: Hashable  # equal for problems that differ only in wording; sortable, for the held-out split
-    value: Hashable  # the correct answer as `Task.read` returns it; only `Task.score` needs it
 
     def row(self) -> dict:
         """The problem as JSON, as files of problems, rollouts and traces hold it."""
@@ -41,61 +40,65 @@ class Task(ABC):
     """A family of problems with exact answers: a frozen dataclass whose fields are a recipe's `[task]`."""
 
     kind: str  # the task's name in a recipe
-    stored: ClassVar[Format]  # how files hold its problems
+    file_format: ClassVar[Format]  # how files hold its problems
     input_format: ClassVar[str]  # what `parse_input` reads, shown to the user
 
-    def generate(self, count: int, seed: int) -> list[Problem]:
+    def generate(self, count: int, seed: int) -> list[AnyProblem]:
         """`count` different problems; the same arguments give the same list. ValueError: there are fewer."""
         raise ValueError(f'{self.kind} has no generator: take "hub" or a file for problems')
 
-    def load(self, source: str) -> list[Problem]:
+    def load(self, source: str) -> list[AnyProblem]:
         """Problems from "hub" or from a .parquet or .jsonl file, see `read_problems`."""
-        return read_problems(source, self.stored, self.problem)
+        return read_problems(source, self.file_format, self.problem_from_row)
 
     @abstractmethod
-    def problem(self, row: dict) -> Problem:
+    def problem_from_row(self, row: dict) -> AnyProblem:
         """The inverse of `row()`. ValueError, TypeError or KeyError if the row is no problem."""
 
     @abstractmethod
-    def parse_input(self, text: str) -> Problem:
+    def parse_input(self, text: str) -> AnyProblem:
         """The problem that a user typed. ValueError with advice if it is none."""
 
     @abstractmethod
-    def prompt(self, problem: Problem, thinking: bool = True) -> str:
+    def prompt(self, problem: AnyProblem, thinking: bool = True) -> str:
         """The text of the user's turn; without `thinking`, it does not speak of `<think>`."""
 
-    def score(self, text: str, problem: Problem, thinking: bool = True) -> Score:
-        """Judge a completion, which is hostile input: bounded time, no exception. See `split_answer`."""
+    def score(self, text: str, problem: AnyProblem, thinking: bool = True) -> Score:
+        """Score a completion: malformed if `split_answer` finds no answer, else what `judge` says."""
         parts = split_answer(text, thinking)
         if parts is None:
             return MALFORMED
-        return CORRECT if self.read(parts[1]) == problem.value else WRONG
+        before, answer = parts
+        return self.judge(before, answer, problem)
 
-    def read(self, content: str) -> Hashable | None:
-        """Parse an answer block in bounded time; None if there is no answer in it."""
-        raise NotImplementedError
+    @abstractmethod
+    def judge(self, before: str, answer: str, problem: AnyProblem) -> Score:
+        """Score the content of an answer block; `before` is the text between the thinking and the block.
 
-    def difficulty(self, problem: Problem) -> str:
+        Both are hostile input: bounded time, no exception.
+        """
+
+    def difficulty(self, problem: AnyProblem) -> str:
         """A class of problems, such as "3 to 4 steps"; evaluations give accuracy by it."""
         return "all"
 
-    def solution(self, problem: Problem) -> str | None:
+    def solution(self, problem: AnyProblem) -> str | None:
         """A correct answer, or None if none is known."""
         return None
 
-    def work_out(self, problem: Problem, rng: random.Random) -> tuple[str, str] | None:
+    def work_out(self, problem: AnyProblem, rng: random.Random) -> tuple[str, str] | None:
         """(working, content of the answer block) of a solution as one would write it down; None: not found.
 
         Everything calculated in the working is right, but it may hold attempts that lead nowhere.
         """
         raise ValueError(f"{self.kind} cannot write worked solutions: it has no work_out")
 
-    def examples(self, count: int) -> list[Problem]:
+    def examples(self, count: int) -> list[AnyProblem]:
         """`count` problems with worked solutions, for prompts; a run neither trains nor evaluates on them."""
         return self.generate(count, EXAMPLES_SEED) if count else []
 
 
-def worked_solution(task: Task, problem: Problem, thinking: bool, rng: random.Random) -> str | None:
+def worked_solution(task: Task, problem: AnyProblem, thinking: bool, rng: random.Random) -> str | None:
     """A completion that solves `problem`, as `task` works it out; None: it finds no solution."""
     worked = task.work_out(problem, rng)
     if worked is None:
@@ -106,7 +109,7 @@ def worked_solution(task: Task, problem: Problem, thinking: bool, rng: random.Ra
 
 
 @functools.lru_cache
-def solved_examples(task: Task, count: int, thinking: bool) -> list[tuple[Problem, str]]:
+def solved_examples(task: Task, count: int, thinking: bool) -> list[tuple[AnyProblem, str]]:
     """`count` problems, each with a worked solution, for prompts."""
     rng = random.Random(EXAMPLES_SEED)
     return [(problem, worked_solution(task, problem, thinking, rng)) for problem in task.examples(count)]
@@ -136,4 +139,6 @@ def split_answer(text: str, thinking: bool) -> tuple[str, str] | None:
 
 
 def steps_difficulty(steps: int) -> str:
-    return "1 to 2 steps" if steps <= 2 else "3 to 4 steps" if steps <= 4 else "5 steps or more"
+    if steps <= 2:
+        return "1 to 2 steps"
+    return "3 to 4 steps" if steps <= 4 else "5 steps or more"

@@ -14,7 +14,7 @@ READING = {  # what to read first, and why
     "rl/grpo.py": "the step above, and its gradient",
     "rl/rollout.py": "problems to scored completions",
     "model/qwen3.py": "the decoder",
-    "model/sampler.py": "`stream`, then `generate`, the same for many rows and fast",
+    "model/sampler.py": "`sample_completion`, then `generate`, the same for many rows and fast",
     "data/countdown.py": "the problems, the prompt, and the verdict",
 }
 

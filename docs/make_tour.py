@@ -19,7 +19,7 @@ from lab.recipe import Recipe, load_recipe
 from model import Completion, Qwen3, Tokenizer, generate, load_model, prompt_ids, token_logprobs
 from model.cache import GroupCache
 from model.memory import token_bytes
-from model.sampler import DecodeBatch, prefill, random_streams, sample, stream
+from model.sampler import DecodeBatch, TokenChoice, prefill, random_uniforms, sample_completion, sample_tokens
 from rl.advantage import group_advantages
 from rl.batch import Batch, Sample, make_batch, micro_batches, score_completions
 from rl.grpo import GRPOStage, add_gradient, grpo_step
@@ -42,7 +42,7 @@ like that run's, but with one problem, {SAMPLES} completions of at most {MAX_NEW
 Completions are numbered from 0, and t counts the tokens of a completion, from 0."""
 CLOSING = """[From REINFORCE to GRPO](algorithm.md) says why each formula is what it is; the
 [exercises](exercises.md) are changes to make and to predict. In the code, read `grpo_step` in
-[grpo.py](../rl/grpo.py), then [rollout.py](../rl/rollout.py), `stream` in
+[grpo.py](../rl/grpo.py), then [rollout.py](../rl/rollout.py), `sample_completion` in
 [sampler.py](../model/sampler.py), [qwen3.py](../model/qwen3.py), [batch.py](../rl/batch.py) and
 [loss.py](../rl/loss.py). Outside the core, [stages.py](../lab/stages.py) repeats the step until a stage is
 done."""
@@ -73,7 +73,7 @@ class Walk:
     @property
     def uniforms(self) -> Tensor:
         """The random number of each token, [completion, t]."""
-        return random_streams([self.prompt], SAMPLES, MAX_NEW_TOKENS, SEED)[0]
+        return random_uniforms([self.prompt], SAMPLES, MAX_NEW_TOKENS, SEED)[0]
 
     @property
     def clipping(self) -> tuple:
@@ -171,9 +171,9 @@ def prefill_stop(walk: Walk) -> list[str]:
     """Prefill: the prompt once for the whole group"""
     model, length, size = walk.untrained, len(walk.prompt), token_bytes(walk.untrained)
     with torch.no_grad():
-        logits, cache = prefill(model, [walk.prompt])
+        logits, cache, _ = prefill(model, [walk.prompt])
     likeliest = token_logprobs(logits[0], 1.0, model.num_tokens).exp().topk(3)
-    first, _ = sample(logits.expand(SAMPLES, -1), walk.uniforms[:, 0], model.num_tokens, 1.0)
+    first, _ = sample_tokens(logits.expand(SAMPLES, -1), walk.uniforms[:, 0], model.num_tokens, TokenChoice())
     choices = [f"`{walk.token(int(n))}` ({show(p)})" for p, n in zip(*likeliest, strict=True)]
     return [
         f"""One forward over the {length} ids ({at(prefill)}, {at(Qwen3.forward)}) gives the logits of the
@@ -184,13 +184,13 @@ def prefill_stop(walk: Walk) -> list[str]:
             f"keys of one layer    {list(cache.keys[0].shape)}: prompts, key-value heads, tokens, head_dim\n"
             f"one token            {size:,} bytes: keys and values of {len(cache.keys)} layers, "
             "4 bytes a number\n"
-            f"prompt, stored once  {int(cache.lengths[0])} tokens, {size * length:,} bytes\n"
+            f"prompt, stored once  {length} tokens, {size * length:,} bytes\n"
             f"{SAMPLES} copies would be    {SAMPLES * length} tokens, {size * SAMPLES * length:,} bytes"
         ),
         f"""The softmax of the logits ({at(token_logprobs)}) is the distribution of the first token. The
         likeliest of {model.num_tokens} ids are {", ".join(choices)}: the numbers of the problem.
         Before training it would have begun with musing, "I wonder whether it can be done" for instance. Each
-        completion samples with its own random number ({at(sample)}):
+        completion samples with its own random number ({at(sample_tokens)}):
         {", ".join(f"`{walk.token(token_id)}`" for token_id in first.tolist())}.""",
     ]
 
@@ -199,7 +199,8 @@ def sampling_stop(walk: Walk) -> list[str]:
     """Sampling, token by token"""
     completion, uniforms = walk.group[FOLLOWED].completion, walk.uniforms[FOLLOWED]
     stops = walk.tokenizer.stop_token_ids
-    plain = [token for token, _ in stream(walk.untrained, walk.prompt, uniforms, stops, (1.0, None, None))]
+    tokens = sample_completion(walk.untrained, walk.prompt, uniforms, stops, TokenChoice())
+    plain = [token for token, _ in tokens]
     probabilities = distributions(walk.untrained, walk.prompt, completion)
     rows = [("t", "id", "token", "u", "from", "to", "probability", "logprob")]
     for t, (token_id, logprob) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
@@ -217,7 +218,7 @@ def sampling_stop(walk: Walk) -> list[str]:
         table(rows),
         f"""The model is sure of its arithmetic, which it has learned, and of copying. It is unsure where
         there is a choice: which numbers and which operation (t = 0, 1 and 7). Only there can learning change
-        much. {at(stream)} is the same sampler in
+        much. {at(sample_completion)} is the same sampler in
         ten lines, for one completion. Does it find the same ids? {yes(plain == completion.token_ids)}.""",
     ]
 
@@ -227,7 +228,7 @@ def verdict_stop(walk: Walk) -> list[str]:
     _, answer = split_answer(walk.group[FOLLOWED].text, thinking=True)
     return [
         f"""{at(collect_rollouts)} decodes each completion, and the task judges the text
-        ({at(Countdown.score)}): after its thinking it must give one `<answer>` ({at(split_answer)}), and
+        ({at(Countdown.judge)}): after its thinking it must give one `<answer>` ({at(split_answer)}), and
         exact arithmetic checks that this uses each number once and reaches the target. In completion
         {FOLLOWED} it is `{answer}`. {at(reward_for)} applies the recipe's settings; this recipe gives near
         misses the reward of any wrong answer.""",

@@ -56,7 +56,7 @@ def live_page(arguments: Arguments) -> str:
     rollouts = run.path / "rollouts" / f"step_{arguments.step:04d}.jsonl"
     for _, row in read_jsonl(rollouts, "a rollout"):
         verdict, completion = Score(row["reward"], row["outcome"]), Completion([], [], row["finished"])
-        problem = recipe.task.problem(row)
+        problem = recipe.task.problem_from_row(row)
         screen.rollouts([[Rollout(problem, [], completion, row["completion"], verdict)]])
     screen.progress = ("update", 0, 1, 0.0)
     console.print(screen.draw())

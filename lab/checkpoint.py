@@ -17,7 +17,7 @@ from annotated_types import Interval
 from torch import Tensor
 
 from data.load import fingerprint
-from data.task import Problem
+from data.task import AnyProblem
 from lab.recipe import Recipe, RecipeError, from_dict, recipe_for
 from lab.runfolder import step_of, sync
 from model import Qwen3, Tokenizer, adapter_state, load_adapter_state, save_model
@@ -42,7 +42,7 @@ class TrainState:
     problems: dict[str, str] = field(default_factory=dict)  # hashes of the lists "train" and "held_out"
     seen: list[str] = field(default_factory=list)  # fingerprints of all problems that it was trained on
 
-    def see(self, problems: Iterable[Problem]) -> None:
+    def see(self, problems: Iterable[AnyProblem]) -> None:
         """Note that the model is trained on `problems`."""
         self.seen = sorted({*self.seen, *map(fingerprint, problems)})
 

@@ -12,7 +12,7 @@ import torch
 
 from lab.runfolder import write_whole
 from model import ModelError, Qwen3, generate, token_logprobs
-from model.sampler import random_streams, sample
+from model.sampler import TokenChoice, random_uniforms, sample_tokens
 from model.weights import TINY
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pocketgrpo/decoding.json"
@@ -39,7 +39,7 @@ def exceeds(value: float, limit: float) -> bool:
 def decoding_row(what: str, model: Qwen3, prompts: list[list[int]]) -> Row:
     """`generate` against a plain forward over each completion; the worse of with and without top-k."""
     others, gaps = [], []
-    streams = random_streams(prompts, num_samples=4, max_new_tokens=NEW_TOKENS, seed=0).to(model.device)
+    uniforms = random_uniforms(prompts, num_samples=4, max_new_tokens=NEW_TOKENS, seed=0).to(model.device)
     for top_k in (None, 20):
         count = other = gap = 0
         groups = generate(
@@ -51,12 +51,13 @@ def decoding_row(what: str, model: Qwen3, prompts: list[list[int]]) -> Row:
             top_k=top_k,
             stop_token_ids=list(range(0, model.num_tokens, 50)),  # rows finish at all lengths
         )
-        for prompt, group, uniforms in zip(prompts, groups, streams, strict=True):
-            for completion, row in zip(group, uniforms, strict=True):
+        for prompt, group, rows in zip(prompts, groups, uniforms, strict=True):
+            for completion, row in zip(group, rows, strict=True):
                 ids = torch.tensor(prompt + completion.token_ids, device=model.device)
                 logits = model.next_logits(model.model(ids[None])[0, len(prompt) - 1 : -1])
                 ids = ids[len(prompt) :]
-                sampled, _ = sample(logits, row[: len(ids)], model.num_tokens, 1.0, top_k)
+                choice = TokenChoice(top_k=top_k)
+                sampled, _ = sample_tokens(logits, row[: len(ids)], model.num_tokens, choice)
                 logprobs = token_logprobs(logits, 1.0, model.num_tokens).gather(-1, ids[:, None])[:, 0]
                 count += len(ids)
                 other += int((sampled != ids).sum())

@@ -9,12 +9,12 @@ from statistics import fmean
 
 import numpy as np
 
-from data.task import Problem, Task
+from data.task import AnyProblem, Task
 from model import Qwen3, Tokenizer
 from rl.rollout import Rollout, collect_rollouts
 
 OUTCOMES = ("correct", "near", "wrong", "malformed")
-EVALUATION_SEED = 1_000_003  # every evaluation of a run samples from the same random streams
+EVALUATION_SEED = 1_000_003  # every evaluation of a run samples with the same random numbers
 Group = list[Rollout]
 
 
@@ -50,13 +50,13 @@ class Evaluation:
 
 
 def evaluate(
-    model: Qwen3, tokenizer: Tokenizer, task: Task, problems: list[Problem], **options
+    model: Qwen3, tokenizer: Tokenizer, task: Task, problems: list[AnyProblem], **options
 ) -> Evaluation:
     """Sample completions and score them; `options` are those of `collect_rollouts`."""
     return Evaluation.of(collect_rollouts(model, tokenizer, task, problems, **options))
 
 
-def problems_hash(problems: list[Problem]) -> str:
+def problems_hash(problems: list[AnyProblem]) -> str:
     """12 digits of the SHA-256 of the problems in their order; evaluations are comparable if it is equal."""
     text = json.dumps([list(problem.row().values()) for problem in problems])
     return hashlib.sha256(text.encode()).hexdigest()[:12]

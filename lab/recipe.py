@@ -12,7 +12,7 @@ from annotated_types import Interval
 from pydantic import Discriminator, TypeAdapter, ValidationError
 
 from data import AnyTask, Countdown, DataError, split_problems
-from data.task import Problem
+from data.task import AnyProblem
 from model.weights import is_embedded
 from rl.grpo import GRPOStage
 from rl.optimizer import OptimizerSettings
@@ -88,7 +88,7 @@ class Recipe:
                 raise RecipeError(f"sampling.top_k and sampling.top_p are not for training: {reason}")
 
 
-def problems_of(recipe: Recipe, seen: Iterable[str] = ()) -> tuple[list[Problem], list[Problem]]:
+def problems_of(recipe: Recipe, seen: Iterable[str] = ()) -> tuple[list[AnyProblem], list[AnyProblem]]:
     """The training and the held-out problems of a recipe; none of `seen`, by fingerprint, is held out.
 
     The examples that its prompts show are in neither.

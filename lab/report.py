@@ -94,7 +94,7 @@ def rollouts(run: RunFolder, task: Task) -> list[dict]:
         for _, row in read_jsonl(path, "a rollout"):
             samples[row["group"]] += 1
             if row["group"] < GROUPS and samples[row["group"]] <= SAMPLES:
-                entry = {"step": step_of(path), "problem": str(task.problem(row))}
+                entry = {"step": step_of(path), "problem": str(task.problem_from_row(row))}
                 entry |= {name: row[name] for name in names}
                 if tokenizer:
                     entry["pieces"] = pieces(tokenizer, row["token_ids"], row["logprobs"])
@@ -119,7 +119,7 @@ def traces(run: RunFolder, task: Task) -> dict:
     path = run.path / "traces.jsonl"
     rows = [row for _, row in read_jsonl(path, "a trace")] if path.exists() else []
     shown = [
-        {"problem": str(task.problem(row)), "step": row["step"], "completion": row["completion"]}
+        {"problem": str(task.problem_from_row(row)), "step": row["step"], "completion": row["completion"]}
         for row in rows[:TRACES]
     ]
     return {"count": len(rows), "shown": shown}

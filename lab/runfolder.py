@@ -176,7 +176,7 @@ class RunFolder:
         for path in paths:
             for _, row in read_jsonl(path, "a rollout"):
                 if row["stage"] == stage and row["outcome"] == "correct" and row["finished"]:
-                    traces.append(Trace(task.problem(row), row["completion"], step_of(path)))
+                    traces.append(Trace(task.problem_from_row(row), row["completion"], step_of(path)))
         return traces
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from data.task import Problem
+from data.task import AnyProblem
 from data.traces import worked_traces
 from lab.checkpoint import TrainState, damage, load_into, load_state, newest_checkpoint, seen_by
 from lab.decoding import check_decoding
@@ -41,7 +41,7 @@ def find_state(recipe: Recipe, run: RunFolder, resume: bool, screen) -> tuple[Tr
 
 def set_up(
     recipe: Recipe, checkpoint: Path | None, state: TrainState
-) -> tuple[Qwen3, Tokenizer, list[Problem], list[Problem], int, str]:
+) -> tuple[Qwen3, Tokenizer, list[AnyProblem], list[AnyProblem], int, str]:
     """Load what a run works with, see whether it fits and decodes, and note in `state` which problems it has.
 
     Returns model, tokenizer, problems to train on, held-out ones, tokens of a micro-batch, and lines on
@@ -68,7 +68,7 @@ def set_up(
     return model, tokenizer, problems, held_out, plan.micro_batch_tokens, "\n".join(filter(None, lines))
 
 
-def check_worked(recipe: Recipe, number: int, problems: list[Problem]) -> None:
+def check_worked(recipe: Recipe, number: int, problems: list[AnyProblem]) -> None:
     """RecipeError: the task cannot write the worked solutions that stage `number` is to learn from."""
     try:
         worked_traces(recipe.task, problems, 1, recipe.sampling.thinking, recipe.seed)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data import DataError
 from data.load import endless_problems
-from data.task import Problem
+from data.task import AnyProblem
 from data.traces import Trace, curate, load_traces, save_traces, worked_traces
 from lab.checkpoint import load_into
 from lab.device import processes, restarted
@@ -198,10 +198,10 @@ def traces_for(run: Run) -> list[Trace]:
         if not curated:
             return []
 
-    def is_correct(text: str, problem: Problem) -> bool:
+    def is_correct(text: str, problem: AnyProblem) -> bool:
         return task.score(text, problem, thinking).outcome == "correct"
 
-    traces = load_traces(source, task.problem, is_correct)
+    traces = load_traces(source, task.problem_from_row, is_correct)
     kept_back = {problem.key for problem in (*run.held_out, *task.examples(recipe.sampling.examples))}
     traces = [trace for trace in traces if trace.problem.key not in kept_back]
     if not traces:

@@ -1,47 +1,22 @@
 """Keys and values of the tokens seen so far. Only a cache knows the position of each row in its own text."""
 
 import copy
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import Qwen3Config
+from model.qwen3 import unrounded_matmul
 
 # Tokens in a block of GroupCache. Empty slots are read too, so few; but each block needs a new CUDA graph.
 BLOCK = {"cpu": 16, "cuda": 64}
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of matrices or batches; on a GPU the float32 sums of a bfloat16 product, unrounded."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
-    return a.mm(b) if a.dim() == 2 else a.bmm(b)
-
-
-class Cache(Protocol):
-    """What the decoder calls in a forward: `start` once, `attend` in every layer, `advance` once."""
-
-    def start(self, time: int) -> Tensor:
-        """Positions of the next `time` tokens of each row: [batch, time]."""
-
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Store `keys` and `values` [batch, kv_heads, time, head_dim]; attend to all that a query may see.
-
-        `queries`, after RoPE as the keys are, and the result are [batch, heads, time, head_dim].
-        """
-
-    def advance(self, time: int) -> None:
-        """Count the `time` tokens that every layer has stored."""
-
-
 class KVCache:
-    """Keys and values of up to `max_length` tokens for each of `batch_size` rows.
+    """Keys and values of up to `max_length` tokens for each of `batch_size` rows, which are equally long.
 
-    A row's next token goes to slot `lengths[row]`. Padding on the right of ragged prompts lies beyond the
-    row's length, is never attended to, and is overwritten. Shapes: `keys[layer]`, `values[layer]` [batch,
-    kv_heads, max_length, head_dim]; `lengths` [batch], int64.
+    Shapes: `keys[layer]`, `values[layer]` [batch, kv_heads, max_length, head_dim].
     """
 
     def __init__(self, config: Qwen3Config, batch_size: int, max_length: int, device="cpu", dtype=None):
@@ -49,44 +24,39 @@ class KVCache:
         layers = range(config.num_hidden_layers)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int64)
         self.max_length = max_length
-        self.longest = 0  # upper bound of lengths.max() on the host, so that decoding never waits for a GPU
+        self.length = 0  # tokens stored
 
     def start(self, time: int) -> Tensor:
-        self.end = self.longest + time
+        self.end = self.length + time
         if self.end > self.max_length:
             raise ValueError(f"the cache holds {self.max_length} tokens a row; {self.end} are needed")
-        slots = torch.arange(self.end, device=self.lengths.device)
-        self.positions = self.lengths[:, None] + slots[:time]  # [batch, time]
-        # An empty cache needs only the causal mask, for which there are faster kernels. [batch, 1, time, end]
-        self.mask = (slots <= self.positions[:, :, None])[:, None] if self.longest else None
-        return self.positions
+        slots = torch.arange(self.end, device=self.keys[0].device)
+        positions = slots[None, self.length :]  # [1, time]
+        # An empty cache needs only the causal mask, for which there are faster kernels. [time, end]
+        self.mask = slots <= positions.T if self.length else None
+        return positions
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
-        self.keys[layer][rows, :, self.positions] = keys.transpose(1, 2)
-        self.values[layer][rows, :, self.positions] = values.transpose(1, 2)
-        keys = self.keys[layer][:, :, : self.end]
-        values = self.values[layer][:, :, : self.end]
-        options = {"attn_mask": self.mask, "is_causal": self.mask is None, "enable_gqa": True}
-        return F.scaled_dot_product_attention(queries, keys, values, **options)
+        self.keys[layer][:, :, self.length : self.end] = keys
+        self.values[layer][:, :, self.length : self.end] = values
+        return F.scaled_dot_product_attention(
+            queries,
+            self.keys[layer][:, :, : self.end],
+            self.values[layer][:, :, : self.end],
+            attn_mask=self.mask,
+            is_causal=self.mask is None,
+            enable_gqa=True,
+        )
 
     def advance(self, time: int) -> None:
-        self.lengths = self.lengths + time  # not +=: `set_lengths` may have stored the caller's own tensor
-        self.longest += time
-
-    def set_lengths(self, lengths: Tensor) -> None:
-        """Forget everything beyond `lengths` ([batch]), such as the padding of a ragged batch."""
-        self.lengths = lengths.to(self.lengths)
-        self.longest = int(lengths.max())
+        self.length += time
 
     def part(self, rows: slice) -> "KVCache":
         """The cache of some rows, sharing memory with this one."""
         part = copy.copy(self)
         part.keys = [keys[rows] for keys in self.keys]
         part.values = [values[rows] for values in self.values]
-        part.lengths = self.lengths[rows]
         return part
 
 
@@ -94,30 +64,61 @@ class GroupCache:
     """A cache for groups of rows that share a prompt, which is stored once and read once for the whole group.
 
     All rows decode in lock-step, one token a forward. Attention to a prompt is one matrix product for all
-    rows of its group; prompt scores and own scores then pass through one softmax (Hydragen, arXiv:2402.05099,
-    merges two). Own tokens lie in blocks, so nothing is copied to make room. If `static`, attention reads
-    whole blocks: shapes change only once a block, as CUDA graphs require, and oneDNN is twice as fast.
+    rows of its group; scores on the prompt and on own tokens then pass through one softmax (Hydragen,
+    arXiv:2402.05099, merges two). Own tokens lie in blocks, so nothing is copied to make room. If `static`,
+    attention reads whole blocks: shapes change only once a block, as CUDA graphs require, and oneDNN is twice
+    as fast.
 
     Shapes: `prompt_keys[layer]`, `prompt_values[layer]` [prompts, kv_heads, longest, head_dim]; blocks in
-    `keys[layer]`, `values[layer]` [rows * kv_heads, block, head_dim]; `prompt_of` [rows], ascending.
+    `keys[layer]`, `values[layer]` [pairs, block, head_dim]; `prompt_index` [rows], ascending.
+
+    A pair is a row and a key-value head, numbered row * kv_heads + head. For the product with the prompts,
+    pairs are put into a grid with a line for each prompt and head. Here prompt 0 has rows 0, 1 and 2, prompt
+    1 has rows 3 and 4, there are two heads, and the numbers are pairs:
+
+        prompt 0, head 0 |  0   2   4 |
+        prompt 0, head 1 |  1   3   5 |
+        prompt 1, head 0 |  6   8   - |
+        prompt 1, head 1 |  7   9   - |
+
+    Cells count from the left, line by line. `cell_of_pair` begins 0, 3, 1, 4, and `pair_in_cell` begins 0, 2,
+    4, 1. An empty cell holds pair 0, and nobody reads what comes out of it.
     """
 
-    def __init__(self, prompts: KVCache, num_samples: int, max_new_tokens: int, static: bool = False):
-        device = prompts.lengths.device
-        self.max_new_tokens = max_new_tokens
+    def __init__(
+        self, prompts: KVCache, lengths: Tensor, num_samples: int, max_new_tokens: int, static: bool = False
+    ):
+        device = lengths.device
         self.static = static
         self.prompt_keys = prompts.keys
         self.prompt_values = prompts.values
-        self.prompt_lengths = prompts.lengths
-        self.prompt_of = torch.arange(len(prompts.lengths), device=device).repeat_interleave(num_samples)
+        self.prompt_lengths = lengths
+        self.prompt_index = torch.arange(len(lengths), device=device).repeat_interleave(num_samples)
         self.kv_heads = prompts.keys[0].shape[1]
         self.build_grid()
-        self.stored = torch.zeros(1, dtype=torch.int64, device=device)  # own tokens of every row
-        self.block = BLOCK["cuda" if device.type == "cuda" else "cpu"] if static else max_new_tokens
-        self.room = 0  # own tokens that the blocks can hold
-        self.count = 0  # own tokens stored, the next one included
         self.keys: list[list[Tensor]] = [[] for _ in prompts.keys]
         self.values: list[list[Tensor]] = [[] for _ in prompts.keys]
+        self.block = BLOCK[device.type] if static else max_new_tokens
+        self.max_new_tokens = max_new_tokens
+        self.room = 0  # own tokens that the blocks can hold
+        # Own tokens of every row, one number in two places. `reserve` raises it on the host before a forward;
+        # `advance` raises it on the device, where a CUDA graph reads it. Between forwards they are equal.
+        self.stored_on_host = 0
+        self.stored_on_device = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def build_grid(self) -> None:
+        """Give each pair its cell; the grid is as wide as the largest group."""
+        rows_of_prompt = torch.bincount(self.prompt_index, minlength=len(self.prompt_lengths))
+        width = int(rows_of_prompt.max())
+        first_row = rows_of_prompt.cumsum(0) - rows_of_prompt
+        pairs = torch.arange(len(self.prompt_index) * self.kv_heads, device=first_row.device)
+        row = pairs // self.kv_heads
+        prompt = self.prompt_index[row]
+        line = prompt * self.kv_heads + pairs % self.kv_heads
+        column = row - first_row[prompt]
+        self.cell_of_pair = line * width + column
+        self.pair_in_cell = pairs.new_zeros(len(first_row) * self.kv_heads * width)
+        self.pair_in_cell[self.cell_of_pair] = pairs
 
     def reserve(self, count: int) -> None:
         """Make room for `count` own tokens a row, the next one included. Call it before each forward."""
@@ -126,84 +127,79 @@ class GroupCache:
             for blocks in self.keys + self.values:
                 blocks.append(self.new_block(size))
             self.room += size
-        self.count = count
+        self.stored_on_host = count
         self.visible = self.room if self.static else count  # slots of own tokens that attention reads
 
     def new_block(self, size: int) -> Tensor:
-        head_dim = self.prompt_keys[0].shape[-1]
-        block = self.prompt_keys[0].new_empty(len(self.prompt_of) * self.kv_heads, size, head_dim)
+        pairs = len(self.cell_of_pair)
+        block = self.prompt_keys[0].new_empty(pairs, size, self.prompt_keys[0].shape[-1])
         return block.zero_() if self.static else block  # attention reads unused slots, which could hold NaN
-
-    def build_grid(self) -> None:
-        """Map pairs (row, key-value head), numbered row * kv_heads + head, to the grid of `times_prompt`.
-
-        The grid is [prompts, kv_heads, most rows of a prompt]. `slot_of`: pair -> grid slot. `pair_at`: grid
-        slot -> pair, arbitrary where the slot is empty.
-        """
-        prompts = len(self.prompt_lengths)
-        counts = torch.bincount(self.prompt_of, minlength=prompts)
-        width = int(counts.max())
-        first_row = counts.cumsum(0) - counts  # of each prompt
-        pairs = torch.arange(len(self.prompt_of) * self.kv_heads, device=self.prompt_of.device)
-        row, head = pairs // self.kv_heads, pairs % self.kv_heads
-        prompt = self.prompt_of[row]
-        self.slot_of = (prompt * self.kv_heads + head) * width + row - first_row[prompt]
-        self.pair_at = pairs.new_zeros(prompts * self.kv_heads * width).index_copy(0, self.slot_of, pairs)
 
     def select(self, rows: Tensor) -> None:
         """Keep only `rows` ([n], ascending), and the prompts that they belong to."""
-        present, self.prompt_of = self.prompt_of[rows].unique_consecutive(return_inverse=True)
+        present, self.prompt_index = self.prompt_index[rows].unique_consecutive(return_inverse=True)
         if len(present) < len(self.prompt_lengths):
             self.prompt_keys = [keys[present] for keys in self.prompt_keys]
             self.prompt_values = [values[present] for values in self.prompt_values]
             self.prompt_lengths = self.prompt_lengths[present]
         self.build_grid()
-        if not self.room:
-            return  # no block yet
-        pairs = (rows[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=rows.device)).flatten()
+        heads = torch.arange(self.kv_heads, device=rows.device)
+        pairs = (rows[:, None] * self.kv_heads + heads).flatten()
         for blocks in self.keys + self.values:
-            *full, last = blocks
-            used = self.count - (self.room - last.shape[1])
-            blocks[:] = [*(block[pairs] for block in full), self.new_block(last.shape[1])]
-            blocks[-1][:, :used] = last[pairs, :used]
+            used = self.stored_on_host  # slots from this block on; those that are empty yet are not copied
+            for number, block in enumerate(blocks):
+                kept = self.new_block(block.shape[1])
+                kept[:, :used] = block[pairs, :used]
+                blocks[number] = kept
+                used -= block.shape[1]
 
     def start(self, time: int) -> Tensor:
         assert time == 1, "rows in lock-step decode one token at a time"
+        stored = self.stored_on_device
         longest = self.prompt_keys[0].shape[2]
-        slots = torch.arange(longest + self.visible, device=self.stored.device)
-        lengths = self.prompt_lengths[self.prompt_of, None]  # [rows, 1]
-        seen = (slots < lengths) | ((slots >= longest) & (slots <= longest + self.stored))
+        slots = torch.arange(longest + self.visible, device=stored.device)
+        lengths = self.prompt_lengths[self.prompt_index, None]  # [rows, 1]
+        in_prompt = slots < lengths
+        in_own = (slots >= longest) & (slots <= longest + stored)
         # Added to the scores: 0 where a row may look, else -inf. [rows * kv_heads, 1, longest + visible]
-        bias = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -torch.inf)
+        bias = torch.zeros(in_prompt.shape, device=stored.device)
+        bias = bias.masked_fill(~(in_prompt | in_own), -torch.inf)
         self.bias = bias[:, None].expand(-1, self.kv_heads, -1).reshape(-1, 1, bias.shape[-1])
         # Slot of the next token in the last block. A graph reads it on the device; a CPU is faster by slice.
-        slot = (self.count - 1) % self.block
-        self.slot = self.stored % self.block if self.stored.is_cuda else slice(slot, slot + 1)
-        return lengths + self.stored
+        slot = (self.stored_on_host - 1) % self.block
+        self.slot = stored % self.block if stored.is_cuda else slice(slot, slot + 1)
+        return lengths + stored
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        # Each pair is one matrix product; its lines are the query heads that read this key-value head.
-        pairs, head_dim = queries.shape[0] * keys.shape[1], queries.shape[-1]
+        # 1. Store. Each pair becomes a matrix of its own; it has the query heads that read its keys.
+        pairs = len(self.cell_of_pair)
+        head_dim = queries.shape[-1]
         self.keys[layer][-1][:, self.slot] = keys.view(pairs, 1, head_dim)
         self.values[layer][-1][:, self.slot] = values.view(pairs, 1, head_dim)
         grouped = queries.view(pairs, -1, head_dim)  # [pairs, heads / kv_heads, head_dim]
+
+        # 2. Scores on the prompt and on each block of own tokens; one softmax over them all, in float32.
         scores = [self.times_prompt(grouped, self.prompt_keys[layer].transpose(-1, -2))]
-        own_keys = [block[:, : self.visible] for block in self.keys[layer]]
-        own_values = [block[:, : self.visible] for block in self.values[layer]]
-        scores += [product(grouped, block.transpose(1, 2)) for block in own_keys]
+        for block in self.keys[layer]:
+            scores.append(unrounded_matmul(grouped, block[:, : self.visible].transpose(1, 2)))
         sizes = [part.shape[-1] for part in scores]
-        scores = torch.add(self.bias, torch.cat(scores, dim=-1), alpha=head_dim**-0.5)  # float32
-        on_prompt, *on_own = scores.softmax(-1).to(values.dtype).split(sizes, dim=-1)
+        scaled = torch.add(self.bias, torch.cat(scores, dim=-1), alpha=head_dim**-0.5)
+        weights = scaled.softmax(-1).to(values.dtype)
+        on_prompt, *on_blocks = weights.split(sizes, dim=-1)
+
+        # 3. The values, in these proportions.
         attended = self.times_prompt(on_prompt, self.prompt_values[layer])
-        for weights, block in zip(on_own, own_values, strict=True):
-            attended = attended + product(weights, block)
+        for on_block, block in zip(on_blocks, self.values[layer], strict=True):
+            attended = attended + unrounded_matmul(on_block, block[:, : self.visible])
         return attended.view(queries.shape).to(queries.dtype)
 
     def times_prompt(self, x: Tensor, matrices: Tensor) -> Tensor:
         """Each pair's x [pairs, n, inner] times its prompt's matrix in [prompts, kv_heads, inner, outer]."""
-        matrices = matrices.flatten(0, 1)
-        grid = x.index_select(0, self.pair_at).view(len(matrices), -1, x.shape[-1])
-        return product(grid, matrices).view(len(self.pair_at), x.shape[1], -1).index_select(0, self.slot_of)
+        lines = matrices.flatten(0, 1)
+        grid = x.index_select(0, self.pair_in_cell).view(len(lines), -1, x.shape[-1])
+        products = unrounded_matmul(grid, lines)  # [lines, cells of a line * n, outer]
+        cells = products.view(len(self.pair_in_cell), x.shape[1], -1)
+        return cells.index_select(0, self.cell_of_pair)
 
     def advance(self, time: int) -> None:
-        self.stored += time  # in place: a captured CUDA graph reads it
+        self.stored_on_device += time  # in place: a captured CUDA graph reads it

@@ -10,14 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.cache import product
+from model.qwen3 import unrounded_matmul
 from model.sampler import rows_at_once, token_logprobs
 
 CHUNK_LOGITS = {"cpu": 2**25, "cuda": 2**26}
 
 
 class TokenLogprobs(NamedTuple):
-    """Of each token, in nats: its target's log-probability, and the entropy of the distribution; [tokens]."""
+    """Of each token, in nats: its log-probability, and the entropy where it was chosen; [tokens]."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -30,7 +30,8 @@ def target_logprobs(
 
     `hidden` is [tokens, hidden], `weight` the output head, [vocab, hidden].
     """
-    return TokenLogprobs(*TargetLogprobs.apply(hidden, weight, target_ids, temperature, num_tokens))
+    logprobs, entropy = TargetLogprobs.apply(hidden, weight, target_ids, temperature, num_tokens)
+    return TokenLogprobs(logprobs, entropy)
 
 
 def chunk_tokens(weight: Tensor) -> int:
@@ -38,60 +39,75 @@ def chunk_tokens(weight: Tensor) -> int:
     return max(1, CHUNK_LOGITS["cuda" if weight.device.type == "cuda" else "cpu"] // len(weight))
 
 
-def logit_chunks(hidden: Tensor, weight: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Yield logits [up to chunk_tokens, vocab] and those tokens' part of each column.
+def logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield some tokens and their logits [up to chunk_tokens, vocab], until all have had their turn.
 
-    On a GPU they are the sampler's float32 logits (see `product`); on a CPU they are all in one buffer.
+    On a GPU they are the sampler's logits, see `unrounded_matmul`; on a CPU they are all in one buffer.
     """
     size = chunk_tokens(weight)
     buffer = None if hidden.is_cuda else hidden.new_empty(min(size, len(hidden)), len(weight))
-    for chunk, *parts in zip(*(x.split(size) for x in (hidden, *columns)), strict=True):
+    start = 0
+    for chunk in hidden.split(size):
         if buffer is None:
-            yield product(chunk, weight.T), parts
+            logits = unrounded_matmul(chunk, weight.T)
         else:
-            yield torch.mm(chunk, weight.T, out=buffer[: len(chunk)]), parts
+            logits = torch.mm(chunk, weight.T, out=buffer[: len(chunk)])
+        yield slice(start, start + len(chunk)), logits
+        start += len(chunk)
+
+
+def softmax_parts(tokens: slice, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Divide tokens and their logits [tokens, vocab] into parts for one softmax each."""
+    start = tokens.start
+    for part in logits.split(rows_at_once(logits)):
+        yield slice(start, start + len(part)), part
+        start += len(part)
 
 
 class TargetLogprobs(torch.autograd.Function):
-    """With z the logits, p = softmax(z / T) and H its entropy, the gradients are
+    """With z the logits, t the target, p = softmax(z / T) and H = -sum(p log p), the gradients are
 
-    d logp[target] / dz_j = (1[j = target] - p_j) / T and dH / dz_j = -p_j (log p_j + H) / T.
+    d log p_t / dz_j = (1[j = t] - p_j) / T and dH / dz_j = -p_j (log p_j + H) / T.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, target_ids, temperature, num_tokens):
         # Results go into tensors made beforehand; small ones between large temporaries fragment the heap.
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        logprobs = hidden.new_empty(len(hidden), dtype=dtype)
-        entropy = torch.empty_like(logprobs)
-        for logits, parts in logit_chunks(hidden, weight, target_ids, logprobs, entropy):
-            size = rows_at_once(logits)
-            for rows, targets, chosen, spread in zip(*(x.split(size) for x in (logits, *parts)), strict=True):
-                distribution = token_logprobs(rows, temperature, num_tokens)
-                chosen.copy_(distribution.gather(-1, targets[:, None])[:, 0])
-                spread.copy_(-torch.linalg.vecdot(distribution.exp(), distribution))
+        target_logprobs = hidden.new_empty(len(hidden), dtype=dtype)
+        entropy = torch.empty_like(target_logprobs)
+        for chunk, chunk_logits in logit_chunks(hidden, weight):
+            for tokens, logits in softmax_parts(chunk, chunk_logits):
+                logprobs = token_logprobs(logits, temperature, num_tokens)  # [tokens, num_tokens]
+                target_logprobs[tokens] = logprobs.gather(-1, target_ids[tokens, None])[:, 0]
+                entropy[tokens] = -torch.linalg.vecdot(logprobs.exp(), logprobs)
         ctx.save_for_backward(hidden, weight, target_ids, entropy)
-        ctx.temperature = temperature
+        ctx.temperature = 1.0 if temperature == 0 else temperature  # as in `token_logprobs`
         ctx.num_tokens = num_tokens
-        return logprobs, entropy
+        return target_logprobs, entropy
 
     @staticmethod
-    def backward(ctx, on_logprobs, on_entropy):
+    def backward(ctx, grad_logprobs, grad_entropy):
+        """From the loss's gradients g at log p_t and e at H, both [tokens], to those at hidden and weight."""
         hidden, weight, target_ids, entropy = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        columns = (hidden, grad_hidden, target_ids, entropy, on_logprobs, on_entropy)
-        for logits, (chunk, grad_chunk, *parts) in logit_chunks(hidden, weight, *columns):
-            size = rows_at_once(logits)
-            for rows, targets, h, up, up_h in zip(*(x.split(size) for x in (logits, *parts)), strict=True):
-                distribution = token_logprobs(rows, ctx.temperature, ctx.num_tokens)
-                gradient = distribution.exp()  # becomes that of logits / T
-                gradient *= (distribution + h[:, None]).mul_(-up_h[:, None]).sub_(up[:, None])
-                gradient.scatter_add_(-1, targets[:, None], up[:, None])
-                rows[:, : ctx.num_tokens] = gradient / (ctx.temperature or 1)
-                rows[:, ctx.num_tokens :] = 0
-            logits = logits.to(weight.dtype)
-            torch.mm(logits, weight, out=grad_chunk)
+        for chunk, chunk_logits in logit_chunks(hidden, weight):
+            # 1. At the logits. These gradients take their place in memory.
+            for tokens, logits in softmax_parts(chunk, chunk_logits):
+                logprobs = token_logprobs(logits, ctx.temperature, ctx.num_tokens)
+                target = target_ids[tokens, None]
+                g = grad_logprobs[tokens, None]
+                e = grad_entropy[tokens, None]
+                # p_j (-e (log p_j + H) - g), and where j = t, g more
+                grad_scaled = (logprobs + entropy[tokens, None]).mul_(-e).sub_(g).mul_(logprobs.exp())
+                grad_scaled.scatter_add_(-1, target, g)
+                logits[:, : ctx.num_tokens] = grad_scaled / ctx.temperature
+                logits[:, ctx.num_tokens :] = 0
+            grad_logits = chunk_logits.to(weight.dtype)
+
+            # 2. Through the output head.
+            torch.mm(grad_logits, weight, out=grad_hidden[chunk])
             if grad_weight is not None:
-                grad_weight.addmm_(logits.T, chunk)
+                grad_weight.addmm_(grad_logits.T, hidden[chunk])
         return grad_hidden, grad_weight, None, None, None

@@ -1,6 +1,7 @@
 """How much memory is free, and how many tokens of keys and values fit into it."""
 
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -16,13 +17,15 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    meminfo = read("/proc/meminfo").splitlines()
-    limits = [1024 * int(line.split()[1]) for line in meminfo if line.startswith("MemAvailable:")]
-    limit, used = (read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
+    limits = []
+    for kilobytes in re.findall(r"^MemAvailable: +(\d+)", read("/proc/meminfo"), re.MULTILINE):
+        limits.append(1024 * int(kilobytes))
+    limit = read("/sys/fs/cgroup/memory.max").strip()
+    used = read("/sys/fs/cgroup/memory.current").strip()
     if limit.isdigit() and used.isdigit():
-        pages = dict(line.split() for line in read("/sys/fs/cgroup/memory.stat").splitlines())
-        cached = sum(int(pages.get(name, 0)) for name in ("inactive_file", "active_file"))  # freed on demand
-        limits.append(max(0, int(limit) - int(used) + cached))
+        files = re.findall(r"^(?:in)?active_file (\d+)", read("/sys/fs/cgroup/memory.stat"), re.MULTILINE)
+        freed_on_demand = sum(map(int, files))
+        limits.append(max(0, int(limit) - int(used) + freed_on_demand))
     return min(limits, default=8 * 2**30) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 

@@ -16,10 +16,15 @@ from torch import Tensor, nn
 from model.config import ModelError
 from model.qwen3 import Qwen3
 
-PROJECTIONS = {
-    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "mlp": ("gate_proj", "up_proj", "down_proj"),
-}
+PROJECTIONS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
 
 
 class LoRALinear(nn.Module):
@@ -40,8 +45,9 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # bitsandbytes takes no more than three axes
         low = F.linear(rows, self.lora_a.to(x.dtype))  # [rows, rank]
-        y = torch.addmm(self.base(rows), low, self.lora_b.to(x.dtype).T, alpha=self.scale)  # [rows, out]
-        return y.view(*x.shape[:-1], y.shape[-1])
+        lora_b = self.lora_b.to(x.dtype)
+        y = torch.addmm(self.base(rows), low, lora_b.T, alpha=self.scale)  # [rows, out]
+        return y.view(x.shape[:-1] + y.shape[1:])
 
     def train(self, mode: bool = True) -> "LoRALinear":
         """Stay in training mode: in evaluation mode, bitsandbytes on a CPU would round x to int8."""
@@ -69,7 +75,8 @@ def quantized(linear: nn.Linear) -> nn.Linear:
         in_size, out_size, bias=False, has_fp16_weights=False, threshold=0.0, device="meta"
     )
     made.bias = linear.bias
-    int8, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(linear.weight.detach().to(torch.float16))
+    weight = linear.weight.detach().to(torch.float16)
+    int8, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(weight)
     made.weight = bitsandbytes.nn.Int8Params(int8, requires_grad=False, CB=int8, SCB=scales)
     made.init_8bit_state()  # else the first forward does it
     return made
@@ -89,32 +96,36 @@ def add_adapters(model: Qwen3, rank: int, alpha: float, int8: bool, seed: int = 
     model.requires_grad_(False)
     model.graphed = not int8  # bitsandbytes' kernels are not known to work inside a CUDA graph
     for layer in model.model.layers:
-        for block, names in PROJECTIONS.items():
-            for name in names:
-                base = layer.get_submodule(f"{block}.{name}")
-                base = quantized(base) if int8 else base
-                setattr(layer.get_submodule(block), name, LoRALinear(base, rank, alpha, generator))
+        for name in PROJECTIONS:
+            base = layer.get_submodule(name)
+            if int8:
+                base = quantized(base)
+            layer.set_submodule(name, LoRALinear(base, rank, alpha, generator))
     return model
 
 
 def adapters(model: Qwen3) -> Iterator[tuple[str, LoRALinear]]:
     """Every adapted projection with its name, such as `model.layers.0.self_attn.q_proj`."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            yield name, module
 
 
 def adapter_state(model: Qwen3) -> dict[str, Tensor]:
     """The adapters' own float32 matrices (no copies), by names like `model.layers.0.mlp.up_proj.lora_a`."""
-    keys = ("lora_a", "lora_b")
-    return {f"{name}.{key}": getattr(part, key).detach() for name, part in adapters(model) for key in keys}
+    state = {}
+    for name, adapter in adapters(model):
+        state[f"{name}.lora_a"] = adapter.lora_a.detach()
+        state[f"{name}.lora_b"] = adapter.lora_b.detach()
+    return state
 
 
 def load_adapter_state(model: Qwen3, tensors: dict[str, Tensor]) -> None:
     """Copy what `adapter_state` returned into the adapters. ModelError, nothing changed: it does not fit."""
     own = adapter_state(model)
     for name in own | tensors:
-        shapes = [list(state[name].shape) if name in state else None for state in (tensors, own)]
-        if shapes[0] != shapes[1]:
-            raise ModelError(f"adapter {name} is {shapes[0]}, not {shapes[1]}")
+        if name not in own or name not in tensors or tensors[name].shape != own[name].shape:
+            raise ModelError(f"adapter {name} is missing, unknown or of another shape")
     for name, matrix in own.items():
         matrix.copy_(tensors[name])
 
@@ -122,10 +133,10 @@ def load_adapter_state(model: Qwen3, tensors: dict[str, Tensor]) -> None:
 def plain_state(model: Qwen3, device=None) -> dict[str, Tensor]:
     """State dict, on `device`, of an equal Qwen3 without adapters, merged in float32 and then rounded."""
     state = model.state_dict()
-    for name, part in adapters(model):
-        for key in part.state_dict(prefix=f"{name}."):
+    for name, adapter in adapters(model):
+        for key in adapter.state_dict(prefix=f"{name}."):
             del state[key]
-        state[f"{name}.weight"] = part.merged().to(device, model.dtype)  # a GPU may have no room for all
-        if part.base.bias is not None:
-            state[f"{name}.bias"] = part.base.bias.detach()
+        state[f"{name}.weight"] = adapter.merged().to(device, model.dtype)  # a GPU may have no room for all
+        if adapter.base.bias is not None:
+            state[f"{name}.bias"] = adapter.base.bias.detach()
     return {name: tensor.to(device) for name, tensor in state.items()}

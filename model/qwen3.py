@@ -5,13 +5,30 @@ an RMSNorm on each query and key head, rotary positions, SwiGLU. Order and preci
 those of Hugging Face's `modeling_qwen3.py`, so logits agree; module names are those of its checkpoints.
 """
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.cache import Cache, product
 from model.config import Qwen3Config
+
+
+class Cache(Protocol):
+    """What the decoder calls in a forward: `start` once, `attend` in every layer, `advance` once."""
+
+    def start(self, time: int) -> Tensor:
+        """Positions of the next `time` tokens of each row: [batch, time]."""
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Store `keys` and `values` [batch, kv_heads, time, head_dim]; attend to all that a query may see.
+
+        `queries`, after RoPE as the keys are, and the result are [batch, heads, time, head_dim].
+        """
+
+    def advance(self, time: int) -> None:
+        """Count the `time` tokens that every layer has stored."""
 
 
 class RMSNorm(nn.Module):
@@ -23,12 +40,16 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + self.eps)
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean_square = exact.square().mean(-1, keepdim=True)
+        normed = exact * torch.rsqrt(mean_square + self.eps)
         return self.weight * normed.to(x.dtype)
 
 
-def rotary_embedding(positions: Tensor, config: Qwen3Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+Rotary = tuple[Tensor, Tensor]  # cosines and sines
+
+
+def rotary_embedding(positions: Tensor, config: Qwen3Config, dtype: torch.dtype) -> Rotary:
     """cos and sin of each position's angles, [batch, 1, time, head_dim] (RoPE, arXiv:2104.09864).
 
     Angles are always float32: in bfloat16, positions 1000 and 1001 would be the same.
@@ -40,10 +61,12 @@ def rotary_embedding(positions: Tensor, config: Qwen3Config, dtype: torch.dtype)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Turn each pair (x[i], x[i + head_dim / 2]) by its angle: the half-split kind of RoPE."""
+    cos, sin = rotary
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    turned = torch.cat((-second, first), dim=-1)  # by a right angle
+    return x * cos + turned * sin
 
 
 class Attention(nn.Module):
@@ -62,13 +85,15 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, cache: Cache | None) -> Tensor:
         batch, time, _ = x.shape
         heads = (batch, time, -1, self.head_dim)
-        queries = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # [batch, heads, time, head_dim]
-        keys = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # [batch, kv_heads, time, head_dim]
-        values = self.v_proj(x).view(heads).transpose(1, 2)
-        queries, keys = rotate(queries, *rotary), rotate(keys, *rotary)
+        queries = self.q_norm(self.q_proj(x).view(heads))  # [batch, time, heads, head_dim]
+        keys = self.k_norm(self.k_proj(x).view(heads))  # [batch, time, kv_heads, head_dim]
+        values = self.v_proj(x).view(heads)
+        queries = rotate(queries.transpose(1, 2), rotary)  # [batch, heads, time, head_dim]
+        keys = rotate(keys.transpose(1, 2), rotary)
+        values = values.transpose(1, 2)
         if cache is None:
             attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
         else:
@@ -97,7 +122,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, cache: Cache | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -131,6 +156,17 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
+def unrounded_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of matrices, or of batches of them. On a GPU, bfloat16 factors give their sums in float32.
+
+    A CPU has no such product, and rounds the sums to bfloat16.
+    """
+    if not a.is_cuda or a.dtype not in (torch.bfloat16, torch.float16):
+        return a @ b
+    multiply = torch.mm if a.dim() == 2 else torch.bmm
+    return multiply(a, b, out_dtype=torch.float32)
+
+
 class Qwen3(nn.Module):
     """A Qwen3 language model: token ids [batch, time] -> logits [batch, time, vocab].
 
@@ -153,8 +189,8 @@ class Qwen3(nn.Module):
         return self.lm_head(self.model(token_ids, cache))
 
     def next_logits(self, hidden: Tensor) -> Tensor:
-        """Logits [rows, vocab] after hidden states [rows, hidden], for sampling; see `product`."""
-        return product(hidden, self.lm_head.weight.T)
+        """Logits [rows, vocab] after hidden states [rows, hidden], for sampling; see `unrounded_matmul`."""
+        return unrounded_matmul(hidden, self.lm_head.weight.T)
 
     @property
     def device(self) -> torch.device:

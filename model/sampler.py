@@ -1,9 +1,10 @@
 """Sampling: from logits to tokens, and from prompts to completions.
 
-`stream` is all that sampling is; `generate` does the same for many completions at once, and fast.
+`sample_completion` is all that sampling is; `generate` does the same for many completions at once, and fast.
 """
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
@@ -26,11 +27,26 @@ ALIGNED = {"cpu": 1, "cuda": 8}  # prompts are padded to a multiple: 16 bytes, a
 CHECK_EVERY = {"cpu": 8, "cuda": 16}
 COMPACT_BELOW = {"cpu": 0.9, "cuda": 0.6}
 
-Distribution = tuple[float, int | None, float | None]  # temperature, top_k, top_p
-
 
 class Cancelled(Exception):
     """Sampling was cancelled; nothing has changed."""
+
+
+@dataclass(frozen=True)
+class TokenChoice:
+    """How a token is chosen from its logits. ValueError: a field is out of its range."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int | None = None  # only the k likeliest tokens
+    top_p: float | None = None  # only the likeliest tokens, as many as have this probability together
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, not {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
 
 
 @dataclass(frozen=True)
@@ -50,88 +66,91 @@ def token_logprobs(logits: Tensor, temperature: float, num_tokens: int) -> Tenso
     """
     logits = logits[..., :num_tokens]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.log_softmax(logits if temperature in (0, 1) else logits / temperature, dim=-1)
+    if temperature not in (0, 1):
+        logits = logits / temperature
+    return torch.log_softmax(logits, dim=-1)
 
 
-def sample(
-    logits: Tensor, uniforms: Tensor, num_tokens: int, temperature: float, top_k=None, top_p=None
+def sample_tokens(
+    logits: Tensor, uniforms: Tensor, num_tokens: int, choice: TokenChoice
 ) -> tuple[Tensor, Tensor]:
     """Sample a token for each row of logits [rows, vocab]: ids [rows] and their log-probabilities [rows].
 
     It is the first token at which the cumulative probability passes the row's uniform number in [0, 1).
     """
-    token_ids, chosen = [], []
+    token_ids = []
+    chosen_logprobs = []
     size = rows_at_once(logits)
     for rows, row_uniforms in zip(logits.split(size), uniforms.split(size), strict=True):
-        logprobs = token_logprobs(rows, temperature, num_tokens)
-        if temperature == 0:
+        logprobs = token_logprobs(rows, choice.temperature, num_tokens)
+        if choice.temperature == 0:
             sampled = logprobs.argmax(-1, keepdim=True)
         else:
-            cumulative = truncate(logprobs, top_k, top_p).exp().cumsum(-1)
+            cumulative = truncate(logprobs, choice).exp().cumsum(-1)
             # u <= 1 - 2^-24 keeps u * total below total in float32, so the search always ends on a token.
-            sampled = torch.searchsorted(cumulative, row_uniforms[:, None] * cumulative[:, -1:], right=True)
-            sampled.clamp_(max=logprobs.shape[-1] - 1)  # a row of NaN gives an index past the end
+            threshold = row_uniforms[:, None] * cumulative[:, -1:]
+            sampled = torch.searchsorted(cumulative, threshold, right=True)
+            sampled.clamp_(max=num_tokens - 1)  # a row of NaN gives an index past the end
         token_ids.append(sampled[:, 0])
-        chosen.append(logprobs.gather(-1, sampled)[:, 0])
-    return torch.cat(token_ids), torch.cat(chosen)
+        chosen_logprobs.append(logprobs.gather(-1, sampled)[:, 0])
+    return torch.cat(token_ids), torch.cat(chosen_logprobs)
 
 
 def rows_at_once(logits: Tensor) -> int:
     """Rows of [rows, vocab] to turn into probabilities at a time; on a CPU large temporaries are slow."""
-    return max(1, CPU_LOGITS // logits.shape[-1]) if logits.device.type == "cpu" else max(1, len(logits))
+    rows = CPU_LOGITS // logits.shape[-1] if logits.device.type == "cpu" else len(logits)
+    return max(1, rows)
 
 
-def truncate(logprobs: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+def truncate(logprobs: Tensor, choice: TokenChoice) -> Tensor:
     """Set all but the top-k to probability zero, then all but the nucleus (arXiv:1904.09751)."""
-    if top_k is not None and top_k < logprobs.shape[-1]:
-        smallest = logprobs.topk(top_k).values[:, -1:]
+    if choice.top_k is not None and choice.top_k < logprobs.shape[-1]:
+        smallest = logprobs.topk(choice.top_k).values[:, -1:]
         logprobs = logprobs.masked_fill(logprobs < smallest, -torch.inf)
-    if top_p is not None and top_p < 1:
+    if choice.top_p is not None and choice.top_p < 1:
         ordered, order = logprobs.softmax(-1).sort(descending=True)
-        reached_before = ordered.cumsum(-1) - ordered >= top_p
-        logprobs = logprobs.masked_fill(reached_before.scatter(-1, order, reached_before), -torch.inf)
+        reached_before = ordered.cumsum(-1) - ordered >= choice.top_p
+        outside = reached_before.scatter(-1, order, reached_before)
+        logprobs = logprobs.masked_fill(outside, -torch.inf)
     return logprobs
 
 
-def random_streams(
-    prompts: list[list[int]], num_samples: int, max_new_tokens: int, seed: int, only: slice = slice(None)
-) -> Tensor:
-    """Uniform numbers in [0, 1), [prompts[only], num_samples, max_new_tokens], from one generator a sample.
+def random_uniforms(prompts: list[list[int]], num_samples: int, max_new_tokens: int, seed: int) -> Tensor:
+    """Uniform numbers in [0, 1), [prompts, num_samples, max_new_tokens].
 
-    Its key is (seed, prompt, how often this prompt came before in `prompts`, number of the sample).
+    Each completion has a generator of its own, whose key is made of its number, the seed, how often its
+    prompt came before in `prompts`, and the prompt.
     """
     seen: Counter[str] = Counter()
-    keys = []
-    for prompt in prompts:
+    uniforms = np.empty((len(prompts), num_samples, max_new_tokens), dtype=np.float32)
+    for group, prompt in zip(uniforms, prompts, strict=True):
         ids = " ".join(map(str, prompt))
-        keys.append(f"{seed} {seen[ids]} {ids}")
-        seen[ids] += 1
-    streams = np.empty((len(keys[only]), num_samples, max_new_tokens), dtype=np.float32)
-    for group, key in zip(streams, keys[only], strict=True):
         for number in range(num_samples):
-            digest = hashlib.blake2b(f"{number} {key}".encode(), digest_size=16).digest()
-            generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
-            generator.random(dtype=np.float32, out=group[number])
-    return torch.from_numpy(streams)
+            key = f"{number} {seed} {seen[ids]} {ids}"
+            digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
+            bits = np.random.Philox(key=int.from_bytes(digest, "little"))
+            np.random.Generator(bits).random(dtype=np.float32, out=group[number])
+        seen[ids] += 1
+    return torch.from_numpy(uniforms)
 
 
 @torch.inference_mode()
-def stream(
-    model: Qwen3, prompt: list[int], uniforms: Tensor, stops: tuple[int, ...], distribution: Distribution
+def sample_completion(
+    model: Qwen3, prompt: list[int], uniforms: Tensor, stop_ids: tuple[int, ...], choice: TokenChoice
 ) -> Iterator[tuple[int, float]]:
     """The tokens of one completion as they are sampled, each with its log-probability in nats.
 
-    `uniforms` [max_new_tokens] are random numbers in [0, 1), `stops` the stop token ids.
+    `uniforms` [max_new_tokens] are random numbers in [0, 1), `stop_ids` the stop tokens.
     """
     cache = KVCache(model.config, 1, len(prompt) + len(uniforms), model.device, model.dtype)
     ids = prompt
     for uniform in uniforms.to(model.device):
         logits = model(torch.tensor([ids], device=model.device), cache=cache)[:, -1]
-        token, logprob = sample(logits, uniform[None], model.num_tokens, *distribution)
+        token, logprob = sample_tokens(logits, uniform[None], model.num_tokens, choice)
         check_finite(logprob)
         ids = [token.item()]
         yield ids[0], logprob.item()
-        if ids[0] in stops:
+        if ids[0] in stop_ids:
             return
 
 
@@ -154,12 +173,11 @@ def generate(
 ) -> list[list[Completion]]:
     """Sample `num_samples` completions of at most `max_new_tokens` tokens for each prompt of ids.
 
-    Each sample has its own random stream (see `random_streams`), so a completion does not depend on its
-    batch, up to the rounding of matrix products of other sizes. Returns `[prompt][sample]`.
+    Each has its own random numbers (see `random_uniforms`), so a completion does not depend on its batch, up
+    to the rounding of matrix products of other sizes. Returns `[prompt][sample]`.
 
     Args:
-        temperature: 0 is greedy.
-        top_k, top_p: sample from the k likeliest tokens, or the likeliest of joint probability p.
+        temperature, top_k, top_p: see `TokenChoice`.
         max_cache_tokens: tokens of keys and values in memory at once; None: what fits. Other prompts wait.
         only: sample for `prompts[only]`, as if for all; so ranks divide one call among them.
         on_progress: called now and then with (completions done, tokens sampled so far).
@@ -168,16 +186,18 @@ def generate(
     Raises ValueError for an argument out of its range, ModelError if there is no room for one completion, or
     if logits are not finite.
     """
-    check_arguments(model.config.vocab_size, prompts, num_samples, max_new_tokens, temperature, top_k, top_p)
-    uniforms = random_streams(prompts, num_samples, max_new_tokens, seed, only)
+    choice = TokenChoice(temperature, top_k, top_p)
+    if min(num_samples, max_new_tokens) < 1:
+        raise ValueError(f"num_samples {num_samples} and max_new_tokens {max_new_tokens} must be at least 1")
+    check_prompts(prompts, model.config.vocab_size)
+    uniforms = random_uniforms(prompts, num_samples, max_new_tokens, seed)[only]
     prompts = prompts[only]
-    stops = torch.tensor(list(stop_token_ids), dtype=torch.int64, device=model.device)
+    stop_ids = torch.tensor(list(stop_token_ids), dtype=torch.int64, device=model.device)
     room = max_cache_tokens or cache_tokens_that_fit(model, max_new_tokens)
-    distribution = (temperature, top_k, top_p)
     groups: list[list[Completion]] = [[] for _ in prompts]
-    done = tokens = 0
+    done = tokens = 0  # in the batches before
     for group, samples in plan_batches(list(map(len, prompts)), num_samples, max_new_tokens, room):
-        batch = DecodeBatch(model, prompts[group], uniforms[group, samples], stops, distribution)
+        batch = DecodeBatch(model, prompts[group], uniforms[group, samples], stop_ids, choice)
         for batch_done, batch_tokens in batch.run():
             if cancel and cancel.is_set():
                 raise Cancelled
@@ -185,18 +205,13 @@ def generate(
                 on_progress(done + batch_done, tokens + batch_tokens)
         done += batch_done
         tokens += batch_tokens
-        for number, completions in enumerate(groups[group]):
-            completions += batch.completions[number * batch.num_samples : (number + 1) * batch.num_samples]
+        for completions, more in zip(groups[group], batch.completions(), strict=True):
+            completions += more
         del batch  # free its keys and values before the next batch takes its own
     return groups
 
 
-def check_arguments(vocab: int, prompts, num_samples, max_new_tokens, temperature, top_k, top_p) -> None:
-    """Raise ValueError for an argument out of its range."""
-    if min(num_samples, max_new_tokens, top_k or 1) < 1 or top_k == 0:
-        raise ValueError("num_samples, max_new_tokens and top_k must be at least 1")
-    if not 0 <= temperature < float("inf") or not 0 < (1 if top_p is None else top_p) <= 1:
-        raise ValueError(f"temperature must be 0 or more, top_p in (0, 1], not {temperature} and {top_p}")
+def check_prompts(prompts: list[list[int]], vocab: int) -> None:
     for prompt in prompts:
         if not prompt or max(prompt) >= vocab or min(prompt) < 0:
             raise ValueError(f"a prompt needs at least one id, all of them in [0, {vocab}), not {prompt[:8]}")
@@ -211,24 +226,32 @@ def check_finite(logprobs: Tensor) -> None:
         )
 
 
-def plan_batches(lengths: list[int], num_samples: int, max_new_tokens: int, room: int) -> list[tuple]:
-    """Divide groups, whole and in order, into batches (prompts, samples) of at most `room` cached tokens."""
-    own = num_samples * max_new_tokens  # tokens of a group beside its prompt
+def plan_batches(
+    lengths: list[int], num_samples: int, max_new_tokens: int, room: int
+) -> list[tuple[slice, slice]]:
+    """Divide groups, whole and in order, into batches (prompts, samples) of at most `room` cached tokens.
+
+    `lengths` are those of the prompts. A group that is too large comes alone, in parts.
+    """
+
+    def fitting_samples(start: int, end: int) -> int:
+        """Of each of these prompts, which are padded to the longest of them."""
+        return (room // (end - start) - max(lengths[start:end])) // max_new_tokens
+
     batches = []
     start = 0
     while start < len(lengths):
-        end = start
-        while end < len(lengths) and (end + 1 - start) * (max(lengths[start : end + 1]) + own) <= room:
+        end = start + 1
+        while end < len(lengths) and fitting_samples(start, end + 1) >= num_samples:
             end += 1
-        prompt = lengths[start]
-        fitting = num_samples if end > start else (room - prompt) // max_new_tokens
-        if fitting < 1:
+        part = fitting_samples(start, end)
+        if part < 1:
+            prompt = lengths[start]
             need = f"a prompt of {prompt} and {max_new_tokens} new ones need {prompt + max_new_tokens}"
             advice = "lower max_new_tokens, raise max_cache_tokens if memory allows, or take a smaller model"
             raise ModelError(f"room for {room} tokens of keys and values; {need}: {advice}")
-        end = max(end, start + 1)  # a group that is too large comes alone, in parts
-        for first in range(0, num_samples, fitting):
-            batches.append((slice(start, end), slice(first, min(first + fitting, num_samples))))
+        for first in range(0, num_samples, part):
+            batches.append((slice(start, end), slice(first, min(first + part, num_samples))))
         start = end
     return batches
 
@@ -236,80 +259,103 @@ def plan_batches(lengths: list[int], num_samples: int, max_new_tokens: int, room
 class DecodeBatch:
     """`num_samples` completions for each prompt, decoded in lock-step: one token a row in each forward.
 
-    Finished rows keep decoding, their output discarded, until the batch is compacted. `uniforms` are random
-    numbers, [prompts, num_samples, max_new_tokens]. `static` keeps shapes constant between compactions (see
-    `GroupCache`); None: where that is faster.
+    Args:
+        uniforms: random numbers in [0, 1), [prompts, num_samples, max_new_tokens].
+        static: keep shapes constant until rows are dropped, see `GroupCache`; None: where that is faster.
+
+    Attributes:
+        token_ids, logprobs: what was sampled, [rows, max_new_tokens].
+        active: the rows that are being decoded, ascending. Those that have finished go on, their output
+            ignored, until there are enough of them to drop.
     """
 
-    def __init__(self, model: Qwen3, prompts, uniforms, stops, distribution: Distribution, static=None):
-        self.num_samples, self.max_new_tokens = uniforms.shape[1:]
-        rows, device = len(prompts) * self.num_samples, model.device
+    def __init__(
+        self,
+        model: Qwen3,
+        prompts: list[list[int]],
+        uniforms: Tensor,
+        stop_ids: Tensor,
+        choice: TokenChoice,
+        static: bool | None = None,
+    ):
         self.model = model
-        self.stops = stops
-        self.distribution = distribution
-        self.completions: list[Completion | None] = [None] * rows
-        # Of the rows still in the batch:
-        self.numbers = torch.arange(rows, device=device)  # index in `completions`
-        self.uniforms = uniforms.flatten(0, 1).to(device)
-        self.token_ids = torch.zeros(rows, self.max_new_tokens, dtype=torch.int64, device=device)
-        dtype = torch.promote_types(model.dtype, torch.float32)
-        self.logprobs = torch.zeros(rows, self.max_new_tokens, dtype=dtype, device=device)
-        logits, cache = prefill(model, prompts)
-        if static is None:
-            static = device.type == "cuda" or model.dtype == torch.bfloat16
-        self.cache = GroupCache(cache, self.num_samples, self.max_new_tokens, static)
-        self.record(logits.repeat_interleave(self.num_samples, dim=0))
+        self.prompts = prompts
+        self.stop_ids = stop_ids
+        self.choice = choice
+        self.static = static
+        self.num_samples, self.max_new_tokens = uniforms.shape[1:]
+        self.uniforms = uniforms.flatten(0, 1).to(model.device)
+        self.token_ids = torch.zeros(self.uniforms.shape, dtype=torch.int64, device=model.device)
+        self.logprobs = self.uniforms.new_zeros(
+            self.uniforms.shape, dtype=torch.promote_types(model.dtype, torch.float32)
+        )
+        self.active = torch.arange(len(self.uniforms), device=model.device)
 
     def run(self) -> Iterator[tuple[int, int]]:
         """Decode to the end; yields (completions done, tokens sampled) now and then."""
-        device = "cuda" if self.model.device.type == "cuda" else "cpu"
+        device = self.model.device.type
         graphed = device == "cuda" and self.model.graphed
         step = GraphedStep(self.step) if graphed else lambda shape: self.step()
-        for count in range(1, self.max_new_tokens):
-            if count % CHECK_EVERY[device] == 0:
-                yield self.compact(count, COMPACT_BELOW[device])
-                if len(self.numbers) == 0:
+        self.start()
+        for count in range(1, self.max_new_tokens + 1):  # tokens of each row that are sampled
+            is_last = count == self.max_new_tokens
+            if is_last or count % CHECK_EVERY[device] == 0:
+                check_finite(self.logprobs[:, :count])
+                finished, lengths = self.endings(count)
+                done = len(finished) if is_last else int(finished.sum())
+                yield done, int(lengths.sum())
+                if done == len(finished):
                     return
+                self.drop(finished, COMPACT_BELOW[device])
             self.cache.reserve(count)
-            step((len(self.numbers), self.cache.visible))
-        yield self.compact(self.max_new_tokens, below=1.0)
+            step((len(self.active), self.cache.visible))
+
+    def start(self) -> None:
+        """Run the prompts, and sample the first token of each row."""
+        static = self.static
+        if static is None:
+            static = self.model.device.type == "cuda" or self.model.dtype == torch.bfloat16
+        logits, prompt_cache, lengths = prefill(self.model, self.prompts)
+        self.cache = GroupCache(prompt_cache, lengths, self.num_samples, self.max_new_tokens, static)
+        self.record(logits.repeat_interleave(self.num_samples, dim=0))
 
     def step(self) -> None:
         """Decode one token for each row. Nothing here waits for the device or depends on what was sampled."""
-        last = self.token_ids.index_select(1, self.cache.stored)  # [rows, 1]
-        self.record(self.model.next_logits(self.model.model(last, self.cache)[:, -1]))
+        last = self.token_ids[self.active, self.cache.stored_on_device]
+        hidden = self.model.model(last[:, None], self.cache)[:, -1]
+        self.record(self.model.next_logits(hidden))
 
     def record(self, logits: Tensor) -> None:
-        """Sample the token after the stored ones, from logits [rows, vocab]."""
-        column = self.cache.stored
-        uniforms = self.uniforms.index_select(1, column)[:, 0]
-        sampled, logprobs = sample(logits, uniforms, self.model.num_tokens, *self.distribution)
-        self.token_ids.index_copy_(1, column, sampled[:, None])
-        self.logprobs.index_copy_(1, column, logprobs[:, None])
+        """Sample the token after the stored ones, from logits [active rows, vocab]."""
+        column = self.cache.stored_on_device
+        uniforms = self.uniforms[self.active, column]
+        token_ids, logprobs = sample_tokens(logits, uniforms, self.model.num_tokens, self.choice)
+        self.token_ids[self.active, column] = token_ids
+        self.logprobs[self.active, column] = logprobs
 
-    def compact(self, count: int, below: float) -> tuple[int, int]:
-        """Drop finished rows if at most `below` of all are unfinished; return completions done, tokens."""
-        check_finite(self.logprobs[:, :count])
-        stops = torch.isin(self.token_ids[:, :count], self.stops)  # [rows, count]
-        finished = stops.any(1)
-        lengths = torch.where(finished, stops.int().argmax(1) + 1, count)
-        dropped = finished if count < self.max_new_tokens else torch.ones_like(finished)
-        before = [completion for completion in self.completions if completion]
-        done = len(before) + int(dropped.sum())
-        tokens = sum(len(completion.token_ids) for completion in before) + int(lengths.sum())
-        keep = (~dropped).nonzero()[:, 0]
-        if len(keep) <= below * len(dropped):
-            columns = (self.numbers, lengths, finished, self.token_ids, self.logprobs)
-            rows = zip(*(column[dropped].tolist() for column in columns), strict=True)
-            for number, length, ended, token_ids, logprobs in rows:
-                self.completions[number] = Completion(token_ids[:length], logprobs[:length], ended)
-            self.numbers = self.numbers[keep]
-            self.uniforms = self.uniforms[keep]
-            self.token_ids = self.token_ids[keep]
-            self.logprobs = self.logprobs[keep]
-            if len(keep):
-                self.cache.select(keep)
-        return done, tokens
+    def endings(self, count: int) -> tuple[Tensor, Tensor]:
+        """Of each row's first `count` tokens: is a stop token among them, and the length up to it; [rows]."""
+        stops = torch.isin(self.token_ids[:, :count], self.stop_ids)  # [rows, count]
+        finished = stops.any(dim=1)
+        lengths = torch.where(finished, stops.int().argmax(dim=1) + 1, count)
+        return finished, lengths
+
+    def drop(self, finished: Tensor, below: float) -> None:
+        """Go on without `finished` rows ([rows]) if at most the share `below` of the active ones is left."""
+        left = (~finished[self.active]).nonzero()[:, 0]
+        if len(left) <= below * len(self.active):
+            self.active = self.active[left]
+            self.cache.select(left)
+
+    def completions(self) -> list[list[Completion]]:
+        """What was sampled, [prompt][sample]."""
+        finished, lengths = self.endings(self.max_new_tokens)
+        found = []
+        for ids, logprobs, length, is_finished in zip(
+            self.token_ids.tolist(), self.logprobs.tolist(), lengths.tolist(), finished.tolist(), strict=True
+        ):
+            found.append(Completion(ids[:length], logprobs[:length], is_finished))
+        return [found[row : row + self.num_samples] for row in range(0, len(found), self.num_samples)]
 
 
 class GraphedStep:
@@ -336,18 +382,21 @@ class GraphedStep:
         self.graph.replay()
 
 
-def prefill(model: Qwen3, prompts: list[list[int]]) -> tuple[Tensor, KVCache]:
-    """Run each prompt through the model once: logits of its next token, [prompts, vocab], and the cache."""
-    aligned = ALIGNED["cuda" if model.device.type == "cuda" else "cpu"]
-    longest = -(-max(map(len, prompts)) // aligned) * aligned
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+def prefill(model: Qwen3, prompts: list[list[int]]) -> tuple[Tensor, KVCache, Tensor]:
+    """Run each prompt through the model once, padded on the right to the longest.
+
+    Returns logits of the next tokens, [prompts, vocab]; the cache; and the prompts' lengths, [prompts].
+    """
+    aligned = ALIGNED[model.device.type]
+    longest = math.ceil(max(map(len, prompts)) / aligned) * aligned
     padded = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=model.device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     cache = KVCache(model.config, len(prompts), longest, model.device, model.dtype)
     last = []
     at_once = max(1, PREFILL_TOKENS // longest)
     for start in range(0, len(prompts), at_once):
         rows = slice(start, start + at_once)
         hidden = model.model(padded[rows], cache.part(rows))  # [at_once, longest, hidden]
-        last.append(hidden[torch.arange(len(hidden), device=model.device), lengths[rows] - 1])
-    cache.set_lengths(lengths)
-    return model.next_logits(torch.cat(last)), cache
+        position = lengths[rows, None, None] - 1
+        last.append(hidden.take_along_dim(position, dim=1)[:, 0])
+    return model.next_logits(torch.cat(last)), cache, lengths

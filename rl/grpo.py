@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from data.task import Problem, Task
+from data.task import AnyProblem, Task
 from model import Qwen3, Tokenizer
 from rl.advantage import group_advantages
 from rl.batch import Batch, Sample, completion_logprobs, halve_on_oom, score_completions
@@ -50,7 +50,7 @@ def grpo_step(
     tokenizer: Tokenizer,
     optimizer: Optimizer,
     task: Task,
-    problems: list[Problem],
+    problems: list[AnyProblem],
     *,
     settings: GRPOStage,
     sampling: SamplingSettings,

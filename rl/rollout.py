@@ -5,7 +5,7 @@ from typing import Annotated
 
 from annotated_types import Interval
 
-from data.task import Problem, Score, Task, solved_examples
+from data.task import AnyProblem, Score, Task, solved_examples
 from model import Completion, Qwen3, Tokenizer, generate, prompt_ids
 from rl.distributed import gather, rank, share, world_size
 from rl.ranges import Count, CountOrZero, NonNegative
@@ -28,10 +28,10 @@ class SamplingSettings:
     """Sample from the likeliest tokens that together have this probability; for evaluation, not training."""
 
 
-def prompt_of(tokenizer: Tokenizer, task: Task, problem: Problem, sampling: SamplingSettings) -> list[int]:
+def prompt_of(tokenizer: Tokenizer, task: Task, problem: AnyProblem, sampling: SamplingSettings) -> list[int]:
     """The ids that a completion goes on from."""
 
-    def question(asked: Problem) -> str:
+    def question(asked: AnyProblem) -> str:
         limit = f" Use at most {sampling.max_new_tokens} tokens in all." if sampling.state_limit else ""
         return task.prompt(asked, sampling.thinking) + limit
 
@@ -47,7 +47,7 @@ def prompt_of(tokenizer: Tokenizer, task: Task, problem: Problem, sampling: Samp
 class Rollout:
     """One completion with its problem, and its score; `text` is the completion without its stop token."""
 
-    problem: Problem
+    problem: AnyProblem
     prompt_ids: list[int]
     completion: Completion
     text: str
@@ -58,7 +58,7 @@ def collect_rollouts(
     model: Qwen3,
     tokenizer: Tokenizer,
     task: Task,
-    problems: list[Problem],
+    problems: list[AnyProblem],
     *,
     sampling: SamplingSettings,
     num_samples: int,

@@ -138,7 +138,7 @@ def sorting() -> None:
     task, problem = Sorting(), Unsorted((7, 3, 12))
     for text, outcome in (("3, 7, 12", "correct"), ("3 7 12", "correct"), ("7, 3, 12", "wrong"), ("x", "wrong")):
         assert task.score(f"</think><answer>{text}</answer>", problem).outcome == outcome, text
-    assert task.problem(problem.row()) == problem and task.solution(problem) == "3, 7, 12"
+    assert task.problem_from_row(problem.row()) == problem and task.solution(problem) == "3, 7, 12"
     assert task.parse_input("7 3,12") == problem and problem.key == Unsorted((12, 7, 3)).key
     problems = task.generate(300, seed=1)
     assert problems == task.generate(300, seed=1) and len({problem.key for problem in problems}) == 300

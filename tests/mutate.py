@@ -141,8 +141,8 @@ def judge(path: str, source: str, seconds: int) -> None:
     """Run the tests of a module with its source replaced, in a process of its own; exit code 0 if they pass."""
     torch.set_num_threads(1)
     sys.meta_path.insert(0, Loader(path.removesuffix(".py").replace("/", "."), source))
-    for stream in (1, 2):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    for descriptor in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     signal.alarm(seconds)
     sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(str(TESTS / name) for name in WATCHED[path])]))
 

@@ -17,26 +17,10 @@ def decoder():
 
 
 @torch.no_grad()
-def test_after_set_lengths_rows_continue_from_the_tokens_that_are_left(decoder):
-    token_ids = random_ids(2, 8)
-    cache = KVCache(decoder.config, 2, 8)
-    decoder(token_ids, cache)
-    lengths = torch.tensor([3, 6])
-    cache.set_lengths(lengths)  # the forgotten slots are room again, and what they hold has no influence
-    for tensor in cache.keys + cache.values:
-        tensor[0, :, 3:] = 1e4
-    logits = decoder(token_ids[:, :2], cache)
-    assert lengths.tolist() == [3, 6] and cache.lengths.tolist() == [5, 8]  # the caller's tensor is not changed
-    for row, length in enumerate([3, 6]):
-        text = torch.cat((token_ids[row, :length], token_ids[row, :2]))
-        torch.testing.assert_close(logits[row], decoder(text[None])[0, length:], rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
 def test_the_last_slot_can_be_used_and_one_token_more_is_refused(decoder):
     cache = KVCache(decoder.config, 2, 8)
     decoder(random_ids(2, 8), cache)
-    assert cache.longest == cache.max_length == 8
+    assert cache.length == cache.max_length == 8
     with pytest.raises(ValueError, match="the cache holds 8 tokens a row; 9 are needed"):
         decoder(random_ids(2, 1), cache)
     with pytest.raises(ValueError, match="the cache holds 3 tokens a row; 4 are needed"):
@@ -44,13 +28,13 @@ def test_the_last_slot_can_be_used_and_one_token_more_is_refused(decoder):
 
 
 def grouped(decoder, prompts, num_samples, max_new_tokens, static) -> GroupCache:
-    _, cache = prefill(decoder, prompts)
-    return GroupCache(cache, num_samples, max_new_tokens, static)
+    _, cache, lengths = prefill(decoder, prompts)
+    return GroupCache(cache, lengths, num_samples, max_new_tokens, static)
 
 
-def alone(decoder, prompts, prompt_of, own) -> torch.Tensor:
+def alone(decoder, prompts, prompt_index, own) -> torch.Tensor:
     """Logits after each row's prompt and own tokens, each row by itself and without a cache: [rows, vocab]."""
-    rows = [torch.tensor([prompts[number] + ids.tolist()]) for number, ids in zip(prompt_of.tolist(), own, strict=True)]
+    rows = [torch.tensor([prompts[number] + ids.tolist()]) for number, ids in zip(prompt_index.tolist(), own, strict=True)]
     return torch.cat([decoder(row)[:, -1] for row in rows])
 
 
@@ -72,15 +56,15 @@ def test_every_step_gives_the_logits_of_an_uncached_forward_whatever_rows_were_d
     monkeypatch.setitem(BLOCK, "cpu", static_block or 1)
     decoder = same_weights(reference_model(seed=3, **SHAPES[shape]))
     cache, own = grouped(decoder, PROMPTS, 3, 7, static=bool(static_block)), random_ids(9, 7, seed=4)
-    prompt_of = cache.prompt_of.clone()
+    prompt_index = cache.prompt_index.clone()
     for step in range(7):
         if step in KEPT:
             rows = torch.tensor(KEPT[step])
             cache.select(rows)
             own = own[rows]
-            prompt_of = prompt_of[rows]
+            prompt_index = prompt_index[rows]
         logits = decode(decoder, cache, own, [step])
-        expected = alone(decoder, PROMPTS, prompt_of, own[:, : step + 1])
+        expected = alone(decoder, PROMPTS, prompt_index, own[:, : step + 1])
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=2e-5)
 
 

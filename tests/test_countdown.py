@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import Countdown, Problem, evaluate_expression, generate_problems, prompt_text, score, solve
+from data import Countdown, Problem, evaluate_expression, generate_problems, score, solve
 from data.task import CORRECT, split_answer, steps_difficulty, worked_solution
 from lab.plots import PAPER
 
@@ -40,7 +40,7 @@ def test_a_problem_keeps_the_order_of_its_numbers_but_its_key_does_not():
     assert problem.key == Problem((17, 79, 60), 36).key == (36, (17, 60, 79))
     assert problem != Problem((17, 79, 60), 36)
     assert len({problem, Problem((79, 60, 17), 36)}) == 1
-    assert TASK.problem(problem.row()) == problem
+    assert TASK.problem_from_row(problem.row()) == problem
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_what_is_no_problem_is_refused_by_name(numbers, target, named):
 
 
 def test_the_prompt_is_this_line():
-    assert prompt_text(Problem((79, 60, 17), 36)) == (
+    assert TASK.prompt(Problem((79, 60, 17), 36)) == (
         "Use each of the numbers 79, 60, 17 exactly once to make 36. Only + - * / and parentheses are allowed. "
         "Work it out inside <think> </think>, then put the final expression inside <answer> </answer>."
     )
@@ -65,7 +65,7 @@ def test_the_prompt_is_this_line():
 
 @pytest.mark.parametrize("wanted", [Countdown(), Countdown(1, 20, 10, 50, 1 / 3), Countdown(2, 6, 1, 12, 0.25)])
 def test_generated_problems_are_different_in_range_and_solvable_in_whole_steps(wanted):
-    problems = generate_problems(60, 1, wanted)
+    problems = wanted.generate(60, 1)
     assert len({problem.key for problem in problems}) == len(problems) == 60
     assert sum(len(problem.numbers) == 4 for problem in problems) == round(60 * wanted.four_number_share)
     for index, problem in enumerate(problems):
@@ -79,7 +79,7 @@ def test_generated_problems_are_different_in_range_and_solvable_in_whole_steps(w
 def test_the_generator_reaches_every_problem_its_settings_hold():
     triples = {tuple(sorted(triple)) for triple in product(range(1, 6), repeat=3)}
     expected = {(t, triple) for triple in triples for t in range(1, 11) if t in every_value(triple, whole_steps=True)}
-    problems = generate_problems(len(expected), 0, Countdown(1, 5, 1, 10, 0.0))
+    problems = Countdown(1, 5, 1, 10, 0.0).generate(len(expected), 0)
     assert {problem.key for problem in problems} == expected
 
 
@@ -95,13 +95,13 @@ def test_the_seed_decides_the_problems_and_neither_the_process_nor_the_global_ra
 @pytest.mark.parametrize(
     ("count", "wanted", "message"),
     [
-        (1000, Countdown(1, 3, 10, 20, 0.0), r"only \d+ of 1000 different problems, no more with 3 numbers.* max_number=3"),
+        (1000, Countdown(1, 3, 10, 20, 0.0), r"only \d+ of 1000 different problems, no more with 3 numbers; ask for fewer"),
         (1, Countdown(1, 2, 5000, 5001, 1.0), "only 0 of 1 different problems, no more with 4 numbers"),
     ],
 )
 def test_settings_that_hold_too_few_problems_are_an_error_and_not_an_endless_loop(count, wanted, message):
     with pytest.raises(ValueError, match=message):
-        generate_problems(count, 0, wanted)
+        wanted.generate(count, 0)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_the_papers_accuracies_stand_under_its_limits_of_new_tokens():
 
 def test_what_a_recipe_a_file_and_a_user_call_it():
     task = Countdown()
-    assert task.kind == "countdown" and task.problem(json.loads(task.stored.example)) == Problem((79, 60, 17), 36)
+    assert task.kind == "countdown" and task.problem_from_row(json.loads(task.file_format.example)) == Problem((79, 60, 17), 36)
     assert task.parse_input("79,60 17->36") == Problem((79, 60, 17), 36)
     assert len(Problem((1, 2, 3, 4, 5, 6), 7).numbers) == 6
     assert task.parse_input("999999999 1 2").numbers[0] == 999_999_999

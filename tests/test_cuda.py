@@ -19,7 +19,7 @@ from lab.check import UPDATES, decoding, gradient, resuming, updates
 from lab.decoding import Row, check_decoding
 from model import KVCache, ModelError, generate, load_model
 from model.quantize import quantized
-from model.sampler import DecodeBatch, random_streams, stream
+from model.sampler import DecodeBatch, TokenChoice, random_uniforms, sample_completion
 from rl.batch import completion_logprobs, make_batch, score_completions
 from rl.loss import grpo_loss
 
@@ -42,17 +42,16 @@ def test_logits_are_those_of_the_cpu_with_and_without_a_cache(device):
     torch.testing.assert_close(torch.cat(parts, 1).cpu(), expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("distribution", [(1.0, None, None), (0.7, 5, 0.9), (0, None, None)])
-def test_decoding_gives_what_plain_sampling_gives_on_the_same_device(device, distribution):
+@pytest.mark.parametrize("choice", [TokenChoice(), TokenChoice(0.7, 5, 0.9), TokenChoice(0)])
+def test_decoding_gives_what_plain_sampling_gives_on_the_same_device(device, choice):
     """Over two blocks of the cache, and with rows that finish at many lengths."""
     model, stops, length = random_model(std=0.2).to(device), (0, 17), 80
-    temperature, top_k, top_p = distribution
-    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=length, stop_token_ids=stops, seed=3)
-    groups = generate(model, PROMPTS, num_samples=4, **options)
-    streams = random_streams(PROMPTS, 4, length, 3).to(device)
-    for prompt, group, uniforms in zip(PROMPTS, groups, streams, strict=True):
-        for completion, row in zip(group, uniforms, strict=True):
-            ids, logprobs = zip(*stream(model, prompt, row, stops, distribution))
+    options = dict(max_new_tokens=length, stop_token_ids=stops, seed=3)
+    groups = generate(model, PROMPTS, num_samples=4, **options, **vars(choice))
+    uniforms = random_uniforms(PROMPTS, 4, length, 3).to(device)
+    for prompt, group, rows in zip(PROMPTS, groups, uniforms, strict=True):
+        for completion, row in zip(group, rows, strict=True):
+            ids, logprobs = zip(*sample_completion(model, prompt, row, stops, choice))
             assert (completion.token_ids, completion.finished) == (list(ids), ids[-1] in stops)
             assert completion.logprobs == pytest.approx(logprobs, abs=1e-3)
 
@@ -205,7 +204,8 @@ def test_decoding_on_a_gpu_mixes_no_devices_and_waits_for_nothing():
 
     model, _ = load_model("tiny", dtype=torch.bfloat16)
     with torch.inference_mode():
-        batch = DecodeBatch(model, PROMPTS, torch.rand(3, 2, 80), torch.tensor([0]), (1.0, 5, 0.9), static=True)
+        batch = DecodeBatch(model, PROMPTS, torch.rand(3, 2, 80), torch.tensor([0]), TokenChoice(1.0, 5, 0.9), static=True)
+        batch.start()
         with FakeTensorMode():
             for module in model.modules():
                 module._parameters.update({name: moved(p) for name, p in module._parameters.items()})
@@ -216,4 +216,4 @@ def test_decoding_on_a_gpu_mixes_no_devices_and_waits_for_nothing():
                 batch.step()  # a wait for the device would raise
             assert batch.logprobs.dtype == torch.float32 and batch.token_ids.is_cuda
             with pytest.raises(DataDependentOutputException):
-                batch.compact(79, 0.5)  # which has to wait
+                batch.drop(torch.zeros(6, dtype=torch.bool, device="cuda"), 0.5)  # which has to wait

@@ -13,7 +13,7 @@ from lab.checkpoint import state_tensors
 from lab.runfolder import RunFolder
 from lab.stages import train
 from model import ModelError, generate
-from model.sampler import sample, stream
+from model.sampler import TokenChoice, sample_completion, sample_tokens
 from rl.grpo import grpo_loss
 from rl.sft import sft_step
 
@@ -60,8 +60,8 @@ def test_a_sampler_whose_logits_are_not_finite_says_so(bad):
     with pytest.raises(ModelError, match="logits that are not finite"):
         generate(model, [[1, 2, 3]], max_new_tokens=4)
     with pytest.raises(ModelError, match="logits that are not finite"):
-        list(stream(model, [1, 2, 3], torch.rand(4), (), (1.0, None, None)))
-    ids, logprobs = sample(torch.full((2, 7), math.nan), torch.tensor([0.1, 0.9]), 5, 1.0)
+        list(sample_completion(model, [1, 2, 3], torch.rand(4), (), TokenChoice()))
+    ids, logprobs = sample_tokens(torch.full((2, 7), math.nan), torch.tensor([0.1, 0.9]), 5, TokenChoice())
     assert ids.max() < 5 and logprobs.isnan().all()
 
 

@@ -61,12 +61,12 @@ def test_no_text_raises_and_none_is_right_without_the_number_in_it(text):
 def test_what_is_no_problem_is_refused():
     for question, answer in (("q", None), ("q", "4"), ("q", "#### four"), (" ", "#### 4"), (4, "#### 4")):
         with pytest.raises(ValueError):
-            TASK.problem({"question": question, "answer": answer})
+            TASK.problem_from_row({"question": question, "answer": answer})
 
 
 def test_rows_difficulty_and_names():
     assert Task.difficulty(TASK, EGGS) == "all"  # of a task that has no classes
-    assert TASK.problem(EGGS.row()) == EGGS
+    assert TASK.problem_from_row(EGGS.row()) == EGGS
     assert (EGGS.value, TASK.solution(EGGS), TASK.difficulty(EGGS)) == (126, "126", "1 to 2 steps")
     assert EGGS.key == WordProblem("A hen lays 6 eggs a day. How many in 3\nweeks?", "#### 1").key
     assert str(EGGS) == EGGS.key and len(str(WordProblem("long " * 50, "#### 1"))) == 60
@@ -127,7 +127,7 @@ def test_a_run_of_grpo_and_sft_goes_through_the_same_code(monkeypatch, tmp_path)
     run = RunFolder(recipe.out)
     assert [row["kind"] for row in run.metrics()] == ["grpo", "grpo", "sft"]
     assert run.metrics()[-1]["tokens"] > 0
-    rows = [TASK.problem(row) for _, row in read_jsonl(run.rollout_files()[0], "")]
+    rows = [TASK.problem_from_row(row) for _, row in read_jsonl(run.rollout_files()[0], "")]
     assert len({problem.key for problem in rows}) == 2
     assert "paper" not in (run.path / "curve.md").read_text()
     assert "What is" in (run.path / "report.html").read_text()

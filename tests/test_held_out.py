@@ -118,7 +118,7 @@ def test_a_checkpoint_that_does_not_say_what_it_has_seen_is_refused(tmp_path):
 def test_the_examples_of_a_prompt_are_neither_trained_nor_evaluated_on(source, tmp_path):
     sampling = SamplingSettings(examples=4)
     examples = {problem.key for problem in SMALL.examples(4)}
-    problems = generate_problems(50, seed=0, settings=SMALL)
+    problems = SMALL.generate(50, seed=0)
     assert examples & {problem.key for problem in problems}  # else this test would show nothing
     recipe = Recipe(task=SMALL, problems="generated", generated_problems=50, evaluation=EvaluationSettings(problems=10))
     if source == "file":

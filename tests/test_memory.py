@@ -114,7 +114,7 @@ def test_keys_and_values_never_take_more_memory_than_the_budget(room, stops, sta
             tensors = itertools.chain(cache.prompt_keys, cache.prompt_values, *cache.keys, *cache.values)
             held = sum(tensor.nbytes for tensor in tensors)
             prompts, _, longest, _ = cache.prompt_keys[0].shape
-            assert held <= (prompts * longest + len(cache.prompt_of) * 13) * token_bytes(decoder)  # no row that left
+            assert held <= (prompts * longest + len(cache.prompt_index) * 13) * token_bytes(decoder)  # no row that left
             seen[-1] += held
 
     def looked_at(method):

@@ -10,17 +10,17 @@ import play
 from data import Countdown, Problem
 from lab.recipe import RecipeError
 from model import generate
-from model.sampler import random_streams, stream
+from model.sampler import TokenChoice, random_uniforms, sample_completion
 from rl import score
 from rl.rollout import prompt_of
 
 
-@pytest.mark.parametrize("distribution", [(1.0, None, None), (0.0, None, None), (1.3, 9, 0.7)])
-def test_streamed_tokens_are_those_that_the_sampler_gives(distribution):
+@pytest.mark.parametrize("choice", [TokenChoice(), TokenChoice(0.0), TokenChoice(1.3, 9, 0.7)])
+def test_tokens_shown_one_by_one_are_the_samplers_own(choice):
     model, prompt, stops = random_model(std=0.2), [5, 17, 3, 44], (7, 30)
-    chosen = dict(zip(("temperature", "top_k", "top_p"), distribution))
-    ids, logprobs = zip(*stream(model, prompt, random_streams([prompt], 1, 20, 4)[0, 0], stops, distribution))
-    ((completion,),) = generate(model, [prompt], max_new_tokens=20, stop_token_ids=stops, seed=4, **chosen)
+    uniforms = random_uniforms([prompt], 1, 20, 4)[0, 0]
+    ids, logprobs = zip(*sample_completion(model, prompt, uniforms, stops, choice))
+    ((completion,),) = generate(model, [prompt], max_new_tokens=20, stop_token_ids=stops, seed=4, **vars(choice))
     assert list(ids) == completion.token_ids and logprobs == pytest.approx(completion.logprobs, abs=1e-5)
 
 

@@ -53,7 +53,7 @@ def test_rollouts_hold_what_was_sampled_decoded_and_scored(monkeypatch):
 
 @pytest.mark.parametrize("task", [Countdown(), Calculus(), GSM8K()])
 def test_a_prompt_speaks_of_thinking_only_with_it_and_of_the_limit_only_if_asked(task):
-    example = task.problem(json.loads(task.stored.example))
+    example = task.problem_from_row(json.loads(task.file_format.example))
     tokenizer = load_model("tiny")[1]
 
     def prompt(**settings) -> str:
@@ -69,7 +69,7 @@ def test_a_prompt_speaks_of_thinking_only_with_it_and_of_the_limit_only_if_asked
 @pytest.mark.parametrize("task", [Countdown(), Calculus(), GSM8K()])
 @pytest.mark.parametrize("thinking", [True, False])
 def test_examples_are_solved_problems_as_earlier_turns_of_the_chat(task, thinking):
-    problem = task.problem(json.loads(task.stored.example))
+    problem = task.problem_from_row(json.loads(task.file_format.example))
     tokenizer = load_model("tiny")[1]
     plain = prompt_of(tokenizer, task, problem, SamplingSettings(thinking=thinking))
     text = tokenizer.decode(prompt_of(tokenizer, task, problem, SamplingSettings(thinking=thinking, examples=2)))

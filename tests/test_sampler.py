@@ -12,11 +12,11 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 import model.sampler
 from model import Completion, generate
-from model.sampler import DecodeBatch, GraphedStep, random_streams, sample
+from model.sampler import DecodeBatch, GraphedStep, TokenChoice, random_uniforms, sample_tokens
 from rl.batch import Sample, completion_logprobs, make_batch
 
 PROMPTS = [[5, 17, 3, 44, 9], [8], [61, 2, 2, 30, 71, 12, 4, 4, 25], [19, 6, 40], [8, 1, 77, 50, 3, 9, 13]]
-ALMOST_ONE = 1 - 2**-24  # the largest float32 below one, and the largest number that a stream can hold
+ALMOST_ONE = 1 - 2**-24  # the largest float32 below one, and the largest random number
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_a_uniform_number_picks_the_token_of_the_inverse_cdf(temperature, top_k,
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(4000, 31, generator=generator)
     uniforms = torch.rand(4000, generator=generator)
-    sampled, logprobs = sample(logits, uniforms, 31, temperature, top_k, top_p)
+    sampled, logprobs = sample_tokens(logits, uniforms, 31, TokenChoice(temperature, top_k, top_p))
     probabilities = warped(logits, temperature, top_k, top_p)
     cumulative = probabilities.cumsum(-1)
     expected = (cumulative <= uniforms.double().numpy()[:, None]).sum(-1)
@@ -117,7 +117,7 @@ def test_the_largest_and_the_smallest_uniform_pick_a_possible_token(vocab, dtype
     possible = [np.flatnonzero(row) for row in warped(logits, 1.0, top_k, None)]
     padded = torch.cat((logits, torch.full((24, 3), 1e4, dtype=dtype)), dim=1)  # ids past the vocabulary are likeliest
     for uniform in (ALMOST_ONE, 0.0):
-        sampled, logprobs = sample(padded, torch.full((24,), uniform), vocab, 1.0, top_k, None)
+        sampled, logprobs = sample_tokens(padded, torch.full((24,), uniform), vocab, TokenChoice(top_k=top_k))
         assert (logprobs > -50).all()
         assert all(token in row for token, row in zip(sampled.tolist(), possible))
         if vocab == 31:  # few enough that no rounding blurs the ends
@@ -129,7 +129,7 @@ def test_a_long_tail_of_rare_tokens_keeps_its_share_of_a_vocabulary_as_large_as_
     probabilities = torch.full((vocab,), 2e-8, dtype=torch.float64)  # too small to be added to 0.997 in float32
     probabilities[0] = 1 - probabilities[1:].sum()
     uniforms = torch.linspace(0.9975, 0.9999, 12)
-    sampled, _ = sample(probabilities.log().float().expand(12, vocab), uniforms, vocab, 1.0)
+    sampled, _ = sample_tokens(probabilities.log().float().expand(12, vocab), uniforms, vocab, TokenChoice())
     expected = torch.searchsorted(probabilities.cumsum(0), uniforms.double(), right=True)
     assert (sampled - expected).abs().max() < 0.002 * vocab
     assert sampled.min() > 0 and len(set(sampled.tolist())) == 12
@@ -162,12 +162,12 @@ def test_a_completion_does_not_depend_on_its_ragged_batch_and_without_a_stop_has
     assert [completion.token_ids[:14] for completion in longer] == [completion.token_ids for completion in flat(whole)]
 
 
-def test_every_sample_copy_of_a_prompt_and_seed_has_its_own_uniform_stream():
+def test_every_completion_has_random_numbers_of_its_own():
     prompts = [[1, 2, 3], [1, 23], [12, 3], [3, 2, 1], [1, 2, 3]]
-    streams = torch.stack([random_streams(prompts, 4, 80, seed) for seed in (0, 1)])  # [seeds, prompts, samples, tokens]
-    assert len(set(streams.flatten().tolist())) == streams.numel()
-    assert torch.equal(random_streams([[1, 2, 3]] * 3, 5, 90, 0)[:2, :4, :80], streams[0, [0, 4]])
-    counts = torch.histc(streams, 20, 0, 1)  # of about 160
+    uniforms = torch.stack([random_uniforms(prompts, 4, 80, seed) for seed in (0, 1)])  # [seeds, prompts, samples, tokens]
+    assert len(set(uniforms.flatten().tolist())) == uniforms.numel()
+    assert torch.equal(random_uniforms([[1, 2, 3]] * 3, 5, 90, 0)[:2, :4, :80], uniforms[0, [0, 4]])
+    counts = torch.histc(uniforms, 20, 0, 1)  # of about 160
     assert counts.min() > 110 and counts.max() < 210
 
 
@@ -206,18 +206,18 @@ def test_an_argument_out_of_its_range_is_refused_by_name(message, change, decode
 
 STOPS = (7, 30, 51, 12)
 COPIES = [[5, 17, 3, 44, 9], [8], [61, 2, 2, 30, 71, 12, 4], [5, 17, 3, 44, 9]]
-STREAMS = random_streams(COPIES, 5, 40, seed=3)
+UNIFORMS = random_uniforms(COPIES, 5, 40, seed=3)
 
 
 @torch.inference_mode()
-def one_by_one(decoder, distribution) -> list[Completion]:
+def one_by_one(decoder, choice) -> list[Completion]:
     """Without a cache: every token comes from a forward over all tokens before it."""
     completions = []
-    for prompt, uniforms in ((prompt, uniforms) for prompt, group in zip(COPIES, STREAMS) for uniforms in group):
+    for prompt, uniforms in ((prompt, uniforms) for prompt, group in zip(COPIES, UNIFORMS) for uniforms in group):
         ids, logprobs = [], []
         while len(ids) < len(uniforms) and not set(ids[-1:]) & set(STOPS):
             logits = decoder(torch.tensor([prompt + ids]))[:, -1]
-            token, logprob = sample(logits, uniforms[len(ids), None], decoder.num_tokens, *distribution)
+            token, logprob = sample_tokens(logits, uniforms[len(ids), None], decoder.num_tokens, choice)
             ids.append(token.item())
             logprobs.append(logprob.item())
         completions.append(Completion(ids, logprobs, ids[-1] in STOPS))
@@ -225,13 +225,13 @@ def one_by_one(decoder, distribution) -> list[Completion]:
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("distribution", [(1.0, None, None), (0.7, None, None), (0, None, None), (1.2, 4, 0.8)], ids=str)
+@pytest.mark.parametrize("choice", [TokenChoice(), TokenChoice(0.7), TokenChoice(0), TokenChoice(1.2, 4, 0.8)], ids=str)
 @torch.inference_mode()
-def test_a_batch_gives_what_the_plain_sampler_gives(distribution, static, decoder):
-    batch = DecodeBatch(decoder, COPIES, STREAMS, torch.tensor(STOPS), distribution, static)
+def test_a_batch_gives_what_the_plain_sampler_gives(choice, static, decoder):
+    batch = DecodeBatch(decoder, COPIES, UNIFORMS, torch.tensor(STOPS), choice, static)
     for _ in batch.run():
         pass
-    assert_same(batch.completions, one_by_one(decoder, distribution))
+    assert_same(flat(batch.completions()), one_by_one(decoder, choice))
 
 
 def test_a_row_that_stops_on_its_last_slot_is_finished_and_one_token_less_is_not(decoder):
@@ -251,7 +251,7 @@ def test_generate_gives_what_the_plain_sampler_gives_however_work_is_cut(
     monkeypatch.setattr(model.sampler, "PREFILL_TOKENS", prefilled)
     monkeypatch.setitem(model.sampler.COMPACT_BELOW, "cpu", compact_below)
     monkeypatch.setitem(model.sampler.CHECK_EVERY, "cpu", check_every)
-    expected = one_by_one(decoder, (1.0, None, None))
+    expected = one_by_one(decoder, TokenChoice())
     for room in (None, 450, 130, 49):  # one batch; several; parts of groups; one sample at a time
         options = dict(num_samples=5, max_new_tokens=40, stop_token_ids=STOPS, seed=3, max_cache_tokens=room)
         groups, shapes = forwards(decoder, lambda: generate(decoder, COPIES, **options))  # noqa: B023
@@ -262,26 +262,28 @@ def test_generate_gives_what_the_plain_sampler_gives_however_work_is_cut(
             assert set(rows) == {20} if compact_below == 0 else len(set(rows)) > 2
 
 
-@pytest.mark.parametrize("distribution", [(1.0, None, None), (0, None, None), (0.8, 5, 0.9)], ids=str)
-@pytest.mark.parametrize("compacted", [False, True])
+@pytest.mark.parametrize("choice", [TokenChoice(), TokenChoice(0), TokenChoice(0.8, 5, 0.9)], ids=str)
+@pytest.mark.parametrize("dropped", [False, True])
 @torch.inference_mode()
-def test_a_step_never_waits_for_the_device(compacted, distribution, decoder):
-    batch = DecodeBatch(decoder, COPIES, STREAMS, torch.tensor(STOPS), distribution, static=True)
-    count = 12 if compacted else 2
+def test_a_step_never_waits_for_the_device(dropped, choice, decoder):
+    batch = DecodeBatch(decoder, COPIES, UNIFORMS, torch.tensor(STOPS), choice, static=True)
+    batch.start()
+    count = 12 if dropped else 2
     for stored in range(1, count):
         batch.cache.reserve(stored)
         batch.step()
-    if compacted:
-        batch.compact(count, below=1.0)
-        assert 0 < len(batch.numbers) < 20
+    finished, _ = batch.endings(count)
+    if dropped:
+        batch.drop(finished, below=1.0)
+        assert 0 < len(batch.active) < 20
     batch.model = copy.deepcopy(decoder).to("meta")
     for holder in (batch, batch.cache):  # a tensor on the meta device has no numbers: reading one is an error
         vars(holder).update(tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), vars(holder)))
     batch.cache.reserve(count)
     batch.step()
-    assert batch.token_ids.is_meta and batch.cache.stored.is_meta
+    assert batch.token_ids.is_meta and batch.cache.stored_on_device.is_meta
     with pytest.raises((RuntimeError, NotImplementedError)):
-        batch.compact(count + 1, below=0.5)  # which has to wait
+        batch.drop(finished.to("meta"), below=0.5)  # which has to wait
 
 
 def test_a_graph_is_recorded_on_the_second_call_with_a_shape_and_then_replayed(monkeypatch):

@@ -109,7 +109,7 @@ def test_a_cold_start_learns_right_worked_solutions_of_training_problems_only(tm
     options = ("--out", tmp_path / "run", "--generated-problems", 100, "--sampling.examples", 2)
     recipe = replace(smoke(*options).recipe, stages=(stage,))
     train(recipe, quiet=True)
-    traces = load_traces(tmp_path / "run" / "worked.jsonl", recipe.task.problem, lambda text, problem: True)
+    traces = load_traces(tmp_path / "run" / "worked.jsonl", recipe.task.problem_from_row, lambda text, problem: True)
     assert len(traces) == 40 and len({trace.problem.key for trace in traces}) == 40
     for trace in traces:
         assert recipe.task.score(trace.completion, trace.problem).outcome == "correct"

@@ -36,7 +36,7 @@ from lab.screen import LiveScreen, plain_console, progress_bar
 from lab.setup import load_policy, set_up, stage_start_model
 from lab.stages import train
 from model import Completion, Qwen3Config, Tokenizer, generate, load_model, save_model
-from model.sampler import random_streams, stream
+from model.sampler import TokenChoice, random_uniforms, sample_completion
 from rl.batch import Sample, make_batch, score_completions
 from rl.rollout import Rollout
 
@@ -90,8 +90,8 @@ def test_a_model_of_any_precision_is_sampled_and_scored():
     model = random_model(dtype=torch.float64, std=0.2)
     options = dict(num_samples=2, max_new_tokens=6, seed=3)
     ((first, _),) = generate(model, [[5, 17, 3]], **options)
-    uniforms = random_streams([[5, 17, 3]], 2, 6, seed=3)[0, 0]
-    ids, logprobs = zip(*stream(model, [5, 17, 3], uniforms, (), (1.0, None, None)))
+    uniforms = random_uniforms([[5, 17, 3]], 2, 6, seed=3)[0, 0]
+    ids, logprobs = zip(*sample_completion(model, [5, 17, 3], uniforms, (), TokenChoice()))
     assert first.token_ids == list(ids) and np.allclose(first.logprobs, logprobs, rtol=1e-12)
     assert first.logprobs != np.float32(first.logprobs).tolist()  # none is rounded
     batch = make_batch([Sample([5, 17, 3], first.token_ids, first.logprobs, 1.0)])

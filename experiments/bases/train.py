@@ -20,7 +20,7 @@ import tokenizers
 import tyro
 
 from data.calculus import Calculus, Derivative
-from data.countdown import Countdown, Problem, prompt_text
+from data.countdown import Countdown, Problem
 from experiments.bases.attempts import (
     LARGEST_VALUE,
     VERDICTS,
@@ -76,7 +76,7 @@ def countdown_document(rng: random.Random, last: bool) -> tuple[str, str]:
         number, text = comparison_document(rng, TINY_PROBLEMS)
         return comparison_prompt(number), text
     problem = hopeless_problem(rng, TINY_PROBLEMS)
-    return prompt_text(problem), attempts_document(problem, rng, musing)
+    return Countdown().prompt(problem), attempts_document(problem, rng, musing)
 
 
 def calculus_document(rng: random.Random, last: bool) -> tuple[str, str]:
@@ -89,7 +89,7 @@ def fixed_phrases(prompts: list[str], variable: str) -> list[str]:
     return [piece for prompt in prompts for piece in re.split(variable, prompt) if len(piece) > 1]
 
 
-COUNTDOWN_PROMPTS = [prompt_text(Problem((1, 2, 3), 10)), comparison_prompt(10)]
+COUNTDOWN_PROMPTS = [Countdown().prompt(Problem((1, 2, 3), 10)), comparison_prompt(10)]
 CALCULUS_PROMPTS = [TINY_CALCULUS.prompt(Derivative((0, 1), order)) for order in (1, 2)]
 CORPORA = {
     "countdown": Corpus(

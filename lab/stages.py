@@ -23,12 +23,13 @@ from lab.setup import find_state, set_up, stage_start_model
 from model.sampler import Cancelled
 from model.weights import is_embedded
 from rl.batch import Sample
-from rl.distributed import all_values, any_rank, broadcast, is_main, share, world_size
+from rl.distributed import all_values, any_rank, broadcast, is_main, own_part, world_size
 from rl.grpo import GRPOStage, grpo_step
 from rl.metrics import rollout_metrics
 from rl.optimizer import Optimizer
-from rl.rollout import prompt_of
+from rl.rollout import prompt_for
 from rl.sft import WORKED, SFTStage, sft_schedule, sft_step
+from rl.trainer import Trainer
 
 MAX_SKIPPED_UPDATES = 5  # in a row, then the run ends
 
@@ -71,7 +72,7 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
             metrics = {}
             for name, count, sampling in evaluations:
                 options = {"sampling": sampling, "num_samples": 1, "seed": EVALUATION_SEED}
-                with screen.sampling("evaluation", len(share(held_out[:count]))) as options["on_progress"]:
+                with screen.sampling("evaluation", len(own_part(held_out[:count]))) as options["on_progress"]:
                     result = evaluate(model, tokenizer, recipe.task, held_out[:count], **options)
                 metrics |= {f"{name}_{part}": getattr(result, part) for part in ("accuracy", "low", "high")}
                 if name == "eval":
@@ -118,20 +119,20 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
             count = stage.prompts_per_step
             chosen = endless_problems(problems, recipe.seed, state.problems_seen, count)
             options = {"settings": stage, "sampling": recipe.sampling, "reward": recipe.reward}
-            options |= {"learning_rate": learning_rate_at(stage, state.stage_step, optimizer.steps)}
+            options |= {"learning_rate": learning_rate_at(stage, state.stage_step, trainer.optimizer.steps)}
             options["reference"] = reference
             # A step that has only sampled can be dropped, unless other ranks would wait for this one.
             options["cancel"] = stop.requested if world_size() == 1 else None
             options["seed"] = 1000 * recipe.seed + state.step
-            with screen.sampling("rollout", len(share(chosen)) * stage.samples_per_prompt) as show:
-                step = (model, tokenizer, optimizer, recipe.task, chosen)
+            with screen.sampling("rollout", len(own_part(chosen)) * stage.samples_per_prompt) as show:
+                step = (trainer, tokenizer, recipe.task, chosen)
                 groups, advantages, metrics = grpo_step(*step, **options, on_progress=show)
             state.problems_seen += count
             state.see(chosen)
             screen.rollouts(groups)
             if is_main():
                 run.save_rollouts(state.step + 1, state.stage, groups, advantages)
-            metrics |= rollout_metrics(groups) | {"micro_batch_tokens": optimizer.micro_batch_tokens}
+            metrics |= rollout_metrics(groups) | {"micro_batch_tokens": trainer.micro_batch_tokens}
             return metrics | {"tokens_per_second": metrics["tokens"] / metrics["rollout_seconds"]}
 
         def sft_batches() -> list[list[Sample]]:
@@ -142,7 +143,7 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                 return []
             samples = []
             for trace in traces:
-                prompt = prompt_of(tokenizer, recipe.task, trace.problem, recipe.sampling)
+                prompt = prompt_for(tokenizer, recipe.task, trace.problem, recipe.sampling)
                 completion = tokenizer.encode(trace.completion) + [tokenizer.end_of_turn_id]
                 samples.append(Sample(prompt, completion))
             state.see(trace.problem for trace in traces)
@@ -155,7 +156,7 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
             """One step of the schedule, at a learning rate that falls linearly to zero."""
             start = time.perf_counter()
             learning_rate = stage.learning_rate * (1 - state.stage_step / len(schedule))
-            metrics = sft_step(model, optimizer, schedule[state.stage_step], learning_rate)
+            metrics = sft_step(trainer, schedule[state.stage_step], learning_rate)
             return metrics | {"lr": learning_rate, "update_seconds": time.perf_counter() - start}
 
         # 2. Accuracy before any step. The folder holds a run only now, so a failed start can be repeated.
@@ -166,7 +167,7 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                 run.create(recipe, state.problems)
             record(row, 0)
             if recipe.stages and model.device.type == "cpu" and not is_embedded(recipe.model):
-                prompt = prompt_of(tokenizer, recipe.task, held_out[0], recipe.sampling)
+                prompt = prompt_for(tokenizer, recipe.task, held_out[0], recipe.sampling)
                 screen.say(planned_time(row, recipe, len(prompt)))
 
         # 3. The stages, each with a new optimizer. A signal drops unfinished rollouts or waits for an update.
@@ -174,9 +175,9 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
         while state.stage < len(recipe.stages):
             stage = recipe.stages[state.stage]
             is_last = state.stage == len(recipe.stages) - 1
-            optimizer = Optimizer(model, recipe.optimizer, micro_batch_tokens)
+            trainer = Trainer(model, Optimizer(model, recipe.optimizer), micro_batch_tokens)
             if checkpoint is not None and state.stage_step > 0:
-                load_into(optimizer, checkpoint)
+                load_into(trainer.optimizer, checkpoint)
             checkpoint = reference = None
             if stage.kind == "grpo":
                 steps, every, take_step = stage.steps, recipe.evaluation.every, take_grpo_step
@@ -188,7 +189,7 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                 every = max(recipe.evaluation.every, -(-steps // 4))  # its steps are short
             while state.stage_step < steps:
                 if any_rank(stop.requested.is_set()):
-                    save(optimizer if state.stage_step else None)
+                    save(trainer.optimizer if state.stage_step else None)
                     number = next(filter(None, all_values(stop.number)))
                     advice = "go on with the same command and --resume."
                     raise Stopped(f"Saved after step {state.step}; {advice}", number)
@@ -206,19 +207,20 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                 if ends or state.stage_step % every == 0:
                     row |= evaluation(ends and is_last)
                 record(row, steps)
-                if optimizer.skipped_in_a_row >= MAX_SKIPPED_UPDATES:
-                    skipped = f"{optimizer.skipped_in_a_row} updates in a row had no finite loss and gradient"
+                skipped_in_a_row = trainer.optimizer.skipped_in_a_row
+                if skipped_in_a_row >= MAX_SKIPPED_UPDATES:
+                    skipped = f"{skipped_in_a_row} updates in a row had no finite loss and gradient"
                     advice = "lower the learning rate, or try --dtype float32, in a new run"
                     raise RecipeError(f"{skipped}, and changed nothing: {advice}")
                 if not ends and state.stage_step % recipe.checkpoint_every == 0 and can_save():
-                    save(optimizer)
+                    save(trainer.optimizer)
             if not steps and is_last:  # an SFT stage without traces: no step has evaluated
                 position = {"stage": state.stage, "kind": stage.kind, "step": state.step}
                 row = position | {"grpo_steps": state.grpo_steps} | evaluation(True)
                 if is_main():
                     run.log(row)
-            micro_batch_tokens = optimizer.micro_batch_tokens
-            del optimizer, reference  # frees their memory before the next stage takes its own
+            micro_batch_tokens = trainer.micro_batch_tokens
+            del trainer, reference  # frees their memory before the next stage takes its own
             state.stage += 1
             state.stage_step = 0
             save(None)

@@ -12,7 +12,7 @@ from lab.recipe import RecipeError
 from model import generate
 from model.sampler import random_streams, stream
 from rl import score
-from rl.rollout import prompt_of
+from rl.rollout import prompt_for
 
 
 @pytest.mark.parametrize("distribution", [(1.0, None, None), (0.0, None, None), (1.3, 9, 0.7)])
@@ -47,7 +47,7 @@ def test_a_session_shows_thoughts_verdicts_and_solutions_side_by_side_and_ends(e
 def test_the_verdict_on_a_completion_is_the_tasks_own_and_names_its_end():
     player = play.load_player("tiny-256", play.Arguments(temperature=0.0, device="cpu"))
     problem = Problem((3, 4, 5), 12)
-    prompt = prompt_of(player.tokenizer, player.recipe.task, problem, player.recipe.sampling)
+    prompt = prompt_for(player.tokenizer, player.recipe.task, problem, player.recipe.sampling)
     stops = player.tokenizer.stop_token_ids
     ((completion,),) = generate(player.model, [prompt], max_new_tokens=256, stop_token_ids=stops, temperature=0.0)
     text = player.tokenizer.decode(completion.token_ids[:-1])

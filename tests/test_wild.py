@@ -23,7 +23,6 @@ import play as play_command
 import train as train_command
 from data import score
 from data.gsm8k import WordProblem
-from data.task import Score
 from data.traces import Trace, save_traces
 from lab.checkpoint import TrainState, checkpoints, prune_checkpoints
 from lab.comparison import Candidate, comparison_table, measures
@@ -36,7 +35,7 @@ from lab.setup import load_policy, set_up, stage_start_model
 from lab.stages import train
 from model import Completion, Qwen3Config, Tokenizer, generate, load_model, save_model
 from model.sampler import random_streams, stream
-from rl.batch import Sample, make_batch, score_completions
+from rl.batch import Sample, logprobs_and_entropy, make_batch
 from rl.rollout import Rollout
 
 CPU = torch.device("cpu")
@@ -94,7 +93,7 @@ def test_a_model_of_any_precision_is_sampled_and_scored():
     assert first.token_ids == list(ids) and np.allclose(first.logprobs, logprobs, rtol=1e-12)
     assert first.logprobs != np.float32(first.logprobs).tolist()  # none is rounded
     batch = make_batch([Sample([5, 17, 3], first.token_ids, first.logprobs, 1.0)])
-    scored = score_completions(model, batch).logprobs[0].tolist()
+    scored = logprobs_and_entropy(model, batch).logprobs[0].tolist()
     assert np.allclose(scored, first.logprobs, rtol=1e-10)
 
 
@@ -217,7 +216,7 @@ def test_texts_from_outside_are_shown_as_they_are_on_the_live_screen(monkeypatch
     monkeypatch.setenv("LINES", "60")
     shown = LiveScreen(recipe, plain_console())
     problem = WordProblem(HOSTILE, "#### 1")
-    shown.rollouts([[Rollout(problem, [1], Completion([5], [-0.5], True), HOSTILE, Score(1.0, "correct"))]])
+    shown.rollouts([[Rollout(problem, [1], Completion([5], [-0.5], True), HOSTILE, "correct", 1.0)]])
     with shown.console.capture() as capture:
         shown.console.print(shown.draw())
         shown.say(HOSTILE)
@@ -226,7 +225,7 @@ def test_texts_from_outside_are_shown_as_they_are_on_the_live_screen(monkeypatch
 
 def test_texts_from_outside_are_shown_as_they_are_in_eval_play_and_progress_bars(capsys, monkeypatch):
     problem = WordProblem(HOSTILE, "#### 1")
-    group = [Rollout(problem, [1], Completion([5], [-0.5], True), HOSTILE, Score(1.0, "correct"))]
+    group = [Rollout(problem, [1], Completion([5], [-0.5], True), HOSTILE, "correct", 1.0)]
     recipe = replace(load_recipe("gsm8k")[1], model=HOSTILE)
     candidate = Candidate(HOSTILE, recipe, Evaluation.of([group]), Evaluation.of([group]))
     monkeypatch.setenv("COLUMNS", "200")

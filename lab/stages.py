@@ -14,6 +14,7 @@ from lab.checkpoint import TrainState, load_into, prune_checkpoints, save_checkp
 from lab.device import peak_memory, processes, restarted
 from lab.errors import Stopped, stoppable
 from lab.evaluate import EVALUATION_SEED, evaluate
+from lab.metrics import rollout_metrics
 from lab.plots import paper_points, write_curve
 from lab.recipe import Recipe, RecipeError
 from lab.report import write_report
@@ -25,7 +26,6 @@ from model.weights import is_embedded
 from rl.batch import Sample
 from rl.distributed import all_values, any_rank, broadcast, is_main, own_part, world_size
 from rl.grpo import GRPOStage, grpo_step
-from rl.metrics import rollout_metrics
 from rl.optimizer import Optimizer
 from rl.rollout import prompt_for
 from rl.sft import WORKED, SFTStage, sft_schedule, sft_step

@@ -90,13 +90,8 @@ def prompt_groups(samples: list[Sample]) -> list[list[int]]:
     for index in longest_first:
         prompt = tuple(samples[index].prompt_ids)
         by_prompt.setdefault(prompt, []).append(index)
-    groups = []
-    alone = []
-    for members in by_prompt.values():
-        if len(members) > 1:
-            groups.append(members)
-        else:
-            alone += members
+    groups = [members for members in by_prompt.values() if len(members) > 1]
+    alone = [members[0] for members in by_prompt.values() if len(members) == 1]
     if alone:
         groups.append(alone)
     return groups

@@ -64,9 +64,9 @@ def grpo_step(
     """One step: answer `problems`, compare the answers, and make the better ones of each group likelier.
 
     `reference` is the frozen model of the KL penalty; `on_progress` and `cancel` are those of `generate`.
-    Returns the rollouts, [problem][sample]; their advantages, [problems, samples]; the updates' metrics.
+    Returns the rollouts, [problem][sample]; their advantages, [problems, samples]; and metrics.
     """
-    # 1. Sample. The completions of one problem are a group; each has earned a reward.
+    # 1. Sample completions and reward each. Those of one problem are a group.
     start = time.perf_counter()
     groups = collect_rollouts(
         trainer.model,
@@ -93,9 +93,7 @@ def grpo_step(
     for number in range(settings.updates_per_step):
         part = samples[number :: settings.updates_per_step]
         updates.append(grpo_update(trainer, part, settings, sampling, learning_rate, reference))
-    tokens = sum(len(sample.completion_ids) for group in samples for sample in group)
-    metrics = update_metrics(updates, tokens)
-    metrics["lr"] = learning_rate
+    metrics = update_metrics(updates) | {"lr": learning_rate}
     metrics["rollout_seconds"] = sampling_end - start
     metrics["update_seconds"] = time.perf_counter() - sampling_end
     return groups, advantages, metrics
@@ -121,6 +119,7 @@ def with_advantages(groups: list[list[Rollout]], advantages: Tensor) -> list[lis
 class Update:
     """What is known of an optimizer step, the same on all ranks."""
 
+    tokens: int  # of all its completions
     sums: Counter  # over the tokens of the samples that took part, by the names of `policy_sums`
     grad_norm: float  # before clipping; NaN if the step was skipped
 
@@ -170,7 +169,7 @@ def grpo_update(
     # 3. The optimizer's step.
     finite = all(math.isfinite(value) for value in sums.values())
     grad_norm = trainer.optimizer.step(learning_rate, skip=not finite)
-    return Update(sums, grad_norm)
+    return Update(sum(lengths), sums, grad_norm)
 
 
 @torch.no_grad()
@@ -184,7 +183,7 @@ def policy_sums(
     )
     return Counter(
         loss=loss.item(),
-        tokens=len(log_ratio),
+        learned_tokens=len(log_ratio),
         clipped_low=clipped_low,
         clipped_high=clipped_high,
         entropy=entropy.sum().item(),
@@ -193,31 +192,29 @@ def policy_sums(
     )
 
 
-def update_metrics(updates: list[Update | None], tokens: int) -> dict[str, float]:
-    """The metrics of the updates of a step, whose completions have this many `tokens`.
+def update_metrics(updates: list[Update | None]) -> dict[str, float]:
+    """The metrics of the updates of a step. What could not be measured is NaN.
 
     `policy_entropy` is exact, `log_ratio_*` is trainer against sampler before the first update; both in nats.
-    Clip fractions are of all tokens of the step. What could not be measured is NaN.
+    Clip fractions are of the tokens of all completions.
     """
     tried = [update for update in updates if update is not None]
     taken = [update for update in tried if math.isfinite(update.grad_norm)]
+    tokens = sum(update.tokens for update in taken)
     first = taken[0].sums if taken else Counter()
-    all_sums: Counter = Counter()
+    log_ratio_mean = mean(first["log_ratio"], first["learned_tokens"])
+    log_ratio_variance = mean(first["log_ratio_squared"], first["learned_tokens"]) - log_ratio_mean**2
+    sums: Counter = Counter()
     for update in taken:
-        all_sums.update(update.sums)
-    if not taken:
-        tokens = 0  # none could be clipped
-    clipped = all_sums["clipped_low"] + all_sums["clipped_high"]
-    log_ratio_mean = mean(first["log_ratio"], first["tokens"])
-    log_ratio_variance = mean(first["log_ratio_squared"], first["tokens"]) - log_ratio_mean**2
+        sums.update(update.sums)
     return {
-        "loss": mean(all_sums["loss"], len(taken)),
+        "loss": mean(sums["loss"], len(taken)),
         "grad_norm": mean(sum(update.grad_norm for update in taken), len(taken)),
         "skipped_updates": len(tried) - len(taken),
-        "policy_entropy": mean(all_sums["entropy"], all_sums["tokens"]),
-        "clip_fraction": mean(clipped, tokens),
-        "clip_fraction_low": mean(all_sums["clipped_low"], tokens),
-        "clip_fraction_high": mean(all_sums["clipped_high"], tokens),
+        "policy_entropy": mean(sums["entropy"], sums["learned_tokens"]),
+        "clip_fraction": mean(sums["clipped_low"] + sums["clipped_high"], tokens),
+        "clip_fraction_low": mean(sums["clipped_low"], tokens),
+        "clip_fraction_high": mean(sums["clipped_high"], tokens),
         "log_ratio_mean": log_ratio_mean,
         "log_ratio_std": abs(log_ratio_variance) ** 0.5,  # rounding can take the variance below zero
     }

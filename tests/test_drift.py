@@ -6,8 +6,8 @@ from helpers import PROBLEM
 from data import Problem, score
 from data.task import CORRECT, MALFORMED, WRONG, Score
 from data.traces import non_latin
+from lab.metrics import rollout_metrics
 from model import Completion
-from rl.metrics import rollout_metrics
 from rl.reward import RewardSettings, reward_for
 from rl.rollout import Rollout
 

@@ -10,12 +10,12 @@ from helpers import PROBLEM
 import lab.stages
 from data import Problem
 from lab.evaluate import Evaluation, problems_hash
+from lab.metrics import common_form, pass_at_k, rollout_metrics
 from lab.recipe import EvaluationSettings, load_recipe, problems_of
 from lab.runfolder import RunFolder
 from lab.stages import train
 from model import Completion
 from rl import score
-from rl.metrics import common_form, pass_at_k, rollout_metrics
 from rl.rollout import Rollout
 
 

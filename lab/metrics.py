@@ -5,10 +5,9 @@ import re
 from collections import Counter
 
 from data.traces import non_latin
-from rl.rollout import Rollout
+from rl.rollout import Groups
 
 ANSWER = re.compile(r"<answer>([^<]{1,256})</answer>")
-Groups = list[list[Rollout]]
 
 
 def rollout_metrics(groups: Groups) -> dict[str, float]:

@@ -57,10 +57,11 @@ def make_batch(samples: list[Sample], device="cpu") -> Batch:
         rows = iter(members)
         for count, padded_length in group.blocks():
             for row in islice(rows, count):
-                inputs = samples[row].prompt_ids + samples[row].completion_ids[:-1]
+                sample, length = samples[row], lengths[row]
+                inputs = sample.prompt_ids + sample.completion_ids[:-1]
                 branch = inputs[group.prefix :]
                 end = len(stream) + len(branch)
-                logit_positions[row, : lengths[row]] = torch.arange(end - lengths[row], end)
+                logit_positions[row, :length] = torch.arange(end - length, end)
                 stream += branch
                 stream += [0] * (padded_length - len(branch))
 
@@ -85,11 +86,11 @@ def make_batch(samples: list[Sample], device="cpu") -> Batch:
 
 def prompt_groups(samples: list[Sample]) -> list[list[int]]:
     """Indices of samples that share a prompt, longest first; the others form one group."""
-    longest_first = sorted(range(len(samples)), key=lambda index: -len(samples[index]))
+    longest_first = sorted(range(len(samples)), key=lambda row: len(samples[row]), reverse=True)
     by_prompt: dict[tuple[int, ...], list[int]] = {}
-    for index in longest_first:
-        prompt = tuple(samples[index].prompt_ids)
-        by_prompt.setdefault(prompt, []).append(index)
+    for row in longest_first:
+        prompt = tuple(samples[row].prompt_ids)
+        by_prompt.setdefault(prompt, []).append(row)
     groups = [members for members in by_prompt.values() if len(members) > 1]
     alone = [members[0] for members in by_prompt.values() if len(members) == 1]
     if alone:

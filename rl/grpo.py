@@ -7,7 +7,6 @@ reward comes once, at the end, and is exact, so there is no GAE and, without `kl
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Event
 from typing import Literal
@@ -23,7 +22,7 @@ from rl.distributed import own_part, sum_counts, sum_gradients
 from rl.loss import clip_counts, grpo_loss, loss_denominator
 from rl.ranges import Count, CountOrZero, NonNegative, Positive, ZeroToOne
 from rl.reward import RewardSettings
-from rl.rollout import Rollout, SamplingSettings, collect_rollouts
+from rl.rollout import Groups, OnProgress, SamplingSettings, collect_rollouts
 from rl.trainer import Trainer
 
 
@@ -58,9 +57,9 @@ def grpo_step(
     seed: int,
     reward: RewardSettings = RewardSettings(),
     reference: Qwen3 | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
     cancel: Event | None = None,
-) -> tuple[list[list[Rollout]], Tensor, dict[str, float]]:
+) -> tuple[Groups, Tensor, dict[str, float]]:
     """One step: answer `problems`, compare the answers, and make the better ones of each group likelier.
 
     `reference` is the frozen model of the KL penalty; `on_progress` and `cancel` are those of `generate`.
@@ -99,7 +98,7 @@ def grpo_step(
     return groups, advantages, metrics
 
 
-def with_advantages(groups: list[list[Rollout]], advantages: Tensor) -> list[list[Sample]]:
+def with_advantages(groups: Groups, advantages: Tensor) -> list[list[Sample]]:
     """The rollouts as samples to learn from, [problem][sample]."""
     samples = []
     for group, row in zip(groups, advantages.tolist(), strict=True):

@@ -31,15 +31,16 @@ class Optimizer:
     """AdamW, one piece of a parameter at a time, so that only one piece at a time has temporaries."""
 
     def __init__(self, model: nn.Module, settings: OptimizerSettings = OptimizerSettings()):
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # Smallest first: when the largest tensor needs room for its update, the other gradients are gone.
-        self.parameters = dict(sorted(trained, key=lambda item: item[1].numel()))
+        smallest_first = sorted(trained, key=lambda name: trained[name].numel())
+        self.parameters = {name: trained[name] for name in smallest_first}
         self.steps = 0
         self.skipped_in_a_row = 0  # updates skipped since the last one taken
         self.pieces: dict[str, list[Piece]] = {}
         for name, parameter in self.parameters.items():
-            kind_of_piece = piece_class(name, parameter.dtype, settings.rounding)
-            self.pieces[name] = [kind_of_piece(part, settings.kind) for part in flat_parts(parameter)]
+            way = way_to_keep(name, parameter.dtype, settings.rounding)
+            self.pieces[name] = [way(part, settings.kind) for part in flat_parts(parameter)]
 
     @torch.no_grad()
     def step(self, learning_rate: float, skip: bool = False) -> float:
@@ -48,9 +49,8 @@ class Optimizer:
         With `skip`, or if the norm is not finite, nothing is updated, and NaN is returned.
         """
         # 1. The norm before clipping.
-        norm = math.nan
-        if not skip:
-            norm = joint_norm(p.grad for p in self.parameters.values() if p.grad is not None)
+        gradients = (p.grad for p in self.parameters.values() if p.grad is not None)
+        norm = math.nan if skip else joint_norm(gradients)
         if not math.isfinite(norm):
             self.clear_gradients()
             self.skipped_in_a_row += 1
@@ -61,9 +61,10 @@ class Optimizer:
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
-            gradients = flat_parts(parameter.grad)
-            for number, (piece, gradient) in enumerate(zip(self.pieces[name], gradients, strict=True)):
-                piece.update(gradient, scale, learning_rate, random_key=f"{self.steps} {name} {number}")
+            gradient_parts = flat_parts(parameter.grad)
+            for number, piece in enumerate(self.pieces[name]):
+                random_key = f"{self.steps} {name} {number}"
+                piece.update(gradient_parts[number], scale, learning_rate, random_key)
             parameter.grad = None
         self.steps += 1
         self.skipped_in_a_row = 0
@@ -129,8 +130,8 @@ class StochasticPiece(Piece):
         self.master.data = self.weights.new_empty(0, dtype=torch.float32)
 
 
-def piece_class(name: str, dtype: torch.dtype, rounding: str) -> type[Piece]:
-    """How to keep the weights of a parameter."""
+def way_to_keep(name: str, dtype: torch.dtype, rounding: str) -> type[Piece]:
+    """The class of the pieces of a parameter. ValueError: this rounding does not suit its dtype."""
     if dtype == torch.float32:
         return Piece
     if rounding == "masters":
@@ -158,7 +159,8 @@ def round_stochastically(x: Tensor, key: str) -> Tensor:
 
     A bfloat16 is the upper half of a float32: a random number is added to the lower half, and may carry.
     """
-    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little", signed=True)
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    seed = int.from_bytes(digest, "little", signed=True)
     generator = torch.Generator(x.device).manual_seed(seed)
     bits = torch.randint(2**16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     bits += x.view(torch.int32)

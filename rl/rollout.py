@@ -13,6 +13,8 @@ from rl.distributed import gather, own_part, rank, world_size
 from rl.ranges import Count, CountOrZero, NonNegative
 from rl.reward import RewardSettings, reward_for
 
+OnProgress = Callable[[int, int], None]  # is told completions done and tokens sampled so far
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -59,6 +61,9 @@ class Rollout:
     reward: float  # what the recipe pays for it, from which the policy learns
 
 
+Groups = list[list[Rollout]]  # [problem][sample]
+
+
 def collect_rollouts(
     model: Qwen3,
     tokenizer: Tokenizer,
@@ -69,9 +74,9 @@ def collect_rollouts(
     num_samples: int,
     seed: int,
     reward: RewardSettings = RewardSettings(),
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
     cancel: Event | None = None,
-) -> list[list[Rollout]]:
+) -> Groups:
     """Sample and judge `num_samples` completions of each problem, as `[problem][sample]`.
 
     The same problem twice makes two groups. Each rank samples its own part and gets all. `on_progress` and
@@ -94,7 +99,8 @@ def collect_rollouts(
         cancel=cancel,
     )
     groups = []
-    for problem, prompt, group in zip(own_part(problems), own_part(prompts), completions, strict=True):
+    own = zip(own_part(problems), own_part(prompts), completions, strict=True)
+    for problem, prompt, group in own:
         rollouts = []
         for completion in group:
             rollouts.append(judge(tokenizer, task, problem, prompt, completion, sampling, reward))

@@ -82,6 +82,19 @@ def test_examples_are_solved_problems_as_earlier_turns_of_the_chat(task, thinkin
     assert text.count("<|im_start|>user") == 3
 
 
+def test_a_reward_sees_verdict_text_and_ids_and_leaves_the_outcome(monkeypatch):
+    def shorter_is_better(verdict, text, completion, settings) -> float:
+        assert text and settings == RewardSettings()
+        return verdict.reward - len(completion.token_ids)
+
+    monkeypatch.setattr(rl.rollout, "reward_for", shorter_is_better)
+    groups = collect(FakeTask(lambda problem, text: 1.0))
+    rollouts = [rollout for group in groups for rollout in group]
+    lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
+    assert [rollout.reward for rollout in rollouts] == [1.0 - length for length in lengths]
+    assert {rollout.outcome for rollout in rollouts} == {"correct"} and len(set(lengths)) > 1
+
+
 def test_an_error_of_the_scorer_ends_the_step_at_once():
     scored = []
     with pytest.raises(ZeroDivisionError):

@@ -102,7 +102,7 @@ def with_advantages(groups: Groups, advantages: Tensor) -> list[list[Sample]]:
     """The rollouts as samples to learn from, [problem][sample]."""
     samples = []
     for group, row in zip(groups, advantages.tolist(), strict=True):
-        samples.append([])
+        its_samples = []
         for rollout, advantage in zip(group, row, strict=True):
             sample = Sample(
                 prompt_ids=rollout.prompt_ids,
@@ -110,7 +110,8 @@ def with_advantages(groups: Groups, advantages: Tensor) -> list[list[Sample]]:
                 old_logprobs=rollout.completion.logprobs,
                 advantage=advantage,
             )
-            samples[-1].append(sample)
+            its_samples.append(sample)
+        samples.append(its_samples)
     return samples
 
 
@@ -120,7 +121,7 @@ class Update:
 
     tokens: int  # of all its completions
     sums: Counter  # over the tokens of the samples that took part, by the names of `policy_sums`
-    grad_norm: float  # before clipping; NaN if the step was skipped
+    grad_norm: float | None  # before clipping; NaN if the step was skipped, None if no sample took part
 
 
 def grpo_update(
@@ -130,14 +131,14 @@ def grpo_update(
     sampling: SamplingSettings,
     learning_rate: float,
     reference: Qwen3 | None = None,
-) -> Update | None:
-    """One optimizer step on `groups`, of which each rank takes its own part; None: nothing to learn from."""
+) -> Update:
+    """One optimizer step on `groups`, of which each rank takes its own part."""
     # 1. The samples that take part. Without advantage and KL penalty, one only counts in the denominator.
     lengths = [len(sample.completion_ids) for group in groups for sample in group]
     denominator = loss_denominator(lengths, sampling.max_new_tokens, settings.aggregation)
     learning = [[sample for sample in group if sample.advantage or settings.kl_coef] for group in groups]
     if not any(learning):
-        return None
+        return Update(sum(lengths), Counter(), None)
     own = [sample for group in own_part(learning) for sample in group]
 
     # 2. The gradient, one micro-batch at a time.
@@ -191,15 +192,15 @@ def policy_sums(
     )
 
 
-def update_metrics(updates: list[Update | None]) -> dict[str, float]:
+def update_metrics(updates: list[Update]) -> dict[str, float]:
     """The metrics of the updates of a step. What could not be measured is NaN.
 
     `policy_entropy` is exact, `log_ratio_*` is trainer against sampler before the first update; both in nats.
     Clip fractions are of the tokens of all completions.
     """
-    tried = [update for update in updates if update is not None]
+    tried = [update for update in updates if update.grad_norm is not None]
     taken = [update for update in tried if math.isfinite(update.grad_norm)]
-    tokens = sum(update.tokens for update in taken)
+    tokens = sum(update.tokens for update in updates) if taken else 0
     first = taken[0].sums if taken else Counter()
     log_ratio_mean = mean(first["log_ratio"], first["learned_tokens"])
     log_ratio_variance = mean(first["log_ratio_squared"], first["learned_tokens"]) - log_ratio_mean**2

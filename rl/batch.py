@@ -110,10 +110,10 @@ def common_length(prompts: list[list[int]]) -> int:
     """How many ids all `prompts` begin with. In sorted order, the first and the last differ the earliest."""
     first = min(prompts)
     last = max(prompts)
-    for length, (a, b) in enumerate(zip(first, last, strict=False)):
-        if a != b:
-            return length
-    return min(len(first), len(last))
+    length = min(len(first), len(last))
+    while first[:length] != last[:length]:
+        length -= 1
+    return length
 
 
 def stream_tokens(samples: list[Sample]) -> int:

@@ -94,7 +94,7 @@ def collect_rollouts(
         top_k=sampling.top_k,
         top_p=sampling.top_p,
         max_cache_tokens=sampling.max_cache_tokens,
-        only=slice(rank(), None, world_size()),
+        only=slice(rank(), None, world_size()),  # the prompts that `own_part` gives
         on_progress=on_progress,
         cancel=cancel,
     )
@@ -115,7 +115,7 @@ def judge(
     prompt: list[int],
     completion: Completion,
     sampling: SamplingSettings,
-    reward: RewardSettings,
+    reward_settings: RewardSettings,
 ) -> Rollout:
     """Decode a completion of `prompt`; the task gives its verdict, and the recipe its reward."""
     token_ids = completion.token_ids
@@ -129,5 +129,5 @@ def judge(
         completion=completion,
         text=text,
         outcome=verdict.outcome,
-        reward=reward_for(verdict, text, completion, reward),
+        reward=reward_for(verdict, text, completion, reward_settings),
     )

@@ -144,7 +144,7 @@ def print_examples(candidate: Candidate, examples: int, console: Console) -> Non
     """Print some completions of each outcome."""
     rollouts = [rollout for group in candidate.sampled.groups for rollout in group]
     for outcome in candidate.sampled.counts:
-        for rollout in [rollout for rollout in rollouts if rollout.score.outcome == outcome][:examples]:
+        for rollout in [rollout for rollout in rollouts if rollout.outcome == outcome][:examples]:
             console.rule(f"{candidate.name}, {outcome}: {printable(str(rollout.problem))}")
             console.print(printable(rollout.text))
 

@@ -21,11 +21,10 @@ from lab.errors import user_errors
 from lab.recipe import Recipe, RecipeError, checked
 from lab.screen import plain_console, printable
 from lab.setup import load_policy, without_missing_thinking
-from model import Qwen3, Tokenizer
+from model import Completion, Qwen3, Tokenizer
 from model.sampler import TokenChoice, random_uniforms, sample_completion
 from model.weights import resolve_source
-from rl.reward import reward_for
-from rl.rollout import prompt_of
+from rl.rollout import judge, prompt_for
 
 
 @dataclass(frozen=True)
@@ -51,17 +50,19 @@ class Player:
     def think(self, problem: AnyProblem, seed: int) -> Iterator[tuple[str, str]]:
         """The text so far after each token, and the verdict, which is empty before the last token."""
         task, sampling, stops = self.recipe.task, self.recipe.sampling, self.tokenizer.stop_token_ids
-        prompt = prompt_of(self.tokenizer, task, problem, sampling)
+        prompt = prompt_for(self.tokenizer, task, problem, sampling)
         uniforms = random_uniforms([prompt], 1, sampling.max_new_tokens, seed)[0, 0]
         choice = TokenChoice(sampling.temperature, sampling.top_k, sampling.top_p)
-        ids = []
-        for token, _ in sample_completion(self.model, prompt, uniforms, stops, choice):
+        ids, logprobs = [], []
+        for token, logprob in sample_completion(self.model, prompt, uniforms, stops, choice):
             ids.append(token)
+            logprobs.append(logprob)
             text = self.tokenizer.decode([id for id in ids if id not in stops])
             yield text.removesuffix("\N{REPLACEMENT CHARACTER}"), ""  # half a character
-        score = reward_for(task.score(text, problem, sampling.thinking), text, self.recipe.reward)
-        cut = "" if ids[-1] in stops else "cut off, "
-        yield text, f"{cut}{score.outcome}: reward {score.reward:.2f}, {len(ids)} tokens"
+        completion = Completion(ids, logprobs, finished=ids[-1] in stops)
+        rollout = judge(self.tokenizer, task, problem, prompt, completion, sampling, self.recipe.reward)
+        cut = "" if completion.finished else "cut off, "
+        yield rollout.text, f"{cut}{rollout.outcome}: reward {rollout.reward:.2f}, {len(ids)} tokens"
 
 
 def load_player(source: str, arguments: Arguments) -> Player:

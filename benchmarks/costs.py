@@ -176,7 +176,7 @@ def exchange_seconds(hardware: Hardware, devices: int, sent: float, times: float
 
 
 def seconds(setting: Setting, hardware: Hardware, plan: MemoryPlan) -> Seconds:
-    """Of one step. Groups are dealt out in turn, as `rl.distributed.share` does."""
+    """Of one step. Groups are dealt out in turn, as `rl.distributed.own_part` does."""
     config, step, devices = setting.config, setting.step, setting.devices
     lengths, result = step.lengths(), Seconds()
     shares = [lengths[rank::devices] for rank in range(devices)]

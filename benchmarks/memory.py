@@ -31,6 +31,7 @@ from model.memory import free_memory, read
 from rl.grpo import GRPOStage, grpo_step
 from rl.optimizer import Optimizer, OptimizerSettings
 from rl.rollout import SamplingSettings
+from rl.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -142,14 +143,14 @@ def measure(case: Case, steps: int = 2) -> dict:
     evaluation = EvaluationSettings(problems=1)
     recipe = Recipe(sampling=sampling, evaluation=evaluation, optimizer=case.optimizer, stages=(stage,))
     plan = plan_memory(model, case.optimizer, work_of(recipe, case.prompt_length), free)
-    optimizer = Optimizer(model, case.optimizer, plan.micro_batch_tokens)
+    trainer = Trainer(model, Optimizer(model, case.optimizer), plan.micro_batch_tokens)
     task = RandomTask(case.config.vocab_size, case.prompts, case.prompt_length)
     options = {"settings": stage, "sampling": sampling, "learning_rate": 1e-6}
     for step in range(steps):
-        *_, metrics = grpo_step(model, task, optimizer, task, list(range(case.prompts)), seed=step, **options)
+        *_, metrics = grpo_step(trainer, task, task, list(range(case.prompts)), seed=step, **options)
     names = ("rollout_seconds", "update_seconds", "grad_norm", "clip_fraction", "log_ratio_std")
     return {name: metrics[name] for name in names} | {
-        "micro_batch_tokens": optimizer.micro_batch_tokens,
+        "micro_batch_tokens": trainer.micro_batch_tokens,
         "peak_memory_bytes": peak_memory(device),
         "planned_bytes": process + plan.peak,
         "plan": str(plan),

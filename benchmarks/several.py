@@ -19,11 +19,11 @@ from memory import RandomTask, held_memory, random_model
 
 from lab.device import peak_memory, processes, return_freed_blocks
 from lab.memory_plan import plan_memory, work_of
-from model import Qwen3
 from model.memory import free_memory
 from rl.distributed import all_values, is_main, sum_gradients, world_size
 from rl.grpo import grpo_step
 from rl.optimizer import Optimizer
+from rl.trainer import Trainer
 
 CPU = torch.device("cpu")
 EXCHANGED = (2**10, 2**24)  # float32 numbers that are added up to measure latency and rate
@@ -81,8 +81,8 @@ def step_measured(setting: Setting, repeats: int, clock: str) -> dict:
     model = random_model(setting.config, setting.dtype, "cpu")
     work = work_of(recipe, step.prompt_length, world_size())
     plan = plan_memory(model, setting.optimizer, work, free)
-    optimizer = Optimizer(model, setting.optimizer, plan.micro_batch_tokens)
-    times = [one_step(setting, model, optimizer, seed, clock) for seed in range(repeats + 1)]
+    trainer = Trainer(model, Optimizer(model, setting.optimizer), plan.micro_batch_tokens)
+    times = [one_step(setting, trainer, seed, clock) for seed in range(repeats + 1)]
     rollout, update, alone = map(statistics.median, zip(*times[1:], strict=True))
     return {
         "rollout": rollout,
@@ -94,7 +94,7 @@ def step_measured(setting: Setting, repeats: int, clock: str) -> dict:
     }
 
 
-def one_step(setting: Setting, model: Qwen3, optimizer: Optimizer, seed: int, clock: str) -> tuple:
+def one_step(setting: Setting, trainer: Trainer, seed: int, clock: str) -> tuple:
     """Seconds of a rollout, of an update, and of one more optimizer step alone, on the slowest process."""
     step, recipe = setting.step, recipe_of(setting)
     task = RandomTask(setting.config.vocab_size, step.prompts, step.prompt_length)
@@ -105,11 +105,11 @@ def one_step(setting: Setting, model: Qwen3, optimizer: Optimizer, seed: int, cl
     options = {"settings": recipe.stages[0], "sampling": recipe.sampling, "learning_rate": 1e-6, "seed": seed}
     all_values(None)
     with mock.patch.object(time, "perf_counter", CLOCKS[clock]):  # the clock that grpo_step reads
-        *_, metrics = grpo_step(model, task, optimizer, task, list(range(step.prompts)), **options)
+        *_, metrics = grpo_step(trainer, task, task, list(range(step.prompts)), **options)
     seconds = (max(all_values(metrics[f"{part}_seconds"])) for part in ("rollout", "update"))
-    for parameter in model.parameters():
+    for parameter in trainer.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    return *seconds, timed(lambda: optimizer.step(1e-6), clock)
+    return *seconds, timed(lambda: trainer.optimizer.step(1e-6), clock)
 
 
 def exchange_measured(repeats: int, clock: str) -> dict:

@@ -99,6 +99,7 @@ def run_ours(settings: Settings) -> dict:
     from rl.grpo import GRPOStage, grpo_step
     from rl.optimizer import Optimizer
     from rl.rollout import SamplingSettings
+    from rl.trainer import Trainer
 
     return_freed_blocks()
     before = held_memory(torch.device("cpu"))
@@ -110,14 +111,14 @@ def run_ours(settings: Settings) -> dict:
     evaluation = EvaluationSettings(problems=1)
     recipe = Recipe(sampling=sampling, optimizer=kept, evaluation=evaluation, stages=(stage,))
     plan = plan_memory(model, kept, work_of(recipe, PROMPT_LENGTH), free_memory(model.device))
-    optimizer = Optimizer(model, kept, plan.micro_batch_tokens)
+    trainer = Trainer(model, Optimizer(model, kept), plan.micro_batch_tokens)
     task = RandomTask(model.config.vocab_size, PROMPTS, PROMPT_LENGTH)
     options = {"settings": stage, "sampling": sampling, "learning_rate": 1e-6}
     times = []
     for step in range(1 + settings.steps):
         start = time.perf_counter()
         problems = list(range(PROMPTS))
-        groups, _, metrics = grpo_step(model, task, optimizer, task, problems, seed=step, **options)
+        groups, _, metrics = grpo_step(trainer, task, task, problems, seed=step, **options)
         rollout = metrics["rollout_seconds"]
         times.append((rollout, time.perf_counter() - start - rollout))
         assert all(len(r.completion.token_ids) == NEW_TOKENS for group in groups for r in group)

@@ -12,7 +12,7 @@ from rl.grpo import grpo_step
 README = Path(__file__).parent.parent / "README.md"
 READING = {  # what to read first, and why
     "rl/grpo.py": "the step above, and its gradient",
-    "rl/rollout.py": "problems to scored completions",
+    "rl/rollout.py": "problems to completions with rewards",
     "model/qwen3.py": "the decoder",
     "model/sampler.py": "`sample_completion`, then `generate`, the same for many rows and fast",
     "data/countdown.py": "the problems, the prompt, and the verdict",

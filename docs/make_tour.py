@@ -5,6 +5,7 @@ function `..._stop` is a section: a heading, a few sentences, and results of the
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from textwrap import fill
@@ -21,12 +22,13 @@ from model.cache import GroupCache
 from model.memory import token_bytes
 from model.sampler import DecodeBatch, TokenChoice, prefill, random_uniforms, sample_completion, sample_tokens
 from rl.advantage import group_advantages
-from rl.batch import Batch, Sample, make_batch, micro_batches, score_completions
-from rl.grpo import GRPOStage, add_gradient, grpo_step
+from rl.batch import Batch, Sample, completion_logprobs, logprobs_and_entropy, make_batch
+from rl.grpo import GRPOStage, grpo_step, grpo_update, with_advantages
 from rl.loss import clip_counts, grpo_loss, loss_denominator
 from rl.optimizer import MAX_GRAD_NORM, Optimizer, joint_norm
 from rl.reward import reward_for
 from rl.rollout import Rollout, collect_rollouts
+from rl.trainer import Trainer
 
 # Chosen so that completions are short, some right and some wrong, and no u is near the edge of an interval.
 PROBLEM = Problem((3, 9, 14), 42)
@@ -87,7 +89,7 @@ class Walk:
     def logprobs(self) -> Tensor:
         """Of the completions' tokens by the model as it is now, [completion, t]."""
         with torch.no_grad():
-            return score_completions(self.model, self.batch).logprobs
+            return completion_logprobs(self.model, self.batch)
 
     def pushes(self) -> Tensor:
         """Minus the gradient of the loss at each log-probability, [completion, t]."""
@@ -95,12 +97,26 @@ class Walk:
         loss = grpo_loss(logprobs, *self.clipping, aggregation=self.stage.aggregation)
         return -torch.autograd.grad(loss, logprobs)[0]
 
-    def add_gradient(self, samples: list[Sample]) -> dict:
-        """Add the part of the group's gradient that comes from `samples`."""
+    def add_gradient(self, samples: list[Sample]) -> float:
+        """Add the part of the group's gradient that comes from `samples`; return their part of the loss."""
         lengths = [len(sample.completion_ids) for sample in self.samples]
         denominator = loss_denominator(lengths, MAX_NEW_TOKENS, self.stage.aggregation)
-        batches = map(make_batch, micro_batches(samples, self.optimizer.micro_batch_tokens))
-        return add_gradient(self.model, batches, self.stage, 1.0, denominator, None)
+
+        def add_gradient(batch: Batch) -> Counter:
+            loss = grpo_loss(
+                completion_logprobs(self.model, batch),
+                batch.old_logprobs,
+                batch.advantages,
+                batch.mask,
+                clip_low=self.stage.clip_low,
+                clip_high=self.stage.clip_high,
+                aggregation=self.stage.aggregation,
+                denominator=denominator,
+            )
+            loss.backward()
+            return Counter(loss=loss.item())
+
+        return Trainer(self.model, self.optimizer).sum_over_micro_batches(samples, add_gradient)["loss"]
 
     def gradient_norm(self, part: str = "") -> float:
         """Of the parameters with `part` in their names."""
@@ -114,11 +130,8 @@ def begin() -> Walk:
     recipe = replace(recipe, sampling=replace(recipe.sampling, max_new_tokens=MAX_NEW_TOKENS))
     model, tokenizer = load_model("tiny-256")
     group = sample_group(model, tokenizer, recipe)
-    samples = []
-    advantages = group_advantages(rewards_of(group), scale_by_std=recipe.stages[0].scale_by_std)[0]
-    for rollout, advantage in zip(group, advantages.tolist(), strict=True):
-        completion = rollout.completion
-        samples.append(Sample(rollout.prompt_ids, completion.token_ids, completion.logprobs, advantage))
+    advantages = group_advantages(rewards_of(group), scale_by_std=recipe.stages[0].scale_by_std)
+    (samples,) = with_advantages([group], advantages)
     untrained = load_model("tiny-256")[0]
     optimizer = Optimizer(model, recipe.optimizer)
     return Walk(recipe, tokenizer, untrained, model, optimizer, group, samples, make_batch(samples))
@@ -130,7 +143,7 @@ def sample_group(model: Qwen3, tokenizer: Tokenizer, recipe: Recipe) -> list[Rol
 
 
 def rewards_of(group: list[Rollout]) -> Tensor:
-    return torch.tensor([[rollout.score.reward for rollout in group]])  # [1, samples]
+    return torch.tensor([[rollout.reward for rollout in group]])  # [1, samples]
 
 
 def distributions(model: Qwen3, prompt: list[int], completion: Completion) -> Tensor:
@@ -289,7 +302,7 @@ def batch_stop(walk: Walk) -> list[str]:
 def ratio_stop(walk: Walk) -> list[str]:
     """The trainer's log-probabilities, and the ratio"""
     with torch.no_grad():
-        logprobs, entropy = score_completions(walk.model, walk.batch)
+        logprobs, entropy = logprobs_and_entropy(walk.model, walk.batch)
     old = walk.batch.old_logprobs
     columns = (old, logprobs, (logprobs - old).exp(), entropy)
     rows = [("t", "token", "sampler", "trainer", "ratio", "entropy")]
@@ -297,7 +310,7 @@ def ratio_stop(walk: Walk) -> list[str]:
         rows.append((str(t), walk.token(token_id), *(show(column[FOLLOWED, t]) for column in columns)))
     return [
         f"""The sampler went token by token through a cache; the trainer takes the whole stream in one
-        forward ({at(score_completions)}). Both turn logits into log-probabilities with the same function,
+        forward ({at(logprobs_and_entropy)}). Both turn logits into log-probabilities with the same function,
         {at(token_logprobs)}, and have to agree. Do all {int(walk.batch.mask.sum())} tokens, to 0.0001?
         {yes((logprobs - old).abs().max() < 1e-4)}. So the ratio, the exponential of trainer minus sampler,
         is one everywhere until the weights change. The entropy beside it, in nats, measures how open the
@@ -319,23 +332,23 @@ def loss_stop(walk: Walk) -> list[str]:
             (str(n), show(one.advantage), str(count), f"{one.advantage * count:.2f}", f"{push:.4f}", norm)
         )
         total += one.advantage * count
-    sums = walk.add_gradient(walk.samples)
+    loss = walk.add_gradient(walk.samples)
     parts = ["embed_tokens", *(f"layers.{n}" for n in range(walk.model.config.num_hidden_layers))]
     norms = ", ".join(f"{part} {walk.gradient_norm(part):.3f}" for part in parts)
     return [
         f"""{at(grpo_loss)} is the mean over all tokens of -min(ratio x A, clip(ratio) x A). While every
         ratio is one, that is minus the sum of A x tokens, divided by all tokens: -({total:.2f}) / {tokens}
-        = {sums["loss"]:.4f}. It is near zero, and says only whether good completions were long. What counts
+        = {loss:.4f}. It is near zero, and says only whether good completions were long. What counts
         is its gradient, which at each token's log-probability is -A / {tokens}; a step goes against it, so
         A / {tokens} is the push that the token gets.""",
         table(rows),
-        f"""From there it goes back through the decoder ({at(add_gradient)}). At the logits, log p of a
+        f"""From there it goes back through the decoder ({at(grpo_update)}). At the logits, log p of a
         token has the gradient 1 - p at that token: where the model was certain there is nothing to push,
         and nearly everything comes from the few tokens that were open choices. The last column is the
         norm of the gradient of each completion by itself. Together they have norm
         {walk.gradient_norm():.3f}, less than these add up to, as right and wrong ones share tokens and pull
         against each other. By part of the model: {norms}. Tokens clipped so far:
-        {int(sums["clipped_low"] + sums["clipped_high"])}.""",
+        {sum(clip_counts(walk.logprobs(), *walk.clipping))}.""",
     ]
 
 
@@ -403,14 +416,14 @@ def clip_stop(walk: Walk) -> list[str]:
 
 def second_stop(walk: Walk) -> list[str]:
     """The second update"""
-    sums = walk.add_gradient(walk.samples)
+    loss = walk.add_gradient(walk.samples)
     norm = walk.optimizer.step(walk.stage.learning_rate)
     low, high = clip_counts(walk.logprobs(), *walk.clipping)
     return [
         f"""{at(grpo_step)} takes {walk.stage.updates_per_step} optimizer steps with the completions of one
         step, each on its own part of the groups. With one group the second part is empty, so this page uses
         the group again. The loss is now
-        {sums["loss"]:.4f}: lower, as the policy went where it was pushed. The gradient comes from the
+        {loss:.4f}: lower, as the policy went where it was pushed. The gradient comes from the
         tokens that are not clipped, and its norm is {norm:.3f}. After this step {low} tokens are clipped
         below and {high} above. With each further step these completions, sampled by an older policy, would
         say less. So new ones are sampled."""
@@ -450,9 +463,8 @@ def whole_stop(walk: Walk) -> list[str]:
     model, tokenizer = load_model("tiny-256")
     recipe = walk.recipe
     groups, advantages, metrics = grpo_step(
-        model,
+        Trainer(model, Optimizer(model, recipe.optimizer)),
         tokenizer,
-        Optimizer(model, recipe.optimizer),
         recipe.task,
         [PROBLEM],
         settings=replace(walk.stage, samples_per_prompt=SAMPLES, updates_per_step=1),
@@ -535,8 +547,8 @@ def table(rows: list[tuple[str, ...]]) -> str:
 def group_table(group: list[Rollout]) -> str:
     rows = [("completion", "tokens", "outcome", "reward", "text")]
     for n, rollout in enumerate(group):
-        length, score = len(rollout.completion.token_ids), rollout.score
-        rows.append((str(n), str(length), score.outcome, f"{score.reward:.1f}", repr(rollout.text)))
+        length = len(rollout.completion.token_ids)
+        rows.append((str(n), str(length), rollout.outcome, f"{rollout.reward:.1f}", repr(rollout.text)))
     return table(rows)
 
 

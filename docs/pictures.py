@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
 from data.load import read_jsonl
-from data.task import Score
 from lab import report
 from lab.errors import user_errors
 from lab.recipe import Recipe, RecipeError, from_dict
@@ -55,9 +54,10 @@ def live_page(arguments: Arguments) -> str:
     screen.position = (done, recipe.stages[stage].steps)
     rollouts = run.path / "rollouts" / f"step_{arguments.step:04d}.jsonl"
     for _, row in read_jsonl(rollouts, "a rollout"):
-        verdict, completion = Score(row["reward"], row["outcome"]), Completion([], [], row["finished"])
+        completion = Completion([], [], row["finished"])
         problem = recipe.task.problem_from_row(row)
-        screen.rollouts([[Rollout(problem, [], completion, row["completion"], verdict)]])
+        rollout = Rollout(problem, [], completion, row["completion"], row["outcome"], row["reward"])
+        screen.rollouts([[rollout]])
     screen.progress = ("update", 0, 1, 0.0)
     console.print(screen.draw())
     html = console.export_html(theme=MONOKAI, inline_styles=True)

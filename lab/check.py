@@ -28,8 +28,9 @@ from model.memory import free_memory, token_bytes
 from rl.batch import Sample, completion_logprobs, make_batch
 from rl.grpo import GRPOStage
 from rl.optimizer import Optimizer, OptimizerSettings
-from rl.rollout import SamplingSettings, prompt_of
+from rl.rollout import SamplingSettings, prompt_for
 from rl.sft import sft_step
+from rl.trainer import Trainer
 
 MOST_GRADIENT_OFF = {torch.float32: 5e-3, torch.bfloat16: 0.1}  # parts of its norm that rounding explains
 
@@ -91,7 +92,8 @@ def updates(source: str, device: torch.device) -> Iterator[Row]:
             if adapters:
                 add_adapters(model, rank=8, alpha=32.0, int8=place is device)
             optimizer = Optimizer(model, settings if place is device else OptimizerSettings())
-            losses = [sft_step(model, optimizer, samples, 1e-4)["loss"] for _ in range(10)]
+            trainer = Trainer(model, optimizer)
+            losses = [sft_step(trainer, samples, 1e-4)["loss"] for _ in range(10)]
             falls.append(losses[0] - losses[-1])
         found = f"the loss falls by {falls[1]:.4f}, on the CPU by {falls[0]:.4f}"
         yield Row(f"update, {name}", found, exceeds(abs(falls[1] / falls[0] - 1), 0.1))
@@ -101,15 +103,15 @@ def resuming(source: str, device: torch.device) -> Iterator[Row]:
     model, tokenizer = load_model("tiny", device, torch.bfloat16)
     samples = samples_of(*loaded("tiny", device))
     optimizer = Optimizer(model, EIGHT_BIT)
-    sft_step(model, optimizer, samples, 1e-3)
+    sft_step(Trainer(model, optimizer), samples, 1e-3)
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / "step_0001"
         save_checkpoint(saved, model, tokenizer, optimizer, TrainState(), Recipe())
         again, _ = load_model(saved, device)
         resumed = Optimizer(again, EIGHT_BIT)
         load_into(resumed, saved)
-    pairs = ((model, optimizer), (again, resumed))
-    losses = [[sft_step(*pair, samples, 1e-3)["loss"] for _ in range(3)] for pair in pairs]
+    trainers = (Trainer(model, optimizer), Trainer(again, resumed))
+    losses = [[sft_step(trainer, samples, 1e-3)["loss"] for _ in range(3)] for trainer in trainers]
     gap = np.abs(np.subtract(*losses)).max()  # NaN if one of them is
     yield Row("save, load, resume", f"losses of the next steps {gap:.1g} apart", exceeds(gap, 1e-3))
 
@@ -127,8 +129,8 @@ def memory(source: str, device: torch.device) -> Iterator[Row]:
     recipe = Recipe(sampling=SamplingSettings(128), evaluation=EvaluationSettings(problems=4), stages=stages)
     work = work_of(recipe, max(map(len, prompts)))
     plan = plan_memory(model, EIGHT_BIT, work, free)
-    optimizer = Optimizer(model, EIGHT_BIT, plan.micro_batch_tokens)
-    sft_step(model, optimizer, samples_of(model, prompts, 128), 1e-6)
+    trainer = Trainer(model, Optimizer(model, EIGHT_BIT), plan.micro_batch_tokens)
+    sft_step(trainer, samples_of(model, prompts, 128), 1e-6)
     measured = peak_memory(device) - before
     wrong = exceeds(measured, 1.1 * plan.peak)
     yield Row("memory", f"{gb(plan.peak)} planned, {gb(measured)} measured", wrong)
@@ -161,7 +163,7 @@ def loaded(source: str, device, dtype: torch.dtype | None = None) -> tuple[Qwen3
     model, tokenizer = load_model(source, device, dtype)
     task = Countdown(max_number=20, max_target=50)
     sampling = SamplingSettings(thinking=tokenizer.knows_thinking)
-    return model, [prompt_of(tokenizer, task, problem, sampling) for problem in task.generate(4, seed=0)]
+    return model, [prompt_for(tokenizer, task, problem, sampling) for problem in task.generate(4, seed=0)]
 
 
 def samples_of(model: Qwen3, prompts: list[list[int]], length: int = 48) -> list[Sample]:

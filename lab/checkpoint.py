@@ -22,7 +22,7 @@ from lab.recipe import Recipe, RecipeError, from_dict, recipe_for
 from lab.runfolder import step_of, sync
 from model import Qwen3, Tokenizer, adapter_state, load_adapter_state, save_model
 from model.weights import is_embedded, read_json, resolve_source
-from rl.optimizer import Optimizer
+from rl.optimizer import Optimizer, PieceWithMaster
 
 STATE, OPTIMIZER, RECIPE = "trainer_state.json", "optimizer.safetensors", "recipe.json"
 ADAPTERS, DIGESTS = "adapters.safetensors", "sha256.json"
@@ -200,13 +200,12 @@ def untrained_recipe(source: str, beside: Iterable[str]) -> Recipe:
 def state_tensors(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     """Everything that resuming needs, as (name, tensor): masters of rounded weights, and Adam's moments."""
     yield "updates", torch.tensor(optimizer.steps)
-    for name, parameter in optimizer.parameters.items():
-        pieces = zip(optimizer.masters[name], optimizer.optimizers[name], strict=True)
-        for number, (master, adamw) in enumerate(pieces):
-            for key, value in adamw.state[master].items():
+    for name, pieces in optimizer.pieces.items():
+        for number, piece in enumerate(pieces):
+            for key, value in piece.adamw.state[piece.master].items():
                 yield f"{name}|{number}|{key}", torch.as_tensor(value)
-            if parameter.dtype != torch.float32 and not optimizer.stochastic:
-                yield f"{name}|{number}|master", master.detach()
+            if isinstance(piece, PieceWithMaster):
+                yield f"{name}|{number}|master", piece.master.detach()
 
 
 @torch.no_grad()
@@ -215,10 +214,10 @@ def load_state_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None
     optimizer.steps = int(tensors["updates"])
     for full_name in tensors.keys() - {"updates"}:
         name, number, key = full_name.split("|")
-        value, master = tensors[full_name], optimizer.masters[name][int(number)]
+        value, piece = tensors[full_name], optimizer.pieces[name][int(number)]
         if key == "master":
-            master.copy_(value)
+            piece.master.copy_(value)
             continue
         count = key == "step" and not value.is_floating_point()  # bitsandbytes counts in a plain integer
-        state = optimizer.optimizers[name][int(number)].state[master]
-        state[key] = int(value) if count else value.to(master.device)
+        state = piece.adamw.state[piece.master]
+        state[key] = int(value) if count else value.to(piece.master.device)

@@ -9,8 +9,8 @@ from statistics import fmean
 from rich.table import Table
 
 from lab.evaluate import Evaluation, bootstrap_interval
+from lab.metrics import non_latin_fraction, pass_at_k
 from lab.recipe import Recipe
-from rl.metrics import non_latin_fraction, pass_at_k
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,10 @@ class Evaluation:
 
     @classmethod
     def of(cls, groups: list[Group]) -> "Evaluation":
-        shares = [fmean(rollout.score.outcome == "correct" for rollout in group) for group in groups]
+        shares = [fmean(rollout.outcome == "correct" for rollout in group) for group in groups]
         low, high = wilson_interval(sum(shares), len(groups))
         rollouts = [rollout for group in groups for rollout in group]
-        counts = Counter(rollout.score.outcome for rollout in rollouts)
+        counts = Counter(rollout.outcome for rollout in rollouts)
         return cls(
             accuracy=fmean(shares),
             low=low,

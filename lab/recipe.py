@@ -16,7 +16,7 @@ from data.task import AnyProblem
 from model.weights import is_embedded
 from rl.grpo import GRPOStage
 from rl.optimizer import OptimizerSettings
-from rl.ranges import Count, CountOrZero, Positive, Share
+from rl.ranges import Count, CountOrZero, Positive, ZeroToOne
 from rl.reward import RewardSettings
 from rl.rollout import SamplingSettings
 from rl.sft import SFTStage
@@ -70,7 +70,7 @@ class Recipe:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     adapters: AdapterSettings = field(default_factory=AdapterSettings)
     checkpoint_every: Count = 10  # Steps between checkpoints; there is one at each stage's end
-    checkpoint_share: Share = 0.05  # Checkpoints take at most this share of the run's time
+    checkpoint_share: ZeroToOne = 0.05  # Checkpoints take at most this share of the run's time
     keep_checkpoints: Count = 2  # Latest checkpoints to keep, beside stage ends and the most accurate one
     out: str = ""  # Run folder; empty is runs/<recipe>
     stages: tuple[Annotated[GRPOStage | SFTStage, Discriminator("kind")], ...] = ()

@@ -17,9 +17,9 @@ from lab.screen import Screen, describe_run, final_line, planned_time, silence, 
 from lab.setup import find_state, set_up
 from model.sampler import Cancelled
 from model.weights import is_embedded
-from rl.distributed import all_values, any_rank, broadcast, is_main, share, world_size
+from rl.distributed import all_values, any_rank, broadcast, is_main, own_part, world_size
 from rl.optimizer import Optimizer
-from rl.rollout import SamplingSettings, prompt_of
+from rl.rollout import SamplingSettings, prompt_for
 
 MAX_SKIPPED_UPDATES = 5  # in a row, then the run ends
 
@@ -69,7 +69,7 @@ class Run:
             self.folder.create(recipe, self.state.problems)
         self.record(row, steps=0)
         if recipe.stages and self.model.device.type == "cpu" and not is_embedded(recipe.model):
-            prompt = prompt_of(self.tokenizer, recipe.task, self.held_out[0], recipe.sampling)
+            prompt = prompt_for(self.tokenizer, recipe.task, self.held_out[0], recipe.sampling)
             self.screen.say(planned_time(row, recipe, len(prompt)))
 
     def finish_step(self, stage, metrics: dict) -> None:
@@ -86,17 +86,17 @@ class Run:
             with suppress(Cancelled):  # then `stop_if_asked` stops, and the run evaluates when it goes on
                 row |= self.evaluation(last=self.ends_run(stage))
         self.record(row, stage.steps)
-        skipped = stage.optimizer.skipped_in_a_row
+        skipped = stage.trainer.optimizer.skipped_in_a_row
         if skipped >= MAX_SKIPPED_UPDATES:
             advice = "lower the learning rate, or try --dtype float32, in a new run"
             raise RecipeError(
                 f"{skipped} updates in a row had no finite loss and gradient, and changed nothing: {advice}"
             )
         if self.evaluation_due(stage) and "eval_accuracy" not in row:
-            self.stop_if_asked(stage.optimizer)
+            self.stop_if_asked(stage.trainer.optimizer)
         ends = state.stage_step == stage.steps
         if not ends and state.stage_step % self.recipe.checkpoint_every == 0 and self.may_save():
-            self.save(stage.optimizer)
+            self.save(stage.trainer.optimizer)
 
     def evaluation_due(self, stage) -> bool:
         """Whether the step of `stage` that was taken last is one after which the run evaluates."""
@@ -115,7 +115,7 @@ class Run:
         try:
             row = rows[-1] | self.evaluation(last=self.ends_run(stage))
         except Cancelled:
-            self.stop_if_asked(stage.optimizer)
+            self.stop_if_asked(stage.trainer.optimizer)
         if is_main():
             self.folder.write_metrics(rows[:-1])
         self.record(row, stage.steps)
@@ -132,7 +132,7 @@ class Run:
             if is_main():
                 self.folder.log(row)
                 self.boards.log(row)
-        self.micro_batch_tokens = stage.optimizer.micro_batch_tokens
+        self.micro_batch_tokens = stage.trainer.micro_batch_tokens
         self.state.stage += 1
         self.state.stage_step = 0
         self.save(None)
@@ -172,7 +172,7 @@ class Run:
     def evaluate(self, count: int, sampling: SamplingSettings):
         """The `Evaluation` of one completion of each of the first `count` held-out problems."""
         problems = self.held_out[:count]
-        with self.screen.sampling("evaluation", len(share(problems))) as on_progress:
+        with self.screen.sampling("evaluation", len(own_part(problems))) as on_progress:
             return evaluate(
                 self.model,
                 self.tokenizer,

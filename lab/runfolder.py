@@ -153,7 +153,8 @@ class RunFolder:
             for number, group in enumerate(groups):
                 for rollout, advantage in zip(group, advantages[number].tolist(), strict=True):
                     ids, logprobs = rollout.completion.token_ids, rollout.completion.logprobs
-                    row = {"stage": stage, "group": number} | rollout.problem.row() | asdict(rollout.score)
+                    row = {"stage": stage, "group": number} | rollout.problem.row()
+                    row |= {"reward": rollout.reward, "outcome": rollout.outcome}
                     row |= {"advantage": round(advantage, 4), "finished": rollout.completion.finished}
                     row |= {"tokens": len(ids), "completion": rollout.text, "token_ids": ids}
                     row["logprobs"] = [round(logprob, 3) for logprob in logprobs]

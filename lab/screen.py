@@ -100,7 +100,7 @@ class LiveScreen(Screen):
 
     def rollouts(self, groups: list[list[Rollout]]) -> None:
         for rollout in itertools.chain(*groups):
-            self.samples["correct" if rollout.score.outcome == "correct" else "wrong"] = rollout
+            self.samples["correct" if rollout.outcome == "correct" else "wrong"] = rollout
 
     @contextlib.contextmanager
     def sampling(self, what: str, total: int) -> Iterator[OnProgress]:

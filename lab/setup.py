@@ -18,7 +18,7 @@ from model import Qwen3, Tokenizer, add_adapters, load_model
 from model.chat import PLAIN
 from model.memory import free_memory
 from rl.distributed import broadcast, is_main, world_size
-from rl.rollout import prompt_of
+from rl.rollout import prompt_for
 from rl.sft import WORKED
 
 
@@ -56,7 +56,7 @@ def set_up(
     for number, stage in enumerate(recipe.stages):
         if stage.kind == "sft" and stage.traces == WORKED:
             check_worked(recipe, number, problems)
-    prompts = [prompt_of(tokenizer, recipe.task, problem, recipe.sampling) for problem in held_out]
+    prompts = [prompt_for(tokenizer, recipe.task, problem, recipe.sampling) for problem in held_out]
     work = work_of(recipe, max(map(len, prompts)), world_size())
     plan = plan_memory(model, recipe.optimizer, work, free)
     check_plan(plan, free)

@@ -13,6 +13,7 @@ from data.traces import Trace, curate, load_traces, save_traces, worked_traces
 from lab.checkpoint import load_into
 from lab.device import processes, restarted
 from lab.errors import stoppable
+from lab.metrics import rollout_metrics
 from lab.recipe import Recipe
 from lab.run import Run
 from lab.runfolder import RunFolder
@@ -20,12 +21,12 @@ from lab.screen import pick_screen
 from lab.setup import stage_start_model
 from model.sampler import Cancelled
 from rl.batch import Sample
-from rl.distributed import broadcast, is_main, share
+from rl.distributed import broadcast, is_main, own_part
 from rl.grpo import GRPOStage, grpo_step
-from rl.metrics import rollout_metrics
 from rl.optimizer import Optimizer
-from rl.rollout import prompt_of
+from rl.rollout import prompt_for
 from rl.sft import WORKED, SFTStage, sft_schedule, sft_step
+from rl.trainer import Trainer
 
 
 def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -> None:
@@ -55,7 +56,7 @@ def train_stage(run: Run) -> None:
     stage = begin_stage(run)
     run.complete_evaluation(stage)
     while run.state.stage_step < stage.steps:
-        run.stop_if_asked(stage.optimizer)
+        run.stop_if_asked(stage.trainer.optimizer)
         try:
             metrics = stage.take_step()
         except Cancelled:  # by a signal, before the step has changed anything
@@ -67,12 +68,12 @@ def train_stage(run: Run) -> None:
 def begin_stage(run: Run) -> "GRPOTraining | SFTTraining":
     """The stage at which `run` stands, with a new optimizer or, within a resumed stage, the saved one."""
     settings = run.recipe.stages[run.state.stage]
-    optimizer = Optimizer(run.model, run.recipe.optimizer, run.micro_batch_tokens)
+    trainer = Trainer(run.model, Optimizer(run.model, run.recipe.optimizer), run.micro_batch_tokens)
     if run.checkpoint is not None and run.state.stage_step > 0:
-        load_into(optimizer, run.checkpoint)
+        load_into(trainer.optimizer, run.checkpoint)
     run.checkpoint = None
     kind = GRPOTraining if settings.kind == "grpo" else SFTTraining
-    return kind(run, settings, optimizer)
+    return kind(run, settings, trainer)
 
 
 class GRPOTraining:
@@ -80,10 +81,10 @@ class GRPOTraining:
 
     kind = "grpo"
 
-    def __init__(self, run: Run, settings: GRPOStage, optimizer: Optimizer):
+    def __init__(self, run: Run, settings: GRPOStage, trainer: Trainer):
         self.run = run
         self.settings = settings
-        self.optimizer = optimizer
+        self.trainer = trainer
         self.steps = settings.steps
         self.evaluate_every = run.recipe.evaluation.every
         self.reference = None
@@ -95,18 +96,17 @@ class GRPOTraining:
         run, settings, state = self.run, self.settings, self.run.state
         count = settings.prompts_per_step
         problems = endless_problems(run.problems, run.recipe.seed, state.problems_seen, count)
-        completions = len(share(problems)) * settings.samples_per_prompt
+        completions = len(own_part(problems)) * settings.samples_per_prompt
         with run.screen.sampling("rollout", completions) as on_progress:
             groups, advantages, metrics = grpo_step(
-                run.model,
+                self.trainer,
                 run.tokenizer,
-                self.optimizer,
                 run.recipe.task,
                 problems,
                 settings=settings,
                 sampling=run.recipe.sampling,
                 reward=run.recipe.reward,
-                learning_rate=learning_rate_at(settings, state.stage_step, self.optimizer.steps),
+                learning_rate=learning_rate_at(settings, state.stage_step, self.trainer.optimizer.steps),
                 seed=1000 * run.recipe.seed + state.step,
                 reference=self.reference,
                 on_progress=on_progress,
@@ -118,7 +118,7 @@ class GRPOTraining:
         if is_main():
             run.folder.save_rollouts(state.step + 1, state.stage, groups, advantages)
         metrics |= rollout_metrics(groups)
-        metrics["micro_batch_tokens"] = self.optimizer.micro_batch_tokens
+        metrics["micro_batch_tokens"] = self.trainer.micro_batch_tokens
         metrics["tokens_per_second"] = metrics["tokens"] / metrics["rollout_seconds"]
         return metrics
 
@@ -128,10 +128,10 @@ class SFTTraining:
 
     kind = "sft"
 
-    def __init__(self, run: Run, settings: SFTStage, optimizer: Optimizer):
+    def __init__(self, run: Run, settings: SFTStage, trainer: Trainer):
         self.run = run
         self.settings = settings
-        self.optimizer = optimizer
+        self.trainer = trainer
         self.batches = self.make_batches()
         self.steps = len(self.batches)
         self.evaluate_every = max(run.recipe.evaluation.every, -(-self.steps // 4))  # its steps are short
@@ -146,7 +146,7 @@ class SFTTraining:
             return []
         samples = []
         for trace in traces:
-            prompt = prompt_of(run.tokenizer, run.recipe.task, trace.problem, run.recipe.sampling)
+            prompt = prompt_for(run.tokenizer, run.recipe.task, trace.problem, run.recipe.sampling)
             completion = run.tokenizer.encode(trace.completion) + [run.tokenizer.end_of_turn_id]
             samples.append(Sample(prompt, completion))
         run.state.see(trace.problem for trace in traces)
@@ -161,7 +161,7 @@ class SFTTraining:
         start = time.perf_counter()
         number = self.run.state.stage_step
         learning_rate = self.settings.learning_rate * (1 - number / self.steps)
-        metrics = sft_step(self.run.model, self.optimizer, self.batches[number], learning_rate)
+        metrics = sft_step(self.trainer, self.batches[number], learning_rate, self.run.cancel)
         return metrics | {"lr": learning_rate, "update_seconds": time.perf_counter() - start}
 
 

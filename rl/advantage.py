@@ -19,6 +19,8 @@ def group_advantages(rewards: Tensor, delta: float = 1e-4, scale_by_std: bool = 
         rewards = rewards.float()
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if scale_by_std:
-        advantages = advantages / (rewards.std(dim=1, correction=0, keepdim=True) + delta)
-    spread = rewards.amax(dim=1, keepdim=True) > rewards.amin(dim=1, keepdim=True)
-    return torch.where(spread, advantages, 0.0)
+        std = rewards.std(dim=1, correction=0, keepdim=True)
+        advantages = advantages / (std + delta)
+    highest = rewards.amax(dim=1, keepdim=True)
+    lowest = rewards.amin(dim=1, keepdim=True)
+    return torch.where(highest > lowest, advantages, 0.0)

@@ -1,16 +1,12 @@
 """Samples to tensors: the one place that shifts tokens against their targets, and masks what has no loss."""
 
-import os
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from model import PackedGroup, PackedGroups, Qwen3, TokenLogprobs, target_logprobs
-from rl.optimizer import Optimizer
 
 
 @dataclass(frozen=True)
@@ -47,58 +43,86 @@ class Batch:
 def make_batch(samples: list[Sample], device="cpu") -> Batch:
     """Pack `samples` into a stream; rows keep their order."""
     # 1. The mask, from the lengths.
-    lengths = torch.tensor([len(sample.completion_ids) for sample in samples])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # [rows, time]
+    lengths = [len(sample.completion_ids) for sample in samples]
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # [rows, time]
 
     # 2. The stream: of each group first the shared prefix, then its branches in padded blocks.
-    logit_positions = torch.zeros(mask.shape, dtype=torch.int64)
     stream: list[int] = []
-    layout = []
+    layout: list[PackedGroup] = []
+    logit_positions = torch.zeros(mask.shape, dtype=torch.int64)
     for members in prompt_groups(samples):
         group = packed_group([samples[row] for row in members])
         layout.append(group)
         stream += samples[members[0]].prompt_ids[: group.prefix]
         rows = iter(members)
-        for count, longest in group.blocks():
-            for _, row in zip(range(count), rows, strict=False):
-                branch = (samples[row].prompt_ids + samples[row].completion_ids[:-1])[group.prefix :]
+        for count, padded_length in group.blocks():
+            for row in islice(rows, count):
+                sample, length = samples[row], lengths[row]
+                inputs = sample.prompt_ids + sample.completion_ids[:-1]
+                branch = inputs[group.prefix :]
                 end = len(stream) + len(branch)
-                logit_positions[row, : lengths[row]] = torch.arange(end - lengths[row], end)
-                stream += branch + [0] * (longest - len(branch))
+                logit_positions[row, :length] = torch.arange(end - length, end)
+                stream += branch
+                stream += [0] * (padded_length - len(branch))
 
     # 3. The targets, and what goes with them.
-    targets = [torch.tensor(sample.completion_ids) for sample in samples]
-    old_logprobs = [
-        torch.tensor(sample.old_logprobs or [0.0] * len(sample.completion_ids)) for sample in samples
-    ]
+    target_ids = torch.zeros(mask.shape, dtype=torch.int64)
+    old_logprobs = torch.zeros(mask.shape)
+    for row, sample in enumerate(samples):
+        target_ids[row, : lengths[row]] = torch.tensor(sample.completion_ids)
+        if sample.old_logprobs is not None:
+            old_logprobs[row, : lengths[row]] = torch.tensor(sample.old_logprobs)
     advantages = torch.tensor([sample.advantage for sample in samples])
-    padded = (pad_sequence(rows, batch_first=True) for rows in (targets, old_logprobs))
-    tensors = (torch.tensor([stream]), logit_positions, *padded, mask, advantages)
-    input_ids, logit_positions, target_ids, old, mask, advantages = (x.to(device) for x in tensors)
-    return Batch(input_ids, PackedGroups(layout, device), logit_positions, target_ids, mask, old, advantages)
+    return Batch(
+        input_ids=torch.tensor([stream]).to(device),
+        layout=PackedGroups(layout, device),
+        logit_positions=logit_positions.to(device),
+        target_ids=target_ids.to(device),
+        mask=mask.to(device),
+        old_logprobs=old_logprobs.to(device),
+        advantages=advantages.to(device),
+    )
 
 
 def prompt_groups(samples: list[Sample]) -> list[list[int]]:
     """Indices of samples that share a prompt, longest first; the others form one group."""
+    longest_first = sorted(range(len(samples)), key=lambda row: len(samples[row]), reverse=True)
     by_prompt: dict[tuple[int, ...], list[int]] = {}
-    for index in sorted(range(len(samples)), key=lambda index: -len(samples[index])):
-        by_prompt.setdefault(tuple(samples[index].prompt_ids), []).append(index)
+    for row in longest_first:
+        prompt = tuple(samples[row].prompt_ids)
+        by_prompt.setdefault(prompt, []).append(row)
     groups = [members for members in by_prompt.values() if len(members) > 1]
-    singles = [members[0] for members in by_prompt.values() if len(members) == 1]
-    return groups + [singles] if singles else groups
+    alone = [members[0] for members in by_prompt.values() if len(members) == 1]
+    if alone:
+        groups.append(alone)
+    return groups
 
 
 def packed_group(samples: list[Sample]) -> PackedGroup:
     """The layout of samples behind one prefix: what their prompts share, without the last id of a prompt."""
-    common = os.path.commonprefix([sample.prompt_ids for sample in samples])
-    prefix = min(len(common), min(len(sample.prompt_ids) for sample in samples) - 1)
+    prompts = [sample.prompt_ids for sample in samples]
+    shortest = min(len(prompt) for prompt in prompts)
+    prefix = min(common_length(prompts), shortest - 1)
     return PackedGroup(prefix, [len(sample) - 1 - prefix for sample in samples])
+
+
+def common_length(prompts: list[list[int]]) -> int:
+    """How many ids all `prompts` begin with. In sorted order, the first and the last differ the earliest."""
+    first = min(prompts)
+    last = max(prompts)
+    length = min(len(first), len(last))
+    while first[:length] != last[:length]:
+        length -= 1
+    return length
 
 
 def stream_tokens(samples: list[Sample]) -> int:
     """Tokens of the stream of `samples`, padding included."""
-    groups = ([samples[row] for row in members] for members in prompt_groups(samples))
-    return sum(packed_group(group).num_tokens() for group in groups)
+    tokens = 0
+    for members in prompt_groups(samples):
+        group = packed_group([samples[row] for row in members])
+        tokens += group.num_tokens()
+    return tokens
 
 
 def micro_batches(samples: list[Sample], token_budget: int) -> list[list[Sample]]:
@@ -109,15 +133,15 @@ def micro_batches(samples: list[Sample], token_budget: int) -> list[list[Sample]
     """
     parts: list[list[Sample]] = []
     for members in prompt_groups(samples):
-        part: list[Sample] = []
-        for sample in (samples[row] for row in members):
-            if part and stream_tokens([*part, sample]) > token_budget:
-                parts.append(part)
-                part = []
-            part.append(sample)
-        parts.append(part)
+        parts += joined([[samples[row]] for row in members], token_budget)
+    parts.sort(key=stream_tokens, reverse=True)
+    return joined(parts, token_budget)
+
+
+def joined(parts: list[list[Sample]], token_budget: int) -> list[list[Sample]]:
+    """Put neighbours together for as long as their stream has at most `token_budget` tokens."""
     batches: list[list[Sample]] = []
-    for part in sorted(parts, key=stream_tokens, reverse=True):
+    for part in parts:
         if batches and stream_tokens(batches[-1] + part) <= token_budget:
             batches[-1] += part
         else:
@@ -125,26 +149,7 @@ def micro_batches(samples: list[Sample], token_budget: int) -> list[list[Sample]
     return batches
 
 
-def halve_on_oom(
-    add_gradient: Callable, optimizer: Optimizer, model: Qwen3, samples: list, *arguments
-) -> Counter:
-    """`add_gradient(model, micro-batches, *arguments)`; on OOM, halve the micro-batch if it has two."""
-    while True:
-        try:
-            micros = micro_batches(samples, optimizer.micro_batch_tokens)
-            return add_gradient(model, (make_batch(micro, model.device) for micro in micros), *arguments)
-        except RuntimeError as error:
-            on_cpu = "can't allocate memory" in str(error)
-            if not (isinstance(error, torch.OutOfMemoryError) or on_cpu) or len(micros) == len(samples):
-                raise
-        # Outside the handler, where the error no longer holds the tensors of the failed forward.
-        optimizer.clear_gradients()
-        optimizer.micro_batch_tokens //= 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def score_completions(model: Qwen3, batch: Batch, temperature: float = 1.0) -> TokenLogprobs:
+def logprobs_and_entropy(model: Qwen3, batch: Batch, temperature: float = 1.0) -> TokenLogprobs:
     """Log-probability of each completion token, and the entropy there; [rows, time], zero outside the mask.
 
     As in the sampler, but only completion positions go through the output head, a few at a time.
@@ -152,10 +157,20 @@ def score_completions(model: Qwen3, batch: Batch, temperature: float = 1.0) -> T
     hidden = model.model(batch.input_ids, batch.layout)[0]  # [tokens, hidden]
     hidden = hidden.index_select(0, batch.logit_positions[batch.mask])  # [completion tokens, hidden]
     targets = batch.target_ids[batch.mask]
-    scored = target_logprobs(hidden, model.lm_head.weight, targets, temperature, model.num_tokens)
-    return TokenLogprobs(*(x.new_zeros(batch.mask.shape).masked_scatter(batch.mask, x) for x in scored))
+    found = target_logprobs(hidden, model.lm_head.weight, targets, temperature, model.num_tokens)
+    return TokenLogprobs(
+        logprobs=in_rows(found.logprobs, batch.mask), entropy=in_rows(found.entropy, batch.mask)
+    )
+
+
+def in_rows(values: Tensor, mask: Tensor) -> Tensor:
+    """One value per completion token to [rows, time]."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def completion_logprobs(model: Qwen3, batch: Batch, temperature: float = 1.0) -> Tensor:
-    """The log-probabilities of `score_completions`."""
-    return score_completions(model, batch, temperature).logprobs
+    """The log-probabilities of `logprobs_and_entropy`."""
+    return logprobs_and_entropy(model, batch, temperature).logprobs
+
+
+score_completions = logprobs_and_entropy  # its earlier name, which tests/test_frozen.py keeps

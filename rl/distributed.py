@@ -26,13 +26,13 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def share(items: list) -> list:
-    """This rank's part of a list that all ranks have."""
+def own_part(items: list) -> list:
+    """This rank's part of a list that all ranks have: every n-th item, where n is the number of ranks."""
     return items[rank() :: world_size()]
 
 
 def gather(items: list) -> list:
-    """The whole list, from the part that `share` gave to each rank."""
+    """The whole list, from the part of each rank, as `own_part` gave it."""
     parts = all_values(items)
     whole = [None] * sum(map(len, parts))
     for number, part in enumerate(parts):
@@ -70,9 +70,6 @@ def sum_counts(counts: Counter) -> Counter:
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Add up all ranks' gradients in float32; no gradient counts as zero."""
     if world_size() == 1:
-        return
-    parameters = list(parameters)
-    if not any_rank(any(parameter.grad is not None for parameter in parameters)):
         return
     for parameter in parameters:
         if parameter.grad is None:

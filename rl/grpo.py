@@ -7,8 +7,8 @@ reward comes once, at the end, and is exact, so there is no GAE and, without `kl
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
+from threading import Event
 from typing import Literal
 
 import torch
@@ -17,13 +17,13 @@ from torch import Tensor
 from data.task import AnyProblem, Task
 from model import Qwen3, Tokenizer
 from rl.advantage import group_advantages
-from rl.batch import Batch, Sample, completion_logprobs, halve_on_oom, score_completions
-from rl.distributed import share, sum_counts, sum_gradients
+from rl.batch import Batch, Sample, completion_logprobs, logprobs_and_entropy
+from rl.distributed import own_part, sum_counts, sum_gradients
 from rl.loss import clip_counts, grpo_loss, loss_denominator
-from rl.optimizer import Optimizer
-from rl.ranges import Count, CountOrZero, NonNegative, Positive, Share
+from rl.ranges import Count, CountOrZero, NonNegative, Positive, ZeroToOne
 from rl.reward import RewardSettings
-from rl.rollout import Rollout, SamplingSettings, collect_rollouts
+from rl.rollout import Groups, OnProgress, SamplingSettings, collect_rollouts
+from rl.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class GRPOStage:
     updates_per_step: Count = 2  # Optimizer steps on a rollout batch; the clip matters from the second on
     learning_rate: Positive = 5e-6  # After the warm-up
     warmup_steps: CountOrZero = 5  # Steps in which the rate rises; those without an update do not count
-    end_rate: Share = 1.0  # The rate falls linearly to this share of itself
-    clip_low: Share = 0.25  # The ratio is clipped below at 1 - clip_low; 1 disables it
+    end_rate: ZeroToOne = 1.0  # The rate falls linearly to this share of itself
+    clip_low: ZeroToOne = 0.25  # The ratio is clipped below at 1 - clip_low; 1 disables it
     clip_high: NonNegative = 0.25  # The ratio is clipped above at 1 + clip_high; 1e9 disables it
     aggregation: Literal["token", "sequence", "constant"] = "token"  # How token losses are averaged
     scale_by_std: bool = True  # Divide advantages by the group's standard deviation
@@ -46,9 +46,8 @@ class GRPOStage:
 
 
 def grpo_step(
-    model: Qwen3,
+    trainer: Trainer,
     tokenizer: Tokenizer,
-    optimizer: Optimizer,
     task: Task,
     problems: list[AnyProblem],
     *,
@@ -58,109 +57,177 @@ def grpo_step(
     seed: int,
     reward: RewardSettings = RewardSettings(),
     reference: Qwen3 | None = None,
-    **watch,
-) -> tuple[list[list[Rollout]], Tensor, dict[str, float]]:
-    """One step: answer `problems`, score the answers, and make the better ones of each group likelier.
+    on_progress: OnProgress | None = None,
+    cancel: Event | None = None,
+) -> tuple[Groups, Tensor, dict[str, float]]:
+    """One step: answer `problems`, compare the answers, and make the better ones of each group likelier.
 
-    `reference` is the frozen model of the KL penalty; `watch` may be `on_progress` and `cancel`.
-    Returns the rollouts, [problem][sample]; their advantages, [problems, samples]; the updates' metrics.
+    `reference` is the frozen model of the KL penalty; `on_progress` is that of `generate`. When a signal sets
+    `cancel` before the weights have changed, the step ends with Cancelled.
+    Returns the rollouts, [problem][sample]; their advantages, [problems, samples]; and metrics.
     """
-    # 1. Sample and score. The completions of one problem are a group.
+    # 1. Sample completions and reward each. Those of one problem are a group.
     start = time.perf_counter()
-    options = {"num_samples": settings.samples_per_prompt, "sampling": sampling, "seed": seed}
-    groups = collect_rollouts(model, tokenizer, task, problems, reward=reward, **options, **watch)
-    sampled = time.perf_counter()
+    groups = collect_rollouts(
+        trainer.model,
+        tokenizer,
+        task,
+        problems,
+        sampling=sampling,
+        num_samples=settings.samples_per_prompt,
+        seed=seed,
+        reward=reward,
+        on_progress=on_progress,
+        cancel=cancel,
+    )
+    sampling_end = time.perf_counter()
 
-    # 2. Compare with the group. The advantage says how much better a completion did than its group.
-    rewards = torch.tensor([[rollout.score.reward for rollout in group] for group in groups])
+    # 2. Compare. The advantage of a completion says how much better it did than its group.
+    rewards = torch.tensor([[rollout.reward for rollout in group] for group in groups])
     advantages = group_advantages(rewards, scale_by_std=settings.scale_by_std)  # [problems, samples]
-    samples = []
-    for group, row in zip(groups, advantages.tolist(), strict=True):
-        answers = [(r.prompt_ids, r.completion.token_ids, r.completion.logprobs) for r in group]
-        samples.append([Sample(*answer, advantage) for answer, advantage in zip(answers, row, strict=True)])
+    samples = with_advantages(groups, advantages)
 
     # 3. Learn, each update from its own part of the groups. In the first, every ratio is one; after it the
     # weights have moved, and the clip limits the ratios.
     updates = []
     for number in range(settings.updates_per_step):
         part = samples[number :: settings.updates_per_step]
-        lengths = [len(sample.completion_ids) for group in part for sample in group]
-        denominator = loss_denominator(lengths, sampling.max_new_tokens, settings.aggregation)
-        # Completions with advantage zero only count in the denominator. If all are zero, there is no update:
-        # one group runs through the model, for the metrics.
-        own = [sample for group in share(part) for sample in group if sample.advantage or settings.kl_coef]
-        teaches = settings.kl_coef > 0 or any(sample.advantage for group in part for sample in group)
-        own = own if teaches else [sample for group in share(part)[:1] for sample in group]
-        arguments = (settings, sampling.temperature, denominator, reference)
-        with torch.set_grad_enabled(teaches):
-            sums = sum_counts(halve_on_oom(add_gradient, optimizer, model, own, *arguments))
-        sum_gradients(optimizer.parameters.values())
-        finite = all(map(math.isfinite, sums.values()))
-        updates.append((sums, optimizer.step(learning_rate, skip=not finite) if teaches else None))
-    seconds = {"rollout_seconds": sampled - start, "update_seconds": time.perf_counter() - sampled}
-    tokens = sum(len(sample.completion_ids) for group in samples for sample in group)
-    return groups, advantages, update_metrics(updates, tokens) | {"lr": learning_rate} | seconds
+        may_drop = cancel if number == 0 else None  # once the weights have moved, the step is finished
+        updates.append(grpo_update(trainer, part, settings, sampling, learning_rate, reference, may_drop))
+    metrics = update_metrics(updates) | {"lr": learning_rate}
+    metrics["rollout_seconds"] = sampling_end - start
+    metrics["update_seconds"] = time.perf_counter() - sampling_end
+    return groups, advantages, metrics
 
 
-def add_gradient(
-    model: Qwen3,
-    batches: Iterable[Batch],
+def with_advantages(groups: Groups, advantages: Tensor) -> list[list[Sample]]:
+    """The rollouts as samples to learn from, [problem][sample]."""
+    samples = []
+    for group, row in zip(groups, advantages.tolist(), strict=True):
+        its_samples = []
+        for rollout, advantage in zip(group, row, strict=True):
+            sample = Sample(
+                prompt_ids=rollout.prompt_ids,
+                completion_ids=rollout.completion.token_ids,
+                old_logprobs=rollout.completion.logprobs,
+                advantage=advantage,
+            )
+            its_samples.append(sample)
+        samples.append(its_samples)
+    return samples
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is known of an optimizer step, the same on all ranks."""
+
+    tokens: int  # of all its completions
+    sums: Counter  # over the tokens of the samples that took part, by the names of `policy_sums`
+    grad_norm: float | None  # before clipping; NaN if the step was skipped, None if no sample took part
+
+
+def grpo_update(
+    trainer: Trainer,
+    groups: list[list[Sample]],
     settings: GRPOStage,
-    temperature: float,
-    denominator: float,
-    reference=None,
-) -> Counter:
-    """Add the gradient of `grpo_loss` over `batches`; return sums over their tokens for `update_metrics`."""
-    sums: Counter = Counter()
-    for batch in batches:
-        logprobs, entropy = score_completions(model, batch, temperature)
+    sampling: SamplingSettings,
+    learning_rate: float,
+    reference: Qwen3 | None = None,
+    cancel: Event | None = None,
+) -> Update:
+    """One optimizer step on `groups`, of which each rank takes its own part.
+
+    Cancelled: `cancel` was set before the optimizer's step.
+    """
+    # 1. The samples that take part. Without advantage and KL penalty, one only counts in the denominator.
+    lengths = [len(sample.completion_ids) for group in groups for sample in group]
+    denominator = loss_denominator(lengths, sampling.max_new_tokens, settings.aggregation)
+    learning = [[sample for sample in group if sample.advantage or settings.kl_coef] for group in groups]
+    if not any(learning):
+        return Update(sum(lengths), Counter(), None)
+    own = [sample for group in own_part(learning) for sample in group]
+
+    # 2. The gradient, one micro-batch at a time.
+    def add_gradient(batch: Batch) -> Counter:
+        logprobs, entropy = logprobs_and_entropy(trainer.model, batch, sampling.temperature)
         ref_logprobs = None
         if reference is not None:
             with torch.no_grad():
-                ref_logprobs = completion_logprobs(reference, batch, temperature)
-        surrogate = (batch.old_logprobs, batch.advantages, batch.mask, settings.clip_low, settings.clip_high)
-        average = {"aggregation": settings.aggregation, "denominator": denominator}
-        kl = {"ref_logprobs": ref_logprobs, "kl_coef": settings.kl_coef}
-        loss = grpo_loss(logprobs, *surrogate, **average, **kl)
-        if loss.requires_grad:
-            loss.backward()
-        logprobs = logprobs.detach()
-        log_ratio = (logprobs - batch.old_logprobs)[batch.mask].double()
-        low, high = clip_counts(logprobs, *surrogate)
-        sums["loss"] += loss.item()
-        sums["tokens"] += len(log_ratio)
-        sums["clipped_low"] += low
-        sums["clipped_high"] += high
-        sums["entropy"] += entropy.sum().item()
-        sums["log_ratio"] += log_ratio.sum().item()
-        sums["log_ratio_squared"] += log_ratio.square().sum().item()
-    return sums
+                ref_logprobs = completion_logprobs(reference, batch, sampling.temperature)
+        loss = grpo_loss(
+            logprobs,
+            batch.old_logprobs,
+            batch.advantages,
+            batch.mask,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            aggregation=settings.aggregation,
+            denominator=denominator,
+            ref_logprobs=ref_logprobs,
+            kl_coef=settings.kl_coef,
+        )
+        loss.backward()
+        return policy_sums(batch, loss, logprobs, entropy, settings)
+
+    sums = sum_counts(trainer.sum_over_micro_batches(own, add_gradient, cancel))
+    sum_gradients(trainer.optimizer.parameters.values())
+
+    # 3. The optimizer's step.
+    finite = all(math.isfinite(value) for value in sums.values())
+    grad_norm = trainer.optimizer.step(learning_rate, skip=not finite)
+    return Update(sum(lengths), sums, grad_norm)
 
 
-def update_metrics(updates: list[tuple[Counter, float | None]], tokens: int) -> dict[str, float]:
-    """The metrics of a step, from each update's (sums of `add_gradient`, gradient norm).
+@torch.no_grad()
+def policy_sums(
+    batch: Batch, loss: Tensor, logprobs: Tensor, entropy: Tensor, settings: GRPOStage
+) -> Counter:
+    """What `update_metrics` needs of a micro-batch, summed over its tokens."""
+    log_ratio = (logprobs - batch.old_logprobs)[batch.mask].double()
+    clipped_low, clipped_high = clip_counts(
+        logprobs, batch.old_logprobs, batch.advantages, batch.mask, settings.clip_low, settings.clip_high
+    )
+    return Counter(
+        loss=loss.item(),
+        learned_tokens=len(log_ratio),
+        clipped_low=clipped_low,
+        clipped_high=clipped_high,
+        entropy=entropy.sum().item(),
+        log_ratio=log_ratio.sum().item(),
+        log_ratio_squared=log_ratio.square().sum().item(),
+    )
 
-    The norm is NaN if the update was skipped, None if nothing had an advantage. `policy_entropy` is exact,
-    `log_ratio_*` is trainer against sampler before the first update; both in nats. Clip fractions are shares
-    of all `tokens` of the step. What could not be measured is NaN.
+
+def update_metrics(updates: list[Update]) -> dict[str, float]:
+    """The metrics of the updates of a step. What could not be measured is NaN.
+
+    `policy_entropy` is exact, `log_ratio_*` is trainer against sampler before the first update; both in nats.
+    Clip fractions are of the tokens of all completions.
     """
-    measured = [sums for sums, _ in updates if all(map(math.isfinite, sums.values()))]
-    first = measured[0] if measured else Counter()
-    mean = first["log_ratio"] / (first["tokens"] or math.nan)
-    variance = first["log_ratio_squared"] / (first["tokens"] or math.nan) - mean**2
-    entropy = sum(sums["entropy"] for sums in measured)
-    learned = [(sums, norm) for sums, norm in updates if norm is not None and math.isfinite(norm)]
-    count = len(learned) or math.nan
-    clipped = {name: sum(sums[name] for sums, _ in learned) for name in ("clipped_low", "clipped_high")}
-    low, high = (number / (tokens if learned else math.nan) for number in clipped.values())
+    tried = [update for update in updates if update.grad_norm is not None]
+    taken = [update for update in tried if math.isfinite(update.grad_norm)]
+    tokens = sum(update.tokens for update in updates) if taken else 0
+    first = taken[0].sums if taken else Counter()
+    log_ratio_mean = mean(first["log_ratio"], first["learned_tokens"])
+    log_ratio_variance = mean(first["log_ratio_squared"], first["learned_tokens"]) - log_ratio_mean**2
+    sums: Counter = Counter()
+    for update in taken:
+        sums.update(update.sums)
     return {
-        "loss": sum(sums["loss"] for sums, _ in learned) / count,
-        "grad_norm": sum(norm for _, norm in learned) / count,
-        "skipped_updates": sum(norm is not None for _, norm in updates) - len(learned),
-        "policy_entropy": entropy / (sum(sums["tokens"] for sums in measured) or math.nan),
-        "clip_fraction": low + high,
-        "clip_fraction_low": low,
-        "clip_fraction_high": high,
-        "log_ratio_mean": mean,
-        "log_ratio_std": max(variance, 0.0) ** 0.5,
+        "loss": mean(sums["loss"], len(taken)),
+        "grad_norm": mean(sum(update.grad_norm for update in taken), len(taken)),
+        "skipped_updates": len(tried) - len(taken),
+        "policy_entropy": mean(sums["entropy"], sums["learned_tokens"]),
+        "clip_fraction": mean(sums["clipped_low"] + sums["clipped_high"], tokens),
+        "clip_fraction_low": mean(sums["clipped_low"], tokens),
+        "clip_fraction_high": mean(sums["clipped_high"], tokens),
+        "log_ratio_mean": log_ratio_mean,
+        "log_ratio_std": abs(log_ratio_variance) ** 0.5,  # rounding can take the variance below zero
     }
+
+
+def mean(total: float, count: float) -> float:
+    """`total / count`; NaN, which stands for not measured, if the count is zero."""
+    if count == 0:
+        return math.nan
+    return total / count

@@ -40,8 +40,9 @@ def grpo_loss(
     if advantages.dim() == 1:
         advantages = advantages[:, None]
     ratio = (logprobs - old_logprobs).exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    per_token = -torch.minimum(ratio * advantages, clipped * advantages)
+    gain = ratio * advantages
+    clipped_gain = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    per_token = -torch.minimum(gain, clipped_gain)
     if kl_coef:
         if ref_logprobs is None:
             raise ValueError("kl_coef needs ref_logprobs, the reference's log-probabilities")
@@ -78,8 +79,12 @@ def aggregate(per_token: Tensor, mask: Tensor, aggregation="token", denominator=
 def loss_denominator(lengths: list[int], max_length: int, aggregation: str) -> float:
     """The divisor of `aggregate` for completions of these lengths; never zero."""
     if aggregation == "token":
-        return float(max(1, sum(lengths)))
-    return float(max(1, len(lengths) * (max_length if aggregation == "constant" else 1)))
+        denominator = sum(lengths)
+    elif aggregation == "sequence":
+        denominator = len(lengths)
+    else:
+        denominator = len(lengths) * max_length
+    return float(max(1, denominator))
 
 
 def clip_counts(

@@ -6,6 +6,6 @@ from annotated_types import Interval
 
 Count = Annotated[int, Interval(ge=1, le=1_000_000)]
 CountOrZero = Annotated[int, Interval(ge=0, le=1_000_000)]
-Share = Annotated[float, Interval(ge=0, le=1)]
+ZeroToOne = Annotated[float, Interval(ge=0, le=1)]
 NonNegative = Annotated[float, Interval(ge=0, le=1e9)]
 Positive = Annotated[float, Interval(gt=0, le=1e9)]

@@ -1,9 +1,10 @@
 """From verdicts to rewards. A task's verdicts, and so accuracy, do not depend on what a recipe rewards."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from data.task import MALFORMED, WRONG, Score
 from data.traces import non_latin
+from model import Completion
 
 
 @dataclass(frozen=True)
@@ -15,12 +16,16 @@ class RewardSettings:
     latin_only: bool = False  # A completion with a letter outside the Latin script earns 0
 
 
-def reward_for(score: Score, text: str, settings: RewardSettings) -> Score:
-    """The same outcome, with the reward of a completion with this text."""
+def reward_for(verdict: Score, text: str, completion: Completion, settings: RewardSettings) -> float:
+    """The reward of a completion, from the task's verdict on it.
+
+    `text` is without the stop token. `completion.token_ids` are its ids, so their number is its length.
+    """
+    reward = verdict.reward
+    if verdict.outcome == "near" and not settings.near_miss:
+        reward = WRONG.reward
+    if reward == WRONG.reward and not settings.format:
+        reward = MALFORMED.reward
     if settings.latin_only and non_latin(text):
-        return replace(score, reward=MALFORMED.reward)
-    if score.outcome == "near" and not settings.near_miss:
-        score = replace(score, reward=WRONG.reward)
-    if score.reward == WRONG.reward and not settings.format:
-        score = replace(score, reward=MALFORMED.reward)
-    return score
+        reward = MALFORMED.reward
+    return reward

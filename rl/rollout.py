@@ -1,15 +1,19 @@
-"""From problems to scored completions: prompt, sample, decode, score."""
+"""From problems to rollouts: write the prompt, sample completions, decode and judge them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Event
 from typing import Annotated
 
 from annotated_types import Interval
 
-from data.task import AnyProblem, Score, Task, solved_examples
+from data.task import AnyProblem, Task, solved_examples
 from model import Completion, Qwen3, Tokenizer, generate, prompt_ids
-from rl.distributed import gather, rank, share, world_size
+from rl.distributed import gather, own_part, rank, world_size
 from rl.ranges import Count, CountOrZero, NonNegative
 from rl.reward import RewardSettings, reward_for
+
+OnProgress = Callable[[int, int], None]  # is told completions done and tokens sampled so far
 
 
 @dataclass(frozen=True)
@@ -28,30 +32,38 @@ class SamplingSettings:
     """Sample from the likeliest tokens that together have this probability; for evaluation, not training."""
 
 
-def prompt_of(tokenizer: Tokenizer, task: Task, problem: AnyProblem, sampling: SamplingSettings) -> list[int]:
+def prompt_for(
+    tokenizer: Tokenizer, task: Task, problem: AnyProblem, sampling: SamplingSettings
+) -> list[int]:
     """The ids that a completion goes on from."""
 
     def question(asked: AnyProblem) -> str:
-        limit = f" Use at most {sampling.max_new_tokens} tokens in all." if sampling.state_limit else ""
-        return task.prompt(asked, sampling.thinking) + limit
+        text = task.prompt(asked, sampling.thinking)
+        if sampling.state_limit:
+            text += f" Use at most {sampling.max_new_tokens} tokens in all."
+        return text
 
-    examples = []
+    earlier_turns = []
     if sampling.examples:
+        opening = "<think>\n" if sampling.thinking else ""
         for solved, solution in solved_examples(task, sampling.examples, sampling.thinking):
-            opened = "<think>\n" if sampling.thinking else ""
-            examples.append((question(solved), opened + solution))
-    return prompt_ids(tokenizer, question(problem), sampling.thinking, examples)
+            earlier_turns.append((question(solved), opening + solution))
+    return prompt_ids(tokenizer, question(problem), sampling.thinking, earlier_turns)
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One completion with its problem, and its score; `text` is the completion without its stop token."""
+    """One completion of a problem, and what became of it."""
 
     problem: AnyProblem
     prompt_ids: list[int]
     completion: Completion
-    text: str
-    score: Score
+    text: str  # of the completion, without its stop token
+    outcome: str  # the task's verdict, by which accuracy counts: "correct", "near", "wrong" or "malformed"
+    reward: float  # what the recipe pays for it, from which the policy learns
+
+
+Groups = list[list[Rollout]]  # [problem][sample]
 
 
 def collect_rollouts(
@@ -64,14 +76,15 @@ def collect_rollouts(
     num_samples: int,
     seed: int,
     reward: RewardSettings = RewardSettings(),
-    **watch,
-) -> list[list[Rollout]]:
-    """Sample and score `num_samples` completions of each problem, as `[problem][sample]`.
+    on_progress: OnProgress | None = None,
+    cancel: Event | None = None,
+) -> Groups:
+    """Sample and judge `num_samples` completions of each problem, as `[problem][sample]`.
 
-    The same problem twice makes two groups. Each rank samples its share and gets all. `watch` may be
-    `on_progress` and `cancel` of `generate`.
+    The same problem twice makes two groups. Each rank samples its own part and gets all. `on_progress` and
+    `cancel` are those of `generate`.
     """
-    prompts = [prompt_of(tokenizer, task, problem, sampling) for problem in problems]
+    prompts = [prompt_for(tokenizer, task, problem, sampling) for problem in problems]
     completions = generate(
         model,
         prompts,
@@ -83,15 +96,40 @@ def collect_rollouts(
         top_k=sampling.top_k,
         top_p=sampling.top_p,
         max_cache_tokens=sampling.max_cache_tokens,
-        only=slice(rank(), None, world_size()),
-        **watch,
+        only=slice(rank(), None, world_size()),  # the prompts that `own_part` gives
+        on_progress=on_progress,
+        cancel=cancel,
     )
     groups = []
-    for problem, prompt, its_completions in zip(share(problems), share(prompts), completions, strict=True):
-        group = []
-        for completion in its_completions:
-            text = tokenizer.decode(completion.token_ids[: -1 if completion.finished else None])
-            score = task.score(text, problem, sampling.thinking)
-            group.append(Rollout(problem, prompt, completion, text, reward_for(score, text, reward)))
-        groups.append(group)
+    own = zip(own_part(problems), own_part(prompts), completions, strict=True)
+    for problem, prompt, group in own:
+        rollouts = []
+        for completion in group:
+            rollouts.append(judge(tokenizer, task, problem, prompt, completion, sampling, reward))
+        groups.append(rollouts)
     return gather(groups)
+
+
+def judge(
+    tokenizer: Tokenizer,
+    task: Task,
+    problem: AnyProblem,
+    prompt: list[int],
+    completion: Completion,
+    sampling: SamplingSettings,
+    reward_settings: RewardSettings,
+) -> Rollout:
+    """Decode a completion of `prompt`; the task gives its verdict, and the recipe its reward."""
+    token_ids = completion.token_ids
+    if completion.finished:
+        token_ids = token_ids[:-1]
+    text = tokenizer.decode(token_ids)
+    verdict = task.score(text, problem, sampling.thinking)
+    return Rollout(
+        problem=problem,
+        prompt_ids=prompt,
+        completion=completion,
+        text=text,
+        outcome=verdict.outcome,
+        reward=reward_for(verdict, text, completion, reward_settings),
+    )

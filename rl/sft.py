@@ -2,19 +2,18 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
+from threading import Event
 from typing import Annotated, Literal
 
 import numpy as np
 from annotated_types import Interval
 
-from model import Qwen3
-from rl.batch import Batch, Sample, completion_logprobs, halve_on_oom
-from rl.distributed import share, sum_counts, sum_gradients
+from rl.batch import Batch, Sample, completion_logprobs
+from rl.distributed import own_part, sum_counts, sum_gradients
 from rl.loss import sft_loss
-from rl.optimizer import Optimizer
 from rl.ranges import Count, Positive
+from rl.trainer import Trainer
 
 WORKED = "worked"  # as a stage's traces
 
@@ -25,7 +24,7 @@ class SFTStage:
 
     kind: Literal["sft"] = "sft"
     epochs: Annotated[int, Interval(ge=1, le=1000)] = 2  # Passes over the traces
-    batch_size: Count = 64  # Traces an optimizer step
+    batch_size: Count = 64  # Traces per optimizer step
     learning_rate: Positive = 1e-5  # Peak; falls linearly to zero over the stage
     max_traces: Count = 2400  # At most so many traces; those of later steps are taken first
     traces_per_problem: Count = 2  # At most so many traces of one problem; the shortest are taken
@@ -44,29 +43,32 @@ def sft_schedule(samples: list[Sample], batch_size: int, epochs: int, seed: int)
     return steps
 
 
-def sft_step(model: Qwen3, optimizer: Optimizer, samples: list[Sample], learning_rate: float) -> dict:
+def sft_step(
+    trainer: Trainer, samples: list[Sample], learning_rate: float, cancel: Event | None = None
+) -> dict[str, float]:
     """One optimizer step on `samples`: loss on the completions only, averaged over their tokens.
 
-    Returns `loss` in nats a token, `grad_norm` before clipping, `tokens`, and `skipped_updates`: 1 if the
-    update was not finite; loss and norm are NaN then.
+    Returns `loss` in nats per token, `grad_norm` before clipping, `tokens`, and `skipped_updates`: 1 if the
+    update was not finite; loss and norm are NaN then. Cancelled: `cancel` was set before the update.
     """
+    # 1. The gradient, one micro-batch of this rank's samples at a time.
     tokens = sum(len(sample.completion_ids) for sample in samples)
-    sums = sum_counts(halve_on_oom(add_sft_gradient, optimizer, model, share(samples), tokens))
-    sum_gradients(optimizer.parameters.values())
-    norm = optimizer.step(learning_rate, skip=not math.isfinite(sums["loss"]))
-    taken = math.isfinite(norm)
+
+    def learn(batch: Batch) -> Counter:
+        logprobs = completion_logprobs(trainer.model, batch)
+        loss = sft_loss(logprobs, batch.mask, denominator=tokens)
+        loss.backward()
+        return Counter(loss=loss.item())
+
+    sums = sum_counts(trainer.sum_over_micro_batches(own_part(samples), learn, cancel))
+    sum_gradients(trainer.optimizer.parameters.values())
+
+    # 2. The optimizer's step.
+    grad_norm = trainer.optimizer.step(learning_rate, skip=not math.isfinite(sums["loss"]))
+    taken = math.isfinite(grad_norm)
     return {
         "loss": sums["loss"] if taken else math.nan,
-        "grad_norm": norm,
+        "grad_norm": grad_norm,
         "skipped_updates": int(not taken),
         "tokens": tokens,
     }
-
-
-def add_sft_gradient(model: Qwen3, batches: Iterable[Batch], tokens: int) -> Counter:
-    sums: Counter = Counter()
-    for batch in batches:
-        loss = sft_loss(completion_logprobs(model, batch), batch.mask, tokens)
-        loss.backward()
-        sums["loss"] += loss.item()
-    return sums

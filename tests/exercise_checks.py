@@ -21,7 +21,7 @@ import lab.stages
 from data import Countdown, Problem, score
 from lab.recipe import EvaluationSettings, Recipe, load_recipe
 from lab.runfolder import RunFolder
-from model import load_model
+from model import Completion, load_model
 from rl.advantage import group_advantages
 from rl.grpo import GRPOStage
 from rl.reward import RewardSettings, reward_for
@@ -60,7 +60,9 @@ def every_number_once() -> None:
 
     assert (of("79-60+17"), of("79-60-17+0"), of("79+60+17"), of("79+60"), of("no")) == (1.0, 0.1, 0.2, 0.1, 0.1)
     near = score("so</think><answer>79-60+17</answer>", Problem((79, 60, 17), 37))
-    assert reward_for(near, "", RewardSettings(near_miss=False)).reward == 0.2, "no less than for a larger miss"
+    assert reward_for(near, "", Completion([], [], True), RewardSettings(near_miss=False)) == 0.2, (
+        "no less than for a larger miss"
+    )
 
 
 def length_bonus() -> None:
@@ -77,10 +79,10 @@ def length_bonus() -> None:
     longest = max(len(rollout.completion.token_ids) for rollout in plain)
     gains = []
     for a, b in zip(plain, rollouts(0.4), strict=True):
-        right = a.score.outcome == "correct"
-        gains.append(b.score.reward - a.score.reward)
+        right = a.outcome == "correct"
+        gains.append(b.reward - a.reward)
         expected = 0.4 * (1 - len(a.completion.token_ids) / longest) if right else 0.0
-        assert a.score.outcome == b.score.outcome and abs(gains[-1] - expected) < 1e-9
+        assert a.outcome == b.outcome and abs(gains[-1] - expected) < 1e-9
     assert max(gains) > 0.1, "correct completions of several lengths"
 
 

@@ -14,6 +14,7 @@ from model import Qwen3, Qwen3Config
 from model.chat import CHATML, ChatTemplate
 from rl.batch import Sample
 from rl.optimizer import Optimizer, OptimizerSettings
+from rl.trainer import Trainer
 
 SHAPE = {
     "vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -27,9 +28,14 @@ def random_model(seed: int = 0, dtype: torch.dtype = torch.float32, std: float =
     return init_weights(Qwen3(Qwen3Config(**SHAPE | changes)).to(dtype), seed, std)
 
 
-def optimizer_for(model: Qwen3, budget: int = 1000, **settings) -> Optimizer:
-    """An optimizer for `model` with these settings, in micro-batches of `budget` tokens."""
-    return Optimizer(model, OptimizerSettings(**settings), budget)
+def optimizer_for(model: Qwen3, **settings) -> Optimizer:
+    """An optimizer for `model` with these settings."""
+    return Optimizer(model, OptimizerSettings(**settings))
+
+
+def trainer_for(model: Qwen3, budget: int = 1000, **settings) -> Trainer:
+    """A trainer of `model` in micro-batches of `budget` tokens, with these settings of the optimizer."""
+    return Trainer(model, optimizer_for(model, **settings), budget)
 
 
 def ragged_samples(count: int, seed: int = 0, longest: int = 9, vocab: int = 48) -> list[Sample]:

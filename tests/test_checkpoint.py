@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from helpers import largest_gap, optimizer_for, ragged_samples, random_model, weights
+from helpers import largest_gap, ragged_samples, random_model, trainer_for, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,9 +26,9 @@ from rl.sft import sft_step
 def parts():
     tokenizer = Tokenizer(TINY)
     model = random_model(vocab_size=len(tokenizer))
-    optimizer = optimizer_for(model)
-    sft_step(model, optimizer, ragged_samples(3), 1e-2)
-    return model, tokenizer, optimizer
+    trainer = trainer_for(model)
+    sft_step(trainer, ragged_samples(3), 1e-2)
+    return model, tokenizer, trainer.optimizer
 
 
 def save(run: Path, number: int, parts) -> Path:
@@ -124,16 +124,16 @@ def test_a_full_disk_leaves_what_was_there_and_says_so(tmp_path, parts, monkeypa
 
 def test_counters_weights_and_moments_come_back_and_go_on_alike(tmp_path, parts):
     model = random_model(vocab_size=len(parts[1]))
-    optimizer = optimizer_for(model)
-    sft_step(model, optimizer, ragged_samples(3), 1e-2)
+    trainer = trainer_for(model)
+    sft_step(trainer, ragged_samples(3), 1e-2)
     state = TrainState(10**12, 1, 2, 3, 4, {"train": "a hash"}, ["a fingerprint"])
-    save_checkpoint(tmp_path / "step_0001", model, parts[1], optimizer, state, Recipe())
+    save_checkpoint(tmp_path / "step_0001", model, parts[1], trainer.optimizer, state, Recipe())
     assert load_state(tmp_path / "step_0001") == state
     loaded, _ = load_model(tmp_path / "step_0001")
-    resumed = optimizer_for(loaded)
+    resumed = trainer_for(loaded)
     lab.checkpoint.load_into(resumed, tmp_path / "step_0001")
-    sft_step(model, optimizer, ragged_samples(3, seed=1), 1e-2)
-    sft_step(loaded, resumed, ragged_samples(3, seed=1), 1e-2)
+    sft_step(trainer, ragged_samples(3, seed=1), 1e-2)
+    sft_step(resumed, ragged_samples(3, seed=1), 1e-2)
     assert largest_gap(weights(model), weights(loaded)) == 0
 
 

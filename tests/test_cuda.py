@@ -20,7 +20,7 @@ from lab.decoding import Row, check_decoding
 from model import KVCache, ModelError, generate, load_model
 from model.quantize import quantized
 from model.sampler import DecodeBatch, TokenChoice, random_uniforms, sample_completion
-from rl.batch import completion_logprobs, make_batch, score_completions
+from rl.batch import completion_logprobs, logprobs_and_entropy, make_batch
 from rl.loss import grpo_loss
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -60,7 +60,7 @@ def test_a_batch_its_loss_and_gradient_are_those_of_the_cpu(device):
     def learned(place) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         model = random_model().to(place)
         batch = make_batch(ragged_samples(7), place)
-        logprobs, entropy = score_completions(model, batch, temperature=0.8)
+        logprobs, entropy = logprobs_and_entropy(model, batch, temperature=0.8)
         loss = grpo_loss(logprobs, batch.old_logprobs, batch.advantages, batch.mask)
         (loss + entropy.mean()).backward()
         return logprobs.cpu(), loss.cpu(), {name: p.grad.cpu() for name, p in model.named_parameters()}

@@ -6,8 +6,8 @@ from helpers import PROBLEM
 from data import Problem, score
 from data.task import CORRECT, MALFORMED, WRONG, Score
 from data.traces import non_latin
+from lab.metrics import rollout_metrics
 from model import Completion
-from rl.metrics import rollout_metrics
 from rl.reward import RewardSettings, reward_for
 from rl.rollout import Rollout
 
@@ -31,14 +31,15 @@ def test_letters_outside_the_latin_script_are_counted_one_by_one(text, count):
 
 
 def rollout(text: str, settings: RewardSettings = RewardSettings()) -> Rollout:
-    rewarded = reward_for(score(text, PROBLEM), text, settings)
-    return Rollout(PROBLEM, [1], Completion([5] * 4, [-0.5] * 4, True), text, rewarded)
+    verdict, completion = score(text, PROBLEM), Completion([5] * 4, [-0.5] * 4, True)
+    reward = reward_for(verdict, text, completion, settings)
+    return Rollout(PROBLEM, [1], completion, text, verdict.outcome, reward)
 
 
 @pytest.mark.parametrize(("settings", "drifted"), [({}, 1.0), ({"latin_only": False}, 1.0), ({"latin_only": True}, 0.0)])
 def test_the_guard_gives_nothing_for_drift_and_leaves_the_verdict_alone(settings, drifted):
     group = [rollout(text, RewardSettings(**settings)) for text in (RIGHT, DRIFTED, "七")]
-    assert [r.score for r in group] == [CORRECT, Score(drifted, "correct"), MALFORMED]
+    assert [(r.outcome, r.reward) for r in group] == [("correct", 1.0), ("correct", drifted), ("malformed", 0.0)]
     metrics = rollout_metrics([group])
     assert metrics["reward_mean"] == pytest.approx((1 + drifted) / 3)
     assert metrics["train_accuracy"] == pytest.approx(2 / 3)
@@ -48,13 +49,13 @@ def test_the_guard_gives_nothing_for_drift_and_leaves_the_verdict_alone(settings
 def test_near_misses_earn_part_of_the_reward_unless_a_recipe_says_otherwise(settings, expected):
     near = score("</think><answer>79-60+17</answer>", Problem(PROBLEM.numbers, 37))
     assert near == Score(0.75, "near")
-    assert reward_for(near, "79", RewardSettings(**settings)) == Score(expected, "near")
-    for other in (CORRECT, WRONG, MALFORMED):
-        assert reward_for(other, "79", RewardSettings(**settings)) == other
-    unformed = {
-        score: reward_for(score, "79", RewardSettings(**settings, format=False)).reward for score in (CORRECT, near, WRONG)
-    }
-    assert unformed == {CORRECT: 1.0, near: 0.75 if expected == 0.75 else 0.0, WRONG: 0.0}
+    plain, unformed = RewardSettings(**settings), RewardSettings(**settings, format=False)
+    completion = Completion([5, 6], [-0.5, -0.5], True)
+    for verdict, reward, without_format in (
+        (CORRECT, 1.0, 1.0), (near, expected, 0.75 if expected == 0.75 else 0.0), (WRONG, 0.1, 0.0), (MALFORMED, 0.0, 0.0)
+    ):  # fmt: skip
+        assert reward_for(verdict, "79", completion, plain) == reward
+        assert reward_for(verdict, "79", completion, unformed) == without_format
 
 
 def test_the_drifted_share_is_of_all_characters():

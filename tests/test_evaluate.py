@@ -9,20 +9,19 @@ from helpers import PROBLEM
 
 import lab.run
 from data import Problem
-from data.task import Score
 from lab.evaluate import Evaluation, problems_hash
+from lab.metrics import common_form, pass_at_k, rollout_metrics
 from lab.recipe import EvaluationSettings, load_recipe, problems_of
 from lab.runfolder import RunFolder
 from lab.stages import train
 from model import Completion
 from rl import score
-from rl.metrics import common_form, pass_at_k, rollout_metrics
 from rl.rollout import Rollout
 
 
 def rollout(reward: float, outcome: str, tokens: int = 4, finished: bool = True) -> Rollout:
     completion = Completion([5] * tokens, [-0.5] * tokens, finished)
-    return Rollout(PROBLEM, [1, 2], completion, "", Score(reward, outcome))
+    return Rollout(PROBLEM, [1, 2], completion, "", outcome, reward)
 
 
 def test_an_evaluation_counts_outcomes_lengths_and_truncations():
@@ -38,7 +37,11 @@ def test_an_evaluation_counts_outcomes_lengths_and_truncations():
 def answered(problem: Problem, *answers: str) -> list[Rollout]:
     """A group of completions with these answers, scored as usual; an empty one gives no answer at all."""
     texts = [f"</think>\n<answer>{answer}</answer>" if answer else "</think>\n" for answer in answers]
-    return [Rollout(problem, [1], Completion([5], [-0.5], True), text, score(text, problem)) for text in texts]
+    verdicts = [score(text, problem) for text in texts]
+    return [
+        Rollout(problem, [1], Completion([5], [-0.5], True), text, verdict.outcome, verdict.reward)
+        for text, verdict in zip(texts, verdicts, strict=True)
+    ]
 
 
 GROUPS = [
@@ -53,7 +56,7 @@ def test_pass_at_k_equals_the_mean_over_every_choice_of_k_completions():
     for k in range(1, 5):
         by_hand = []
         for group in GROUPS:
-            choices = list(itertools.combinations([r.score.outcome == "correct" for r in group], k))
+            choices = list(itertools.combinations([r.outcome == "correct" for r in group], k))
             by_hand.append(sum(map(any, choices)) / len(choices))
         assert pass_at_k(GROUPS, k) == pytest.approx(sum(by_hand) / len(by_hand))
     logged = [name for name in rollout_metrics(GROUPS) if name.startswith("pass_at")]

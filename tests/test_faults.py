@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import optimizer_for, ragged_samples, random_model
+from helpers import ragged_samples, random_model, trainer_for
 from test_commands import fails, smoke
 from test_grpo import sampler_that_is_off, take_step
 
@@ -32,8 +32,9 @@ def equal(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("source", ["loss", "gradient", "sampler"])
 def test_an_update_that_is_not_finite_changes_nothing_and_is_counted_and_the_next_one_is_taken(source, bad, monkeypatch):
     model = random_model()
-    optimizer = optimizer_for(model, budget=30)
-    sft_step(model, optimizer, ragged_samples(3), 1e-2)  # so that the optimizer has a state
+    trainer = trainer_for(model, budget=30)
+    optimizer = trainer.optimizer
+    sft_step(trainer, ragged_samples(3), 1e-2)  # so that the optimizer has a state
     before, take = [], optimizer.step
     monkeypatch.setattr(optimizer, "step", lambda *a, **options: before.append(copies(model, optimizer)) or take(*a, **options))
     if source == "loss":  # of one micro-batch of the first update; its gradient is finite
@@ -46,7 +47,7 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted_and_the_nex
         shifts = []
         off = sampler_that_is_off(lambda place: shifts.append(0) or (bad if len(shifts) == 1 else 0.0))
         monkeypatch.setattr(rl.grpo, "collect_rollouts", off)
-    _, _, metrics = take_step(model, optimizer, updates_per_step=2)
+    _, _, metrics = take_step(trainer, updates_per_step=2)
     assert metrics["skipped_updates"] == 1 and optimizer.skipped_in_a_row == 0
     assert equal(before[0], before[1]) and not equal(before[1], copies(model, optimizer))
     assert all(map(math.isfinite, metrics.values())) and metrics["grad_norm"] > 0 and metrics["policy_entropy"] > 1

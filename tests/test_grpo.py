@@ -7,15 +7,16 @@ import resource
 import numpy as np
 import pytest
 import torch
-from helpers import FakeTask, FakeTokenizer, gradients, largest, largest_gap, ragged_samples, random_model, weights
+from helpers import FakeTask, FakeTokenizer, gradients, largest, largest_gap, ragged_samples, random_model, trainer_for, weights
 
 import rl.grpo
 from lab.stages import learning_rate_at
-from rl.batch import halve_on_oom, score_completions
+from rl.batch import logprobs_and_entropy
 from rl.grpo import GRPOStage, grpo_step
 from rl.loss import AGGREGATIONS
 from rl.optimizer import Optimizer, OptimizerSettings
 from rl.rollout import SamplingSettings, collect_rollouts
+from rl.trainer import Trainer
 
 REWARDS = [[1.0, 0.0, 0.1, 0.1], [0.3] * 4, [0.7, 0.3, 0.1, 0.0], [0.0, 0.1, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]]
 PROBLEMS = ["ab", "c", "defgh", "c", "ij"]
@@ -28,8 +29,8 @@ MEMORY_ERRORS = [
 class Recording(Optimizer):
     """Keeps the model, in float64, and the gradient as they are before each update."""
 
-    def __init__(self, model, budget: int = 1000, **options):
-        super().__init__(model, OptimizerSettings(**options), budget)
+    def __init__(self, model, **options):
+        super().__init__(model, OptimizerSettings(**options))
         self.model, self.updates = model, []
 
     def step(self, learning_rate: float, skip: bool = False) -> float:
@@ -40,11 +41,15 @@ class Recording(Optimizer):
         return super().step(learning_rate, skip)
 
 
-def take_step(model, optimizer, rewards=REWARDS, learning_rate=0.01, temperature=1.0, reference=None, **stage):
+def recording(model, budget: int = 1000, **options) -> Trainer:
+    return Trainer(model, Recording(model, **options), budget)
+
+
+def take_step(trainer, rewards=REWARDS, learning_rate=0.01, temperature=1.0, reference=None, **stage):
     """A step on PROBLEMS with `rewards` given by hand: [problem][sample], in the order of scoring."""
     given_rewards = iter([reward for row in rewards for reward in row])
     return grpo_step(
-        model, FakeTokenizer(), optimizer, FakeTask(lambda problem, text: next(given_rewards)), PROBLEMS[: len(rewards)],
+        trainer, FakeTokenizer(), FakeTask(lambda problem, text: next(given_rewards)), PROBLEMS[: len(rewards)],
         settings=GRPOStage(samples_per_prompt=len(rewards[0]), **stage), seed=1, reference=reference,
         sampling=SamplingSettings(max_new_tokens=8, temperature=temperature), learning_rate=learning_rate,
     )  # fmt: skip
@@ -70,7 +75,7 @@ def update_by_hand(model, groups, stage, temperature, reference) -> dict:
     result = {"loss": 0.0, "low": 0, "high": 0, "log_ratios": [], "entropies": []}
     lengths = [len(rollout.completion.token_ids) for group in groups for rollout in group]
     for group in groups:
-        rewards = np.array([rollout.score.reward for rollout in group])
+        rewards = np.array([rollout.reward for rollout in group])
         deviation = rewards.std() + 1e-4 if stage.scale_by_std else 1.0
         for rollout, reward in zip(group, rewards, strict=True):
             advantage = 0.0 if len(set(rewards)) == 1 else (reward - rewards.mean()) / deviation
@@ -109,13 +114,13 @@ def test_gradient_and_metrics_of_every_update_are_those_of_the_definition(aggreg
     before = weights(reference)
     clip = {"clip_low": 0.15, "clip_high": 0.2, "updates_per_step": 3}
     stage = dict(aggregation=aggregation, kl_coef=kl_coef, scale_by_std=bool(kl_coef), **clip)
-    optimizer = Recording(model, budget=30)
+    trainer = recording(model, budget=30)
     options = dict(temperature=temperature, reference=reference if kl_coef else None)
-    groups, advantages, metrics = take_step(model, optimizer, learning_rate=0.02, **options, **stage)
+    groups, advantages, metrics = take_step(trainer, learning_rate=0.02, **options, **stage)
 
     settings = GRPOStage(samples_per_prompt=4, **stage)
     expected = []
-    for number, (twin, gradient) in enumerate(optimizer.updates):
+    for number, (twin, gradient) in enumerate(trainer.optimizer.updates):
         expected.append(update_by_hand(twin, groups[number::3], settings, temperature, copy.deepcopy(reference).double()))
         assert largest_gap(gradient, expected[-1]["gradient"]) < 1e-5 < 1e-2 < largest(gradient)
     assert len(expected) == 3 and not advantages[1].any() and advantages[0].any()
@@ -137,7 +142,7 @@ def test_the_first_update_is_on_policy_and_later_ones_are_clipped(temperature):
     def metrics_of(updates: int) -> dict:
         model = random_model(std=0.4)
         options = dict(temperature=temperature, clip_low=1e-3, clip_high=1e-3, updates_per_step=updates)
-        return take_step(model, Recording(model), **options)[2]
+        return take_step(recording(model), **options)[2]
 
     one, two = metrics_of(1), metrics_of(2)
     assert one["clip_fraction"] == 0 and one["grad_norm"] > 0.01
@@ -151,20 +156,17 @@ def test_groups_of_equal_rewards_cost_no_backward_and_leave_every_weight_as_it_i
     if kind == "adamw8bit":
         pytest.importorskip("bitsandbytes")
     model = random_model()
-    trained = []
-    model.model.register_forward_hook(lambda *_: trained.append(torch.is_grad_enabled()))
     before = weights(model)
-    _, advantages, metrics = take_step(model, Recording(model, kind=kind), [[0.1] * 4, [0.3] * 4], learning_rate=0.1)
-    assert not advantages.any() and True not in trained
-    assert all(map(math.isnan, (metrics["grad_norm"], metrics["loss"], metrics["clip_fraction"])))  # not measured
-    assert metrics["skipped_updates"] == 0 and metrics["policy_entropy"] > 1 and abs(metrics["log_ratio_mean"]) < 1e-5
+    _, advantages, metrics = take_step(recording(model, kind=kind), [[0.1] * 4, [0.3] * 4], learning_rate=0.1)
+    assert not advantages.any() and metrics["skipped_updates"] == 0
+    assert all(map(math.isnan, (metrics[name] for name in ("loss", "grad_norm", "policy_entropy", "clip_fraction_low"))))
     assert all(torch.equal(before[name], after) for name, after in weights(model).items())
 
 
 def test_the_same_problem_twice_makes_two_groups():
     """Grouped by prompt, the mean of "c" would be 0.75, and the second group would not have zero advantages."""
     model = random_model()
-    groups, advantages, _ = take_step(model, Recording(model), [REWARDS[0], [1.0, 0.0, 1.0, 0.0], REWARDS[2], [1.0] * 4])
+    groups, advantages, _ = take_step(recording(model), [REWARDS[0], [1.0, 0.0, 1.0, 0.0], REWARDS[2], [1.0] * 4])
     assert groups[1][0].prompt_ids == groups[3][0].prompt_ids != groups[0][0].prompt_ids
     assert [rollout.completion for rollout in groups[1]] != [rollout.completion for rollout in groups[3]]
     assert advantages[1].tolist() == pytest.approx([1 / 1.0002, -1 / 1.0002] * 2) and not advantages[3].any()
@@ -176,20 +178,20 @@ def test_the_same_problem_twice_makes_two_groups():
 @pytest.mark.parametrize("budget, error", [(40, None), (1, None), (100, MEMORY_ERRORS[0]), (100, MEMORY_ERRORS[1])])
 def test_a_step_does_not_depend_on_micro_batches_nor_on_running_out_of_memory(budget, error, monkeypatch):
     whole = random_model(1)  # trained in one micro-batch
-    _, _, expected = take_step(whole, Recording(whole, 10_000), updates_per_step=2)
+    _, _, expected = take_step(recording(whole, 10_000), updates_per_step=2)
 
     def failing(model, batch, temperature):
-        scored = score_completions(model, batch, temperature)
+        scored = logprobs_and_entropy(model, batch, temperature)
         if error and batch.input_ids.shape[1] > 20:
             scored.logprobs.sum().backward()  # what a failed micro-batch has added to the gradient must go
             raise error
         return scored
 
-    monkeypatch.setattr(rl.grpo, "score_completions", failing)
+    monkeypatch.setattr(rl.grpo, "logprobs_and_entropy", failing)
     model = random_model(1)
-    optimizer = Recording(model, budget)
-    _, _, metrics = take_step(model, optimizer, updates_per_step=2)
-    assert optimizer.micro_batch_tokens == (12 if error else budget)  # halved for good
+    trainer = recording(model, budget)
+    _, _, metrics = take_step(trainer, updates_per_step=2)
+    assert trainer.micro_batch_tokens == (12 if error else budget)  # halved for good
     metrics |= {name: value for name, value in expected.items() if "seconds" in name}
     assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert largest_gap(weights(model), weights(whole)) < 1e-4
@@ -199,13 +201,12 @@ def test_a_step_does_not_depend_on_micro_batches_nor_on_running_out_of_memory(bu
 def test_the_error_of_a_sample_that_does_not_fit_alone_and_any_other_error_are_raised(error, tries):
     tried = []
 
-    def failing(model, batches):
-        tried.append(next(batches).input_ids.shape[1])
+    def failing(batch):
+        tried.append(batch.input_ids.shape[1])
         raise error
 
-    model = random_model()
     with pytest.raises(type(error), match=str(error)):
-        halve_on_oom(failing, Optimizer(model, micro_batch_tokens=120), model, ragged_samples(12))
+        trainer_for(random_model(), budget=120).sum_over_micro_batches(ragged_samples(12), failing)
     assert len(tried) in tries and tried == sorted(tried, reverse=True)
 
 

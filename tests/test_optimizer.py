@@ -12,6 +12,7 @@ import rl.optimizer
 from lab.checkpoint import load_state_tensors, state_tensors
 from rl.optimizer import round_stochastically
 from rl.sft import sft_step
+from rl.trainer import Trainer
 
 SAMPLES = ragged_samples(4)
 KINDS = pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
@@ -20,7 +21,8 @@ WIDE = {"vocab_size": 320, "hidden_size": 32}  # matrices of 4,096 elements and 
 
 
 def learn(model, optimizer, steps: int, rate: float = 3e-3) -> list[float]:
-    return [sft_step(model, optimizer, SAMPLES, rate)["loss"] for _ in range(steps)]
+    trainer = Trainer(model, optimizer)
+    return [sft_step(trainer, SAMPLES, rate)["loss"] for _ in range(steps)]
 
 
 def state_of(optimizer) -> dict[str, torch.Tensor]:
@@ -51,7 +53,7 @@ def test_float32_steps_equal_torchs_adamw_with_clipping():
         assert largest_gap(weights(ours), weights(theirs)) < 2e-6
         assert all(parameter.grad is None for parameter in ours.parameters())
     assert set(clipped) == {True, False}
-    assert all(optimizer.masters[name][0].data_ptr() == p.data_ptr() for name, p in ours.named_parameters())  # no copy
+    assert all(optimizer.pieces[name][0].master.data_ptr() == p.data_ptr() for name, p in ours.named_parameters())  # no copy
     before = weights(ours)
     assert optimizer.step(1e-3) == 0.0  # without gradients nothing moves, though Adam's momentum would
     assert largest_gap(weights(ours), before) == 0
@@ -79,7 +81,7 @@ def test_tied_weights_are_one_parameter_and_frozen_ones_are_left_alone():
     model.model.norm.weight.requires_grad_(False)
     before, optimizer = weights(model), optimizer_for(model)
     assert optimizer_for(untied).parameters.keys() - optimizer.parameters.keys() == {"lm_head.weight", "model.norm.weight"}
-    assert optimizer.masters.keys() == optimizer.parameters.keys()  # frozen weights cost no memory
+    assert optimizer.pieces.keys() == optimizer.parameters.keys()  # frozen weights cost no memory
     learn(model, optimizer, 2)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert [name for name, after in weights(model).items() if torch.equal(after, before[name])] == ["model.norm.weight"]
@@ -98,11 +100,13 @@ def test_bfloat16_weights_move_as_far_as_float32_ones(rounding):
     expected = {name: after - start[name] for name, after in weights(full).items()}
     moved = weights(low)
     if rounding == "masters":
-        masters = {name: torch.cat(pieces).detach().view(start[name].shape) for name, pieces in optimizer.masters.items()}
+        masters = {}
+        for name, pieces in optimizer.pieces.items():
+            masters[name] = torch.cat([piece.master for piece in pieces]).detach().view(start[name].shape)
         assert all(torch.equal(moved[name], master.bfloat16()) for name, master in masters.items())
         moved = masters
     else:  # no copy is kept, in memory or in a checkpoint
-        assert not any(len(piece) for pieces in optimizer.masters.values() for piece in pieces)
+        assert not any(len(piece.master) for pieces in optimizer.pieces.values() for piece in pieces)
         assert not any("|master" in name for name in state_of(optimizer))
     along = torch.cat([((moved[name].float() - start[name]) * expected[name].sign()).flatten() for name in start])
     displacement = torch.cat([difference.abs().flatten() for difference in expected.values()]).mean().item()
@@ -132,7 +136,7 @@ def test_every_step_and_every_piece_draws_its_own_random_numbers(monkeypatch):
     optimizer = optimizer_for(model, rounding="stochastic")
     monkeypatch.setattr(rl.optimizer, "round_stochastically", lambda x, key: keys.append(key) or x.bfloat16())
     learn(model, optimizer, 3)
-    assert len(set(keys)) == len(keys) == 3 * sum(map(len, optimizer.masters.values())) > 100
+    assert len(set(keys)) == len(keys) == 3 * sum(map(len, optimizer.pieces.values())) > 100
 
 
 @DTYPES
@@ -144,7 +148,7 @@ def test_a_parameter_in_pieces_is_updated_as_in_one(kind, dtype, monkeypatch):
     learn(whole, optimizer_for(whole, kind=kind), 3)
     monkeypatch.setattr(rl.optimizer, "PIECE", 4096)
     optimizer = optimizer_for(divided, kind=kind)
-    assert [piece.numel() for piece in optimizer.masters["model.embed_tokens.weight"]] == [4096] * 3
+    assert [piece.weights.numel() for piece in optimizer.pieces["model.embed_tokens.weight"]] == [4096] * 3
     learn(divided, optimizer, 3)
     assert largest_gap(weights(divided), weights(whole)) == 0
 

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import safetensors.torch
 import torch
-from helpers import optimizer_for, ragged_samples, random_model
+from helpers import ragged_samples, random_model, trainer_for
 from test_commands import ROOT, run_command, smoke, timeless
 
 import rl.grpo
@@ -108,10 +108,10 @@ def test_a_run_is_resumed_by_another_number_of_processes(alone, tmp_path):
 
 def gradient_of_a_step(model) -> dict[str, torch.Tensor]:
     """The gradient of two samples, of which a third rank has none."""
-    optimizer = optimizer_for(model)
-    with mock.patch.object(optimizer, "step", return_value=1.0):
-        sft_step(model, optimizer, ragged_samples(2), learning_rate=0.0)
-    return {name: parameter.grad for name, parameter in optimizer.parameters.items()}
+    trainer = trainer_for(model)
+    with mock.patch.object(trainer.optimizer, "step", return_value=1.0):
+        sft_step(trainer, ragged_samples(2), learning_rate=0.0)
+    return {name: parameter.grad for name, parameter in trainer.optimizer.parameters.items()}
 
 
 def compare_gradients() -> None:

@@ -7,12 +7,13 @@ import pytest
 from helpers import random_model
 
 import play
+import rl.rollout
 from data import Countdown, Problem
 from lab.recipe import RecipeError
 from model import generate
 from model.sampler import TokenChoice, random_uniforms, sample_completion
 from rl import score
-from rl.rollout import prompt_of
+from rl.rollout import prompt_for
 
 
 @pytest.mark.parametrize("choice", [TokenChoice(), TokenChoice(0.0), TokenChoice(1.3, 9, 0.7)])
@@ -47,7 +48,7 @@ def test_a_session_shows_thoughts_verdicts_and_solutions_side_by_side_and_ends(e
 def test_the_verdict_on_a_completion_is_the_tasks_own_and_names_its_end():
     player = play.load_player("tiny-256", play.Arguments(temperature=0.0, device="cpu"))
     problem = Problem((3, 4, 5), 12)
-    prompt = prompt_of(player.tokenizer, player.recipe.task, problem, player.recipe.sampling)
+    prompt = prompt_for(player.tokenizer, player.recipe.task, problem, player.recipe.sampling)
     stops = player.tokenizer.stop_token_ids
     ((completion,),) = generate(player.model, [prompt], max_new_tokens=256, stop_token_ids=stops, temperature=0.0)
     text = player.tokenizer.decode(completion.token_ids[:-1])
@@ -55,6 +56,17 @@ def test_the_verdict_on_a_completion_is_the_tasks_own_and_names_its_end():
     assert completion.finished and last == text and all(text.startswith(part) and not end for part, end in before)
     scored = score(text, problem)
     assert verdict == f"{scored.outcome}: reward {scored.reward:.2f}, {len(completion.token_ids)} tokens"
+
+
+def test_a_reward_for_short_answers_is_shown(monkeypatch):
+    def shorter_is_better(verdict, text, completion, settings) -> float:
+        return verdict.reward + 10 / len(completion.token_ids)
+
+    monkeypatch.setattr(rl.rollout, "reward_for", shorter_is_better)
+    player = play.load_player("tiny-256", play.Arguments(temperature=0.0, device="cpu"))
+    *_, (_, shown) = player.think(Problem((3, 4, 5), 12), seed=1)
+    outcome, tokens = re.fullmatch(r"(\w+): reward .*, (\d+) tokens", shown).groups()
+    assert outcome == "correct" and f"reward {1 + 10 / int(tokens):.2f}," in shown
 
 
 def test_models_of_two_tasks_are_refused_in_one_line():

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import transformers
-from helpers import largest_gap, optimizer_for, ragged_samples, random_model
+from helpers import largest_gap, optimizer_for, ragged_samples, random_model, trainer_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import ROOT, TINY, TINY_TOKENS, random_ids, reference_model, same_weights
@@ -193,9 +193,9 @@ def test_a_rank_or_alpha_that_makes_no_sense_is_refused_and_the_model_left_as_it
 @pytest.mark.parametrize("int8, dtype", [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)])
 def test_adapters_learn_and_the_base_stays_bit_identical(int8, dtype):
     model = add_adapters(random_model(dtype=dtype), 4, 8.0, int8)
-    before, optimizer = frozen(model), optimizer_for(model)
-    assert optimizer.parameters.keys() == adapter_state(model).keys()
-    losses = [sft_step(model, optimizer, SAMPLES, 5e-2)["loss"] for _ in range(12)]
+    before, trainer = frozen(model), trainer_for(model)
+    assert trainer.optimizer.parameters.keys() == adapter_state(model).keys()
+    losses = [sft_step(trainer, SAMPLES, 5e-2)["loss"] for _ in range(12)]
     assert losses[-1] < 0.6 * losses[0]
     assert same(frozen(model), before)
     assert all(part.lora_b.count_nonzero() for _, part in adapters(model))
@@ -210,7 +210,7 @@ def test_the_same_base_with_the_saved_adapters_is_the_same_model_again(int8):
     optimizer = optimizer_for(again)
     load_adapter_state(again, saved)
     assert same(adapter_state(again), saved) and torch.equal(again(IDS), model(IDS))
-    assert all(torch.equal(optimizer.masters[name][0].view_as(tensor), tensor) for name, tensor in saved.items())
+    assert all(torch.equal(optimizer.pieces[name][0].master.view_as(tensor), tensor) for name, tensor in saved.items())
 
 
 def test_adapters_that_do_not_fit_are_named_and_nothing_is_loaded():

@@ -12,7 +12,7 @@ from data.task import Score
 from model import Completion, load_model
 from model.sampler import Cancelled
 from rl.reward import RewardSettings
-from rl.rollout import SamplingSettings, collect_rollouts, prompt_of
+from rl.rollout import SamplingSettings, collect_rollouts, prompt_for
 
 
 def collect(task, **options):
@@ -48,7 +48,7 @@ def test_rollouts_hold_what_was_sampled_decoded_and_scored(monkeypatch):
         assert [(r.problem, r.prompt_ids, r.completion, r.text) for r in group] == [
             (problem, prompt, truncated, "5 7 9"), (problem, prompt, finished, "5 7"),
         ]  # fmt: skip
-        assert [rollout.score for rollout in group] == [Score(0.1, "near")] * 2  # what these reward settings pay
+        assert [(r.outcome, r.reward) for r in group] == [("near", 0.1)] * 2  # what these reward settings pay
 
 
 @pytest.mark.parametrize("task", [Countdown(), Calculus(), GSM8K()])
@@ -57,7 +57,7 @@ def test_a_prompt_speaks_of_thinking_only_with_it_and_of_the_limit_only_if_asked
     tokenizer = load_model("tiny")[1]
 
     def prompt(**settings) -> str:
-        return tokenizer.decode(prompt_of(tokenizer, task, example, SamplingSettings(**settings)))
+        return tokenizer.decode(prompt_for(tokenizer, task, example, SamplingSettings(**settings)))
 
     assert "<think> </think>" in prompt() and prompt().endswith("<think>\n") and "tokens" not in prompt()
     without = prompt(thinking=False)
@@ -71,8 +71,8 @@ def test_a_prompt_speaks_of_thinking_only_with_it_and_of_the_limit_only_if_asked
 def test_examples_are_solved_problems_as_earlier_turns_of_the_chat(task, thinking):
     problem = task.problem_from_row(json.loads(task.file_format.example))
     tokenizer = load_model("tiny")[1]
-    plain = prompt_of(tokenizer, task, problem, SamplingSettings(thinking=thinking))
-    text = tokenizer.decode(prompt_of(tokenizer, task, problem, SamplingSettings(thinking=thinking, examples=2)))
+    plain = prompt_for(tokenizer, task, problem, SamplingSettings(thinking=thinking))
+    text = tokenizer.decode(prompt_for(tokenizer, task, problem, SamplingSettings(thinking=thinking, examples=2)))
     assert text.endswith(tokenizer.decode(plain))
     for example in task.examples(2):
         _, asked, after = text.partition(f"<|im_start|>user\n{task.prompt(example, thinking)}<|im_end|>\n")
@@ -80,6 +80,19 @@ def test_examples_are_solved_problems_as_earlier_turns_of_the_chat(task, thinkin
         answer = after.partition("assistant\n")[2].removeprefix("<think>\n").partition("<|im_end|>")[0]
         assert task.score(answer, example, thinking).outcome == "correct"
     assert text.count("<|im_start|>user") == 3
+
+
+def test_a_reward_sees_verdict_text_and_ids_and_leaves_the_outcome(monkeypatch):
+    def shorter_is_better(verdict, text, completion, settings) -> float:
+        assert text and settings == RewardSettings()
+        return verdict.reward - len(completion.token_ids)
+
+    monkeypatch.setattr(rl.rollout, "reward_for", shorter_is_better)
+    groups = collect(FakeTask(lambda problem, text: 1.0))
+    rollouts = [rollout for group in groups for rollout in group]
+    lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
+    assert [rollout.reward for rollout in rollouts] == [1.0 - length for length in lengths]
+    assert {rollout.outcome for rollout in rollouts} == {"correct"} and len(set(lengths)) > 1
 
 
 def test_an_error_of_the_scorer_ends_the_step_at_once():

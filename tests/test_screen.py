@@ -11,7 +11,6 @@ from helpers import PROBLEM, SHAPE
 from rich.console import Console
 
 import lab.screen
-from data.task import Score
 from lab.device import pick_dtype
 from lab.recipe import EvaluationSettings, load_recipe
 from lab.screen import (
@@ -42,7 +41,7 @@ EVALUATED = {"eval_accuracy": 0.203, "eval_low": 0.171, "eval_high": 0.24}
 
 
 def rollout(outcome: str, text: str) -> Rollout:
-    return Rollout(PROBLEM, [1], Completion([5], [-0.5], True), text, Score(0.5, outcome))
+    return Rollout(PROBLEM, [1], Completion([5], [-0.5], True), text, outcome, 0.5)
 
 
 def live_screen(width=110, height=40) -> LiveScreen:

@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import largest_gap, optimizer_for, ragged_samples, random_model, weights
+from helpers import largest_gap, ragged_samples, random_model, trainer_for, weights
 from reference import reference_model, same_weights
 from test_commands import smoke
 
@@ -16,7 +16,7 @@ import lab.run
 import lab.stages
 from data import Countdown, DataError, Problem
 from data.load import endless_problems
-from data.task import Score, Task
+from data.task import Task
 from data.traces import Trace, load_traces, save_traces
 from lab.checkpoint import TrainState, seen_by
 from lab.recipe import Recipe, RecipeError, problems_of
@@ -44,7 +44,7 @@ def test_loss_and_update_are_those_of_transformers_cross_entropy_over_completion
     norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
     torch.optim.AdamW(theirs.parameters(), 1e-3, (0.9, 0.95), weight_decay=0.0).step()
 
-    result = sft_step(ours, optimizer_for(ours, budget), samples, learning_rate=1e-3)
+    result = sft_step(trainer_for(ours, budget), samples, learning_rate=1e-3)
     assert result == {
         "loss": pytest.approx(expected.item(), rel=1e-5), "grad_norm": pytest.approx(norm.item(), rel=1e-4),
         "tokens": sum(len(sample.completion_ids) for sample in samples), "skipped_updates": 0,
@@ -54,12 +54,12 @@ def test_loss_and_update_are_those_of_transformers_cross_entropy_over_completion
 
 def test_an_update_that_is_not_finite_is_skipped_and_the_next_one_is_taken():
     model, samples = random_model(), ragged_samples(4)
-    optimizer, before = optimizer_for(model), weights(model)
+    trainer, before = trainer_for(model), weights(model)
     hook = model.lm_head.weight.register_hook(lambda gradient: gradient * math.nan)
-    assert sft_step(model, optimizer, samples, 1e-2)["skipped_updates"] == 1
+    assert sft_step(trainer, samples, 1e-2)["skipped_updates"] == 1
     assert largest_gap(weights(model), before) == 0
     hook.remove()
-    losses = [sft_step(model, optimizer, samples, 1e-2)["loss"] for _ in range(20)]
+    losses = [sft_step(trainer, samples, 1e-2)["loss"] for _ in range(20)]
     assert losses[1] < losses[0] and losses[-1] < 0.5 * losses[0]
 
 
@@ -120,7 +120,7 @@ def test_a_cold_start_learns_right_worked_solutions_of_training_problems_only(tm
     assert not used & {problem.key for problem in kept_back}
     first = endless_problems(problems, recipe.seed, 0, len(problems) - 40)
     assert not used & {problem.key for problem in first}
-    samples = [sample for call in steps.call_args_list for sample in call.args[2]]
+    samples = [sample for call in steps.call_args_list for sample in call.args[1]]
     learned = {Tokenizer(TINY).decode(sample.completion_ids) for sample in samples}
     assert learned == {trace.completion + "<|im_end|>" for trace in traces}
 
@@ -179,9 +179,9 @@ def test_only_finished_correct_rollouts_of_the_stage_become_traces_whatever_char
     """U+0085 and U+2028 end a line for some readers of text; a completion may well contain them."""
     run = RunFolder(tmp_path)
     run.create(Recipe(), {})
-    correct = Rollout(PROBLEMS[0], [1], Completion([2], [-1.0], True), "b", Score(1.0, "correct"))
+    correct = Rollout(PROBLEMS[0], [1], Completion([2], [-1.0], True), "b", "correct", 1.0)
     odd = replace(correct, text="so\n\r\x85\u2028\u2029\x1e</think>")
-    near = replace(correct, text="near", score=Score(0.7, "near"))
+    near = replace(correct, text="near", outcome="near", reward=0.7)
     cut = replace(correct, text="cut", completion=Completion([2], [-1.0], False))
     run.save_rollouts(3, 0, [[odd, near], [cut, correct]], torch.zeros(2, 2))
     run.save_rollouts(4, 2, [[replace(correct, text="of another stage")]], torch.zeros(1, 1))

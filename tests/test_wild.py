@@ -23,7 +23,6 @@ import play as play_command
 import train as train_command
 from data import score
 from data.gsm8k import WordProblem
-from data.task import Score
 from data.traces import Trace, save_traces
 from lab.boards import Boards
 from lab.checkpoint import TrainState, checkpoints, prune_checkpoints
@@ -37,7 +36,7 @@ from lab.setup import load_policy, set_up, stage_start_model
 from lab.stages import train
 from model import Completion, Qwen3Config, Tokenizer, generate, load_model, save_model
 from model.sampler import TokenChoice, random_uniforms, sample_completion
-from rl.batch import Sample, make_batch, score_completions
+from rl.batch import Sample, logprobs_and_entropy, make_batch
 from rl.rollout import Rollout
 
 CPU = torch.device("cpu")
@@ -95,7 +94,7 @@ def test_a_model_of_any_precision_is_sampled_and_scored():
     assert first.token_ids == list(ids) and np.allclose(first.logprobs, logprobs, rtol=1e-12)
     assert first.logprobs != np.float32(first.logprobs).tolist()  # none is rounded
     batch = make_batch([Sample([5, 17, 3], first.token_ids, first.logprobs, 1.0)])
-    scored = score_completions(model, batch).logprobs[0].tolist()
+    scored = logprobs_and_entropy(model, batch).logprobs[0].tolist()
     assert np.allclose(scored, first.logprobs, rtol=1e-10)
 
 
@@ -137,9 +136,9 @@ def test_a_last_sft_stage_without_traces_still_ends_in_the_final_evaluation(tmp_
     train(recipe, quiet=True)
     rows = RunFolder(tmp_path / "run").metrics()
     assert [row["step"] for row in rows] == [0, 1, 1] and rows[-1]["final_accuracy"] == 0.0
-    # Nobody has an advantage: the trainer's log-probabilities are compared all the same, and nothing else is known.
-    assert abs(rows[1]["log_ratio_mean"]) < 1e-4 and rows[1]["policy_entropy"] > 0
-    assert all(math.isnan(rows[1][name]) for name in ("loss", "grad_norm", "clip_fraction"))
+    # Nobody has an advantage, so there is no update to measure.
+    unmeasured = ("loss", "grad_norm", "clip_fraction", "policy_entropy", "log_ratio_mean", "log_ratio_std")
+    assert all(math.isnan(rows[1][name]) for name in unmeasured)
     assert '"grad_norm": null' in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
@@ -218,7 +217,7 @@ def test_texts_from_outside_are_shown_as_they_are_on_the_live_screen(monkeypatch
     monkeypatch.setenv("LINES", "60")
     shown = LiveScreen(recipe, plain_console())
     problem = WordProblem(HOSTILE, "#### 1")
-    shown.rollouts([[Rollout(problem, [1], Completion([5], [-0.5], True), HOSTILE, Score(1.0, "correct"))]])
+    shown.rollouts([[Rollout(problem, [1], Completion([5], [-0.5], True), HOSTILE, "correct", 1.0)]])
     with shown.console.capture() as capture:
         shown.console.print(shown.draw())
         shown.say(HOSTILE)
@@ -227,7 +226,7 @@ def test_texts_from_outside_are_shown_as_they_are_on_the_live_screen(monkeypatch
 
 def test_texts_from_outside_are_shown_as_they_are_in_eval_play_and_progress_bars(capsys, monkeypatch):
     problem = WordProblem(HOSTILE, "#### 1")
-    group = [Rollout(problem, [1], Completion([5], [-0.5], True), HOSTILE, Score(1.0, "correct"))]
+    group = [Rollout(problem, [1], Completion([5], [-0.5], True), HOSTILE, "correct", 1.0)]
     recipe = replace(load_recipe("gsm8k")[1], model=HOSTILE)
     candidate = Candidate(HOSTILE, recipe, Evaluation.of([group]), Evaluation.of([group]))
     monkeypatch.setenv("COLUMNS", "200")

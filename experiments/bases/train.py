@@ -37,6 +37,7 @@ from model.weights import TINY
 from rl.batch import Sample
 from rl.optimizer import Optimizer
 from rl.sft import sft_step
+from rl.trainer import Trainer
 
 TINY_PROBLEMS = Countdown(max_number=20, max_target=50, four_number_share=1 / 3)
 TINY_CALCULUS = Calculus(min_terms=2, max_terms=4, max_exponent=5, max_coefficient=9, max_order=2)
@@ -201,9 +202,9 @@ def main(settings: TinyBase) -> None:
     model = init_weights(Qwen3(tiny_config(len(tokenizer), corpus.layers)), settings.seed)
     model.num_tokens = len(tokenizer)
     print(f"{model.config.num_parameters():,} parameters, {len(tokenizer)} tokens")
-    optimizer = Optimizer(model, micro_batch_tokens=MICRO_BATCH_TOKENS)
-    for adamw in itertools.chain(*optimizer.optimizers.values()):
-        adamw.param_groups[0]["weight_decay"] = WEIGHT_DECAY
+    trainer = Trainer(model, Optimizer(model), MICRO_BATCH_TOKENS)
+    for piece in itertools.chain(*trainer.optimizer.pieces.values()):
+        piece.adamw.param_groups[0]["weight_decay"] = WEIGHT_DECAY
     rng = random.Random(settings.seed)
     start = time.perf_counter()
     tokens = 0
@@ -212,7 +213,7 @@ def main(settings: TinyBase) -> None:
     for steps, count, rate, last in phases:
         for step in range(steps):
             samples = [document_sample(tokenizer, corpus, rng, last) for _ in range(count)]
-            result = sft_step(model, optimizer, samples, rate * cosine(step, steps))
+            result = sft_step(trainer, samples, rate * cosine(step, steps))
             tokens += result["tokens"]
             if step % 50 == 0 or step + 1 == steps:
                 speed = tokens / (time.perf_counter() - start)

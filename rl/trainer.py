@@ -1,0 +1,56 @@
+"""A model in training, which takes as many tokens at a time as the memory holds."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Event
+
+import torch
+
+from model import Qwen3
+from model.sampler import Cancelled
+from rl.batch import Batch, Sample, make_batch, micro_batches
+from rl.optimizer import Optimizer
+
+
+@dataclass
+class Trainer:
+    """A model, its optimizer, and the size of a micro-batch, which changes memory and speed but no result."""
+
+    model: Qwen3
+    optimizer: Optimizer
+    micro_batch_tokens: int = 8192  # in one forward and backward; halved if memory runs out
+
+    def sum_over_micro_batches(
+        self, samples: list[Sample], function: Callable[[Batch], Counter], cancel: Event | None = None
+    ) -> Counter:
+        """Call `function` with each micro-batch of `samples`, and add up what it returns.
+
+        If memory runs out, the gradients are cleared and all starts again with micro-batches of half the
+        size, unless each was one sample already. When a signal sets `cancel`, the gradients are cleared and
+        Cancelled is raised.
+        """
+        while True:
+            parts = micro_batches(samples, self.micro_batch_tokens)
+            try:
+                sums: Counter = Counter()
+                for part in parts:
+                    if cancel is not None and cancel.is_set():
+                        self.optimizer.clear_gradients()
+                        raise Cancelled
+                    sums.update(function(make_batch(part, self.model.device)))
+                return sums
+            except RuntimeError as error:
+                each_is_one_sample = len(parts) == len(samples)
+                if each_is_one_sample or not is_lack_of_memory(error):
+                    raise
+            # Outside the handler, where the error no longer holds the tensors of the failed forward.
+            self.optimizer.clear_gradients()
+            self.micro_batch_tokens //= 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def is_lack_of_memory(error: RuntimeError) -> bool:
+    on_cpu = "can't allocate memory" in str(error)
+    return on_cpu or isinstance(error, torch.OutOfMemoryError)

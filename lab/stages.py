@@ -161,7 +161,7 @@ class SFTTraining:
         start = time.perf_counter()
         number = self.run.state.stage_step
         learning_rate = self.settings.learning_rate * (1 - number / self.steps)
-        metrics = sft_step(self.trainer, self.batches[number], learning_rate, self.run.cancel)
+        metrics = sft_step(self.trainer, self.batches[number], learning_rate, cancel=self.run.cancel)
         return metrics | {"lr": learning_rate, "update_seconds": time.perf_counter() - start}
 
 

@@ -155,7 +155,7 @@ def test_checkpoints_take_their_share_of_the_time_and_short_steps_are_evaluated_
     """Thirty steps of 10 s, checkpoints of 2 s: number k + 1 comes where 2 k + 2 <= 0.05 (10 step + 2 k), and one at the end."""
     clock, saved = [0.0], []
 
-    def step(*arguments) -> dict:
+    def step(*arguments, cancel) -> dict:
         clock[0] += 10
         return {"loss": 1.0, "grad_norm": 1.0, "tokens": 1}
 

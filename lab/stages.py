@@ -14,7 +14,7 @@ from lab.checkpoint import TrainState, load_into, prune_checkpoints, save_checkp
 from lab.device import peak_memory, processes, restarted
 from lab.errors import Stopped, stoppable
 from lab.evaluate import EVALUATION_SEED, evaluate
-from lab.plots import paper_points, write_curve
+from lab.plots import write_curve
 from lab.recipe import Recipe, RecipeError
 from lab.report import write_report
 from lab.runfolder import RunFolder
@@ -89,7 +89,7 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
                 if row["kind"] == "grpo" and state.stage_step == 3:
                     screen.say(f"at this speed, {time_left(row, recipe)} of GRPO left, without evaluations")
                 if "eval_accuracy" in row:
-                    write_curve(run, paper_points(recipe))
+                    write_curve(run, recipe)
                     for words in (silence(row, recipe), stuck(row, recipe)):
                         if words:
                             screen.say(words)
@@ -225,7 +225,7 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
 
         # 4. The curve and the report, to look at.
         if is_main():
-            write_curve(run, paper_points(recipe))
+            write_curve(run, recipe)
             row = run.metrics()[-1]
             if "final_accuracy" in row:
                 screen.say(final_line(row, recipe.evaluation.final_problems))

@@ -65,7 +65,7 @@ def paper_points(recipe: Recipe) -> Points:
 def paper_caption(recipe: Recipe) -> str:
     """Whose the paper's points are, and what keeps them from being compared with this run's."""
     differences = []
-    if recipe.model != "Qwen/Qwen3-1.7B":
+    if not recipe.model.endswith("Qwen3-1.7B"):
         differences.append("other model")
     if recipe.task.kind == "countdown" and recipe.task.max_number < Countdown().max_number:
         differences.append("harder problems")

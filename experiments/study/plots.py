@@ -47,6 +47,7 @@ METRIC_PANELS = (  # a title, and its metrics, those drawn thin as True. Shares 
     ("entropy (nats per token)", {"policy_entropy": False}),
     ("tokens clipped (%)", {"clip_fraction": False}),
 )
+NAMES = {"restart": "restart: no SFT"}  # of arms that a picture alone would not explain
 STYLES = (  # color, line, marker
     ("C0", "-", "o"), ("C1", "--", "s"), ("C2", ":", "^"), ("C3", "-.", "v"), ("C4", (0, (5, 1, 1, 1)), "D"),
 )  # fmt: skip
@@ -82,7 +83,7 @@ def label_ends(grid: list[Axes], ends_of: list[list[End]]) -> None:
     """
     names = [name for ends in ends_of for _, _, name, _ in ends]
     letters = max(len(line) for name in names for line in name.split("\n"))
-    top = 1.05 * max(axes.dataLim.y1 for axes in grid)
+    top = max(1, 1.05 * max(axes.dataLim.y1 for axes in grid))
     for axes, ends in zip(grid, ends_of, strict=True):
         last = max(x for x, *_ in ends)
         ends = sorted(ends, key=lambda end: end[1])
@@ -105,6 +106,9 @@ def plot_accuracy(main: Runs, panels: tuple[Panel, ...], path: Path) -> None:
     styles = dict(zip(main, cycle(STYLES)))
     panels = [panel for panel in panels if not main.keys().isdisjoint(panel.arms)]
     figure, grid = grid_of(panels, height=3.4)
+    seeds = max(len(main[arm]) for panel in panels for arm in panel.arms if arm in main)
+    band = f"Each line is the mean of {seeds} seeds, and its band the 95 % interval of that mean."
+    figure.suptitle(band, x=0.01, ha="left", fontsize=9)
     ends_of = []
     for axes, panel in zip(grid, panels, strict=True):
         ends = []
@@ -142,7 +146,7 @@ def draw_over_steps(axes: Axes, arm: str, runs: list[Run], style: tuple) -> End:
     for step in (steps for steps, after_sft in points if after_sft):
         axes.axvline(step, color=color, linestyle=":", linewidth=0.8)
         axes.annotate("SFT", (step, 0), (3, 3), textcoords="offset points", color=color, fontsize=8)
-    return steps[-1], values[-1].mean, arm, color
+    return steps[-1], values[-1].mean, NAMES.get(arm, arm), color
 
 
 def draw_over_tokens(axes: Axes, arm: str, runs: list[Run], style: tuple) -> End:

@@ -93,12 +93,11 @@ def label_ends(grid: list[Axes], ends_of: list[list[End]]) -> None:
             heights.append(y if not heights else max(y, heights[-1] + height_of_name))
         too_high = fmean(heights) - fmean(y for _, y, *_ in ends)
         for (x, y, name, color), height in zip(ends, heights, strict=True):
-            axes.annotate(
-                name, (x, y), (x + 0.05 * last, height - too_high), color=color, va="center", fontsize=8,
-                arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2},
-            )  # fmt: skip
+            line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "relpos": (0, 0.5)}
+            place = (x + 0.07 * last, height - too_high)
+            axes.annotate(name, (x, y), place, color=color, va="center", fontsize=8, arrowprops=line)
         ticks = [tick for tick in axes.get_xticks() if 0 <= tick <= last]
-        axes.set(xticks=ticks, xlim=(-0.03 * last, last * (1.06 + 0.025 * letters)), ylim=(0, top))
+        axes.set(xticks=ticks, xlim=(-0.03 * last, last * (1.08 + 0.025 * letters)), ylim=(0, top))
 
 
 def plot_accuracy(main: Runs, panels: tuple[Panel, ...], path: Path) -> None:

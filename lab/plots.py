@@ -12,19 +12,18 @@ from lab.runfolder import RunFolder
 backend = os.environ.get("MPLBACKEND", "")
 if backend.startswith("module://") and not find_spec(backend[9:].split(".")[0]):
     del os.environ["MPLBACKEND"]  # a notebook's, which is not installed here
-from cycler import cycler  # noqa: E402
-from matplotlib import rc_context  # noqa: E402
+from matplotlib import cycler, rc_context  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402  without pyplot, which keeps figures and may open windows
 
 WIDTH = 8  # inches; GitHub shows a picture at most 800 pixels wide
 SHARED = {"savefig.dpi": 150, "font.size": 9, "axes.titlesize": 10, "axes.grid": True, "grid.linewidth": 0.6}
-LIGHT = SHARED | {  # the colors of lines are those of Okabe and Ito, which the color-blind can tell apart
-    "axes.prop_cycle": cycler(color=["#0072b2", "#d55e00", "#009e73", "#aa4499", "#8c6d00"]),
+LIGHT = SHARED | {  # these colors of lines look different to the color-blind too
+    "axes.prop_cycle": cycler(color=["#0072b2", "#cc5800", "#008a65", "#b0508c", "#3d3200"]),
     "grid.color": "#e4e6ea",
 }
-DARK = SHARED | {  # the same hues, lighter, on the background of GitHub's dark pages
-    "axes.prop_cycle": cycler(color=["#56b4e9", "#f5894f", "#2fc9a0", "#dd8fc6", "#f0d442"]),
+DARK = SHARED | {  # the same, lighter, on the background of GitHub's dark pages
+    "axes.prop_cycle": cycler(color=["#56b4e9", "#f5894f", "#7fe3c3", "#d05cb0", "#f0e442"]),
     "grid.color": "#262c36", "figure.facecolor": "#0d1117", "axes.facecolor": "#0d1117",
     "text.color": "#e6edf3", "axes.labelcolor": "#e6edf3", "axes.edgecolor": "#8b949e",
     "xtick.color": "#c3cad3", "ytick.color": "#c3cad3",
@@ -106,11 +105,11 @@ def plot_curve(
     if points:
         axes.plot(*zip(*points, strict=True), "x", color="C1", markeredgewidth=1.5, zorder=3)
         write_caption(axes, caption, points)
-    above = {"ha": "center", "va": "bottom", "transform": axes.get_xaxis_transform()}
+    top = axes.get_xaxis_transform()
     for start, end, kind in stage_spans(rows):
         if kind == "sft":
             axes.axvspan(start, end, color="0.5", alpha=0.15, linewidth=0, zorder=0)
-        axes.text((start + end) / 2, 1.01, kind.upper(), **above)
+        axes.text((start + end) / 2, 1.01, kind.upper(), ha="center", va="bottom", transform=top)
     last = max(1, steps[-1])
     room = 0.02 * last  # so that the first and the last marker are whole
     axes.set(xlabel="step", ylabel="held-out accuracy (%)", ylim=(-1, None), xlim=(-room, last + room))
@@ -122,12 +121,10 @@ def write_caption(axes: Axes, caption: str, points: Points) -> None:
     """Write whose the paper's points are below the last of them, or above them where they are low."""
     last = points[-1][0]
     near = [accuracy for step, accuracy in points if step >= 0.7 * last]
-    is_high = min(near) > 20
-    place = {"textcoords": "offset points", "color": "C1", "ha": "right" if last else "left"}
-    if is_high:
-        axes.annotate(caption, (last, min(near)), (0, -8), va="top", **place)
-    else:
-        axes.annotate(caption, (last, max(near)), (0, 8), va="bottom", **place)
+    height, offset, align = (min(near), -8, "top") if min(near) > 20 else (max(near), 8, "bottom")
+    side = "right" if last else "left"
+    at = (last, height)
+    axes.annotate(caption, at, (0, offset), textcoords="offset points", color="C1", ha=side, va=align)
 
 
 def stage_spans(rows: list[dict]) -> list[tuple[int, int, str]]:

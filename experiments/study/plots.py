@@ -128,8 +128,8 @@ def draw_point(axes: Axes, arm: str, runs: list[Run], style: tuple) -> None:
     color, _, marker = style
     end = Estimate.of([list(run.points.values())[-1] for run in runs])
     axes.errorbar(0, end.mean, end.half_width, color=color, marker=marker, markersize=4)
-    above = {"textcoords": "offset points", "va": "bottom", "fontsize": 8}
-    axes.annotate(f"{arm}\n(no GRPO)", (0, end.high), (-3, 3), color=color, **above)
+    at, offset, name = (0, end.high), (-3, 3), f"{arm}\n(no GRPO)"
+    axes.annotate(name, at, offset, textcoords="offset points", color=color, va="bottom", fontsize=8)
 
 
 def draw_over_steps(axes: Axes, arm: str, runs: list[Run], style: tuple) -> End:

@@ -66,16 +66,18 @@ def test_a_picture_for_dark_pages_is_dark_and_stands_beside_the_light_one(tmp_pa
     assert min(light[:3]) > 0.9 and max(dark[:3]) < 0.1
 
 
-def test_sft_alone_is_a_point_and_names_stand_apart():
+def test_sft_alone_is_a_point_and_lines_have_names_that_stand_apart():
     main = {arm: [study_run(arm, seed, {0: 0.0, 100: 50.0 + seed}) for seed in (0, 1)] for arm in ("grpo", "staged")}
     main["sft"] = [study_run("sft", seed, {0: 20.0 + seed}) for seed in (0, 1)]
-    (axes,) = drawn(plot_accuracy, main, (Panel("Which?", tuple(main)),))
+    panels = (Panel("Which?", tuple(main)), Panel("And per token?", ("grpo",), by_tokens=True))
+    axes, per_token = drawn(plot_accuracy, main, panels)
     assert axes.get_title(loc="left") == "Which?"
     reach = [max(line.get_xdata()) for line in axes.lines]
     assert sorted(set(reach)) == [0, 100] and reach.count(0) == 1
     heights = {text.get_text(): text.get_position()[1] for text in axes.texts}
     assert abs(heights["grpo"] - heights["staged"]) >= 0.069 * axes.get_ylim()[1]
     assert "sft\n(no GRPO)" in heights
+    assert [text.get_text() for text in per_token.texts] == ["grpo, until its\nshortest run ends"]
 
 
 def test_the_color_of_an_ablation_claims_no_more_than_the_interval():

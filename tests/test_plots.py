@@ -48,7 +48,7 @@ def test_the_papers_points_say_what_differs(name, model, differences):
     assert paper_caption(recipe) == f"the paper's Qwen3-1.7B{differences}"
 
 
-def test_a_curve_has_whole_markers_and_the_caption_in_the_picture():
+def test_a_curve_has_whole_markers_and_its_caption():
     recipe = load_recipe("256-tiny")[1]
     caption = paper_caption(recipe)
     (axes,) = drawn(plot_curve, evaluations(0, 10, 20), paper_points(recipe), caption=caption)
@@ -57,7 +57,7 @@ def test_a_curve_has_whole_markers_and_the_caption_in_the_picture():
     assert [list(line.get_xdata()) for line in axes.lines] == [[0, 10, 20], [0, 10, 20]]
 
 
-def test_a_picture_for_dark_pages_is_dark_and_stands_beside_the_light_one(tmp_path):
+def test_a_picture_is_drawn_for_light_and_for_dark_pages(tmp_path):
     def plot(path: Path) -> None:
         path.write_text(json.dumps(Figure().get_facecolor()))
 
@@ -66,7 +66,7 @@ def test_a_picture_for_dark_pages_is_dark_and_stands_beside_the_light_one(tmp_pa
     assert min(light[:3]) > 0.9 and max(dark[:3]) < 0.1
 
 
-def test_sft_alone_is_a_point_and_lines_have_names_that_stand_apart():
+def test_sft_alone_is_a_point_and_names_stand_apart():
     main = {arm: [study_run(arm, seed, {0: 0.0, 100: 50.0 + seed}) for seed in (0, 1)] for arm in ("grpo", "staged")}
     main["sft"] = [study_run("sft", seed, {0: 20.0 + seed}) for seed in (0, 1)]
     panels = (Panel("Which?", tuple(main)), Panel("And per token?", ("grpo",), by_tokens=True))

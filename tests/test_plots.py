@@ -80,7 +80,7 @@ def test_sft_alone_is_a_point_and_names_stand_apart():
     assert [text.get_text() for text in per_token.texts] == ["grpo, until its\nshortest run ends"]
 
 
-def test_the_color_of_an_ablation_claims_no_more_than_the_interval():
+def test_an_ablations_color_claims_no_more_than_its_interval():
     grpo = [study_run("grpo", seed, {10: 40.0 + seed}) for seed in range(3)]
 
     def color(*differences: float) -> str:

@@ -24,7 +24,7 @@ from lab.setup import load_policy, without_missing_thinking
 from model import Completion, Qwen3, Tokenizer
 from model.sampler import TokenChoice, random_uniforms, sample_completion
 from model.weights import resolve_source
-from rl.rollout import judge, prompt_for
+from rl.rollout import make_rollout, prompt_for
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ class Player:
             text = self.tokenizer.decode([id for id in ids if id not in stops])
             yield text.removesuffix("\N{REPLACEMENT CHARACTER}"), ""  # half a character
         completion = Completion(ids, logprobs, finished=ids[-1] in stops)
-        rollout = judge(self.tokenizer, task, problem, prompt, completion, sampling, self.recipe.reward)
+        rollout = make_rollout(
+            self.tokenizer, task, problem, prompt, completion, sampling, self.recipe.reward
+        )
         cut = "" if completion.finished else "cut off, "
         yield rollout.text, f"{cut}{rollout.outcome}: reward {rollout.reward:.2f}, {len(ids)} tokens"
 

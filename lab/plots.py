@@ -1,17 +1,33 @@
 """Accuracy over a run beside the paper's, as a table (`curve.md`) and a picture (`curve.png`)."""
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+from data import Countdown
 from lab.recipe import Recipe
 from lab.runfolder import RunFolder
 
 backend = os.environ.get("MPLBACKEND", "")
 if backend.startswith("module://") and not find_spec(backend[9:].split(".")[0]):
     del os.environ["MPLBACKEND"]  # a notebook's, which is not installed here
+from matplotlib import cycler, rc_context  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402  without pyplot, which keeps figures and may open windows
 
+WIDTH = 8  # inches; GitHub shows a picture at most 800 pixels wide
+SHARED = {"savefig.dpi": 150, "font.size": 9, "axes.titlesize": 10, "axes.grid": True, "grid.linewidth": 0.6}
+LIGHT = SHARED | {  # these colors of lines look different to the color-blind too
+    "axes.prop_cycle": cycler(color=["#0072b2", "#cc5800", "#008a65", "#b0508c", "#3d3200"]),
+    "grid.color": "#e4e6ea",
+}
+DARK = SHARED | {  # the same, lighter, on the background of GitHub's dark pages
+    "axes.prop_cycle": cycler(color=["#56b4e9", "#f5894f", "#7fe3c3", "#d05cb0", "#f0e442"]),
+    "grid.color": "#262c36", "figure.facecolor": "#0d1117", "axes.facecolor": "#0d1117",
+    "text.color": "#e6edf3", "axes.labelcolor": "#e6edf3", "axes.edgecolor": "#8b949e",
+    "xtick.color": "#c3cad3", "ytick.color": "#c3cad3",
+}  # fmt: skip
 Points = list[tuple[int, float]]  # (step, accuracy in %)
 PAPER = {  # by new tokens: (GRPO step, accuracy in %) of Tables 1 and 2 of the paper, with Qwen3-1.7B
     256: list(zip([*range(0, 90, 10), *range(80, 190, 10)], [
@@ -22,17 +38,38 @@ PAPER = {  # by new tokens: (GRPO step, accuracy in %) of Tables 1 and 2 of the 
 }  # fmt: skip
 
 
-def write_curve(run: RunFolder, paper: Points) -> None:
+def write_curve(run: RunFolder, recipe: Recipe) -> None:
     """Write `curve.md` and `curve.png` from a run's evaluations so far."""
     rows = [row for row in run.metrics() if "eval_accuracy" in row]
+    paper = paper_points(recipe)
     (run.path / "curve.md").write_text(curve_table(rows, paper))
     if rows:
-        plot_curve(rows, paper, run.path / "curve.png")
+        with rc_context(LIGHT):
+            plot_curve(rows, paper, run.path / "curve.png", caption=paper_caption(recipe))
+
+
+def save_light_and_dark(plot: Callable[[Path], None], path: Path) -> None:
+    """Draw a picture twice: at `path` for light pages, and beside it, `...-dark.png`, for dark ones."""
+    with rc_context(LIGHT):
+        plot(path)
+    with rc_context(DARK):
+        plot(path.with_stem(f"{path.stem}-dark"))
 
 
 def paper_points(recipe: Recipe) -> Points:
     """The paper's figures for the same task and token limit, by GRPO step; empty if it has none."""
     return PAPER.get(recipe.sampling.max_new_tokens, []) if recipe.task.kind == "countdown" else []
+
+
+def paper_caption(recipe: Recipe) -> str:
+    """Whose the paper's points are, and what keeps them from being compared with this run's."""
+    differences = []
+    if not recipe.model.endswith("Qwen3-1.7B"):
+        differences.append("other model")
+    if recipe.task.kind == "countdown" and recipe.task.max_number < Countdown().max_number:
+        differences.append("harder problems")
+    whose = "the paper's Qwen3-1.7B"
+    return f"{whose}:\n{', '.join(differences)}" if differences else whose
 
 
 def curve_table(rows: list[dict], paper: Points) -> str:
@@ -53,27 +90,41 @@ def curve_table(rows: list[dict], paper: Points) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot_curve(rows: list[dict], paper: Points, path: Path) -> None:
-    """Accuracy with its interval over steps, SFT stages shaded, and the paper's points."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+def plot_curve(
+    rows: list[dict], paper: Points, path: Path, *, caption: str = "", label: str = "this run"
+) -> None:
+    """Accuracy with its interval over steps, SFT stages shaded, and the paper's points with their caption."""
+    figure = Figure(figsize=(WIDTH, 4.5), layout="constrained")
     axes = figure.subplots()
     steps = [row["step"] for row in rows]
     names = ("eval_accuracy", "eval_low", "eval_high")
     accuracy, low, high = ([100 * row[name] for row in rows] for name in names)
-    axes.fill_between(steps, low, high, alpha=0.2, color="C0", linewidth=0, label="95 % interval")
-    axes.plot(steps, accuracy, color="C0", marker="o", markersize=4, label="this run")
+    axes.fill_between(steps, low, high, alpha=0.25, color="C0", linewidth=0, label="its 95 % interval")
+    axes.plot(steps, accuracy, color="C0", marker="o", markersize=4, label=label, zorder=3)
     points = paper_by_step(rows, paper)
     if points:
-        axes.plot(*zip(*points, strict=True), "x", color="0.4", label="paper (Qwen3-1.7B)")
-    above = {"ha": "center", "va": "bottom", "transform": axes.get_xaxis_transform()}
+        axes.plot(*zip(*points, strict=True), "x", color="C1", markeredgewidth=1.5, zorder=3)
+        write_caption(axes, caption, points)
+    top = axes.get_xaxis_transform()
     for start, end, kind in stage_spans(rows):
         if kind == "sft":
-            axes.axvspan(start, end, color="0.92", zorder=0)
-        axes.text((start + end) / 2, 1.01, kind.upper(), **above)
-    axes.set(xlabel="step", ylabel="held-out accuracy (%)", ylim=(0, None), xlim=(0, max(1, steps[-1])))
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=150)
+            axes.axvspan(start, end, color="0.5", alpha=0.15, linewidth=0, zorder=0)
+        axes.text((start + end) / 2, 1.01, kind.upper(), ha="center", va="bottom", transform=top)
+    last = max(1, steps[-1])
+    room = 0.02 * last  # so that the first and the last marker are whole
+    axes.set(xlabel="step", ylabel="held-out accuracy (%)", ylim=(-1, None), xlim=(-room, last + room))
+    axes.legend(loc="lower right", frameon=False)
+    figure.savefig(path)
+
+
+def write_caption(axes: Axes, caption: str, points: Points) -> None:
+    """Write whose the paper's points are below the last of them, or above them where they are low."""
+    last = points[-1][0]
+    near = [accuracy for step, accuracy in points if step >= 0.7 * last]
+    height, offset, align = (min(near), -8, "top") if min(near) > 20 else (max(near), 8, "bottom")
+    side = "right" if last else "left"
+    at = (last, height)
+    axes.annotate(caption, at, (0, offset), textcoords="offset points", color="C1", ha=side, va=align)
 
 
 def stage_spans(rows: list[dict]) -> list[tuple[int, int, str]]:

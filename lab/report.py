@@ -16,7 +16,7 @@ from data.load import read_jsonl
 from data.task import Task
 from lab.checkpoint import checkpoints
 from lab.errors import user_errors
-from lab.plots import paper_by_step, paper_points, stage_spans
+from lab.plots import paper_by_step, paper_caption, paper_points, stage_spans
 from lab.recipe import Recipe, RecipeError, from_dict
 from lab.runfolder import RunFolder, step_of
 from model import ModelError, Tokenizer
@@ -70,6 +70,7 @@ def describe(run: RunFolder) -> dict:
         "stages": stage_spans(evaluations),
         "evaluations": [[row[name] for name in columns] for row in evaluations],
         "paper": paper_by_step(evaluations, paper_points(recipe)),
+        "caption": paper_caption(recipe).replace("\n", " "),
         "final": {name: value for name, value in rows[-1].items() if name.startswith("final")},
         "series": series | {"seconds": seconds},
         "rollouts": rollouts(run, recipe.task),

@@ -9,7 +9,7 @@ from lab.checkpoint import prune_checkpoints, save_checkpoint
 from lab.device import peak_memory
 from lab.errors import Stop, Stopped
 from lab.evaluate import EVALUATION_SEED, evaluate
-from lab.plots import paper_points, write_curve
+from lab.plots import write_curve
 from lab.recipe import Recipe, RecipeError
 from lab.report import write_report
 from lab.runfolder import RunFolder
@@ -141,7 +141,7 @@ class Run:
         """Write the curve and the report, to look at."""
         if not is_main():
             return
-        write_curve(self.folder, paper_points(self.recipe))
+        write_curve(self.folder, self.recipe)
         row = self.folder.metrics()[-1]
         if "final_accuracy" in row:
             self.screen.say(final_line(row, self.recipe.evaluation.final_problems))
@@ -196,7 +196,7 @@ class Run:
         if row["kind"] == "grpo" and self.state.stage_step == 3:
             screen.say(f"at this speed, {time_left(row, recipe)} of GRPO left, without evaluations")
         if "eval_accuracy" in row:
-            write_curve(self.folder, paper_points(recipe))
+            write_curve(self.folder, recipe)
             for words in (silence(row, recipe), stuck(row, recipe)):
                 if words:
                     screen.say(words)

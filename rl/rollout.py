@@ -105,12 +105,12 @@ def collect_rollouts(
     for problem, prompt, group in own:
         rollouts = []
         for completion in group:
-            rollouts.append(judge(tokenizer, task, problem, prompt, completion, sampling, reward))
+            rollouts.append(make_rollout(tokenizer, task, problem, prompt, completion, sampling, reward))
         groups.append(rollouts)
     return gather(groups)
 
 
-def judge(
+def make_rollout(
     tokenizer: Tokenizer,
     task: Task,
     problem: AnyProblem,

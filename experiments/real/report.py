@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -9,8 +10,8 @@ import numpy as np
 
 from data.countdown import Problem
 from data.solver import random_attempt
-from experiments.study.plots import plot_accuracy, plot_metrics
-from experiments.study.report import table
+from experiments.study.plots import Panel, plot_accuracy, plot_metrics
+from experiments.study.report import picture, table
 from experiments.study.results import (
     Estimate,
     Run,
@@ -20,6 +21,7 @@ from experiments.study.results import (
     load_runs,
     paired_difference,
 )
+from lab.plots import save_light_and_dark
 from lab.recipe import load_recipe, problems_of
 
 BASELINE = "GRPO"  # the other ablations are compared with this one
@@ -38,12 +40,15 @@ def write_report(results: Path, arms: list) -> None:
     ablations = {arm.name: runs[arm.name] for arm in arms if not arm.is_main and arm.name in runs}
     parts = ["# Results on SmolLM2-135M-Instruct", LEGEND, "## Answers without a search", floors_table()]
     if main:
-        parts += ["## Ways to train", arms_table(main, WHOLE), "![accuracy](accuracy.png)"]
-        plot_accuracy(main, results / "accuracy.png")
+        parts += ["## Ways to train", arms_table(main, WHOLE)]
+        parts += [picture("accuracy", "Held-out accuracy of the ways to train")]
+        panels = (Panel("How far does each way to train get?", tuple(main)),)
+        save_light_and_dark(partial(plot_accuracy, main, panels), results / "accuracy.png")
     if ablations:
-        parts += ["## One thing changed", arms_table(ablations, BASELINE), "![metrics](training.png)"]
+        parts += ["## One thing changed", arms_table(ablations, BASELINE)]
+        parts += [picture("training", "Metrics of the GRPO steps")]
         steps = {arm: [run.steps for run in runs_of_arm] for arm, runs_of_arm in ablations.items()}
-        plot_metrics(steps, results / "training.png")
+        save_light_and_dark(partial(plot_metrics, steps), results / "training.png")
     (results / "results.md").write_text("\n\n".join(parts) + "\n")
 
 

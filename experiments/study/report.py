@@ -1,12 +1,13 @@
 """The report of a study: `results.md` and its plots, from the results of the runs."""
 
 import math
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
 
-from experiments.study.plots import plot_ablations, plot_accuracy, plot_metrics
+from experiments.study.plots import MAIN_PANELS, plot_ablations, plot_accuracy, plot_metrics
 from experiments.study.results import (
     BASELINE,
     Estimate,
@@ -17,6 +18,7 @@ from experiments.study.results import (
     load_runs,
     paired_difference,
 )
+from lab.plots import save_light_and_dark
 
 TAKE_OFF = 10  # % of held-out accuracy
 LEGEND = """Written by `make study`; docs/study/README.md says what follows. Accuracy *at the end* is on
@@ -34,16 +36,23 @@ def write_report(results: Path, arms: list) -> None:
     if not main:
         return
     parts = ["# Results of the study", LEGEND, *conclusions(main)]
-    parts += ["![accuracy](accuracy.png)", "![metrics of the steps](training.png)"]
+    parts += [picture("accuracy", "Held-out accuracy of the arms, four questions")]
+    parts += [picture("training", "Metrics of the GRPO steps")]
     parts += ["## At the end", end_table(main), "## At every evaluation", evaluation_table(main)]
     if ablations and BASELINE in main:
         parts += ["## One thing changed", ablation_table(main[BASELINE], ablations)]
-        parts += ["![accuracy of the ablations](ablations.png)"]
-        plot_ablations(main[BASELINE], ablations, results / "ablations.png")
+        parts += [picture("ablations", "Held-out accuracy of the ablations, four questions")]
+        save_light_and_dark(partial(plot_ablations, main[BASELINE], ablations), results / "ablations.png")
     (results / "results.md").write_text("\n\n".join(parts) + "\n")
-    plot_accuracy(main, results / "accuracy.png")
+    save_light_and_dark(partial(plot_accuracy, main, MAIN_PANELS), results / "accuracy.png")
     steps = {arm: [run.steps for run in runs_of_arm if run.steps] for arm, runs_of_arm in main.items()}
-    plot_metrics(steps, results / "training.png")
+    save_light_and_dark(partial(plot_metrics, steps), results / "training.png")
+
+
+def picture(name: str, text: str) -> str:
+    """HTML for `name`.png, or `name`-dark.png on a dark page; `text` is for those who cannot see it."""
+    dark = f'<source media="(prefers-color-scheme: dark)" srcset="{name}-dark.png">'
+    return f'<picture>{dark}<img src="{name}.png" width="800" alt="{text}"></picture>'
 
 
 def conclusions(main: Runs) -> list[str]:

@@ -147,7 +147,7 @@ def step_seconds(model: Qwen3, prompts: list[list[int]], samples: int, new_token
 
 
 def launching(settings: Settings) -> dict:
-    """Milliseconds of a decoding step that launches its kernels one by one, and of one that is a CUDA graph."""
+    """Milliseconds of a decoding step, its kernels launched one by one, and as a CUDA graph."""
     name, config = next(iter(shapes(settings).items()))
     model = random_model(config, torch.bfloat16, device())
     prompts = random_prompts(config.vocab_size, count=4, length=140)

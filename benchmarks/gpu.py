@@ -178,9 +178,10 @@ def whole_step(settings: Settings) -> dict:
         case = Case(config, torch.bfloat16, update.optimizer, work, update.adapter_rank)
         try:
             result[kind] = measure(case)
+            result[f"plan, {kind}"] = result[kind].pop("plan")
         except Exception as error:  # out of memory, say: the other ways may fit
             result[kind] = one_line(error)
-        print(f"  {kind}: {pretty(result[kind])}", flush=True)
+        print(f"{kind}: {result[kind]}", flush=True)
     return result
 
 
@@ -206,7 +207,7 @@ def resuming(settings: Settings) -> dict:
                     shutil.rmtree(checkpoint)
                 train([*command, "--resume"])
             losses.append([row.get("loss") for row in metrics_of(run)])
-    return {"losses are equal": losses[0] == losses[1], "losses": str(losses[0])}
+    return {"losses are equal": "yes" if losses[0] == losses[1] else "no", "losses": str(losses[0])}
 
 
 def training(settings: Settings) -> dict:
@@ -245,21 +246,30 @@ def one_line(error: Exception) -> str:
 
 
 def markdown(report: dict) -> str:
-    """The report as a page with one table per part."""
-    title = f"# {report['device']}, {report['date']}"
-    lines = [title, "", f"torch {report['torch']}, `{report['command']}`", ""]
+    """The report as a page: for each part its facts, and a table of what was measured several times."""
+    lines = [f"# {report['device']}, {report['date']}", ""]
+    lines += [f"torch {report['torch']}, `{report['command']}`", ""]
     for part, values in report["parts"].items():
-        lines += [f"## {part.replace('_', ' ')}", "", "| | |", "|---|---|"]
+        lines += [f"## {part.replace('_', ' ')}", ""]
+        measured = {name: value for name, value in values.items() if isinstance(value, dict)}
         for name, value in values.items():
-            lines.append(f"| {name} | {pretty(value)} |")
+            if name not in measured:
+                lines.append(f"- {name}: {pretty(value)}")
+        lines.append("")
+        if measured:
+            columns = list(next(iter(measured.values())))
+            lines += [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+        for name, row in measured.items():
+            cells = [pretty(row[column]) for column in columns]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
 
 
 def pretty(value) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {pretty(item)}" for name, item in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def main(settings: Settings) -> None:

@@ -46,40 +46,24 @@ class GRPOStage:
 
 
 def grpo_step(
-    trainer: Trainer,
-    tokenizer: Tokenizer,
-    task: Task,
-    problems: list[AnyProblem],
-    *,
-    settings: GRPOStage,
-    sampling: SamplingSettings,
-    learning_rate: float,
-    seed: int,
-    reward: RewardSettings = RewardSettings(),
-    reference: Qwen3 | None = None,
-    on_progress: OnProgress | None = None,
-    cancel: Event | None = None,
-) -> tuple[Groups, Tensor, dict[str, float]]:
+    trainer: Trainer, tokenizer: Tokenizer, task: Task, problems: list[AnyProblem], *,
+    settings: GRPOStage, sampling: SamplingSettings, reward: RewardSettings = RewardSettings(),
+    learning_rate: float, seed: int, reference: Qwen3 | None = None,
+    on_progress: OnProgress | None = None, cancel: Event | None = None,
+) -> tuple[Groups, Tensor, dict[str, float]]:  # fmt: skip
     """One step: answer `problems`, compare the answers, and make the better ones of each group likelier.
 
-    `reference` is the frozen model of the KL penalty; `on_progress` is that of `generate`. When a signal sets
-    `cancel` before the weights have changed, the step ends with Cancelled.
-    Returns the rollouts, [problem][sample]; their advantages, [problems, samples]; and metrics.
+    `reference` is the frozen model of the KL penalty; `on_progress` is that of `generate`. If `cancel` is set
+    before the weights have changed, the step ends with Cancelled. Returns the rollouts, [problem][sample];
+    their advantages, [problems, samples]; and metrics.
     """
     # 1. Sample completions and reward each. Those of one problem are a group.
     start = time.perf_counter()
     groups = collect_rollouts(
-        trainer.model,
-        tokenizer,
-        task,
-        problems,
-        sampling=sampling,
-        num_samples=settings.samples_per_prompt,
-        seed=seed,
-        reward=reward,
-        on_progress=on_progress,
-        cancel=cancel,
-    )
+        trainer.model, tokenizer, task, problems,
+        num_samples=settings.samples_per_prompt, sampling=sampling, reward=reward, seed=seed,
+        on_progress=on_progress, cancel=cancel,
+    )  # fmt: skip
     sampling_end = time.perf_counter()
 
     # 2. Compare. The advantage of a completion says how much better it did than its group.

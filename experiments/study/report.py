@@ -21,11 +21,11 @@ from experiments.study.results import (
 from lab.plots import save_light_and_dark
 
 TAKE_OFF = 10  # % of held-out accuracy
-LEGEND = """Written by `make study`; docs/study/README.md says what follows. Accuracy *at the end* is on
-`evaluation.final_problems` held-out problems, *at every evaluation* on `evaluation.problems`. ± and brackets
-are 95 % intervals, Student's t over seeds. Spread is the standard deviation over seeds; largest fall, how far
-accuracy fell below its earlier best; length, the tokens of a completion in the last ten steps. An arm of SFT
-alone also costs the run that made its traces."""
+LEGEND = """`make study` writes this page, and docs/study/README.md explains it. Accuracy *at the end* is on
+`evaluation.final_problems` held-out problems, and *at every evaluation* on `evaluation.problems`. ± and
+brackets are 95 % intervals, Student's t over seeds. The spread is the standard deviation over seeds. The
+largest fall says how far accuracy fell below its earlier best. The length is that of a completion in tokens,
+over the last ten steps. An arm of SFT alone also costs the run that made the completions it learns from."""
 
 
 def write_report(results: Path, arms: list) -> None:

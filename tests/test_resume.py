@@ -19,7 +19,7 @@ from lab.stages import train
 
 SMALL = [
     "--evaluation.every", 1, "--evaluation.problems", 2, "--evaluation.final-problems", 2,
-    "--stages.0.prompts-per-step", 2, "--stages.2.prompts-per-step", 2,
+    "--stages.0.prompts-per-step", 2, "--stages.1.batch-size", 2, "--stages.2.prompts-per-step", 2,
 ]  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def copied(whole, tmp_path) -> Path:
 
 def test_an_sft_stage_goes_on_with_its_traces_though_the_rollouts_are_gone(whole, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    stopped_run(out, monkeypatch, lab.stages, "sft_step", 1)
+    stopped_run(out, monkeypatch, lab.stages, "sft_step", 2)
     traces = (out / "traces.jsonl").read_bytes()
     shutil.rmtree(out / "rollouts")
     small_run(out, resume=True)

@@ -143,7 +143,7 @@ def candidate_of(model: Model, problems: list[Problem], arguments: Arguments) ->
 
 def print_results(candidates: list[Candidate], numbers: dict, examples: int) -> None:
     """Print a table of the numbers, and so many completions of each model and outcome."""
-    console = plain_console()
+    console = plain_console(least_width=80)
     problems = numbers["problems"]
     title = f"{problems['count']:,} problems (sha256 {problems['sha256']}), intervals of 95 %"
     console.print(comparison_table(title, numbers["models"], numbers["differences"]))

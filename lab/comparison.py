@@ -69,7 +69,7 @@ def difference(first: Candidate, other: Candidate) -> dict:
 def comparison_table(title: str, candidates: list[dict], differences: list[dict]) -> Table:
     """A column for each of `measures`, a row for each of its numbers; `differences` are from the first."""
     table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for numbers in candidates:
         table.add_column(numbers["name"], justify="right", overflow="fold")
 

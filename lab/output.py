@@ -21,17 +21,15 @@ class LastingFile(io.FileIO):
 
     def write(self, data) -> int:
         try:
-            while (
-                count := super().write(data)
-            ) is None:  # another program made it non-blocking, and it is full
+            count = super().write(data)
+            while count is None:  # it is full, and another program made it non-blocking
                 select.select([], [self], [])
+                count = super().write(data)
             return count
         except OSError as error:
             self.error = error
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-            tell(
-                f"note: output is lost from here on ({error.strerror}), but the command goes on to its end\n"
-            )
+            tell(f"note: output is lost from here on ({error.strerror}); the command goes on\n")
             return len(data)
 
 
@@ -42,6 +40,8 @@ def lasting_output() -> Iterator[None]:
     before = sys.stdin, sys.stdout, sys.stderr
     if sys.stdin is None:
         sys.stdin = open(os.devnull)
+    elif isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     with contextlib.suppress(io.UnsupportedOperation):  # a stand-in for the streams has no file
         sys.stdout, sys.stderr = lasting(sys.stdout), lasting(sys.stderr)
     try:

@@ -24,6 +24,7 @@ from rl.rollout import Rollout
 
 CHART_HEIGHT = 5  # lines
 LEAST_WIDTH = 40  # columns of a terminal, to draw on it
+PLAIN_WIDTH = 80  # columns at least, elsewhere
 # A policy has stopped exploring if at least this share of groups have equal rewards, though at most this
 # share of completions are correct, and the entropy is at most so many nats per token.
 STUCK_GROUPS, STUCK_ACCURACY, STUCK_ENTROPY = 0.8, 0.6, 0.08
@@ -216,22 +217,24 @@ def progress_bar(what: str, total: int) -> Iterator[OnProgress | None]:
         yield show
 
 
-def plain_console(stderr: bool = False, width: int = 80) -> Console:
+def plain_console(stderr: bool = False, least_width: int = 0) -> Console:
     """A console that shows texts as they are: `[/b]` and `:-)` in a problem or a path are no commands.
 
-    A panel's title reads markup all the same; give it a `Text`. Where nothing can be drawn, the console is no
-    terminal to rich, whatever FORCE_COLOR says, and has at least `width` columns.
+    A panel's title reads markup all the same; give it a `Text`. Where nothing can be drawn, rich is told that
+    there is no terminal, whatever FORCE_COLOR says. `least_width` is in columns, for a table that needs them.
     """
     draws = can_draw(sys.stderr if stderr else sys.stdout)
-    return Console(
+    console = Console(
         stderr=stderr,
         markup=False,
         highlight=False,
         emoji=False,
         force_terminal=draws,
         force_interactive=draws,
-        width=None if draws else max(width, shutil.get_terminal_size().columns),
     )
+    if least_width or not draws:
+        console.width = max(least_width, PLAIN_WIDTH, console.width)
+    return console
 
 
 def can_draw(stream: TextIO) -> bool:

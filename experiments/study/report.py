@@ -40,7 +40,7 @@ def write_report(results: Path, arms: list) -> None:
         parts += ["## One thing changed", ablation_table(main[BASELINE], ablations)]
         parts += ["![accuracy of the ablations](ablations.png)"]
         plot_ablations(main[BASELINE], ablations, results / "ablations.png")
-    (results / "results.md").write_text("\n\n".join(parts) + "\n")
+    (results / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     plot_accuracy(main, results / "accuracy.png")
     steps = {arm: [run.steps for run in runs_of_arm if run.steps] for arm, runs_of_arm in main.items()}
     plot_metrics(steps, results / "training.png")

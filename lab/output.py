@@ -42,8 +42,7 @@ def lasting_output() -> Iterator[None]:
         sys.stdin = open(os.devnull)
     elif isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
-    with contextlib.suppress(io.UnsupportedOperation):  # a stand-in for the streams has no file
-        sys.stdout, sys.stderr = lasting(sys.stdout), lasting(sys.stderr)
+    sys.stdout, sys.stderr = lasting(sys.stdout), lasting(sys.stderr)
     try:
         yield
     finally:
@@ -54,12 +53,16 @@ def lasting_output() -> Iterator[None]:
 
 def lasting(stream: TextIO | None) -> TextIO:
     """The same stream over a `LastingFile`; what its encoding lacks is shown as a question mark."""
+    encoding = "utf-8"
     if stream is None:  # closed before the start
         file = LastingFile(os.devnull, "w")
         file.error = OSError(errno.EBADF, os.strerror(errno.EBADF))
     else:
-        file = LastingFile(stream.fileno(), "w", closefd=False)
-    encoding = stream.encoding if stream else "utf-8"
+        try:
+            file = LastingFile(stream.fileno(), "w", closefd=False)
+        except io.UnsupportedOperation:
+            return stream  # a stand-in in memory
+        encoding = stream.encoding
     return io.TextIOWrapper(io.BufferedWriter(file), encoding, errors="replace", line_buffering=True)
 
 
@@ -84,10 +87,10 @@ def tell(text: str) -> None:
 
 def check_writable(path: Path) -> None:
     """Before the work whose results go to `path`, make its folder. RecipeError: it cannot be written."""
-    exists = path.exists()
-    if path.is_fifo():
-        return  # its reader would take a look for the end
     try:
+        if path.is_fifo():
+            return  # its reader would take the look for the end
+        exists = os.path.lexists(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         open(path, "a").close()
         if not exists:

@@ -3,13 +3,14 @@
 import json
 import os
 import pty
+import re
 import signal
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from test_commands import fails, run_command, smoke
+from test_commands import ROOT, fails, run_command, smoke
 
 import eval as eval_command
 import play as play_command
@@ -96,6 +97,11 @@ def test_a_run_logs_plain_lines_without_a_home_a_terminal_or_a_character_set(tmp
     assert "\x1b" not in finished.stdout
     lines = [line.split()[0] for line in finished.stdout.splitlines()]
     assert lines[:6] == ["model", "problems", "stages", "run", "memory", "before"] and lines.count("grpo") == 3
+
+
+def test_every_console_comes_from_one_place():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("lab/*.py"), *ROOT.glob("experiments/*/*.py")]
+    assert [path.name for path in files if re.search(r"\bConsole\(", path.read_text())] == ["screen.py"]
 
 
 def test_a_path_that_is_no_text_is_one_line(capsys):

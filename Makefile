@@ -86,7 +86,7 @@ study-quick: setup
 	$(BIN)/python -m experiments.study.run --arms grpo staged --seeds 1 --out runs/study-quick --results runs/study-quick $(ARGS)
 
 test: setup-test
-	$(BIN)/python -m pytest -q -n 2 $(TESTS) $(ARGS)
+	PYTHONUTF8=1 $(BIN)/python -m pytest -q -n 2 $(TESTS) $(ARGS)
 
 lint: setup-test
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ from lab.comparison import Candidate, comparison_table, difference, measures
 from lab.device import pick_device
 from lab.errors import user_errors
 from lab.evaluate import EVALUATION_SEED, Evaluation, evaluate, problems_hash
+from lab.output import check_output, check_writable
 from lab.recipe import Recipe, RecipeError, checked, load_recipe, problems_of
 from lab.screen import plain_console, printable, progress_bar
 from lab.setup import load_policy, prompt_form, without_missing_thinking
@@ -140,6 +141,16 @@ def candidate_of(model: Model, problems: list[AnyProblem], arguments: Arguments)
     return Candidate(model.source, recipe, sampled, greedy)
 
 
+def print_results(candidates: list[Candidate], numbers: dict, examples: int) -> None:
+    """Print a table of the numbers, and so many completions of each model and outcome."""
+    console = plain_console(least_width=80)
+    problems = numbers["problems"]
+    title = f"{problems['count']:,} problems (sha256 {problems['sha256']}), intervals of 95 %"
+    console.print(comparison_table(title, numbers["models"], numbers["differences"]))
+    for candidate in candidates:
+        print_examples(candidate, examples, console)
+
+
 def print_examples(candidate: Candidate, examples: int, console: Console) -> None:
     """Print some completions of each outcome."""
     rollouts = [rollout for group in candidate.sampled.groups for rollout in group]
@@ -154,24 +165,29 @@ def main(arguments: Arguments) -> None:
         raise RecipeError("name a model: python eval.py runs/256-tiny/checkpoints/step_0080")
     if arguments.samples < 1:
         raise RecipeError(f"--samples must be at least 1, not {arguments.samples}")
+    file = Path(arguments.json).expanduser() if arguments.json not in (None, "-") else None
+    if file:
+        check_writable(file)
+    else:
+        check_output()
     models = of_one_task([model_of(source, arguments) for source in arguments.models])
     problems = problems_for(models, arguments)
     candidates = [candidate_of(model, problems, arguments) for model in models]
     measured = [measures(candidate) for candidate in candidates]
     differences = [difference(candidates[0], candidate) for candidate in candidates[1:]]
-    digest = problems_hash(problems)
-    numbers = {"problems": {"count": len(problems), "sha256": digest}, "seed": arguments.seed}
+    counted = {"count": len(problems), "sha256": problems_hash(problems)}
+    numbers = {"problems": counted, "seed": arguments.seed}
     numbers |= {"models": measured, "differences": differences}
-    if arguments.json == "-":
-        print(json.dumps(numbers, indent=2))
-        return
-    console = plain_console()
-    title = f"{len(problems):,} problems (sha256 {digest}), intervals of 95 %"
-    console.print(comparison_table(title, measured, differences))
-    for candidate in candidates:
-        print_examples(candidate, arguments.show, console)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(numbers, indent=2) + "\n")
+    try:
+        if arguments.json == "-":
+            print(json.dumps(numbers, indent=2))
+        else:
+            print_results(candidates, numbers, arguments.show)
+    finally:
+        if file:
+            file.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    if not file:
+        check_output()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from data.task import AnyProblem
 from lab.checkpoint import saved_recipe, untrained_recipe
 from lab.device import pick_device
 from lab.errors import user_errors
+from lab.output import lost_output
 from lab.recipe import Recipe, RecipeError, checked
 from lab.screen import plain_console, printable
 from lab.setup import load_policy, without_missing_thinking
@@ -114,7 +115,7 @@ def main(arguments: Arguments) -> None:
         raise RecipeError("these models were trained on different tasks: play with one at a time")
     rng = random.Random(arguments.seed)
     line = ""
-    while line not in ("q", "quit", "exit"):
+    while line not in ("q", "quit", "exit") and not lost_output():
         try:
             problem = task.parse_input(line) if line else task.generate(1, rng.randrange(2**31))[0]
             show(players, problem, rng.randrange(2**31))

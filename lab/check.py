@@ -195,7 +195,7 @@ def main(model: str = "tiny", device: str = "auto") -> None:
         for row in rows_of(part, model, place):
             table.add_row(row.what, row.found, "wrong" if row.wrong else "")
             wrong += [row.what] * row.wrong
-    plain_console().print(table)
+    plain_console(least_width=80).print(table)
     if wrong:
         sys.exit(f"wrong on this device: {'; '.join(wrong)}")
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from data import DataError
+from lab.output import lasting_output, tell
 from lab.recipe import RecipeError
 from model import ModelError
 
@@ -18,25 +19,26 @@ from model import ModelError
 def user_errors(out_of_memory: str = "take a smaller model"):
     """Turn errors that the user can do something about into one line on standard error and exit code 2.
 
-    Other exceptions are bugs and keep their traceback. Ctrl-C ends in one line too, with exit code 130.
+    Other exceptions are bugs and keep their traceback. Ctrl-C ends in one line too, with exit code 130. A
+    lost terminal, or a reader of the output that leaves, does not end the block.
     """
-    try:
-        yield
-    except (ModelError, DataError, RecipeError) as error:
-        fail(str(error))
-    except torch.OutOfMemoryError:
-        fail(f"out of GPU memory: {out_of_memory}")
-    except RuntimeError as error:
-        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
-            raise
-        fail("another process of this run ended, see its message; --resume goes on from the last checkpoint")
-    except BrokenPipeError:
-        sys.exit(0)  # whoever read the output has seen enough
-    except OSError as error:
-        fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
-    except KeyboardInterrupt as stop:
-        print("\nstopped.", *stop.args, file=sys.stderr)
-        sys.exit(getattr(stop, "exit_code", 130))
+    with lasting_output():
+        try:
+            yield
+        except (ModelError, DataError, RecipeError) as error:
+            fail(str(error))
+        except torch.OutOfMemoryError:
+            fail(f"out of GPU memory: {out_of_memory}")
+        except RuntimeError as error:
+            if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+                raise
+            advice = "--resume goes on from the last checkpoint"
+            fail(f"another process of this run ended, see its message; {advice}")
+        except OSError as error:
+            fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        except KeyboardInterrupt as stop:
+            print("\nstopped.", *stop.args, file=sys.stderr)
+            sys.exit(getattr(stop, "exit_code", 130))
 
 
 def fail(message: str) -> None:
@@ -62,13 +64,13 @@ class Stop:
 
     def handle(self, number: int, frame=None) -> None:
         if self.requested.is_set():
-            show_cursor = b"\x1b[?25h" * os.isatty(2)
-            os.write(2, show_cursor + b"\nstopped at once.\n")
+            show_cursor = "\x1b[?25h" * os.isatty(2)
+            tell(f"{show_cursor}\nstopped at once.\n")
             os._exit(128 + number)
         self.number = number
         self.requested.set()
         if self.announce:
-            os.write(2, b"\nstopping where the run can go on; once more stops it at once\n")
+            tell("\nstopping where the run can go on; once more stops it at once\n")
 
 
 @contextlib.contextmanager

@@ -191,6 +191,8 @@ def explain(fault: dict, values, where: str) -> str:
     name = ".".join(names)
     if fault["type"] == "unexpected_keyword_argument":
         return f"unknown field {name}; python train.py --help lists those of this version"
+    if fault["type"] == "json_invalid":
+        return "a text, or a path, is not UTF-8: name another, or set PYTHONUTF8=1"
     if fault["type"] == "union_tag_not_found":
         return f"{name}.kind is missing"
     reason = str(fault.get("ctx", {}).get("error", "")) or f"{fault['msg']}, not {fault['input']!r:.100}"

@@ -45,7 +45,8 @@ def write_report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None 
     text = text.replace("<", "\\u003c")  # so that no completion can end the script element
     out = out or runs[0] / "report.html"
     page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    out.write_text(page.replace("{{data}}", text), encoding="utf-8")
+    # A path may hold bytes that are no UTF-8, which Python reads as halves of characters.
+    out.write_text(page.replace("{{data}}", text), encoding="utf-8", errors="replace")
     return out
 
 

@@ -203,7 +203,7 @@ def json_line(row: dict) -> str:
 def write_whole(path: Path, text: str) -> None:
     """Replace a file at once, so that a kill leaves the old content or the new."""
     temporary = path.with_suffix(".partial")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

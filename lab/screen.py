@@ -3,8 +3,12 @@
 import contextlib
 import itertools
 import math
+import os
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 import torch
 from rich.columns import Columns
@@ -19,6 +23,8 @@ from lab.recipe import Recipe
 from rl.rollout import Rollout
 
 CHART_HEIGHT = 5  # lines
+LEAST_WIDTH = 40  # columns of a terminal, to draw on it
+PLAIN_WIDTH = 80  # columns at least, elsewhere
 # A policy has stopped exploring if at least this share of groups have equal rewards, though at most this
 # share of completions are correct, and the entropy is at most so many nats per token.
 STUCK_GROUPS, STUCK_ACCURACY, STUCK_ENTROPY = 0.8, 0.6, 0.08
@@ -174,8 +180,7 @@ def pick_screen(recipe: Recipe, quiet: bool = False, plain: bool = False) -> Scr
     if quiet:
         return QuietScreen()
     console = plain_console()
-    live = console.is_terminal and not console.is_dumb_terminal and not plain
-    return LiveScreen(recipe, console) if live else Screen()
+    return LiveScreen(recipe, console) if console.is_terminal and not plain else Screen()
 
 
 def chart(points: list[tuple[int, float]], width: int, height: int) -> list[str]:
@@ -212,12 +217,31 @@ def progress_bar(what: str, total: int) -> Iterator[OnProgress | None]:
         yield show
 
 
-def plain_console(stderr: bool = False) -> Console:
+def plain_console(stderr: bool = False, least_width: int = 0) -> Console:
     """A console that shows texts as they are: `[/b]` and `:-)` in a problem or a path are no commands.
 
-    A panel's title reads markup all the same; give it a `Text`.
+    A panel's title reads markup all the same; give it a `Text`. Where nothing can be drawn, rich is told that
+    there is no terminal, whatever FORCE_COLOR says. `least_width` is in columns, for a table that needs them.
     """
-    return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    draws = can_draw(sys.stderr if stderr else sys.stdout)
+    console = Console(
+        stderr=stderr,
+        markup=False,
+        highlight=False,
+        emoji=False,
+        force_terminal=draws,
+        force_interactive=draws,
+    )
+    if least_width or not draws:
+        console.width = max(least_width, PLAIN_WIDTH, console.width)
+    return console
+
+
+def can_draw(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal whose cursor can be moved, and not a log; elsewhere lines are plain."""
+    moves = os.environ.get("TERM", "dumb") not in ("dumb", "unknown", "")
+    is_log = os.environ.get("CI", "") not in ("", "0", "false")
+    return stream.isatty() and moves and not is_log and shutil.get_terminal_size().columns >= LEAST_WIDTH
 
 
 def printable(text: str) -> str:

@@ -190,13 +190,10 @@ def test_a_card_without_bfloat16_takes_float32_and_says_so(monkeypatch):
 
 
 def test_the_screen_follows_the_terminal_and_the_options(monkeypatch):
-    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
     assert type(pick_screen(RECIPE)) is Screen
     assert type(pick_screen(RECIPE, quiet=True)) is QuietScreen
     console = Console(file=io.StringIO(), force_terminal=True)
     monkeypatch.setattr(lab.screen, "Console", lambda **_: console)
-    monkeypatch.setenv("TERM", "xterm")
     assert type(pick_screen(RECIPE)) is LiveScreen
     assert type(pick_screen(RECIPE, plain=True)) is Screen and type(pick_screen(RECIPE, quiet=True)) is QuietScreen
 

@@ -236,7 +236,7 @@ def test_texts_from_outside_are_shown_as_they_are_in_eval_play_and_progress_bars
     player = play_command.Player(HOSTILE, recipe, None, None)
     console.print(play_command.side_by_side([player], [(HOSTILE, HOSTILE)]))
     assert capsys.readouterr().out.count(HOSTILE) == 2 + 3 + 3
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("lab.screen.can_draw", lambda stream: True)
     with progress_bar(HOSTILE, 3) as show:
         show(1, 10)
     assert HOSTILE in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)

@@ -31,6 +31,7 @@ from experiments.bases.attempts import (
 )
 from experiments.bases.derivations import derivation_document
 from experiments.bases.weights import init_weights
+from lab.errors import user_errors
 from model import Qwen3, Qwen3Config, Tokenizer, prompt_ids, save_model
 from model.chat import CHATML
 from model.weights import TINY
@@ -224,4 +225,5 @@ def main(settings: TinyBase) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(TinyBase))
+    with user_errors():
+        main(tyro.cli(TinyBase))

@@ -49,7 +49,7 @@ def write_report(results: Path, arms: list) -> None:
         parts += [picture("training", "Metrics of the GRPO steps")]
         steps = {arm: [run.steps for run in runs_of_arm] for arm, runs_of_arm in ablations.items()}
         save_light_and_dark(partial(plot_metrics, steps), results / "training.png")
-    (results / "results.md").write_text("\n\n".join(parts) + "\n")
+    (results / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def arms_table(arms: Runs, compared_with: str) -> str:

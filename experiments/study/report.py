@@ -43,7 +43,7 @@ def write_report(results: Path, arms: list) -> None:
         parts += ["## One thing changed", ablation_table(main[BASELINE], ablations)]
         parts += [picture("ablations", "Held-out accuracy of the ablations, four questions")]
         save_light_and_dark(partial(plot_ablations, main[BASELINE], ablations), results / "ablations.png")
-    (results / "results.md").write_text("\n\n".join(parts) + "\n")
+    (results / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     save_light_and_dark(partial(plot_accuracy, main, MAIN_PANELS), results / "accuracy.png")
     steps = {arm: [run.steps for run in runs_of_arm if run.steps] for arm, runs_of_arm in main.items()}
     save_light_and_dark(partial(plot_metrics, steps), results / "training.png")

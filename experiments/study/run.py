@@ -26,6 +26,7 @@ import tyro
 from experiments.study.report import write_report
 from lab.checkpoint import checkpoints
 from lab.errors import user_errors
+from lab.output import check_writable
 from lab.recipe import RECIPES, Recipe, RecipeError, build_recipe, from_dict, merge, read_tables
 from lab.runfolder import RunFolder
 from lab.stages import train
@@ -229,7 +230,8 @@ def run_study(arguments: Arguments, report: Report | None = None) -> None:
     lost = [run for run in runs if run.recipe.out in needed and not checkpoints(Path(run.recipe.out))]
     waiting = lost + [run for run in waiting if run not in lost]
     waiting = [] if arguments.report_only else waiting
-    (arguments.results / "runs").mkdir(parents=True, exist_ok=True)
+    check_writable(arguments.results / "results.md")
+    (arguments.results / "runs").mkdir(exist_ok=True)
     running: dict[Future, StudyRun] = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.workers, context, max_tasks_per_child=1) as pool:

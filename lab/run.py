@@ -13,7 +13,15 @@ from lab.plots import write_curve
 from lab.recipe import Recipe, RecipeError
 from lab.report import write_report
 from lab.runfolder import RunFolder
-from lab.screen import Screen, describe_run, final_line, planned_time, silence, stuck, time_left
+from lab.screen import (
+    Screen,
+    advice_on_equal_rewards,
+    advice_on_exploration,
+    describe_run,
+    final_line,
+    planned_time,
+    time_left,
+)
 from lab.setup import find_state, set_up
 from model.sampler import Cancelled
 from model.weights import is_embedded
@@ -197,7 +205,7 @@ class Run:
             screen.say(f"at this speed, {time_left(row, recipe)} of GRPO left, without evaluations")
         if "eval_accuracy" in row:
             write_curve(self.folder, recipe)
-            for words in (silence(row, recipe), stuck(row, recipe)):
+            for words in (advice_on_equal_rewards(row, recipe), advice_on_exploration(row, recipe)):
                 if words:
                     screen.say(words)
 

@@ -315,7 +315,7 @@ def planned_time(row: dict, recipe: Recipe, prompt_length: int) -> str:
     return f"time      about {hours}, if completions keep their length of {length:.0f} tokens"
 
 
-def silence(row: dict, recipe: Recipe) -> str | None:
+def advice_on_equal_rewards(row: dict, recipe: Recipe) -> str | None:
     """After an evaluation by which batches teach next to nothing: why, and what helps."""
     stages = [stage for stage in recipe.stages[row["stage"] :] if stage.kind == row["kind"] == "grpo"]
     if not stages:
@@ -337,10 +337,10 @@ def silence(row: dict, recipe: Recipe) -> str | None:
     )
 
 
-def stuck(row: dict, recipe: Recipe) -> str | None:
+def advice_on_exploration(row: dict, recipe: Recipe) -> str | None:
     """After a step by which the policy has stopped exploring, and is not good: the signs, and what helps."""
     if row["kind"] != "grpo" or not row["step"] or row["format_rate"] < 0.5:
-        return None  # where few completions have an answer, `silence` says why
+        return None  # where few completions have an answer, `advice_on_equal_rewards` says why
     equal, right, entropy = row["silent_groups"], row["train_accuracy"], row["entropy"]
     if equal < STUCK_GROUPS or right > STUCK_ACCURACY or entropy > STUCK_ENTROPY:
         return None

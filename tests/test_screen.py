@@ -17,13 +17,13 @@ from lab.screen import (
     LiveScreen,
     QuietScreen,
     Screen,
+    advice_on_equal_rewards,
+    advice_on_exploration,
     chart,
     describe_run,
     pick_screen,
     planned_time,
     printable,
-    silence,
-    stuck,
 )
 from model import Completion, Qwen3Config
 from rl.grpo import GRPOStage
@@ -119,12 +119,14 @@ START = {"stage": 0, "kind": "grpo", "step": 0, **SHARES}
 
 def test_a_start_from_nothing_and_a_silent_batch_are_put_into_words():
     recipe = load_recipe("256")[1]
-    words = silence(START, recipe)
+    words = advice_on_equal_rewards(START, recipe)
     # 32 (1 - 0.001^8 - 0.001^8 - 0.998^8)
     assert "97.5 % of completions are cut off at 256 tokens. About 0.5 of 32 groups" in words
     assert "earned nothing for 30 steps" in words and "--sampling.no-thinking" in words
     assert "--stages.0.samples-per-prompt 32" in words and "--sampling.max-new-tokens 512" in words
-    later = silence(GRPO | START | {"step": 150, "stage": 2, "eval_truncated_fraction": 0.0, "eval_format_rate": 1.0}, recipe)
+    later = advice_on_equal_rewards(
+        GRPO | START | {"step": 150, "stage": 2, "eval_truncated_fraction": 0.0, "eval_format_rate": 1.0}, recipe
+    )
     assert " 0.0 % of completions" in f" {later}" and "About 0.3 of 32" in later  # 32 (1 - 0.999^8): all wrong alike
     assert "--stages.2.samples-per-prompt" in later
 
@@ -134,7 +136,7 @@ def test_a_start_from_nothing_and_a_silent_batch_are_put_into_words():
             {"eval_format_rate": 1.0, "eval_accuracy": 0.99}],
 )  # fmt: skip
 def test_nothing_is_said_where_batches_teach_or_all_is_right_or_nothing_is_sampled(row):
-    assert silence(START | row, load_recipe("256")[1]) is None
+    assert advice_on_equal_rewards(START | row, load_recipe("256")[1]) is None
 
 
 def test_the_planned_time_counts_the_tokens_of_sampling_updates_and_evaluations():
@@ -156,21 +158,21 @@ COLLAPSED = GRPO | {  # what a run on SmolLM2 without a cold start came to
 
 def test_a_policy_that_has_stopped_exploring_is_put_into_words():
     recipe = load_recipe("256")[1]
-    words = stuck(COLLAPSED, recipe)
+    words = advice_on_exploration(COLLAPSED, recipe)
     assert "in 90 % of groups all rewards are equal, though only 12 % of completions are correct" in words
     assert "0.02 nats per token, and 100 % of answers have the form n+n+n" in words
     for option in ("--stages.0.learning-rate 2.5e-06", "--reward.no-format", "--stages.0.kl-coef 0.01", "cold start"):
         assert option in words
     paid = replace(recipe, reward=RewardSettings(near_miss=False, format=False))
-    assert "--reward" not in stuck(COLLAPSED, paid)
-    assert "form" not in stuck(COLLAPSED | {"common_form": "n"}, paid)  # as all answers of gsm8k have
+    assert "--reward" not in advice_on_exploration(COLLAPSED, paid)
+    assert "form" not in advice_on_exploration(COLLAPSED | {"common_form": "n"}, paid)  # as all answers of gsm8k have
 
 
 @pytest.mark.parametrize(
     "row", [{"silent_groups": 0.6}, {"train_accuracy": 0.9}, {"format_rate": 0.1}, {"entropy": 0.3}, {"kind": "sft"}, {"step": 0}],
 )  # fmt: skip
 def test_nothing_is_said_of_a_policy_that_explores_or_is_good(row):
-    assert stuck(COLLAPSED | row, load_recipe("256")[1]) is None
+    assert advice_on_exploration(COLLAPSED | row, load_recipe("256")[1]) is None
 
 
 def test_a_card_without_bfloat16_takes_float32_and_says_so(monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 from data import DataError
 from data.load import endless_problems
 from data.task import Problem
-from data.traces import Trace, curate, load_traces, save_traces, worked_traces
+from data.traces import Trace, curate, save_traces, worked_traces
 from lab.checkpoint import TrainState, load_into, prune_checkpoints, save_checkpoint
 from lab.device import peak_memory, processes, restarted
 from lab.errors import Stopped, stoppable
@@ -19,7 +19,7 @@ from lab.recipe import Recipe, RecipeError
 from lab.report import write_report
 from lab.runfolder import RunFolder
 from lab.screen import describe_run, final_line, pick_screen, planned_time, silence, stuck, time_left
-from lab.setup import find_state, set_up, stage_start_model
+from lab.setup import find_state, read_traces, set_up, stage_start_model
 from model.sampler import Cancelled
 from model.weights import is_embedded
 from rl.batch import Sample
@@ -143,7 +143,8 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
             samples = []
             for trace in traces:
                 prompt = prompt_of(tokenizer, recipe.task, trace.problem, recipe.sampling)
-                completion = tokenizer.encode(trace.completion) + [tokenizer.end_of_turn_id]
+                completion = tokenizer.encode_answer(trace.completion)
+                model.config.check_positions(len(prompt), len(completion), recipe.model)
                 samples.append(Sample(prompt, completion))
             state.see(trace.problem for trace in traces)
             solved = len({trace.problem.key for trace in traces})
@@ -262,10 +263,7 @@ def traces_for(
         if not curated:
             return []
 
-    def is_correct(text: str, problem: Problem) -> bool:
-        return task.score(text, problem, thinking).outcome == "correct"
-
-    traces = load_traces(source, task.problem, is_correct)
+    traces = read_traces(recipe, source)
     kept_back = {problem.key for problem in (*held_out, *task.examples(recipe.sampling.examples))}
     traces = [trace for trace in traces if trace.problem.key not in kept_back]
     if not traces:

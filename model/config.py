@@ -136,12 +136,12 @@ class Qwen3Config:
             "use_sliding_window": False,
         }
 
-    def check_positions(self, prompt: int, new: int) -> None:
-        """Refuse, by a ModelError, a prompt of so many tokens and so many new ones if they are too many."""
+    def check_positions(self, prompt: int, new: int, name: str = "the model") -> None:
+        """Refuse, by a ModelError, more tokens, of a prompt and new ones, than the model has positions."""
         if prompt + new > self.max_position_embeddings:
-            most = f"{self.max_position_embeddings} positions (max_position_embeddings in config.json)"
-            advice = "lower max_new_tokens, or take another model"
-            raise ModelError(f"a prompt of {prompt} tokens and {new} new ones, but {most}: {advice}")
+            most = f"{name} has {self.max_position_embeddings} positions (max_position_embeddings)"
+            need = f"a prompt of {prompt} tokens and {new} new ones need {prompt + new}"
+            raise ModelError(f"{most}, and {need}: lower max_new_tokens, or take another model")
 
     def num_parameters(self) -> int:
         """Parameters of the whole model; a tied output head counts once."""

@@ -123,6 +123,7 @@ def stream(
 
     `uniforms` [max_new_tokens] are random numbers in [0, 1), `stops` the stop token ids.
     """
+    model.config.check_positions(len(prompt), len(uniforms))
     cache = KVCache(model.config, 1, len(prompt) + len(uniforms), model.device, model.dtype)
     ids = prompt
     for uniform in uniforms.to(model.device):
@@ -165,10 +166,11 @@ def generate(
         on_progress: called now and then with (completions done, tokens sampled so far).
         cancel: when a signal or another thread sets it, sampling ends with `Cancelled`.
 
-    Raises ValueError for an argument out of its range, ModelError if there is no room for one completion, or
-    if logits are not finite.
+    Raises ValueError for an argument out of its range, ModelError if there is no room for one completion, if
+    the model has too few positions for it, or if logits are not finite.
     """
     check_arguments(model.config.vocab_size, prompts, num_samples, max_new_tokens, temperature, top_k, top_p)
+    model.config.check_positions(max(map(len, prompts), default=0), max_new_tokens)
     uniforms = random_streams(prompts, num_samples, max_new_tokens, seed, only)
     prompts = prompts[only]
     stops = torch.tensor(list(stop_token_ids), dtype=torch.int64, device=model.device)

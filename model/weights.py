@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,11 +213,15 @@ def content_digest(files: list[Path]) -> str:
     """The SHA-256 of all weights in safetensors files, however they are divided among these."""
     digests = {}
     for path in files:
-        with safetensors.safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                content = file.get_tensor(name).flatten().view(torch.uint8)
-                digests[name] = hashlib.sha256(content.numpy()).hexdigest()
+        with safetensors.safe_open(path, framework="pt") as file, ThreadPoolExecutor() as pool:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # mapped, not read
+            digests |= zip(tensors, pool.map(tensor_digest, tensors.values()), strict=True)
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    content = tensor.flatten().view(torch.uint8)
+    return hashlib.sha256(content.numpy()).hexdigest()
 
 
 def read_json(path: Path) -> dict:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from data.load import fingerprint
 from data.task import Problem
-from lab.checkpoint import saved_recipe, seen_by, untrained_recipe
+from lab.checkpoint import STATE, saved_recipe, seen_by, untrained_recipe
 from lab.comparison import Candidate, comparison_table, difference, measures
 from lab.device import pick_device
 from lab.errors import user_errors
@@ -129,7 +129,11 @@ def problems_for(models: list[Model], arguments: Arguments) -> list[Problem]:
 
 def opened(model: Model, arguments: Arguments) -> Model:
     """The model with its folder, checked, and with prompts that its tokenizer can write."""
-    folder = open_policy(model.recipe, checkpoint_of(model))
+    checkpoint = checkpoint_of(model)
+    folder = open_policy(model.recipe, checkpoint)
+    if checkpoint and not (checkpoint / STATE).is_file():
+        unknown = f"without its {STATE} nobody knows what it was trained on, which these problems may be"
+        print(f"note: {model.source}: {unknown}", file=sys.stderr)
     recipe = model.recipe
     if not model.trained and arguments.thinking is None:
         recipe = without_missing_thinking(recipe, folder.tokenizer)

@@ -104,8 +104,9 @@ def save_model(folder: str | Path, model: Qwen3, tokenizer: Tokenizer) -> None:
 
 
 def is_embedded(source: str | Path) -> bool:
-    """Whether `source` names a model that is part of this repository."""
-    return str(source) in EMBEDDED
+    """Whether `source` names a model that is part of this repository, by its name or its folder."""
+    folder = EMBEDDED.get(str(source), Path(source).expanduser())
+    return folder.resolve() in [own.resolve() for own in EMBEDDED.values()]
 
 
 def resolve_source(source: str | Path, revision: str | None = None) -> Path:

@@ -202,7 +202,7 @@ def main(arguments: Arguments) -> None:
     for candidate in candidates:
         print_examples(candidate, arguments.show, console)
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(numbers, indent=2) + "\n")
+        Path(arguments.json).expanduser().write_text(json.dumps(numbers, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def read_tables(path: Path, extended_by: tuple[Path, ...] = ()) -> dict:
     base = tables.pop("extends", None)
     if base is None:
         return tables
-    return merge(read_tables(path.parent / str(base), (*extended_by, path)), tables)
+    return merge(read_tables(path.parent / Path(str(base)).expanduser(), (*extended_by, path)), tables)
 
 
 def merge(base: dict, over: dict) -> dict:

@@ -60,10 +60,10 @@ def load_weights(folder: ModelFolder, device="cpu", dtype: torch.dtype | None = 
     with torch.device("meta"):  # no memory is taken before the weights come
         model = Qwen3(folder.config)
     if dtype is None and folder.dtype is not None:
-        if str(folder.dtype) not in DTYPES:
+        dtype = DTYPES.get(str(folder.dtype).removeprefix("torch."))
+        if dtype is None:
             wrong = f"dtype {folder.dtype!r} is not one of {', '.join(DTYPES)}"
             raise ModelError(f"{folder.path / 'config.json'}: {wrong}")
-        dtype = DTYPES[folder.dtype]
     state = read_state(folder, model, device, dtype)
     model.load_state_dict(state, assign=True, strict=False)  # read_state has checked every name and shape
     if folder.config.tie_word_embeddings:

@@ -4,8 +4,6 @@ import json
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
-POINTER = b"version https://git-lfs"  # how the files begin that git-lfs leaves in the place of large ones
-A_POINTER = "a pointer of git-lfs, not the file itself: run git lfs pull beside it"
 UP_TO_4096 = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 # model_type -> what the attention of this family has beside the four projections
@@ -23,10 +21,20 @@ class ModelError(ValueError):
 
 def read_text(path: Path) -> str:
     """A text file in UTF-8 or UTF-16, with a byte-order mark or without. ValueError: it is not one."""
+    refuse_pointer(path)
     content = path.read_bytes()
-    if content.startswith(POINTER):
-        raise ValueError(A_POINTER)
-    return content.decode(json.detect_encoding(content))
+    text = content.decode(json.detect_encoding(content))
+    if content and not text:
+        raise ValueError("there is nothing in it but a byte-order mark")
+    return text
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuse, by a ModelError, what git-lfs leaves in the place of a large file that it has not fetched."""
+    with open(path, "rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            advice = "run git lfs pull beside it"
+            raise ModelError(f"{path} is a pointer of git-lfs, not the file itself: {advice}")
 
 
 @dataclass(frozen=True)

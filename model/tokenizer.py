@@ -26,15 +26,13 @@ class Tokenizer:
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
-        self.files: dict[str, str] = {}
-        for name in FILES:
-            try:
-                self.files[name] = read_text(folder / name)
-            except FileNotFoundError:
-                if name in FILES[:2]:
-                    raise ModelError(f"{folder}: no {name}") from None
-            except (OSError, ValueError) as error:
-                raise ModelError(f"{folder / name} cannot be read: {error}") from None
+        try:
+            self.files = {name: read_text(folder / name) for name in FILES if (folder / name).is_file()}
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{folder}: unreadable tokenizer files: {error}") from error
+        for name in FILES[:2]:
+            if name not in self.files:
+                raise ModelError(f"{folder}: no {name}")
         try:
             config = json.loads(self.files["tokenizer_config.json"])
             self.backend = tokenizers.Tokenizer.from_str(self.files["tokenizer.json"])

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from model.config import A_POINTER, POINTER, ModelError, Qwen3Config, read_text
+from model.config import ModelError, Qwen3Config, read_text, refuse_pointer
 from model.quantize import plain_state
 from model.qwen3 import Qwen3
 from model.tokenizer import FILES as TOKENIZER_FILES
@@ -119,9 +119,9 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
         folder = download(str(source), revision)
     if any(folder.glob("model*.safetensors*")):
         return folder
-    steps = sorted(folder.glob("checkpoints/step_*[0-9]"))
+    steps = sorted([*folder.glob("step_*[0-9]"), *folder.glob("checkpoints/step_*[0-9]")])
     if steps:
-        raise ModelError(f"{folder} is a run, not a model: name one of its checkpoints, such as {steps[-1]}")
+        raise ModelError(f"{folder} holds checkpoints: name one of them, such as {steps[-1]}")
     if any(folder.glob("adapter*")):
         advice = "merge them into their base (in PEFT by merge_and_unload), save that, and name its folder"
         raise ModelError(f"{folder} holds adapters, not a model: {advice}")
@@ -204,9 +204,7 @@ def weight_files(folder: Path) -> list[Path]:
             raise ModelError(f"{index}: {name!r} is not a file name")
         if not (folder / name).is_file():
             raise ModelError(f"{folder}: no {name}")
-        with open(folder / name, "rb") as file:
-            if file.read(len(POINTER)) == POINTER:
-                raise ModelError(f"{folder / name} is {A_POINTER}")
+        refuse_pointer(folder / name)
     return [folder / name for name in names]
 
 

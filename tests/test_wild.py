@@ -306,7 +306,7 @@ def test_what_is_no_model_says_what_it_is(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     for name, message in (
-        ("peft", "peft holds adapters, not a model: merge them"), ("run", "name one of its checkpoints, such as run.*step_0080"),
+        ("peft", "peft holds adapters, not a model: merge them"), ("run", "run holds checkpoints: name one of them, such as run.*step_0080"),
         ("run/checkpoints/step_9999", "no such model folder: run/checkpoints/step_9999"), ("run/step_9999", "run/step_9999 is no folder here"),
     ):  # fmt: skip
         for read in (load_model, saved_recipe, seen_by):

@@ -69,12 +69,9 @@ def set_up(
         if stage.kind == "sft" and stage.traces and number >= state.stage:
             check_traces(recipe, number, problems)
     prompts = [prompt_of(tokenizer, recipe.task, problem, recipe.sampling) for problem in held_out]
-    longest = max(map(len, prompts))
-    new = recipe.sampling.max_new_tokens
-    if 2 * longest + new > model.config.max_position_embeddings:  # else no other prompt is too long either
-        longest_of_all = longest_prompt(recipe, tokenizer, [*problems, *held_out])
-        model.config.check_positions(longest_of_all, new, recipe.model)
-    work = work_of(recipe, longest, world_size())
+    longest = longest_prompt(recipe, tokenizer, [*problems, *held_out])
+    model.config.check_positions(longest, recipe.sampling.max_new_tokens, recipe.model)
+    work = work_of(recipe, max(map(len, prompts)), world_size())
     plan = plan_memory(model, recipe.optimizer, work, free)
     check_plan(plan, free)
     lines = [

@@ -399,6 +399,7 @@ def test_the_longest_training_prompt_counts_too(tmp_path, capsys):
     sampling = replace(recipe.sampling, max_new_tokens=100)
     recipe = replace(recipe, model=str(short(tmp_path, 400)), sampling=sampling, out=str(tmp_path / "run"))
     assert "400 positions" in fails(capsys, lambda: train(recipe, quiet=True))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_problem_that_a_file_repeats_counts_once_and_it_is_said(tmp_path, capsys):

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from data.load import fingerprint
 from data.task import AnyProblem
-from lab.checkpoint import saved_recipe, seen_by, untrained_recipe
+from lab.checkpoint import STATE, saved_recipe, seen_by, untrained_recipe
 from lab.comparison import Candidate, comparison_table, difference, measures
 from lab.device import pick_device
 from lab.errors import user_errors
@@ -22,8 +22,8 @@ from lab.evaluate import EVALUATION_SEED, Evaluation, evaluate, problems_hash
 from lab.output import check_output, check_writable
 from lab.recipe import Recipe, RecipeError, checked, load_recipe, problems_of
 from lab.screen import plain_console, printable, progress_bar
-from lab.setup import load_policy, prompt_form, without_missing_thinking
-from model.weights import is_embedded, resolve_source
+from lab.setup import load_policy, longest_prompt, open_policy, prompt_form, without_missing_thinking
+from model.weights import ModelFolder, is_embedded, resolve_source
 
 # The sampling settings that have an option here
 SAMPLING = (
@@ -67,6 +67,7 @@ class Model:
     source: str
     recipe: Recipe  # for its evaluation
     trained: bool  # with this recipe
+    folder: ModelFolder | None = None  # once it is `opened`
 
 
 def model_of(source: str, arguments: Arguments) -> Model:
@@ -76,7 +77,7 @@ def model_of(source: str, arguments: Arguments) -> Model:
     if not trained:
         named = load_recipe(arguments.recipe)[1] if arguments.recipe else None
         recipe = named or untrained_recipe(source, arguments.models)
-        recipe = replace(recipe, model=source, adapters=Recipe().adapters)
+        recipe = replace(recipe, model=source, revision=None, adapters=Recipe().adapters)
         if arguments.count is not None:
             evaluation = replace(recipe.evaluation, problems=arguments.count, final_problems=0)
             recipe = replace(recipe, evaluation=evaluation)
@@ -101,7 +102,14 @@ def of_one_task(models: list[Model]) -> list[Model]:
 def problems_for(models: list[Model], arguments: Arguments) -> list[AnyProblem]:
     """The problems for all models: those of a file, or held-out ones; none that a model was trained on."""
     if arguments.problems and arguments.problems.partition("@")[0] not in ("hub", "generated"):
-        problems = models[0].recipe.task.load(arguments.problems)
+        listed = models[0].recipe.task.load(arguments.problems)
+        different: dict = {}
+        for problem in listed:
+            different.setdefault(problem.key, problem)
+        problems = list(different.values())
+        if len(problems) < len(listed):
+            repeats = f"{len(listed) - len(problems)} of {len(listed)} problems repeat another"
+            print(f"note: {repeats}: each counts once", file=sys.stderr)
     else:
         first = ([model for model in models if model.trained] or models)[0]
         problems = problems_of(first.recipe, seen_by(first.source))[1]
@@ -120,15 +128,35 @@ def problems_for(models: list[Model], arguments: Arguments) -> list[AnyProblem]:
     return unseen[: arguments.count]
 
 
+def opened(model: Model, arguments: Arguments) -> Model:
+    """The model with its folder, checked, and with prompts that its tokenizer can write."""
+    checkpoint = checkpoint_of(model)
+    folder = open_policy(model.recipe, checkpoint)
+    if checkpoint and not (checkpoint / STATE).is_file():
+        unknown = f"without its {STATE} nobody knows what it was trained on, which these problems may be"
+        print(f"note: {model.source}: {unknown}", file=sys.stderr)
+    recipe = model.recipe
+    if not model.trained and arguments.thinking is None:
+        recipe = without_missing_thinking(recipe, folder.tokenizer)
+    if not folder.tokenizer.has_template:
+        print(f"note: {model.source} gets prompts in {prompt_form(folder.tokenizer)}", file=sys.stderr)
+    return replace(model, recipe=recipe, folder=folder)
+
+
+def checkpoint_of(model: Model) -> Path | None:
+    return resolve_source(model.source) if model.trained else None
+
+
+def check_positions(model: Model, problems: list[AnyProblem]) -> None:
+    """Refuse, by a ModelError, a model with too few positions for these problems and the completions."""
+    longest = longest_prompt(model.recipe, model.folder.tokenizer, problems)
+    model.folder.config.check_positions(longest, model.recipe.sampling.max_new_tokens, model.source)
+
+
 def candidate_of(model: Model, problems: list[AnyProblem], arguments: Arguments) -> Candidate:
     """A model's completions of the problems, sampled and greedy."""
     recipe = model.recipe
-    checkpoint = resolve_source(model.source) if model.trained else None
-    loaded = load_policy(recipe, checkpoint, pick_device(recipe))
-    if not model.trained and arguments.thinking is None:
-        recipe = without_missing_thinking(recipe, loaded[1])
-    if not loaded[1].has_template:
-        print(f"note: {model.source} gets prompts in {prompt_form(loaded[1])}", file=sys.stderr)
+    loaded = load_policy(recipe, checkpoint_of(model), pick_device(recipe), model.folder)
     sampling = recipe.sampling
 
     def evaluated(temperature: float, samples: int) -> Evaluation:
@@ -171,7 +199,10 @@ def main(arguments: Arguments) -> None:
     else:
         check_output()
     models = of_one_task([model_of(source, arguments) for source in arguments.models])
+    models = [opened(model, arguments) for model in models]
     problems = problems_for(models, arguments)
+    for model in models:
+        check_positions(model, problems)
     candidates = [candidate_of(model, problems, arguments) for model in models]
     measured = [measures(candidate) for candidate in candidates]
     differences = [difference(candidates[0], candidate) for candidate in candidates[1:]]

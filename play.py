@@ -72,7 +72,7 @@ def load_player(source: str, arguments: Arguments) -> Player:
     trained = saved_recipe(source)
     recipe = trained or untrained_recipe(source, arguments.models)
     if not trained:
-        recipe = replace(recipe, model=source, adapters=Recipe().adapters)
+        recipe = replace(recipe, model=source, revision=None, adapters=Recipe().adapters)
     given = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
     sampling = replace(recipe.sampling, **{name: value for name, value in given.items() if value is not None})
     recipe = checked(replace(recipe, stages=(), device=arguments.device, sampling=sampling))

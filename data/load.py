@@ -1,6 +1,7 @@
 """Problems from files and the hub, the held-out split, and the order of the training problems."""
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ def read_problems(source: str | Path, stored: Format, problem_of: Callable[[dict
         problem_of: row -> problem, or ValueError, TypeError or KeyError.
     """
     name, at, revision = str(source).partition("@")
-    path = Path(source)
+    path = Path(source).expanduser()
     if name in stored.files:
         if at and not revision:
             raise DataError(f"'{source}' names no revision: write {name}@ and a branch, tag or commit")
@@ -78,6 +79,8 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
     import pyarrow.parquet
 
     try:
+        with open(path, "rb") as file:
+            refuse_pointer(path, file)
         table = pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} cannot be read as parquet; write or download it again") from error
@@ -85,10 +88,15 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def read_jsonl(path: str | Path, expected: str) -> Iterator[tuple[int, dict]]:
-    """(line number, row) of each line that is not blank. DataError: a line is not `expected`, or no file."""
+    """(line number, row) of each line that is not blank. DataError: a line is not `expected`, or no file.
+
+    The file may be in UTF-8 or UTF-16, with a byte-order mark or without.
+    """
     try:
-        with open(path, encoding="utf-8-sig", newline="\n") as file:  # U+2028 does not end a line
-            for number, line in enumerate(file, 1):
+        with open(Path(path).expanduser(), "rb") as file:
+            encoding = json.detect_encoding(refuse_pointer(path, file))
+            lines = io.TextIOWrapper(file, encoding, newline="\n")  # U+2028 does not end a line
+            for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 try:
@@ -101,8 +109,18 @@ def read_jsonl(path: str | Path, expected: str) -> Iterator[tuple[int, dict]]:
                 yield number, row
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file; name another, or make it first") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text ({error}); check the file") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); check the file") from None
+    except UnicodeError as error:
+        raise DataError(f"{path} cannot be read as text ({error}); save it as UTF-8") from None
+
+
+def refuse_pointer(path: str | Path, file: io.BufferedReader) -> bytes:
+    """The beginning of an open file. DataError: the file is a pointer that git-lfs has left in its place."""
+    start = file.peek()
+    if start.startswith(b"version https://git-lfs"):
+        raise DataError(f"{path} is a pointer of git-lfs, not the file itself; run git lfs pull beside it")
+    return start
 
 
 def fingerprint(problem) -> str:

@@ -21,7 +21,7 @@ from data.task import AnyProblem
 from lab.recipe import Recipe, RecipeError, from_dict, recipe_for
 from lab.runfolder import step_of, sync
 from model import Qwen3, Tokenizer, adapter_state, load_adapter_state, save_model
-from model.weights import is_embedded, read_json, resolve_source
+from model.weights import content_digest, is_embedded, read_json, resolve_source, weight_files
 from rl.optimizer import Optimizer, PieceWithMaster
 
 STATE, OPTIMIZER, RECIPE = "trainer_state.json", "optimizer.safetensors", "recipe.json"
@@ -41,6 +41,7 @@ class TrainState:
     problems_seen: WholeNumber = 0  # position in the endless shuffled sequence of training problems
     problems: dict[str, str] = field(default_factory=dict)  # hashes of the lists "train" and "held_out"
     seen: list[str] = field(default_factory=list)  # fingerprints of all problems that it was trained on
+    base: str = ""  # `content_digest` of the weights that it began with, where these are needed again
 
     def see(self, problems: Iterable[AnyProblem]) -> None:
         """Note that the model is trained on `problems`."""
@@ -135,6 +136,18 @@ def seen_by(model: str, revision: str | None = None) -> list[str]:
     """The fingerprints of the problems that a model was trained on; empty for a model from elsewhere."""
     folder = resolve_source(model, revision)
     return load_state(folder).seen if (folder / STATE).is_file() else []
+
+
+def base_digest(recipe: Recipe) -> str:
+    """The digest of the weights that a run of `recipe` begins with, as they are now."""
+    return content_digest(weight_files(resolve_source(recipe.model, recipe.revision)))
+
+
+def check_base(recipe: Recipe, state: TrainState, needed_by: Path) -> None:
+    """Refuse, by a RecipeError, to go on over other weights than those that `needed_by` began with."""
+    if state.base and base_digest(recipe) != state.base:
+        changed = f"the weights in {recipe.model} are not those that {needed_by} began with"
+        raise RecipeError(f"{changed}: put them back, or go on in a new run from a checkpoint as --model")
 
 
 def load_into(target: Optimizer | Qwen3, folder: Path) -> None:

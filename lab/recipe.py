@@ -13,6 +13,7 @@ from pydantic import Discriminator, TypeAdapter, ValidationError
 
 from data import AnyTask, Countdown, DataError, split_problems
 from data.task import AnyProblem
+from model.config import read_text
 from model.weights import is_embedded
 from rl.grpo import GRPOStage
 from rl.optimizer import OptimizerSettings
@@ -115,7 +116,7 @@ def load_recipe(name: str, variant: str = "") -> tuple[str, Recipe]:
     `extends = "other.toml"` and then states only what differs. Tables [grpo] and [sft] hold what all stages
     of that kind share; a stage's own fields override them.
     """
-    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    path = Path(name).expanduser() if name.endswith(".toml") else RECIPES / f"{name}.toml"
     sibling = path.with_name(f"{path.stem}-{variant}.toml")
     if variant and sibling.is_file():
         path = sibling
@@ -125,7 +126,8 @@ def load_recipe(name: str, variant: str = "") -> tuple[str, Recipe]:
 def recipe_for(model: str) -> Recipe:
     """The recipe to evaluate a model with that was not trained here: the first for this model, else 256."""
     recipes = (load_recipe(path.stem)[1] for path in sorted(RECIPES.glob("*.toml")))
-    return next((recipe for recipe in recipes if recipe.model == model), None) or load_recipe("256")[1]
+    name = Path(model).name if is_embedded(model) else model
+    return next((recipe for recipe in recipes if recipe.model == name), None) or load_recipe("256")[1]
 
 
 def build_recipe(tables: dict, path: Path) -> Recipe:
@@ -150,7 +152,7 @@ def read_tables(path: Path, extended_by: tuple[Path, ...] = ()) -> dict:
     if path in extended_by:
         raise RecipeError(f"{path}: extends itself")
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(read_text(path))
     except FileNotFoundError:
         known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.toml")))
         raise RecipeError(f"no recipe {path}; there are {known}, or name a .toml file") from None
@@ -159,7 +161,7 @@ def read_tables(path: Path, extended_by: tuple[Path, ...] = ()) -> dict:
     base = tables.pop("extends", None)
     if base is None:
         return tables
-    return merge(read_tables(path.parent / str(base), (*extended_by, path)), tables)
+    return merge(read_tables(path.parent / Path(str(base)).expanduser(), (*extended_by, path)), tables)
 
 
 def merge(base: dict, over: dict) -> dict:

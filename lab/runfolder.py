@@ -1,6 +1,7 @@
 """The folder of a run: its configuration, metrics and rollouts, and the lock that keeps other runs out."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -208,10 +209,16 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until the content of a file or folder is on the disk, so that it survives a power cut."""
+    """Wait until the content of a file or folder is on the disk, so that it survives a power cut.
+
+    Some network file systems cannot do that for a folder, and say so; then nobody can.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)):
+            raise
     finally:
         os.close(descriptor)
 

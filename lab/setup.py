@@ -6,17 +6,27 @@ from pathlib import Path
 import torch
 
 from data.task import AnyProblem
-from data.traces import worked_traces
-from lab.checkpoint import TrainState, damage, load_into, load_state, newest_checkpoint, seen_by
+from data.traces import Trace, load_traces, worked_traces
+from lab.checkpoint import (
+    TrainState,
+    base_digest,
+    check_base,
+    damage,
+    load_into,
+    load_state,
+    newest_checkpoint,
+    seen_by,
+)
 from lab.decoding import check_decoding
 from lab.device import pick_device, pick_dtype, return_freed_blocks
 from lab.evaluate import problems_hash
 from lab.memory_plan import check_plan, gb, plan_memory, work_of
 from lab.recipe import Recipe, RecipeError, problems_of
 from lab.runfolder import RunFolder
-from model import Qwen3, Tokenizer, add_adapters, load_model
+from model import ModelError, Qwen3, Tokenizer, add_adapters
 from model.chat import PLAIN
 from model.memory import free_memory
+from model.weights import ModelFolder, load_weights, open_model
 from rl.distributed import broadcast, is_main, world_size
 from rl.rollout import prompt_for
 from rl.sft import WORKED
@@ -51,12 +61,16 @@ def set_up(
     device = pick_device(recipe)
     free = free_memory(device)
     model, tokenizer = load_policy(recipe, checkpoint, device)
+    if not state.base and needs_base(recipe):
+        state.base = base_digest(recipe)
     problems, held_out = problems_of(recipe, state.seen)
     state.problems = {"train": problems_hash(problems), "held_out": problems_hash(held_out)}
     for number, stage in enumerate(recipe.stages):
-        if stage.kind == "sft" and stage.traces == WORKED:
-            check_worked(recipe, number, problems)
+        if stage.kind == "sft" and stage.traces and number >= state.stage:
+            check_traces(recipe, number, problems)
     prompts = [prompt_for(tokenizer, recipe.task, problem, recipe.sampling) for problem in held_out]
+    longest = longest_prompt(recipe, tokenizer, [*problems, *held_out])
+    model.config.check_positions(longest, recipe.sampling.max_new_tokens, recipe.model)
     work = work_of(recipe, max(map(len, prompts)), world_size())
     plan = plan_memory(model, recipe.optimizer, work, free)
     check_plan(plan, free)
@@ -68,12 +82,38 @@ def set_up(
     return model, tokenizer, problems, held_out, plan.micro_batch_tokens, "\n".join(filter(None, lines))
 
 
-def check_worked(recipe: Recipe, number: int, problems: list[AnyProblem]) -> None:
-    """RecipeError: the task cannot write the worked solutions that stage `number` is to learn from."""
+def needs_base(recipe: Recipe) -> bool:
+    """Whether a run comes back to the weights that it began with: for its adapters, or a penalty."""
+    penalties = [stage.kl_coef for stage in recipe.stages if stage.kind == "grpo"]
+    return recipe.adapters.rank > 0 or any(penalties)
+
+
+def longest_prompt(recipe: Recipe, tokenizer: Tokenizer, problems: list[AnyProblem]) -> int:
+    """Tokens of the prompt with the longest text."""
+    longest = max(problems, key=lambda problem: len(recipe.task.prompt(problem)))
+    return len(prompt_for(tokenizer, recipe.task, longest, recipe.sampling))
+
+
+def check_traces(recipe: Recipe, number: int, problems: list[AnyProblem]) -> None:
+    """RecipeError, DataError: stage `number` cannot learn from the traces that it names."""
+    stage = recipe.stages[number]
+    if stage.traces != WORKED:
+        read_traces(recipe, stage.traces)
+        return
     try:
         worked_traces(recipe.task, problems, 1, recipe.sampling.thinking, recipe.seed)
     except ValueError as error:
         raise RecipeError(f"stages.{number}.traces: {error}") from None
+
+
+def read_traces(recipe: Recipe, path: str | Path) -> list[Trace]:
+    """The traces in a file, each verified. DataError names a bad line."""
+    task, thinking = recipe.task, recipe.sampling.thinking
+
+    def is_correct(text: str, problem: AnyProblem) -> bool:
+        return task.score(text, problem, thinking).outcome == "correct"
+
+    return load_traces(path, task.problem_from_row, is_correct)
 
 
 def prompt_form(tokenizer: Tokenizer) -> str:
@@ -89,27 +129,44 @@ def without_missing_thinking(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
     return replace(recipe, sampling=replace(recipe.sampling, thinking=False))
 
 
-def load_policy(recipe: Recipe, checkpoint: Path | None, device: torch.device) -> tuple[Qwen3, Tokenizer]:
-    """The model as `checkpoint` has it, or before any training, with adapters."""
-    adapted = recipe.adapters.rank > 0
+def open_policy(recipe: Recipe, checkpoint: Path | None) -> ModelFolder:
+    """The folder whose weights `load_policy` loads, checked. ModelError, RecipeError: it cannot be used."""
+    if checkpoint is None or recipe.adapters.rank == 0:
+        return open_model(checkpoint or recipe.model, recipe.revision)
     # A checkpoint holds adapters merged and rounded; to resume bit for bit they are put on the base again.
-    source = recipe.model if adapted or checkpoint is None else checkpoint
-    model, tokenizer = load_model(source, device, pick_dtype(recipe, device), recipe.revision)
-    if adapted:
+    try:
+        folder = open_model(recipe.model, recipe.revision)
+    except ModelError as error:
+        raise RecipeError(
+            f"{checkpoint}: its adapters need the model they were trained over: {error}"
+        ) from None
+    check_base(recipe, load_state(checkpoint), checkpoint)
+    return folder
+
+
+def load_policy(
+    recipe: Recipe, checkpoint: Path | None, device: torch.device, folder: ModelFolder | None = None
+) -> tuple[Qwen3, Tokenizer]:
+    """The model as `checkpoint` has it, or before any training, with adapters; `folder`: of `open_policy`."""
+    folder = folder or open_policy(recipe, checkpoint)
+    model = load_weights(folder, device, pick_dtype(recipe, device))
+    if recipe.adapters.rank > 0:
         add_adapters(model, recipe.adapters.rank, recipe.adapters.alpha, recipe.adapters.int8, recipe.seed)
         if checkpoint is not None:
             load_into(model, checkpoint)
     model.model.checkpoint_activations = recipe.optimizer.activation_checkpointing
-    return model, tokenizer
+    return model, folder.tokenizer
 
 
 def stage_start_model(model: Qwen3, recipe: Recipe, run: RunFolder, state: TrainState) -> Qwen3:
     """The reference of the KL penalty: a frozen copy of the policy as it was when the stage began.
 
-    RecipeError: the checkpoint of that moment is not there any more, or it is damaged.
+    RecipeError: the weights of that moment are not there any more, or they have changed.
     """
-    start = None  # the model before any training
-    if state.stage > 0:
+    if state.stage == 0:
+        start = None  # the model before any training
+        check_base(recipe, state, run.path)
+    else:
         step = state.step - state.stage_step
         start = run.path / "checkpoints" / f"step_{step:04d}"
         fault = damage(start)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from data import DataError
 from data.load import endless_problems
-from data.task import AnyProblem
-from data.traces import Trace, curate, load_traces, save_traces, worked_traces
+from data.traces import Trace, curate, save_traces, worked_traces
 from lab.checkpoint import load_into
 from lab.device import processes, restarted
 from lab.errors import stoppable
@@ -18,7 +17,7 @@ from lab.recipe import Recipe
 from lab.run import Run
 from lab.runfolder import RunFolder
 from lab.screen import pick_screen
-from lab.setup import stage_start_model
+from lab.setup import read_traces, stage_start_model
 from model.sampler import Cancelled
 from rl.batch import Sample
 from rl.distributed import broadcast, is_main, own_part
@@ -147,7 +146,8 @@ class SFTTraining:
         samples = []
         for trace in traces:
             prompt = prompt_for(run.tokenizer, run.recipe.task, trace.problem, run.recipe.sampling)
-            completion = run.tokenizer.encode(trace.completion) + [run.tokenizer.end_of_turn_id]
+            completion = run.tokenizer.encode_answer(trace.completion)
+            run.model.config.check_positions(len(prompt), len(completion), run.recipe.model)
             samples.append(Sample(prompt, completion))
         run.state.see(trace.problem for trace in traces)
         solved = len({trace.problem.key for trace in traces})
@@ -198,10 +198,7 @@ def traces_for(run: Run) -> list[Trace]:
         if not curated:
             return []
 
-    def is_correct(text: str, problem: AnyProblem) -> bool:
-        return task.score(text, problem, thinking).outcome == "correct"
-
-    traces = load_traces(source, task.problem_from_row, is_correct)
+    traces = read_traces(recipe, source)
     kept_back = {problem.key for problem in (*run.held_out, *task.examples(recipe.sampling.examples))}
     traces = [trace for trace in traces if trace.problem.key not in kept_back]
     if not traces:

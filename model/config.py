@@ -1,6 +1,8 @@
 """The shape of a Qwen3 or one of its relatives, read from and written to Hugging Face's `config.json`."""
 
+import json
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 
 UP_TO_4096 = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 
@@ -15,6 +17,24 @@ ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llam
 
 class ModelError(ValueError):
     """A model, tokenizer or weight file that cannot be used; the message says which, and what to do."""
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8 or UTF-16, with a byte-order mark or without. ValueError: it is not one."""
+    refuse_pointer(path)
+    content = path.read_bytes()
+    text = content.decode(json.detect_encoding(content))
+    if content and not text:
+        raise ValueError("there is nothing in it but a byte-order mark")
+    return text
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuse, by a ModelError, what git-lfs leaves in the place of a large file that it has not fetched."""
+    with open(path, "rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            advice = "run git lfs pull beside it"
+            raise ModelError(f"{path} is a pointer of git-lfs, not the file itself: {advice}")
 
 
 @dataclass(frozen=True)
@@ -80,10 +100,12 @@ class Qwen3Config:
             "use_sliding_window": hf.get("use_sliding_window", False) is False,
             "rope_parameters" if hf.get("rope_parameters") else "rope_scaling": rope_type == "default",
             "layer_types": isinstance(layers, list) and all(kind == "full_attention" for kind in layers),
+            "quantization_config": not hf.get("quantization_config"),
+            "compression_config": not hf.get("compression_config"),
         }
         for name, is_supported in supported.items():
             if not is_supported:
-                known = "only dense Qwen3, Qwen2 and Llama"
+                known = "only dense Qwen3, Qwen2 and Llama, unquantized"
                 raise ModelError(f"config: {name} {hf.get(name)!r:.60} is not supported, {known}")
 
         # 2. Read the shape. These are transformers' own defaults, which are not Qwen3's; every published
@@ -121,6 +143,13 @@ class Qwen3Config:
             "torch_dtype": dtype,
             "use_sliding_window": False,
         }
+
+    def check_positions(self, prompt: int, new: int, name: str = "the model") -> None:
+        """Refuse, by a ModelError, more tokens, of a prompt and new ones, than the model has positions."""
+        if prompt + new > self.max_position_embeddings:
+            most = f"{name} has {self.max_position_embeddings} positions (max_position_embeddings)"
+            need = f"a prompt of {prompt} tokens and {new} new ones need {prompt + new}"
+            raise ModelError(f"{most}, and {need}: lower max_new_tokens, or take another model")
 
     def num_parameters(self) -> int:
         """Parameters of the whole model; a tied output head counts once."""

@@ -2,6 +2,8 @@
 
 import os
 import re
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,6 +12,11 @@ from model.qwen3 import Qwen3
 
 CACHE_SHARE = 0.7  # of the free memory; the rest is for prefilling, temporary copies, and other processes
 LOGITS_COPIES = 6  # [rows, vocab] in float32: logits, log-probabilities, exponentials, sums, temporaries
+# Controllers of a group, none in version 2 -> folder, files of limit and use, prefix in memory.stat
+CGROUPS = {
+    "": ("/sys/fs/cgroup", "max", "current", ""),
+    "memory": ("/sys/fs/cgroup/memory", "limit_in_bytes", "usage_in_bytes", "total_"),
+}
 
 
 def free_memory(device: torch.device) -> int:
@@ -17,16 +24,42 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    limits = []
-    for kilobytes in re.findall(r"^MemAvailable: +(\d+)", read("/proc/meminfo"), re.MULTILINE):
-        limits.append(1024 * int(kilobytes))
-    limit = read("/sys/fs/cgroup/memory.max").strip()
-    used = read("/sys/fs/cgroup/memory.current").strip()
-    if limit.isdigit() and used.isdigit():
-        files = re.findall(r"^(?:in)?active_file (\d+)", read("/sys/fs/cgroup/memory.stat"), re.MULTILINE)
-        freed_on_demand = sum(map(int, files))
-        limits.append(max(0, int(limit) - int(used) + freed_on_demand))
-    return min(limits, default=8 * 2**30) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    meminfo = kilobytes(read("/proc/meminfo"))
+    machine = [1024 * meminfo["MemAvailable"]] if "MemAvailable" in meminfo else []
+    shared = min([*machine, *cgroup_limits()], default=8 * 2**30)
+    return min([shared // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), *process_limits()])
+
+
+def cgroup_limits() -> Iterator[int]:
+    """Bytes left in each control group that this process is in, from its own up to the root."""
+    for group in read("/proc/self/cgroup").splitlines() or ["0::/"]:
+        _, controllers, path = group.split(":", 2)
+        version = CGROUPS.get("memory" if "memory" in controllers.split(",") else controllers)
+        if version is None:
+            continue
+        root, most, current, total = version
+        for folder in (Path(path), *Path(path).parents):
+            prefix = f"{root}{str(folder).rstrip('/')}/memory."
+            limit, used = read(prefix + most).strip(), read(prefix + current).strip()
+            if limit.isdigit() and used.isdigit():
+                pages = dict(line.split() for line in read(prefix + "stat").splitlines())
+                names = (f"{total}inactive_file", f"{total}active_file")
+                cached = sum(int(pages.get(name, 0)) for name in names)  # freed on demand
+                yield max(0, int(limit) - int(used) + cached)
+
+
+def process_limits() -> Iterator[int]:
+    """Bytes left under the limits of this process alone, such as that of `ulimit -v`."""
+    status = kilobytes(read("/proc/self/status"))
+    for limit, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        most, _ = resource.getrlimit(limit)
+        if most != resource.RLIM_INFINITY:
+            yield max(0, most - 1024 * status.get(used, 0))
+
+
+def kilobytes(text: str) -> dict[str, int]:
+    """The sizes in a file of /proc, with lines such as `VmSize:   1234 kB`."""
+    return {name: int(size) for name, size in re.findall(r"^(\w+):\s+([0-9]+) kB$", text, re.MULTILINE)}
 
 
 def read(path: str) -> str:

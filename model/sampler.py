@@ -142,6 +142,7 @@ def sample_completion(
 
     `uniforms` [max_new_tokens] are random numbers in [0, 1), `stop_ids` the stop tokens.
     """
+    model.config.check_positions(len(prompt), len(uniforms))
     cache = KVCache(model.config, 1, len(prompt) + len(uniforms), model.device, model.dtype)
     ids = prompt
     for uniform in uniforms.to(model.device):
@@ -183,13 +184,14 @@ def generate(
         on_progress: called now and then with (completions done, tokens sampled so far).
         cancel: when a signal or another thread sets it, sampling ends with `Cancelled`.
 
-    Raises ValueError for an argument out of its range, ModelError if there is no room for one completion, or
-    if logits are not finite.
+    Raises ValueError for an argument out of its range, ModelError if there is no room for one completion, if
+    the model has too few positions for it, or if logits are not finite.
     """
     choice = TokenChoice(temperature, top_k, top_p)
     if min(num_samples, max_new_tokens) < 1:
         raise ValueError(f"num_samples {num_samples} and max_new_tokens {max_new_tokens} must be at least 1")
     check_prompts(prompts, model.config.vocab_size)
+    model.config.check_positions(max(map(len, prompts), default=0), max_new_tokens)
     uniforms = random_uniforms(prompts, num_samples, max_new_tokens, seed)[only]
     prompts = prompts[only]
     stop_ids = torch.tensor(list(stop_token_ids), dtype=torch.int64, device=model.device)

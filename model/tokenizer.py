@@ -1,13 +1,14 @@
 """Text to ids and back, and prompts, from a checkpoint's own tokenizer files."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
 
 from model.chat import CHATML, PLAIN, ChatTemplate
-from model.config import ModelError
+from model.config import ModelError, read_text
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 
@@ -25,13 +26,16 @@ class Tokenizer:
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
-        self.files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        try:
+            self.files = {name: read_text(folder / name) for name in FILES if (folder / name).is_file()}
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{folder}: unreadable tokenizer files: {error}") from error
         for name in FILES[:2]:
             if name not in self.files:
                 raise ModelError(f"{folder}: no {name}")
         try:
             config = json.loads(self.files["tokenizer_config.json"])
-            self.backend = tokenizers.Tokenizer.from_buffer(self.files["tokenizer.json"])
+            self.backend = tokenizers.Tokenizer.from_str(self.files["tokenizer.json"])
             self.backend.no_truncation()  # transformers saves both there, and does not heed them either
             self.backend.no_padding()
             # Tokens that stand only in the configuration, such as <think> in Qwen3-Base.
@@ -62,7 +66,7 @@ class Tokenizer:
     def _template_source(self, configured) -> str | None:
         """The template of `chat_template.jinja`, or of the configuration, which may name several."""
         if "chat_template.jinja" in self.files:
-            return self.files["chat_template.jinja"].decode()
+            return self.files["chat_template.jinja"]
         if isinstance(configured, list):
             configured = {entry["name"]: entry["template"] for entry in configured}["default"]
         if configured is not None and not isinstance(configured, str):
@@ -73,8 +77,8 @@ class Tokenizer:
         """The end tokens of `generation_config.json`, or where there is none, of `config.json`."""
         text = self.files.get("generation_config.json")
         if text is None and (folder / "config.json").is_file():
-            text = (folder / "config.json").read_bytes()
-        stops = json.loads(text or b"{}").get("eos_token_id")
+            text = read_text(folder / "config.json")
+        stops = json.loads(text or "{}").get("eos_token_id")
         stops = set(stops if isinstance(stops, list) else [] if stops is None else [stops])
         if not all(type(stop) is int and 0 <= stop < len(self) for stop in stops):
             raise ValueError(f"eos_token_id {stops} in generation_config.json are no token ids")
@@ -97,6 +101,12 @@ class Tokenizer:
         """Ids of `text`, and no others; chat tokens in it, such as `<|im_end|>`, become single ids."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
+    def encode_answer(self, text: str) -> list[int]:
+        """Ids of an assistant's turn with the token that ends it, which `text` may have at its end or not."""
+        texts = filter(None, (self.decode([token]) for token in self.stop_token_ids))
+        ends = "|".join(map(re.escape, texts))
+        return [*self.encode(re.sub(rf"(?:(?:{ends})\s*)+\Z", "", text)), self.end_of_turn_id]
+
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a whole prompt. Plain text gets what the tokenizer begins texts with, such as `<s>`."""
         return self.backend.encode(text, add_special_tokens=self.template.source == PLAIN).ids
@@ -107,7 +117,7 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         for name, content in self.files.items():
-            (Path(folder) / name).write_bytes(content)
+            (Path(folder) / name).write_bytes(content.encode())
 
 
 def token_text(value) -> str | None:

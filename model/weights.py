@@ -1,6 +1,9 @@
 """Load and save models: folders in Hugging Face's layout, the hub, and the models embedded here."""
 
+import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
@@ -9,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from model.config import ModelError, Qwen3Config
+from model.config import ModelError, Qwen3Config, read_text, refuse_pointer
 from model.quantize import plain_state
 from model.qwen3 import Qwen3
 from model.tokenizer import FILES as TOKENIZER_FILES
@@ -18,11 +21,55 @@ from model.tokenizer import Tokenizer
 TINY = Path(__file__).parent / "tiny"
 EMBEDDED = {name: TINY.with_name(name) for name in ("tiny", "tiny-256", "tiny-calculus")}
 INDEX = "model.safetensors.index.json"
-NOTES = ("recipe.json", "trainer_state.json")  # of a run of this project: what the model was trained on
+# Of a run of this project: what the model was trained on and how
+NOTES = ("recipe.json", "trainer_state.json", "adapters.safetensors")
 WEIGHTS = ("model.safetensors", "model-*.safetensors")
-DOWNLOADED = ["config.json", *TOKENIZER_FILES, INDEX, *WEIGHTS, *NOTES]  # no pickle
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DOWNLOADED = ["config.json", "adapter_config.json", *TOKENIZER_FILES, INDEX, *WEIGHTS, *NOTES]  # no pickle
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """The folder of a model, opened by `open_model`."""
+
+    path: Path
+    config: Qwen3Config
+    dtype: object  # that config.json names, or None
+    tokenizer: Tokenizer
+    weight_files: list[Path]
+
+
+def open_model(source: str | Path, revision: str | None = None) -> ModelFolder:
+    """Check all of a model but its weights. Arguments and ModelError are those of `load_model`."""
+    path = resolve_source(source, revision)
+    hf_config = read_json(path / "config.json")
+    try:
+        config = Qwen3Config.from_hf(hf_config)
+    except ModelError as error:
+        raise ModelError(f"{path / 'config.json'}: {error}") from error
+    tokenizer = Tokenizer(path)
+    if len(tokenizer) > config.vocab_size:
+        raise ModelError(f"{path}: {len(tokenizer)} tokens but only {config.vocab_size} embedding rows")
+    dtype = hf_config.get("dtype") or hf_config.get("torch_dtype")
+    return ModelFolder(path, config, dtype, tokenizer, weight_files(path))
+
+
+def load_weights(folder: ModelFolder, device="cpu", dtype: torch.dtype | None = None) -> Qwen3:
+    """The model in `folder`, as in `load_model`."""
+    with torch.device("meta"):  # no memory is taken before the weights come
+        model = Qwen3(folder.config)
+    if dtype is None and folder.dtype is not None:
+        dtype = DTYPES.get(str(folder.dtype).removeprefix("torch."))
+        if dtype is None:
+            wrong = f"dtype {folder.dtype!r} is not one of {', '.join(DTYPES)}"
+            raise ModelError(f"{folder.path / 'config.json'}: {wrong}")
+    state = read_state(folder, model, device, dtype)
+    model.load_state_dict(state, assign=True, strict=False)  # read_state has checked every name and shape
+    if folder.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.num_tokens = len(folder.tokenizer)
+    return model
 
 
 def load_model(
@@ -32,29 +79,11 @@ def load_model(
 
     Args:
         source: an embedded model ("tiny" or "tiny-calculus"), a folder in Hugging Face's layout, or a hub id.
-        dtype: of the weights; None keeps the dtype that `config.json` names.
+        dtype: of the weights; None keeps the dtype that `config.json` names, or else that of the embedding.
         revision: branch, tag or commit of a hub id.
     """
-    folder = resolve_source(source, revision)
-    hf_config = read_json(folder / "config.json")
-    stored = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
-    try:
-        config = Qwen3Config.from_hf(hf_config)
-        if dtype is None and stored not in DTYPES:
-            raise ModelError(f"dtype {stored!r} is not one of {', '.join(DTYPES)}")
-    except ModelError as error:
-        raise ModelError(f"{folder / 'config.json'}: {error}") from error
-    tokenizer = Tokenizer(folder)
-    if len(tokenizer) > config.vocab_size:
-        raise ModelError(f"{folder}: {len(tokenizer)} tokens but only {config.vocab_size} embedding rows")
-    with torch.device("meta"):  # no memory is taken before the weights come
-        model = Qwen3(config)
-    state = read_state(folder, model, device, dtype or getattr(torch, stored))
-    model.load_state_dict(state, assign=True, strict=False)  # read_state has checked every name and shape
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    model.num_tokens = len(tokenizer)
-    return model, tokenizer
+    folder = open_model(source, revision)
+    return load_weights(folder, device, dtype), folder.tokenizer
 
 
 def save_model(folder: str | Path, model: Qwen3, tokenizer: Tokenizer) -> None:
@@ -69,45 +98,64 @@ def save_model(folder: str | Path, model: Qwen3, tokenizer: Tokenizer) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(folder)
-    generation = json.loads(tokenizer.files.get("generation_config.json", b"{}"))
+    generation = json.loads(tokenizer.files.get("generation_config.json", "{}"))
     generation["eos_token_id"] = list(tokenizer.stop_token_ids)  # other tools then stop where training did
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
 def is_embedded(source: str | Path) -> bool:
-    """Whether `source` names a model that is part of this repository."""
-    return str(source) in EMBEDDED
+    """Whether `source` names a model that is part of this repository, by its name or its folder."""
+    folder = EMBEDDED.get(str(source), Path(source).expanduser())
+    return folder.resolve() in [own.resolve() for own in EMBEDDED.values()]
 
 
 def resolve_source(source: str | Path, revision: str | None = None) -> Path:
-    """The local folder of `source`, downloaded from the hub if it is neither embedded nor a folder here."""
+    """The local folder of `source`, downloaded from the hub if it is neither embedded nor a folder here.
+
+    ModelError: there is none, or it holds a run or adapters, not a model.
+    """
     folder = EMBEDDED.get(str(source), Path(source).expanduser())
-    if folder.is_dir():
+    if not folder.is_dir():
+        folder = download(str(source), revision)
+    if any(folder.glob("model*.safetensors*")):
         return folder
-    parts = str(source).split("/")
+    steps = sorted([*folder.glob("step_*[0-9]"), *folder.glob("checkpoints/step_*[0-9]")])
+    if steps:
+        raise ModelError(f"{folder} holds checkpoints: name one of them, such as {steps[-1]}")
+    if any(folder.glob("adapter*")):
+        advice = "merge them into their base (in PEFT by merge_and_unload), save that, and name its folder"
+        raise ModelError(f"{folder} holds adapters, not a model: {advice}")
+    return folder
+
+
+def download(source: str, revision: str | None) -> Path:
+    """The local folder of a hub id, from the cache if it is there already."""
+    parts = source.split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
         known = f"a hub id looks like Qwen/Qwen3-1.7B; embedded are {', '.join(EMBEDDED)}"
         raise ModelError(f"no such model folder: {source} ({known})")
     try:
         options = {"allow_patterns": DOWNLOADED, "revision": revision}
-        return Path(huggingface_hub.snapshot_download(str(source), **options))
+        return Path(huggingface_hub.snapshot_download(source, **options))
     except Exception as error:  # a dozen kinds: no network, no such repository, gated, disk full
         named = f"{source} at revision {revision}" if revision else source
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         advice = "without a network, name a folder that is there, or --model tiny"
-        raise ModelError(f"{named} could not be downloaded from the hub: {reason} ({advice})") from error
+        failed = f"{named} is no folder here, and could not be downloaded from the hub"
+        raise ModelError(f"{failed}: {reason} ({advice})") from error
 
 
-def read_state(folder: Path, model: Qwen3, device, dtype: torch.dtype) -> dict[str, Tensor]:
+def read_state(folder: ModelFolder, model: Qwen3, device, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """All of `model`'s weights from `folder`, single or sharded, with exactly the right names and shapes.
 
     A tied checkpoint may store a copy of the output head (Qwen3-1.7B does, its Base does not), if it equals
-    the embedding. Anything else missing, unexpected or misshapen is refused.
+    the embedding. Anything else missing, unexpected or misshapen is refused. They all get `dtype`, or that of
+    the embedding.
     """
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = model.config.tie_word_embeddings
     state: dict[str, Tensor] = {}
-    for path in weight_files(folder):
+    for path in folder.weight_files:
         try:
             with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
                 for name in file.keys():
@@ -118,7 +166,11 @@ def read_state(folder: Path, model: Qwen3, device, dtype: torch.dtype) -> dict[s
                     shape = file.get_slice(name).get_shape()  # before any memory is taken
                     if shape != expected[name]:
                         raise ModelError(f"{path}: {name} is {shape}, config.json says {expected[name]}")
-                    state[name] = file.get_tensor(name).to(dtype)
+                    tensor = file.get_tensor(name)
+                    if tensor.dtype not in DTYPES.values():
+                        known = f"only {', '.join(DTYPES)}; take unquantized weights"
+                        raise ModelError(f"{path}: {name} is in {tensor.dtype}: {known}")
+                    state[name] = tensor if dtype is None else tensor.to(dtype)
                     if not torch.isfinite(torch.stack(state[name].aminmax())).all():
                         raise ModelError(f"{path}: {name} holds values that are not finite (NaN or infinity)")
         except (safetensors.SafetensorError, OSError) as error:
@@ -126,33 +178,55 @@ def read_state(folder: Path, model: Qwen3, device, dtype: torch.dtype) -> dict[s
     missing = [name for name in expected if name not in state and not (tied and name == HEAD)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelError(f"{folder}: weight {missing[0]}{more} missing")
+        raise ModelError(f"{folder.path}: weight {missing[0]}{more} missing")
+    if dtype is None:
+        dtype = state[EMBEDDING].dtype
+        state = {name: tensor.to(dtype) for name, tensor in state.items()}
     if tied and HEAD in state and not torch.equal(state.pop(HEAD), state[EMBEDDING]):
-        raise ModelError(f"{folder}: {HEAD} differs from {EMBEDDING}, though config.json ties them")
+        raise ModelError(f"{folder.path}: {HEAD} differs from {EMBEDDING}, though config.json ties them")
     return state
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: `model.safetensors`, or else those that the index names."""
+    """The safetensors files of a checkpoint, all in this very folder. ModelError: one is missing."""
     index = folder / INDEX
     names = ["model.safetensors"]  # beside which an index is left over from an earlier save
-    if index.is_file() and not (folder / names[0]).is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelError(f"{index}: no weight_map")
-        names = sorted(set(map(str, weight_map.values())))
+    if not (folder / names[0]).is_file():
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ModelError(f"{index}: no weight_map")
+            names = sorted(set(map(str, weight_map.values())))
+        else:
+            names = sorted(path.name for path in folder.glob(WEIGHTS[1])) or names
     for name in names:
         if Path(name).name != name:
             raise ModelError(f"{index}: {name!r} is not a file name")
         if not (folder / name).is_file():
             raise ModelError(f"{folder}: no {name}")
+        refuse_pointer(folder / name)
     return [folder / name for name in names]
+
+
+def content_digest(files: list[Path]) -> str:
+    """The SHA-256 of all weights in safetensors files, however they are divided among these."""
+    digests = {}
+    for path in files:
+        with safetensors.safe_open(path, framework="pt") as file, ThreadPoolExecutor() as pool:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # mapped, not read
+            digests |= zip(tensors, pool.map(tensor_digest, tensors.values()), strict=True)
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    content = tensor.flatten().view(torch.uint8)
+    return hashlib.sha256(content.numpy()).hexdigest()
 
 
 def read_json(path: Path) -> dict:
     """Parse a JSON object, with an error that names the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except FileNotFoundError:
         raise ModelError(f"{path.parent}: no {path.name}") from None
     except (OSError, ValueError, RecursionError) as error:

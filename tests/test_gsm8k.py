@@ -38,6 +38,15 @@ EGGS = WordProblem("A hen lays 6 eggs a day.  How many in 3 weeks?", "6*7=<<6*7=
         ("\u2212**3**", -3), ("12 or 126", None), ("10-3", None), ("", None), ("none", None), ("x126", None), ("126x", None),
         ("1,23", None), ("1 234", None), ("1.2.3", None), ("3:30", None), ("1e9", None), ("1/0", None), ("١٢٦", None), ("9" * 19, None),
         ("0" * 300 + "1", None), ("1" + " " * 300, None),
+        # as people and models write it
+        ("2\u00bd", Fraction(5, 2)), ("2 1/2 cups", Fraction(5, 2)), (r"2\frac{1}{2}", Fraction(5, 2)), (".5", Fraction(1, 2)),
+        ("\u20135", -5), ("minus $5", -5), ("-(5)", -5), ("3\u20135", None), (r"$1{,}000\text{ m}$", 1000), (r"50\%", 50),
+        # a unit is ignored
+        ("18cm", 18), ("60mph", 60), ("60 km/h", 60), ("$5/day", 5), ("24 m^2", 24), ("7\u00a0cm\u00b2", 7), ("5g", 5), (r"90^\circ", 90),
+        # a factor is not
+        ("5 million", 5 * 10**6), ("$18 thousand", 18_000), ("3 dozen eggs", 36), ("1.5k", 1500), ("2 hundred thousand", 200_000),
+        (r"5\text{ million}", 5 * 10**6), (r"\sqrt{16}", None), ("\u221a16", None), (r"2\pi", None), ("2\u03c0", None), ("5 x", None),
+        ("5n", None), ("5\u00b2", None), ("half of 10", None), ("2 thirds", None), ("5 and a half", None), ("5\u4e07", None),
     ],
 )  # fmt: skip
 def test_the_one_number_counts_exactly(text, value):

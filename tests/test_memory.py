@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import resource
 import shutil
 import weakref
 from functools import partial
@@ -171,6 +172,40 @@ def test_free_memory_is_the_smaller_of_what_machine_and_container_have_left(monk
     ):
         monkeypatch.setattr(model.memory, "read", machine(*numbers))
         assert free_memory(torch.device("cpu")) == expected, numbers
+
+
+@pytest.mark.parametrize(
+    "groups, folder, names, total",
+    [
+        ("0::/slurm/job_7/step_0\n", "/sys/fs/cgroup/slurm", ("max", "current"), ""),
+        ("5:cpu:/\n4:memory:/slurm/job_7/step_0\n0::/\n", "/sys/fs/cgroup/memory/slurm", ("limit_in_bytes", "usage_in_bytes"), "total_"),
+    ],
+    ids=["version 2", "version 1"],
+)  # fmt: skip
+def test_a_job_has_what_the_tightest_group_around_it_leaves(groups, folder, names, total, monkeypatch):
+    def group(path, limit, used, cached):
+        values = zip(names, (limit, used))
+        stat = f"inactive_file 9999\nactive_file 9999\n{total}inactive_file {cached}\n{total}active_file {cached}\n"
+        return {f"{folder}{path}/memory.{name}": f"{value}\n" for name, value in values} | {f"{folder}{path}/memory.stat": stat}
+
+    files = {"/proc/meminfo": "MemAvailable: 250000000 kB\n", "/proc/self/cgroup": groups}
+    files |= group("", 90 * GIB, 80 * GIB, 0) | group("/job_7", 15 * GIB, 6 * GIB, GIB // 2)
+    files |= group("/job_7/step_0", 2**63 - 4096, GIB, 0)
+    monkeypatch.setattr(model.memory, "read", lambda path: files.get(path, ""))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert free_memory(torch.device("cpu")) == 10 * GIB // 2
+    files |= group("", 90 * GIB, 86 * GIB, 0)  # others have filled the group above
+    assert free_memory(torch.device("cpu")) == 4 * GIB // 2
+
+
+@pytest.mark.parametrize("limit, used", [("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")])
+def test_a_process_has_what_its_own_limit_leaves_however_many_there_are(limit, used, monkeypatch):
+    files = {"/proc/meminfo": "MemAvailable: 250000000 kB\n", "/proc/self/status": f"Name:\ta\n{used}:\t 1048576 kB\n"}
+    limits = {getattr(resource, limit): (3 * GIB, 5 * GIB)}
+    monkeypatch.setattr(model.memory, "read", lambda path: files.get(path, ""))
+    monkeypatch.setattr(resource, "getrlimit", lambda name: limits.get(name, (resource.RLIM_INFINITY,) * 2))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert free_memory(torch.device("cpu")) == 2 * GIB
 
 
 def test_a_gpu_has_what_the_driver_and_the_allocator_have_free(monkeypatch):

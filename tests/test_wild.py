@@ -1,41 +1,54 @@
 """Files and places as people have them: what other tools leave behind, and what a run does with it."""
 
+import errno
 import json
 import math
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
-from helpers import PROBLEM, largest_gap, random_model, weights
-from reference import ROOT, TINY
-from test_commands import smoke
+from helpers import PROBLEM, Hub, largest_gap, random_model, weights
+from reference import ROOT, TINY, TINY_TOKENS
+from test_commands import evaluated, fails, smoke
 
 import eval as eval_command
 import play as play_command
 import train as train_command
-from data import score
+from data import DataError, Problem, load_problems, score
 from data.gsm8k import WordProblem
 from data.traces import Trace, save_traces
 from lab.boards import Boards
-from lab.checkpoint import TrainState, checkpoints, prune_checkpoints
+from lab.checkpoint import (
+    TrainState,
+    checkpoints,
+    damage,
+    load_state,
+    prune_checkpoints,
+    save_checkpoint,
+    saved_recipe,
+    seen_by,
+)
 from lab.comparison import Candidate, comparison_table, measures
 from lab.device import pick_device
-from lab.evaluate import Evaluation
-from lab.recipe import RecipeError, load_recipe, problems_of
+from lab.evaluate import Evaluation, problems_hash
+from lab.recipe import EvaluationSettings, Recipe, RecipeError, load_recipe, problems_of, recipe_for
 from lab.runfolder import RunFolder
 from lab.screen import LiveScreen, plain_console, progress_bar
 from lab.setup import load_policy, set_up, stage_start_model
 from lab.stages import train
-from model import Completion, Qwen3Config, Tokenizer, generate, load_model, save_model
+from model import Completion, ModelError, Qwen3Config, Tokenizer, generate, load_model, save_model
 from model.sampler import TokenChoice, random_uniforms, sample_completion
+from model.weights import INDEX, is_embedded
 from rl.batch import Sample, logprobs_and_entropy, make_batch
 from rl.rollout import Rollout
 
@@ -240,3 +253,276 @@ def test_texts_from_outside_are_shown_as_they_are_in_eval_play_and_progress_bars
     with progress_bar(HOSTILE, 3) as show:
         show(1, 10)
     assert HOSTILE in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 11422654\n"
+ENCODINGS = pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+
+
+@ENCODINGS
+def test_a_model_is_read_in_the_encodings_that_editors_save(encoding, tmp_path):
+    """With a byte-order mark, with Windows' line ends, as UTF-16; what is saved from it is plain again."""
+    folder = shutil.copytree(TINY, tmp_path / "model")
+    for path in folder.glob("*.json"):
+        path.write_bytes(path.read_text(encoding="utf-8").replace("\n", "\r\n").encode(encoding))
+    model, tokenizer = load_model(folder)
+    assert largest_gap(weights(model), weights(load_model("tiny")[0])) == 0
+    assert tokenizer.encode("79 - 60 = 19 é") == Tokenizer(TINY).encode("79 - 60 = 19 é")
+    save_model(tmp_path / "saved", model, tokenizer)
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+
+
+@ENCODINGS
+def test_recipes_problems_and_notes_are_read_in_the_encodings_that_editors_save(encoding, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = '# a recipe – mine\nextends = "{}"\nseed = 7\n'.format(ROOT / "recipes" / "smoke.toml")
+    files = {"mine.toml": recipe, "mine.jsonl": '{"numbers": [79, 60, 17], "target": 36, "note": "é"}\n\n' * 2}
+    files["trainer_state.json"] = json.dumps({"step": 3, "seen": ["é"]})
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content.replace("\n", "\r\n").encode(encoding))
+    assert load_recipe("~/mine.toml")[1] == replace(load_recipe("smoke")[1], seed=7)
+    assert load_problems("~/mine.jsonl") == [PROBLEM, PROBLEM]
+    assert load_state(tmp_path) == TrainState(step=3, seen=["é"])
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "a.jsonl", "a.parquet"]
+)
+def test_a_pointer_of_git_lfs_is_named_with_the_way_out(name, tmp_path):
+    folder = shutil.copytree(TINY, tmp_path / "model")
+    (folder / name).write_text(POINTER)
+    with pytest.raises((ModelError, DataError), match=rf"{name}\b.*pointer of git-lfs.*git lfs pull"):
+        load_problems(folder / name) if name.startswith("a.") else load_model(folder)
+
+
+def test_what_is_no_model_says_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "peft/adapter_config.json",
+        "peft/adapter_model.safetensors",
+        "run/config.json",
+        "run/checkpoints/step_0080/x",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    for name, message in (
+        ("peft", "peft holds adapters, not a model: merge them"), ("run", "run holds checkpoints: name one of them, such as run.*step_0080"),
+        ("run/checkpoints/step_9999", "no such model folder: run/checkpoints/step_9999"), ("run/step_9999", "run/step_9999 is no folder here"),
+    ):  # fmt: skip
+        for read in (load_model, saved_recipe, seen_by):
+            with pytest.raises(ModelError, match=message):
+                read(name)
+
+
+def test_shards_without_their_index_are_put_together(tmp_path):
+    folder = copied(tmp_path)
+    names = split_weights(folder)
+    (folder / INDEX).unlink()
+    assert largest_gap(weights(load_model(folder)[0]), weights(load_model("tiny")[0])) == 0
+    (folder / names[-1]).unlink()
+    with pytest.raises(ModelError, match=f"{folder}: weight .* missing"):
+        load_model(folder)
+
+
+def split_weights(folder) -> list[str]:
+    """Divide a model's weights into two files with an index."""
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    parts = [dict(list(state.items())[number::2]) for number in range(2)]
+    for name, part in zip(names, parts):
+        safetensors.torch.save_file(part, folder / name)
+    index = {weight: name for name, part in zip(names, parts) for weight in part}
+    (folder / INDEX).write_text(json.dumps({"weight_map": index}))
+    (folder / "model.safetensors").unlink()
+    return names
+
+
+def change_weights(folder, change) -> None:
+    """Save a model's weights again, each as `change` makes it."""
+    path = folder / "model.safetensors"
+    state = {name: change(weight) for name, weight in safetensors.torch.load_file(path).items()}
+    safetensors.torch.save_file(state, path)
+
+
+def test_weights_keep_their_own_dtype_where_the_config_names_none(tmp_path):
+    config = json.loads((TINY / "config.json").read_text())
+    folder = copied(tmp_path, config={name: value for name, value in config.items() if "dtype" not in name})
+    assert load_model(folder)[0].dtype == torch.float32
+    change_weights(folder, lambda weight: weight.bfloat16() if weight.dim() > 1 else weight)
+    assert {parameter.dtype for parameter in load_model(folder)[0].parameters()} == {torch.bfloat16}
+    assert load_model(folder, dtype=torch.float32)[0].dtype == torch.float32
+
+
+def test_quantized_weights_are_refused_by_name(tmp_path):
+    config = json.loads((TINY / "config.json").read_text())
+    with pytest.raises(ModelError, match="quantization_config .*fp8.* is not supported"):
+        load_model(copied(tmp_path, config=config | {"quantization_config": {"quant_method": "fp8"}}))
+    folder = copied(tmp_path / "other")
+    change_weights(folder, lambda weight: weight.to(torch.float8_e4m3fn) if weight.dim() > 1 else weight)
+    with pytest.raises(ModelError, match="is in torch.float8_e4m3fn: .*unquantized"):
+        load_model(folder)
+
+
+def short(tmp_path, positions: int = 200):
+    """The embedded model with few positions, as a folder."""
+    return copied(tmp_path, config=json.loads((TINY / "config.json").read_text()) | {"max_position_embeddings": positions})
+
+
+def test_more_tokens_than_positions_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    folder = short(tmp_path)
+    for module in ("lab.stages", "eval"):
+        monkeypatch.setattr(f"{module}.evaluate", lambda *_, **__: pytest.fail("evaluated"))
+    monkeypatch.setattr("lab.setup.check_decoding", lambda *_: pytest.fail("decoded"))
+    options = ("--model", folder, "--problems", "generated", "--sampling.max-new-tokens", 180, "--out", tmp_path / "run")
+    for action in (
+        lambda: train(smoke(*options).recipe, quiet=True),
+        lambda: evaluated(capsys, "tiny", folder, count=2, max_new_tokens=180),
+    ):
+        message = fails(capsys, action)
+        assert f"{folder} has 200 positions" in message and "lower max_new_tokens" in message
+    model, _ = load_model(folder)
+    with pytest.raises(ModelError, match="a prompt of 3 tokens and 198 new ones need 201"):
+        generate(model, [[1], [1, 2, 3]], max_new_tokens=198)
+    with pytest.raises(ModelError, match="200 positions"):
+        next(sample_completion(model, [1, 2, 3], torch.rand(198), ()))
+    assert generate(model, [[1, 2, 3]], max_new_tokens=197, stop_token_ids=range(len(Tokenizer(TINY))))
+
+
+def test_the_longest_training_prompt_counts_too(tmp_path, capsys):
+    questions = [
+        {"question": "How many? " * (60 if number == 0 else 1) + str(number), "answer": "#### 1"} for number in range(9)
+    ]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    recipe = replace(load_recipe("gsm8k")[1], problems=str(tmp_path / "mine.jsonl"), evaluation=EvaluationSettings(problems=1))
+    held_out = problems_of(recipe)[1]
+    assert len(held_out[0].question) < 50
+    sampling = replace(recipe.sampling, max_new_tokens=100)
+    recipe = replace(recipe, model=str(short(tmp_path, 400)), sampling=sampling, out=str(tmp_path / "run"))
+    assert "400 positions" in fails(capsys, lambda: train(recipe, quiet=True))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_problem_that_a_file_repeats_counts_once_and_it_is_said(tmp_path, capsys):
+    rows = [
+        {"numbers": [79, 60, 17], "target": 36},
+        {"numbers": [2, 3, 5], "target": 30},
+        {"numbers": [17, 79, 60], "target": 36},
+    ]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 40))
+    options = dict(problems=str(tmp_path / "mine.jsonl"), samples=1, max_new_tokens=4, json="-")
+    eval_command.main(eval_command.Arguments(("tiny",), **options))
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["problems"] == {"count": 2, "sha256": problems_hash([PROBLEM, Problem((2, 3, 5), 30)])}
+    assert "118 of 120 problems repeat another: each counts once" in printed.err
+
+
+@pytest.mark.parametrize("ending", ["", "<|im_end|>", "<|im_end|>\n", "<|im_end|><|endoftext|>", "<|endoftext|>"])
+def test_an_answer_ends_once_whatever_its_trace_ends_in(ending):
+    tokenizer = Tokenizer(TINY)
+    assert tokenizer.encode_answer("so 1 + 2\n" + ending) == [*tokenizer.encode("so 1 + 2\n"), tokenizer.end_of_turn_id]
+    inside = "<|im_end|> so"
+    assert tokenizer.encode_answer(inside) == [*tokenizer.encode(inside), tokenizer.end_of_turn_id]
+
+
+def test_a_file_of_traces_is_read_before_any_work(tmp_path, capsys):
+    (tmp_path / "mine.jsonl").write_text(
+        '{"numbers": [79, 60, 17], "target": 36, "completion": "</think><answer>1</answer>"}\n'
+    )
+    recipe = smoke("--stages.1.traces", tmp_path / "mine.jsonl", "--out", tmp_path / "run").recipe
+    assert "mine.jsonl, line 1: does not solve" in fails(capsys, lambda: train(recipe, quiet=True))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_syncs_no_folders_can_hold_checkpoints(number, tmp_path, monkeypatch):
+    real, failing = os.fsync, stat.S_ISDIR
+
+    def fsync(descriptor):
+        if failing(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    save_checkpoint(tmp_path / "step_0001", random_model(vocab_size=TINY_TOKENS), Tokenizer(TINY), None, TrainState(), Recipe())
+    assert damage(tmp_path / "step_0001") is None
+    failing = stat.S_ISREG  # a file that is not on the disk is another matter
+    with pytest.raises(RecipeError, match="cannot be written"):
+        save_checkpoint(
+            tmp_path / "step_0002", random_model(vocab_size=TINY_TOKENS), Tokenizer(TINY), None, TrainState(), Recipe()
+        )
+
+
+@pytest.fixture
+def adapted(tmp_path):
+    """(base, recipe, checkpoint) of a short run of adapters over a model in a folder."""
+    base = shutil.copytree(TINY, tmp_path / "base")
+    options = [
+        "--model",
+        base,
+        "--problems",
+        "generated",
+        "--out",
+        tmp_path / "run",
+        "--adapters.rank",
+        2,
+        "--adapters.no-int8",
+    ]
+    options += ["--evaluation.problems", 2, "--evaluation.final-problems", 0, "--sampling.max-new-tokens", 4]
+    recipe = smoke(*options).recipe
+    grpo = replace(recipe.stages[0], steps=1, prompts_per_step=1, samples_per_prompt=2, updates_per_step=1)
+    recipe = replace(recipe, stages=(grpo,))
+    train(recipe, quiet=True)
+    return base, recipe, checkpoints(tmp_path / "run")[-1]
+
+
+def test_adapters_go_on_only_over_the_weights_that_they_began_with(adapted, capsys):
+    base, recipe, checkpoint = adapted
+    actions = {
+        "resume": lambda: train(recipe, resume=True, quiet=True),
+        "eval": lambda: evaluated(capsys, checkpoint, samples=1),
+        "play": lambda: play_command.load_player(str(checkpoint), play_command.Arguments()),
+        "reference": lambda: stage_start_model(load_model("tiny")[0], recipe, RunFolder(recipe.out), TrainState(stage=1)),
+    }
+    actions["eval"]()
+    change_weights(base, lambda weight: weight.roll(1, 0))
+    for action in actions.values():
+        message = fails(capsys, action)
+        assert f"the weights in {base} are not those that {checkpoint} began with: put them back" in message
+    change_weights(base, lambda weight: weight.roll(-1, 0))
+    split_weights(base)  # the same weights in other files
+    for action in actions.values():
+        action()
+    shutil.rmtree(base)
+    for action in actions.values():
+        assert f"{checkpoint}: its adapters need the model they were trained over: no such model folder: {base}" in fails(
+            capsys, action
+        )
+
+
+def test_the_reference_of_a_run_from_its_start_is_the_model_that_it_began_with(tmp_path):
+    base = shutil.copytree(TINY, tmp_path / "base")
+    options = ("--model", base, "--problems", "generated", "--stages.0.kl-coef", 0.1, "--evaluation.problems", 2)
+    recipe, state = smoke("--out", tmp_path / "run", *options).recipe, TrainState()
+    model, *_ = set_up(recipe, None, state)
+    reference = stage_start_model(model, recipe, RunFolder(recipe.out), state)
+    assert largest_gap(weights(reference), weights(model)) == 0
+    change_weights(base, lambda weight: weight + 1)
+    with pytest.raises(RecipeError, match=f"the weights in {base} are not those that {tmp_path / 'run'} began with"):
+        stage_start_model(model, recipe, RunFolder(recipe.out), state)
+
+
+def test_a_model_from_elsewhere_is_not_asked_for_in_the_revision_of_the_one_beside_it(tmp_path, monkeypatch):
+    folder = shutil.copytree(TINY, tmp_path / "trained")
+    (folder / "recipe.json").write_text(
+        json.dumps(asdict(Recipe(model="Qwen/Qwen3-0.6B", revision="abc", problems="generated")))
+    )
+    models = (str(folder), "Qwen/Qwen3-1.7B")
+    arguments = eval_command.Arguments(models)
+    Hub(TINY).put_in_place(monkeypatch)
+    assert eval_command.model_of(models[1], arguments).recipe.revision is None
+
+
+def test_a_bundled_model_is_known_by_its_folder_too(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert is_embedded("model/tiny") and is_embedded(TINY) and not is_embedded("tiny-") and not is_embedded(ROOT)
+    assert recipe_for("./model/tiny") == recipe_for("tiny")

@@ -23,7 +23,7 @@ help:
 	@echo "make study-quick        two of its runs again, in ten minutes, beside their results in docs/study"
 	@echo "make test               run the tests (TESTS=tests/test_loss.py: some of them)"
 	@echo "make lint               check style and format (ruff)"
-	@echo "make tiny-base          train the embedded model again from random weights, over model/tiny (an hour; TASK=calculus: the other one)"
+	@echo "make tiny-base          train the bundled model again from random weights, over model/tiny (an hour; TASK=calculus: the other one)"
 	@echo "make tiny-256           train-256, and keep the result as model/tiny-256"
 	@echo "make setup              only install what the above needs (setup-test: what test and lint need too);"
 	@echo "                        TORCH=system uses the torch that PYTHON has, 2.11 or newer, instead of installing one"

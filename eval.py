@@ -23,7 +23,7 @@ from lab.output import check_output, check_writable
 from lab.recipe import Recipe, RecipeError, checked, load_recipe, problems_of
 from lab.screen import plain_console, printable, progress_bar
 from lab.setup import load_policy, longest_prompt, open_policy, prompt_form, without_missing_thinking
-from model.weights import ModelFolder, is_embedded, resolve_source
+from model.weights import ModelFolder, is_bundled, resolve_source
 
 # The sampling settings that have an option here
 SAMPLING = (
@@ -90,7 +90,7 @@ def model_of(source: str, arguments: Arguments) -> Model:
 
 def of_one_task(models: list[Model]) -> list[Model]:
     """Give models that have no task of their own the task of those that have one."""
-    own = [model for model in models if model.trained or is_embedded(model.source)]
+    own = [model for model in models if model.trained or is_bundled(model.source)]
     task = (own or models)[0].recipe.task
     for model in own:
         if type(model.recipe.task) is not type(task):

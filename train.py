@@ -17,7 +17,7 @@ from lab.errors import user_errors
 from lab.recipe import Recipe, RecipeError, checked, load_recipe
 from lab.runfolder import RunFolder
 from lab.stages import train
-from model.weights import is_embedded
+from model.weights import is_bundled
 
 REAL_MODEL = "Qwen/Qwen3-1.7B"
 
@@ -36,9 +36,9 @@ class Arguments:
 
 
 def parse(arguments: list[str]) -> Arguments:
-    """The recipe named first, or its sibling for an embedded model, with the command line's overrides.
+    """The recipe named first, or its sibling for a bundled model, with the command line's overrides.
 
-    Model "auto" is Qwen3-1.7B where there is a GPU, and the embedded model elsewhere.
+    Model "auto" is Qwen3-1.7B where there is a GPU, and the bundled model elsewhere.
     """
     # 1. The model decides which recipe is the default of the other options.
     name = arguments[0] if arguments and not arguments[0].startswith("-") else "256"
@@ -48,9 +48,9 @@ def parse(arguments: list[str]) -> Arguments:
     model = requested = load_recipe(name)[1].model if requested is None else requested
     if requested == "auto":
         model = REAL_MODEL if torch.cuda.is_available() else "tiny"
-    run_name, recipe = load_recipe(name, variant="tiny" if is_embedded(model) else "")
-    if requested == "auto" and is_embedded(model) and is_embedded(recipe.model):
-        model = recipe.model  # the embedded model of this recipe's task
+    run_name, recipe = load_recipe(name, variant="tiny" if is_bundled(model) else "")
+    if requested == "auto" and is_bundled(model) and is_bundled(recipe.model):
+        model = recipe.model  # the bundled model of this recipe's task
 
     # 2. Everything else.
     recipe = replace(recipe, model=model, out=recipe.out or f"runs/{run_name}")
@@ -63,8 +63,8 @@ def parse(arguments: list[str]) -> Arguments:
         recipe = replace(recipe, model=model)
         if recipe.device == "auto":
             check_driver()
-        if is_embedded(model) and not parsed.quiet and os.environ.get("RANK", "0") == "0":
-            taken = f"taking the embedded {model} model, recipe {run_name}"
+        if is_bundled(model) and not parsed.quiet and os.environ.get("RANK", "0") == "0":
+            taken = f"taking the bundled {model} model, recipe {run_name}"
             print(f"no CUDA device: {taken} (or --model {REAL_MODEL})")
     return replace(parsed, recipe=checked(recipe))
 

@@ -16,7 +16,7 @@ import tyro
 from rich.table import Table
 
 from data import Countdown
-from lab.checkpoint import TrainState, load_into, save_checkpoint
+from lab.checkpoint import TrainState, load_optimizer, save_checkpoint
 from lab.decoding import NEW_TOKENS, Row, decoding_row, exceeds
 from lab.device import check_driver, peak_memory, pick_device
 from lab.errors import user_errors
@@ -83,7 +83,7 @@ def gradient(source: str, device: torch.device) -> Iterator[Row]:
 
 
 def updates(source: str, device: torch.device) -> Iterator[Row]:
-    """Of the embedded model: how far ten updates lower the loss, against float32 on the CPU."""
+    """Of the bundled model: how far ten updates lower the loss, against float32 on the CPU."""
     samples = samples_of(*loaded("tiny", "cpu"))
     for name, settings, adapters in UPDATES:
         falls = []
@@ -109,7 +109,7 @@ def resuming(source: str, device: torch.device) -> Iterator[Row]:
         save_checkpoint(saved, model, tokenizer, optimizer, TrainState(), Recipe())
         again, _ = load_model(saved, device)
         resumed = Optimizer(again, EIGHT_BIT)
-        load_into(resumed, saved)
+        load_optimizer(resumed, saved)
     trainers = (Trainer(model, optimizer), Trainer(again, resumed))
     losses = [[sft_step(trainer, samples, 1e-3)["loss"] for _ in range(3)] for trainer in trainers]
     gap = np.abs(np.subtract(*losses)).max()  # NaN if one of them is

@@ -21,7 +21,7 @@ from data.task import AnyProblem
 from lab.recipe import Recipe, RecipeError, from_dict, recipe_for
 from lab.runfolder import step_of, sync
 from model import Qwen3, Tokenizer, adapter_state, load_adapter_state, save_model
-from model.weights import content_digest, is_embedded, read_json, resolve_source, weight_files
+from model.weights import content_digest, is_bundled, read_json, resolve_source, weight_files
 from rl.optimizer import Optimizer, PieceWithMaster
 
 STATE, OPTIMIZER, RECIPE = "trainer_state.json", "optimizer.safetensors", "recipe.json"
@@ -150,13 +150,23 @@ def check_base(recipe: Recipe, state: TrainState, needed_by: Path) -> None:
         raise RecipeError(f"{changed}: put them back, or go on in a new run from a checkpoint as --model")
 
 
-def load_into(target: Optimizer | Qwen3, folder: Path) -> None:
-    """Put a checkpoint's optimizer state or adapters back. RecipeError: they do not fit."""
-    is_model = isinstance(target, Qwen3)
-    path = folder / (ADAPTERS if is_model else OPTIMIZER)
-    load = load_adapter_state if is_model else load_state_tensors
+def load_optimizer(optimizer: Optimizer, folder: Path) -> None:
+    """Put the state of a checkpoint's optimizer back. RecipeError: it does not fit."""
+    with stored_tensors(folder / OPTIMIZER) as tensors:
+        load_state_tensors(optimizer, tensors)
+
+
+def load_adapters(model: Qwen3, folder: Path) -> None:
+    """Put a checkpoint's adapters back. RecipeError: they do not fit."""
+    with stored_tensors(folder / ADAPTERS) as tensors:
+        load_adapter_state(model, tensors)
+
+
+@contextlib.contextmanager
+def stored_tensors(path: Path) -> Iterator[dict[str, Tensor]]:
+    """The tensors of a file, for a block that loads them. RecipeError: it cannot, or they do not fit."""
     try:
-        load(target, safetensors.torch.load_file(path))
+        yield safetensors.torch.load_file(path)
     except torch.OutOfMemoryError:
         raise
     except (OSError, safetensors.SafetensorError, KeyError, IndexError, ValueError, RuntimeError) as error:
@@ -206,7 +216,7 @@ def untrained_recipe(source: str, beside: Iterable[str]) -> Recipe:
     get the same prompts and limits; without one, and for a bundled model, that of `recipe_for`.
     """
     others = (saved_recipe(other) for other in beside)
-    trained = None if is_embedded(source) else next(filter(None, others), None)
+    trained = None if is_bundled(source) else next(filter(None, others), None)
     return trained or recipe_for(source)
 
 

@@ -14,7 +14,7 @@ from pydantic import Discriminator, TypeAdapter, ValidationError
 from data import AnyTask, Countdown, DataError, split_problems
 from data.task import AnyProblem
 from model.config import read_text
-from model.weights import is_embedded
+from model.weights import is_bundled
 from rl.grpo import GRPOStage
 from rl.optimizer import OptimizerSettings
 from rl.ranges import Count, CountOrZero, Positive, ZeroToOne
@@ -96,7 +96,7 @@ def problems_of(recipe: Recipe, seen: Iterable[str] = ()) -> tuple[list[AnyProbl
     """
     source = recipe.problems
     if source == "auto":
-        source = "generated" if is_embedded(recipe.model) else "hub"
+        source = "generated" if is_bundled(recipe.model) else "hub"
     if source != "generated":
         problems = recipe.task.load(source)
     try:
@@ -126,7 +126,7 @@ def load_recipe(name: str, variant: str = "") -> tuple[str, Recipe]:
 def recipe_for(model: str) -> Recipe:
     """The recipe to evaluate a model with that was not trained here: the first for this model, else 256."""
     recipes = (load_recipe(path.stem)[1] for path in sorted(RECIPES.glob("*.toml")))
-    name = Path(model).name if is_embedded(model) else model
+    name = Path(model).name if is_bundled(model) else model
     return next((recipe for recipe in recipes if recipe.model == name), None) or load_recipe("256")[1]
 
 

@@ -24,7 +24,7 @@ from lab.screen import (
 )
 from lab.setup import find_state, set_up
 from model.sampler import Cancelled
-from model.weights import is_embedded
+from model.weights import is_bundled
 from rl.distributed import all_values, any_rank, broadcast, is_main, own_part, world_size
 from rl.optimizer import Optimizer
 from rl.rollout import SamplingSettings, prompt_for
@@ -76,7 +76,7 @@ class Run:
         if is_main() and not self.resumed:
             self.folder.create(recipe, self.state.problems)
         self.record(row, steps=0)
-        if recipe.stages and self.model.device.type == "cpu" and not is_embedded(recipe.model):
+        if recipe.stages and self.model.device.type == "cpu" and not is_bundled(recipe.model):
             prompt = prompt_for(self.tokenizer, recipe.task, self.held_out[0], recipe.sampling)
             self.screen.say(planned_time(row, recipe, len(prompt)))
 

@@ -12,7 +12,7 @@ from lab.checkpoint import (
     base_digest,
     check_base,
     damage,
-    load_into,
+    load_adapters,
     load_state,
     newest_checkpoint,
     seen_by,
@@ -153,7 +153,7 @@ def load_policy(
     if recipe.adapters.rank > 0:
         add_adapters(model, recipe.adapters.rank, recipe.adapters.alpha, recipe.adapters.int8, recipe.seed)
         if checkpoint is not None:
-            load_into(model, checkpoint)
+            load_adapters(model, checkpoint)
     model.model.checkpoint_activations = recipe.optimizer.activation_checkpointing
     return model, folder.tokenizer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from data import DataError
 from data.load import endless_problems
 from data.traces import Trace, curate, save_traces, worked_traces
-from lab.checkpoint import load_into
+from lab.checkpoint import load_optimizer
 from lab.device import processes, restarted
 from lab.errors import stoppable
 from lab.metrics import rollout_metrics
@@ -69,7 +69,7 @@ def begin_stage(run: Run) -> "GRPOTraining | SFTTraining":
     settings = run.recipe.stages[run.state.stage]
     trainer = Trainer(run.model, Optimizer(run.model, run.recipe.optimizer), run.micro_batch_tokens)
     if run.checkpoint is not None and run.state.stage_step > 0:
-        load_into(trainer.optimizer, run.checkpoint)
+        load_optimizer(trainer.optimizer, run.checkpoint)
     run.checkpoint = None
     kind = GRPOTraining if settings.kind == "grpo" else SFTTraining
     return kind(run, settings, trainer)

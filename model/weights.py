@@ -1,4 +1,4 @@
-"""Load and save models: folders in Hugging Face's layout, the hub, and the models embedded here."""
+"""Load and save models: folders in Hugging Face's layout, the hub, and the models bundled here."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from model.tokenizer import FILES as TOKENIZER_FILES
 from model.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "tiny"
-EMBEDDED = {name: TINY.with_name(name) for name in ("tiny", "tiny-256", "tiny-calculus")}
+BUNDLED = {name: TINY.with_name(name) for name in ("tiny", "tiny-256", "tiny-calculus")}
 INDEX = "model.safetensors.index.json"
 # Of a run of this project: what the model was trained on and how
 NOTES = ("recipe.json", "trainer_state.json", "adapters.safetensors")
@@ -78,7 +78,7 @@ def load_model(
     """Load a model and its tokenizer. ModelError: not a complete and consistent Qwen3 checkpoint.
 
     Args:
-        source: an embedded model ("tiny" or "tiny-calculus"), a folder in Hugging Face's layout, or a hub id.
+        source: a bundled model ("tiny" or "tiny-calculus"), a folder in Hugging Face's layout, or a hub id.
         dtype: of the weights; None keeps the dtype that `config.json` names, or else that of the embedding.
         revision: branch, tag or commit of a hub id.
     """
@@ -103,18 +103,18 @@ def save_model(folder: str | Path, model: Qwen3, tokenizer: Tokenizer) -> None:
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
-def is_embedded(source: str | Path) -> bool:
+def is_bundled(source: str | Path) -> bool:
     """Whether `source` names a model that is part of this repository, by its name or its folder."""
-    folder = EMBEDDED.get(str(source), Path(source).expanduser())
-    return folder.resolve() in [own.resolve() for own in EMBEDDED.values()]
+    folder = BUNDLED.get(str(source), Path(source).expanduser())
+    return folder.resolve() in [own.resolve() for own in BUNDLED.values()]
 
 
 def resolve_source(source: str | Path, revision: str | None = None) -> Path:
-    """The local folder of `source`, downloaded from the hub if it is neither embedded nor a folder here.
+    """The local folder of `source`, downloaded from the hub if it is neither bundled nor a folder here.
 
     ModelError: there is none, or it holds a run or adapters, not a model.
     """
-    folder = EMBEDDED.get(str(source), Path(source).expanduser())
+    folder = BUNDLED.get(str(source), Path(source).expanduser())
     if not folder.is_dir():
         folder = download(str(source), revision)
     if any(folder.glob("model*.safetensors*")):
@@ -132,7 +132,7 @@ def download(source: str, revision: str | None) -> Path:
     """The local folder of a hub id, from the cache if it is there already."""
     parts = source.split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
-        known = f"a hub id looks like Qwen/Qwen3-1.7B; embedded are {', '.join(EMBEDDED)}"
+        known = f"a hub id looks like Qwen/Qwen3-1.7B; bundled are {', '.join(BUNDLED)}"
         raise ModelError(f"no such model folder: {source} ({known})")
     try:
         options = {"allow_patterns": DOWNLOADED, "revision": revision}

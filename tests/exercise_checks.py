@@ -29,7 +29,7 @@ from rl.rollout import SamplingSettings, collect_rollouts
 
 
 def shrunk(recipe: Recipe, out: str, sampling: dict | None = None, **stage_changes) -> Recipe:
-    """`recipe` for the embedded model at the smallest size, with changed GRPO stages of one step unless these say more."""
+    """`recipe` for the bundled model at the smallest size, with changed GRPO stages of one step unless these say more."""
     small = {"steps": 1, "prompts_per_step": 4, "samples_per_prompt": 8} | stage_changes
     stages = tuple(replace(s, **small) if s.kind == "grpo" else replace(s, epochs=1) for s in recipe.stages)
     return replace(

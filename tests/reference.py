@@ -78,7 +78,7 @@ def random_ids(*shape: int, seed: int = 1, high: int = 83) -> torch.Tensor:
 
 
 def copy_tokenizer(folder: Path) -> Path:
-    """Put the embedded model's tokenizer into `folder`: models beside it need `TINY_TOKENS` rows."""
+    """Put the bundled model's tokenizer into `folder`: models beside it need `TINY_TOKENS` rows."""
     folder.mkdir(exist_ok=True, parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / name, folder / name)

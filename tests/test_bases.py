@@ -1,4 +1,4 @@
-"""What the embedded models' bases are trained on: correct attempts without a solution, and derivations with mistakes."""
+"""What the bundled models' bases are trained on: correct attempts without a solution, and derivations with mistakes."""
 
 import itertools
 import random
@@ -26,7 +26,7 @@ from experiments.bases.derivations import RIGHT_SHARE, WELL_FORMED_SHARE, deriva
 from experiments.bases.train import TINY_CALCULUS
 from lab.recipe import load_recipe
 from model import Tokenizer
-from model.weights import EMBEDDED
+from model.weights import BUNDLED
 from rl import score
 
 STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)")
@@ -211,7 +211,7 @@ def test_rules_by_hand():
 def test_the_calculus_recipe_matches_the_base_and_its_longest_document_fits_with_numbers_as_single_tokens():
     _, recipe = load_recipe("calculus", variant="tiny")
     assert recipe.task == TINY_CALCULUS and recipe.model == "tiny-calculus"
-    tokenizer = Tokenizer(EMBEDDED["tiny-calculus"])
+    tokenizer = Tokenizer(BUNDLED["tiny-calculus"])
     lengths = [len(tokenizer.encode(document)) for _, document in derivations(2000)]
     assert 60 < max(lengths) <= recipe.sampling.max_new_tokens
     for problem, document in derivations(50):

@@ -104,7 +104,7 @@ BROKEN = {  # a part of the check, what is broken, and the rows that have to not
         lambda linear: quantized(nn.Linear(*linear.weight.T.shape)),
         ["int8"],
     ),
-    "moments forgotten": (resuming, "lab.check.load_into", lambda optimizer, folder: None, ["save, load, resume"]),
+    "moments forgotten": (resuming, "lab.check.load_optimizer", lambda optimizer, folder: None, ["save, load, resume"]),
     "log-probabilities are NaN": (decoding, "lab.decoding.token_logprobs", not_a_number, ["decoding"]),
     "keys not stored": (decoding, "model.cache.GroupCache.advance", lambda self, time: None, ["decoding"]),
 }

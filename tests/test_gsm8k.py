@@ -115,7 +115,7 @@ def test_training_and_test_set_are_the_hubs_two_files(monkeypatch, tmp_path):
 
 
 def test_a_run_of_grpo_and_sft_goes_through_the_same_code(monkeypatch, tmp_path):
-    """The embedded model knows no words, so its verdicts are made up here; everything around them is real."""
+    """The bundled model knows no words, so its verdicts are made up here; everything around them is real."""
     path, traces = tmp_path / "train.parquet", tmp_path / "mine.jsonl"
     write_parquet(path, questions(30))
     recipe = load_recipe("gsm8k")[1]

@@ -85,6 +85,7 @@ def test_eval_has_the_room_of_the_recipe_of_the_option_or_of_memory(tmp_path, mo
     checkpoint = shutil.copytree(TINY, tmp_path / "checkpoint")
     recipe = {"problems": "generated", "generated_problems": 30, "sampling": {"max_cache_tokens": 50}}
     (checkpoint / "recipe.json").write_text(json.dumps(recipe | {"evaluation": {"problems": 4}}))
+    (checkpoint / "trainer_state.json").write_text("{}")
     monkeypatch.setattr(model.memory, "read", machine(2))
     for source, options, room in ((checkpoint, {}, 50), (checkpoint, {"max_cache_tokens": 60}, 60), ("tiny", {}, 0)):
         message = fails(capsys, lambda: evaluated(capsys, source, count=4, **options))  # noqa: B023

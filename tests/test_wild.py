@@ -48,7 +48,7 @@ from lab.setup import load_policy, set_up, stage_start_model
 from lab.stages import train
 from model import Completion, ModelError, Qwen3Config, Tokenizer, generate, load_model, save_model
 from model.sampler import TokenChoice, random_uniforms, sample_completion
-from model.weights import INDEX, is_embedded
+from model.weights import INDEX, is_bundled
 from rl.batch import Sample, logprobs_and_entropy, make_batch
 from rl.rollout import Rollout
 
@@ -56,7 +56,7 @@ CPU = torch.device("cpu")
 
 
 def copied(tmp_path, **files):
-    """The embedded model's folder with other contents of some files, given by name without .json."""
+    """The bundled model's folder with other contents of some files, given by name without .json."""
     folder = shutil.copytree(TINY, tmp_path / "model")
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
@@ -215,7 +215,7 @@ def test_the_reference_of_a_policy_with_adapters_has_its_base_and_what_is_evalua
     train(replace(recipe, stages=(grpo,)), quiet=True)
     (folder,) = checkpoints(tmp_path / "run")
     loaded, _ = load_policy(eval_command.model_of(str(folder), eval_command.Arguments((str(folder),))).recipe, folder, CPU)
-    later = stage_start_model(policy, recipe, RunFolder(tmp_path / "run"), TrainState(stage=1))
+    later = stage_start_model(policy, recipe, RunFolder(tmp_path / "run"), TrainState(stage=1, step=1))
     with torch.no_grad():
         assert torch.equal(loaded(ids), later(ids)) and not torch.equal(loaded(ids), policy(ids))
 
@@ -364,13 +364,13 @@ def test_quantized_weights_are_refused_by_name(tmp_path):
 
 
 def short(tmp_path, positions: int = 200):
-    """The embedded model with few positions, as a folder."""
+    """The bundled model with few positions, as a folder."""
     return copied(tmp_path, config=json.loads((TINY / "config.json").read_text()) | {"max_position_embeddings": positions})
 
 
 def test_more_tokens_than_positions_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
     folder = short(tmp_path)
-    for module in ("lab.stages", "eval"):
+    for module in ("lab.run", "eval"):
         monkeypatch.setattr(f"{module}.evaluate", lambda *_, **__: pytest.fail("evaluated"))
     monkeypatch.setattr("lab.setup.check_decoding", lambda *_: pytest.fail("decoded"))
     options = ("--model", folder, "--problems", "generated", "--sampling.max-new-tokens", 180, "--out", tmp_path / "run")
@@ -384,7 +384,7 @@ def test_more_tokens_than_positions_are_refused_before_any_work(tmp_path, monkey
     with pytest.raises(ModelError, match="a prompt of 3 tokens and 198 new ones need 201"):
         generate(model, [[1], [1, 2, 3]], max_new_tokens=198)
     with pytest.raises(ModelError, match="200 positions"):
-        next(sample_completion(model, [1, 2, 3], torch.rand(198), ()))
+        next(sample_completion(model, [1, 2, 3], torch.rand(198), (), TokenChoice()))
     assert generate(model, [[1, 2, 3]], max_new_tokens=197, stop_token_ids=range(len(Tokenizer(TINY))))
 
 
@@ -481,7 +481,9 @@ def test_adapters_go_on_only_over_the_weights_that_they_began_with(adapted, caps
         "resume": lambda: train(recipe, resume=True, quiet=True),
         "eval": lambda: evaluated(capsys, checkpoint, samples=1),
         "play": lambda: play_command.load_player(str(checkpoint), play_command.Arguments()),
-        "reference": lambda: stage_start_model(load_model("tiny")[0], recipe, RunFolder(recipe.out), TrainState(stage=1)),
+        "reference": lambda: stage_start_model(
+            load_model("tiny")[0], recipe, RunFolder(recipe.out), TrainState(stage=1, step=1)
+        ),
     }
     actions["eval"]()
     change_weights(base, lambda weight: weight.roll(1, 0))
@@ -524,5 +526,5 @@ def test_a_model_from_elsewhere_is_not_asked_for_in_the_revision_of_the_one_besi
 
 def test_a_bundled_model_is_known_by_its_folder_too(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert is_embedded("model/tiny") and is_embedded(TINY) and not is_embedded("tiny-") and not is_embedded(ROOT)
+    assert is_bundled("model/tiny") and is_bundled(TINY) and not is_bundled("tiny-") and not is_bundled(ROOT)
     assert recipe_for("./model/tiny") == recipe_for("tiny")

@@ -1,1 +1,1 @@
-"""How the embedded models were made: their documents, and training from random weights."""
+"""How the bundled models were made: their documents, and training from random weights."""

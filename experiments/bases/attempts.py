@@ -1,4 +1,4 @@
-"""What the embedded model learns before any reinforcement: arithmetic, attempts that fail, and musing.
+"""What the bundled model learns before any reinforcement: arithmetic, attempts that fail, and musing.
 
 A Countdown document answers a prompt with attempts. Each combines all the numbers, without a mistake in the
 arithmetic. They follow one another in a fixed order, from a random one on, and stop anywhere. All but the

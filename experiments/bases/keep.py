@@ -1,4 +1,4 @@
-"""Keep what `make train-256` has trained as the embedded model `tiny-256`: `make tiny-256`."""
+"""Keep what `make train-256` has trained as the bundled model `tiny-256`: `make tiny-256`."""
 
 import shutil
 from pathlib import Path
@@ -8,7 +8,7 @@ import tyro
 from lab.checkpoint import DIGESTS, OPTIMIZER, checkpoints
 from lab.errors import user_errors
 from lab.recipe import RecipeError
-from model.weights import EMBEDDED
+from model.weights import BUNDLED
 
 
 def main(run: tyro.conf.Positional[Path] = Path("runs/256-tiny")) -> None:
@@ -16,11 +16,11 @@ def main(run: tyro.conf.Positional[Path] = Path("runs/256-tiny")) -> None:
     folders = checkpoints(run)
     if not folders:
         raise RecipeError(f"{run} has no checkpoint: make train-256 first")
-    shutil.rmtree(EMBEDDED["tiny-256"], ignore_errors=True)
-    shutil.copytree(folders[-1], EMBEDDED["tiny-256"], ignore=shutil.ignore_patterns(DIGESTS, OPTIMIZER))
-    for path in EMBEDDED["tiny-256"].iterdir():
+    shutil.rmtree(BUNDLED["tiny-256"], ignore_errors=True)
+    shutil.copytree(folders[-1], BUNDLED["tiny-256"], ignore=shutil.ignore_patterns(DIGESTS, OPTIMIZER))
+    for path in BUNDLED["tiny-256"].iterdir():
         path.chmod(0o644)
-    print(f"{folders[-1]} is now {EMBEDDED['tiny-256']}")
+    print(f"{folders[-1]} is now {BUNDLED['tiny-256']}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train an embedded model from random weights: `make tiny-base`, or `make tiny-base TASK=calculus`.
+"""Train a bundled model from random weights: `make tiny-base`, or `make tiny-base TASK=calculus`.
 
 Each is a small Qwen3 with its own tokenizer, trained on the documents of its task's `Corpus`. `model/tiny/`
 learns from `attempts`: correct arithmetic that does not try to reach the target, and musing.
@@ -118,12 +118,12 @@ CORPORA = {
 
 @dataclass(frozen=True)
 class TinyBase:
-    """Train an embedded model from random weights."""
+    """Train a bundled model from random weights."""
 
     task: Literal["countdown", "calculus"] = "countdown"
     """Whose documents to learn from."""
     out: Path | None = None
-    """Folder for the checkpoint; default: over the embedded model of the task."""
+    """Folder for the checkpoint; default: over the bundled model of the task."""
     steps: int | None = None
     """Optimizer steps; default: 6000, for calculus 2500."""
     documents_per_step: int = 32

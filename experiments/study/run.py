@@ -30,7 +30,7 @@ from lab.output import check_writable
 from lab.recipe import RECIPES, Recipe, RecipeError, build_recipe, from_dict, merge, read_tables
 from lab.runfolder import RunFolder
 from lab.stages import train
-from model.weights import is_embedded
+from model.weights import is_bundled
 from rl.sft import WORKED, SFTStage
 
 RESULTS = Path(__file__).parent.parent.parent / "docs" / "study"
@@ -160,7 +160,7 @@ def without_paths(recipe: Recipe) -> Recipe:
     for stage in recipe.stages:
         has_file = isinstance(stage, SFTStage) and stage.traces not in (None, WORKED)
         stages.append(replace(stage, traces="a file") if has_file else stage)
-    model = recipe.model if is_embedded(recipe.model) else "a model"
+    model = recipe.model if is_bundled(recipe.model) else "a model"
     return replace(recipe, out="", model=model, stages=tuple(stages))
 
 

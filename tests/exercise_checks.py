@@ -19,13 +19,13 @@ from helpers import PROBLEM
 import lab.run
 import lab.stages
 from data import Countdown, Problem, score
+from data.task import CORRECT, WRONG, Score
 from lab.recipe import EvaluationSettings, Recipe, load_recipe
 from lab.runfolder import RunFolder
 from model import Completion, load_model
 from rl.advantage import group_advantages
 from rl.grpo import GRPOStage
 from rl.reward import RewardSettings, reward_for
-from rl.rollout import SamplingSettings, collect_rollouts
 
 
 def shrunk(recipe: Recipe, out: str, sampling: dict | None = None, **stage_changes) -> Recipe:
@@ -66,24 +66,15 @@ def every_number_once() -> None:
 
 
 def length_bonus() -> None:
-    model, tokenizer = load_model("tiny-256")
-    task = Countdown(max_number=20, max_target=50)
-    options = {"sampling": SamplingSettings(max_new_tokens=96), "num_samples": 16, "seed": 0}
+    settings = RewardSettings(length_bonus=0.4, latin_only=True)
 
-    def rollouts(bonus: float) -> list:
-        reward = RewardSettings(length_bonus=bonus)
-        groups = collect_rollouts(model, tokenizer, task, task.generate(6, 0), reward=reward, **options)
-        return [rollout for group in groups for rollout in group]
+    def reward(verdict: Score, tokens: int, text: str = "79") -> float:
+        return reward_for(verdict, text, Completion([5] * tokens, [-0.5] * tokens, True), settings)
 
-    plain = rollouts(0.0)
-    longest = max(len(rollout.completion.token_ids) for rollout in plain)
-    gains = []
-    for a, b in zip(plain, rollouts(0.4), strict=True):
-        right = a.outcome == "correct"
-        gains.append(b.reward - a.reward)
-        expected = 0.4 * (1 - len(a.completion.token_ids) / longest) if right else 0.0
-        assert a.outcome == b.outcome and abs(gains[-1] - expected) < 1e-9
-    assert max(gains) > 0.1, "correct completions of several lengths"
+    assert (reward(CORRECT, 64), reward(CORRECT, 128)) == (1.0 + 0.4 * 0.75, 1.0 + 0.4 * 0.5)
+    assert reward(CORRECT, 256) == reward(CORRECT, 300) == 1.0, "a long completion loses nothing"
+    assert (reward(WRONG, 64), reward(CORRECT, 64, text="七")) == (0.1, 0.0), "only a correct completion earns it"
+    assert RewardSettings().length_bonus == 0.0
 
 
 def kl() -> None:

@@ -5,6 +5,7 @@ checkpoint that you name, or of the first model's recipe.
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from data.load import fingerprint
 from data.task import AnyProblem
-from lab.checkpoint import STATE, saved_recipe, seen_by, untrained_recipe
+from lab.checkpoint import saved_recipe, seen_by, untrained_recipe
 from lab.comparison import Candidate, comparison_table, difference, measures
 from lab.device import pick_device
 from lab.errors import user_errors
@@ -132,9 +133,6 @@ def opened(model: Model, arguments: Arguments) -> Model:
     """The model with its folder, checked, and with prompts that its tokenizer can write."""
     checkpoint = checkpoint_of(model)
     folder = open_policy(model.recipe, checkpoint)
-    if checkpoint and not (checkpoint / STATE).is_file():
-        unknown = f"without its {STATE} nobody knows what it was trained on, which these problems may be"
-        print(f"note: {model.source}: {unknown}", file=sys.stderr)
     recipe = model.recipe
     if not model.trained and arguments.thinking is None:
         recipe = without_missing_thinking(recipe, folder.tokenizer)
@@ -193,7 +191,7 @@ def main(arguments: Arguments) -> None:
         raise RecipeError("name a model: python eval.py runs/256-tiny/checkpoints/step_0080")
     if arguments.samples < 1:
         raise RecipeError(f"--samples must be at least 1, not {arguments.samples}")
-    file = Path(arguments.json).expanduser() if arguments.json not in (None, "-") else None
+    file = Path(os.path.expanduser(arguments.json)) if arguments.json not in (None, "-") else None
     if file:
         check_writable(file)
     else:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ def read_problems(source: str | Path, stored: Format, problem_of: Callable[[dict
         problem_of: row -> problem, or ValueError, TypeError or KeyError.
     """
     name, at, revision = str(source).partition("@")
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if name in stored.files:
         if at and not revision:
             raise DataError(f"'{source}' names no revision: write {name}@ and a branch, tag or commit")
@@ -93,7 +94,7 @@ def read_jsonl(path: str | Path, expected: str) -> Iterator[tuple[int, dict]]:
     The file may be in UTF-8 or UTF-16, with a byte-order mark or without.
     """
     try:
-        with open(Path(path).expanduser(), "rb") as file:
+        with open(os.path.expanduser(path), "rb") as file:
             encoding = json.detect_encoding(refuse_pointer(path, file))
             lines = io.TextIOWrapper(file, encoding, newline="\n")  # U+2028 does not end a line
             for number, line in enumerate(lines, 1):

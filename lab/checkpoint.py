@@ -133,9 +133,18 @@ def load_state(folder: Path) -> TrainState:
 
 
 def seen_by(model: str, revision: str | None = None) -> list[str]:
-    """The fingerprints of the problems that a model was trained on; empty for a model from elsewhere."""
+    """The fingerprints of the problems that a model was trained on; empty for a model from elsewhere.
+
+    RecipeError: a model that was trained here has lost them.
+    """
     folder = resolve_source(model, revision)
-    return load_state(folder).seen if (folder / STATE).is_file() else []
+    if (folder / STATE).is_file():
+        return load_state(folder).seen
+    if (folder / RECIPE).is_file():
+        raise RecipeError(
+            f"{folder}: {STATE} is missing, which says what the model was trained on: put it back"
+        )
+    return []
 
 
 def base_digest(recipe: Recipe) -> str:

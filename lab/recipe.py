@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import tomllib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -116,7 +117,7 @@ def load_recipe(name: str, variant: str = "") -> tuple[str, Recipe]:
     `extends = "other.toml"` and then states only what differs. Tables [grpo] and [sft] hold what all stages
     of that kind share; a stage's own fields override them.
     """
-    path = Path(name).expanduser() if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    path = Path(os.path.expanduser(name)) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     sibling = path.with_name(f"{path.stem}-{variant}.toml")
     if variant and sibling.is_file():
         path = sibling
@@ -161,7 +162,7 @@ def read_tables(path: Path, extended_by: tuple[Path, ...] = ()) -> dict:
     base = tables.pop("extends", None)
     if base is None:
         return tables
-    return merge(read_tables(path.parent / Path(str(base)).expanduser(), (*extended_by, path)), tables)
+    return merge(read_tables(path.parent / Path(os.path.expanduser(str(base))), (*extended_by, path)), tables)
 
 
 def merge(base: dict, over: dict) -> dict:

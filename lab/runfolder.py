@@ -33,7 +33,7 @@ class RunFolder:
     """`runs/<name>/`: config.json, metrics.jsonl, of which all else is a view, rollouts/ and checkpoints/."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path))
         self.metrics_path = self.path / "metrics.jsonl"
 
     @property

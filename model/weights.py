@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ def save_model(folder: str | Path, model: Qwen3, tokenizer: Tokenizer) -> None:
 
 def is_bundled(source: str | Path) -> bool:
     """Whether `source` names a model that is part of this repository, by its name or its folder."""
-    folder = BUNDLED.get(str(source), Path(source).expanduser())
+    folder = BUNDLED.get(str(source), Path(os.path.expanduser(source)))
     return folder.resolve() in [own.resolve() for own in BUNDLED.values()]
 
 
@@ -114,7 +115,7 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
 
     ModelError: there is none, or it holds a run or adapters, not a model.
     """
-    folder = BUNDLED.get(str(source), Path(source).expanduser())
+    folder = BUNDLED.get(str(source), Path(os.path.expanduser(source)))
     if not folder.is_dir():
         folder = download(str(source), revision)
     if any(folder.glob("model*.safetensors*")):

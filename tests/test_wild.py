@@ -528,3 +528,22 @@ def test_a_bundled_model_is_known_by_its_folder_too(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert is_bundled("model/tiny") and is_bundled(TINY) and not is_bundled("tiny-") and not is_bundled(ROOT)
     assert recipe_for("./model/tiny") == recipe_for("tiny")
+
+
+def test_a_model_trained_here_that_lost_its_notes_is_refused(tmp_path, capsys):
+    folder = shutil.copytree(TINY.parent / "tiny-256", tmp_path / "model")
+    (folder / "trainer_state.json").unlink()
+    for action in (
+        lambda: evaluated(capsys, folder, count=2),
+        lambda: train(smoke("--model", folder, "--out", tmp_path / "run").recipe, quiet=True),
+    ):
+        assert f"{folder}: trainer_state.json is missing" in fails(capsys, action)
+
+
+def test_a_home_that_nobody_knows_is_no_traceback(tmp_path, monkeypatch, capsys):
+    def unknown(path: str) -> str:
+        return path
+
+    monkeypatch.setattr("os.path.expanduser", unknown)  # what it does where there is no home
+    message = fails(capsys, lambda: train(smoke("--model", "~/model", "--out", tmp_path / "run").recipe, quiet=True))
+    assert "~/model" in message

@@ -44,7 +44,9 @@ def run(recipe: Recipe, resume: bool = False) -> list[dict]:
     rows = RunFolder(recipe.out).metrics()
     for row in rows:
         path = Path(recipe.out) / "rollouts" / f"step_{row['step']:04d}.jsonl"
-        row["rollouts"] = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        row["rollouts"] = (
+            [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        )
     return rows
 
 
@@ -58,7 +60,13 @@ def every_number_once() -> None:
     def of(answer: str) -> float:
         return score(f"so</think><answer>{answer}</answer>", PROBLEM).reward
 
-    assert (of("79-60+17"), of("79-60-17+0"), of("79+60+17"), of("79+60"), of("no")) == (1.0, 0.1, 0.2, 0.1, 0.1)
+    assert (of("79-60+17"), of("79-60-17+0"), of("79+60+17"), of("79+60"), of("no")) == (
+        1.0,
+        0.1,
+        0.2,
+        0.1,
+        0.1,
+    )
     near = score("so</think><answer>79-60+17</answer>", Problem((79, 60, 17), 37))
     assert reward_for(near, "", Completion([], [], True), RewardSettings(near_miss=False)) == 0.2, (
         "no less than for a larger miss"
@@ -73,7 +81,9 @@ def length_bonus() -> None:
 
     assert (reward(CORRECT, 64), reward(CORRECT, 128)) == (1.0 + 0.4 * 0.75, 1.0 + 0.4 * 0.5)
     assert reward(CORRECT, 256) == reward(CORRECT, 300) == 1.0, "a long completion loses nothing"
-    assert (reward(WRONG, 64), reward(CORRECT, 64, text="七")) == (0.1, 0.0), "only a correct completion earns it"
+    assert (reward(WRONG, 64), reward(CORRECT, 64, text="七")) == (0.1, 0.0), (
+        "only a correct completion earns it"
+    )
     assert RewardSettings().length_bonus == 0.0
 
 
@@ -92,8 +102,12 @@ def leave_one_out() -> None:
     torch.testing.assert_close(advantages, torch.tensor([by_hand, [0.0] * 4], dtype=torch.float64))
     assert group_advantages(torch.tensor([[1.0]]), leave_one_out=True).tolist() == [[0.0]]
     assert not GRPOStage().leave_one_out
-    plain, others = (small(load_recipe("smoke")[1], updates_per_step=1, leave_one_out=on)[1] for on in (False, True))
-    assert plain["grad_norm"] > 0 and abs(others["grad_norm"] / plain["grad_norm"] - 8 / 7) < 1e-4, "groups of 8"
+    plain, others = (
+        small(load_recipe("smoke")[1], updates_per_step=1, leave_one_out=on)[1] for on in (False, True)
+    )
+    assert plain["grad_norm"] > 0 and abs(others["grad_norm"] / plain["grad_norm"] - 8 / 7) < 1e-4, (
+        "groups of 8"
+    )
     for a, b in zip(plain["rollouts"], others["rollouts"], strict=True):
         assert abs(b["advantage"] - a["advantage"] * 8 / 7) < 2e-4, "rounded to four digits in the record"
 
@@ -110,26 +124,40 @@ def stage_order() -> None:
 def curriculum() -> None:
     from data.load import easiest
 
-    problems = [Problem((1, 2, 3, 4), 10), Problem((1, 2, 3), 6), Problem((11, 12, 3), 36), Problem((1, 2, 4), 7)]
+    problems = [
+        Problem((1, 2, 3, 4), 10),
+        Problem((1, 2, 3), 6),
+        Problem((11, 12, 3), 36),
+        Problem((1, 2, 4), 7),
+    ]
     difficulty = Countdown().difficulty  # the third needs a product
     assert easiest(problems, difficulty) == [problems[1], problems[3]]
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe("smoke")[1]
         recipe = shrunk(replace(recipe, stages=recipe.stages[:1]), folder, steps=3, easy_steps=2)
         rows = run(recipe)
-        classes = [{difficulty(Problem(r["numbers"], r["target"])) for r in row["rollouts"]} for row in rows[1:]]
+        classes = [
+            {difficulty(Problem(r["numbers"], r["target"])) for r in row["rollouts"]} for row in rows[1:]
+        ]
         assert classes[0] == classes[1] == {"3 numbers, + and - suffice"} and len(classes[2]) > 1, classes
         for number in (2, 3):
             shutil.rmtree(f"{folder}/checkpoints/step_{number:04d}")
         again = run(recipe, resume=True)
-        assert [row["rollouts"] for row in again] == [row["rollouts"] for row in rows], "resumed after the first step"
+        assert [row["rollouts"] for row in again] == [row["rollouts"] for row in rows], (
+            "resumed after the first step"
+        )
 
 
 def sorting() -> None:
     from data.sorting import Sorting, Unsorted
 
     task, problem = Sorting(), Unsorted((7, 3, 12))
-    for text, outcome in (("3, 7, 12", "correct"), ("3 7 12", "correct"), ("7, 3, 12", "wrong"), ("x", "wrong")):
+    for text, outcome in (
+        ("3, 7, 12", "correct"),
+        ("3 7 12", "correct"),
+        ("7, 3, 12", "wrong"),
+        ("x", "wrong"),
+    ):
         assert task.score(f"</think><answer>{text}</answer>", problem).outcome == outcome, text
     assert task.problem_from_row(problem.row()) == problem and task.solution(problem) == "3, 7, 12"
     assert task.parse_input("7 3,12") == problem and problem.key == Unsorted((12, 7, 3)).key
@@ -147,14 +175,18 @@ def int8_rollout() -> None:
     exact, rounded = small(recipe)[1], small(recipe, sampling={"int8": True})[1]
     assert exact["log_ratio_std"] < 1e-4 < rounded["log_ratio_std"] < 1, (exact, rounded)
     model = load_model("tiny-256")[0]
-    assert model.graphed and not int8_copy(model).graphed, "no CUDA graph around the copy's kernels; the policy stays exact"
+    assert model.graphed and not int8_copy(model).graphed, (
+        "no CUDA graph around the copy's kernels; the policy stays exact"
+    )
 
 
 CHECKS = (every_number_once, length_bonus, kl, leave_one_out, stage_order, curriculum, sorting, int8_rollout)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    lab.run.write_curve = lab.run.write_report = lambda *_: None  # plots take seconds, and are not checked here
+    lab.run.write_curve = lab.run.write_report = lambda *_: (
+        None
+    )  # plots take seconds, and are not checked here
     errors = {}
     for number in map(int, sys.argv[1:]):
         try:

@@ -37,7 +37,9 @@ def solves(text: str, problem: Problem, thinking: bool) -> bool | None:
         if not parts or re.search(r"<answer>.*</answer>", parts[1], re.DOTALL):
             return None
         text = parts[2]
-    parts = re.fullmatch(r"((?:(?!</?think>|</?answer>).)*)<answer>((?:(?!</?answer>).)*)</answer>(.*)", text, re.DOTALL)
+    parts = re.fullmatch(
+        r"((?:(?!</?think>|</?answer>).)*)<answer>((?:(?!</?answer>).)*)</answer>(.*)", text, re.DOTALL
+    )
     if not parts or re.search(r"</?answer>", parts[3]):
         return None
     before, content = parts[1], parts[2]
@@ -74,7 +76,13 @@ def draw(rng: random.Random, problems: list[tuple[Problem, str]]) -> tuple[str, 
     if kind < 0.6:  # spoil it in a few places
         for _ in range(rng.randrange(1, 4)):
             place, change = rng.randrange(len(text) + 1), rng.random()
-            copied = text[place : place + rng.randrange(30)] if change < 0.2 else rng.choice(PIECES) if change < 0.7 else ""
+            copied = (
+                text[place : place + rng.randrange(30)]
+                if change < 0.2
+                else rng.choice(PIECES)
+                if change < 0.7
+                else ""
+            )
             text = text[:place] + copied + text[place + (change >= 0.7) :]
     elif kind < 0.9995:
         numbers = [str(number) for number in problem.numbers] + [str(problem.target), solution]
@@ -101,7 +109,9 @@ def fuzz(cases: int, seed: int) -> Counter:
         assert took <= LIMIT, f"{took:.3f} s for {len(text)} characters, {shown}"
         if len(text) < 10_000 or judged.reward == 1.0:  # the second reading is slow
             reading = solves(text, problem, thinking)
-            assert (judged.outcome == "malformed") == (reading is None), f"the second reading says {reading}, {shown}"
+            assert (judged.outcome == "malformed") == (reading is None), (
+                f"the second reading says {reading}, {shown}"
+            )
             assert reading or judged.reward < 1.0, f"the second reading finds no solution, {shown}"
         assert judged.reward == 1.0 or not is_one, f"a solution by construction, {shown}"
         found[judged.outcome] += 1

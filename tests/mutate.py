@@ -42,7 +42,9 @@ EQUIVALENT = {  # mutant -> why no test can, or need, see it
     THINK + "  ->  " + THINK.replace("lstrip", "strip"): "only the beginning is looked at",
     "before, _, rest = text.partition('<answer>')  ->  before, _, rest = text.rpartition('<answer>')": "there is exactly one",
     "content, closed, _ = rest.partition('</answer>')  ->  content, closed, _ = rest.rpartition('</answer>')": "there is one at most",
-    LINE + "  ->  " + LINE.replace("rstrip", "strip"): "blanks before the first line's arithmetic change nothing",
+    LINE
+    + "  ->  "
+    + LINE.replace("rstrip", "strip"): "blanks before the first line's arithmetic change nothing",
 }
 NOTHING = "nothing changed"
 SWAPS = {
@@ -75,7 +77,9 @@ def mutants(source: str) -> Iterator[tuple[str, str]]:
 
 def walk(node: ast.AST) -> list[ast.AST]:
     """A node and all below it but docstrings, what errors say, and type hints: words are free."""
-    if isinstance(node, (ast.JoinedStr, ast.Raise)) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+    if isinstance(node, (ast.JoinedStr, ast.Raise)) or (
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    ):
         return []
     below = [child for name, field in ast.iter_fields(node) if name not in ("annotation", "returns")
              for child in (field if isinstance(field, list) else [field]) if isinstance(child, ast.AST)]  # fmt: skip
@@ -101,7 +105,9 @@ def changes(node: ast.AST) -> Iterator:
         for new in SWAPS.get(type(node.op), ()):
             yield setter("op", new())
     elif isinstance(node, ast.UnaryOp):
-        yield lambda copied: setattr(copied, "operand", ast.UnaryOp(copied.op, copied.operand))  # twice is not at all
+        yield lambda copied: setattr(
+            copied, "operand", ast.UnaryOp(copied.op, copied.operand)
+        )  # twice is not at all
     elif isinstance(node, ast.Constant) and type(node.value) is bool:
         yield setter("value", not node.value)
     elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
@@ -144,10 +150,14 @@ def judge(path: str, source: str, seconds: int) -> None:
     for descriptor in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     signal.alarm(seconds)
-    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(str(TESTS / name) for name in WATCHED[path])]))
+    sys.exit(
+        pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(str(TESTS / name) for name in WATCHED[path])])
+    )
 
 
-def main(modules: tyro.conf.Positional[tuple[str, ...]] = tuple(WATCHED), processes: int = 2, seconds: int = 120) -> None:
+def main(
+    modules: tyro.conf.Positional[tuple[str, ...]] = tuple(WATCHED), processes: int = 2, seconds: int = 120
+) -> None:
     """Run the tests against mutants.
 
     Args:

@@ -19,18 +19,41 @@ FILES = Path(os.environ.get("QWEN3_FILES", ROOT.parent / "shared" / "qwen3"))
 # Sizes are unequal on purpose, so that no two axes can be swapped unseen.
 SHAPES = {
     "grouped_tied": dict(num_attention_heads=6, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
-    "one_kv_head": dict(num_attention_heads=5, num_key_value_heads=1, head_dim=14, rope_theta=1e4, num_hidden_layers=3),
+    "one_kv_head": dict(
+        num_attention_heads=5, num_key_value_heads=1, head_dim=14, rope_theta=1e4, num_hidden_layers=3
+    ),
     "every_head_its_own": dict(num_attention_heads=3, num_key_value_heads=3, head_dim=10, rms_norm_eps=0.05),
     "heads_fill_hidden": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=10, hidden_size=40),
-    "one_layer": dict(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, head_dim=2, rope_theta=50.0),
-    "wide_heads": dict(hidden_size=24, num_attention_heads=8, num_key_value_heads=4, head_dim=32, tie_word_embeddings=True),
+    "one_layer": dict(
+        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, head_dim=2, rope_theta=50.0
+    ),
+    "wide_heads": dict(
+        hidden_size=24, num_attention_heads=8, num_key_value_heads=4, head_dim=32, tie_word_embeddings=True
+    ),
     "qwen2": dict(family="qwen2", num_attention_heads=6, num_key_value_heads=2, head_dim=16),
     "qwen2_tied": dict(
-        family="qwen2", hidden_size=40, num_attention_heads=5, head_dim=8, num_key_value_heads=1, tie_word_embeddings=True
+        family="qwen2",
+        hidden_size=40,
+        num_attention_heads=5,
+        head_dim=8,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
     ),
-    "llama": dict(family="llama", hidden_size=48, num_attention_heads=6, num_key_value_heads=3, head_dim=16, rope_theta=1e4),
+    "llama": dict(
+        family="llama",
+        hidden_size=48,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=16,
+        rope_theta=1e4,
+    ),
     "smollm2": dict(
-        family="llama", hidden_size=36, num_attention_heads=9, num_key_value_heads=3, head_dim=4, tie_word_embeddings=True
+        family="llama",
+        hidden_size=36,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=4,
+        tie_word_embeddings=True,
     ),
 }
 NO_THINKING = {"<think>": "<idea>", "</think>": "</idea>"}  # for `changed_tokenizer`
@@ -46,7 +69,10 @@ def reference_model(seed: int = 0, family: str = "qwen3", **shape) -> transforme
 
     Norm weights and biases are drawn from [0.5, 2]: all ones or zeros would hide one in the wrong place.
     """
-    shape = dict(vocab_size=83, hidden_size=44, intermediate_size=52, num_hidden_layers=2, rms_norm_eps=1e-6) | shape
+    shape = (
+        dict(vocab_size=83, hidden_size=44, intermediate_size=52, num_hidden_layers=2, rms_norm_eps=1e-6)
+        | shape
+    )
     rope_theta = shape.pop("rope_theta", 1e6)
     config_class, model_class = FAMILIES[family]
     config = config_class(
@@ -109,5 +135,7 @@ def smollm2_folder() -> Path:
     """The folder that `python -m experiments.real.weights` writes; the test is skipped where it is not at hand."""
     folder = Path(os.environ.get("SMOLLM2_FILES", ROOT / "runs" / "smollm2-base"))
     if not (folder / "model.safetensors").exists():
-        pytest.skip("needs SmolLM2: python -m experiments.real.weights, or set SMOLLM2_FILES to a folder that has it")
+        pytest.skip(
+            "needs SmolLM2: python -m experiments.real.weights, or set SMOLLM2_FILES to a folder that has it"
+        )
     return folder

@@ -19,7 +19,17 @@ OFTEN = ["--evaluation.every", "20", "--checkpoint-every", "5"]  # of 2,000 step
 
 def watch(steps: int, run: Path) -> list[tuple[int, int, int]]:
     """(step, resident bytes, open files), twice a second, of a run in a process of its own."""
-    command = [sys.executable, "train.py", "smoke", "--plain", "--out", str(run), "--stages.0.steps", str(steps), *OFTEN]
+    command = [
+        sys.executable,
+        "train.py",
+        "smoke",
+        "--plain",
+        "--out",
+        str(run),
+        "--stages.0.steps",
+        str(steps),
+        *OFTEN,
+    ]
     seen = []
     with open(run.with_suffix(".log"), "w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
@@ -55,7 +65,9 @@ def main(steps: int = 2000, growth: float = 0.02) -> None:
         parts.append((median(memory for memory, _ in part), min(files for _, files in part)))
         print(f"| {low:,} to {high:,} | {parts[-1][0] / 1e6:,.1f} | {parts[-1][1]} |")
     (before, files_before), (after, files_after) = parts[PARTS // 2], parts[-1]
-    print(f"\nmemory {100 * (after / before - 1):+.2f} %, open files {files_after - files_before:+d} over the last half")
+    print(
+        f"\nmemory {100 * (after / before - 1):+.2f} %, open files {files_after - files_before:+d} over the last half"
+    )
     if after > before * (1 + growth) or files_after > files_before:
         sys.exit("they grow")
 

@@ -22,7 +22,13 @@ from experiments.bases.attempts import (
     hopeless_problem,
 )
 from experiments.bases.attempts import WELL_FORMED_SHARE as TAGGED
-from experiments.bases.derivations import RIGHT_SHARE, WELL_FORMED_SHARE, derivation_document, right_step, wrong_steps
+from experiments.bases.derivations import (
+    RIGHT_SHARE,
+    WELL_FORMED_SHARE,
+    derivation_document,
+    right_step,
+    wrong_steps,
+)
 from experiments.bases.train import TINY_CALCULUS
 from lab.recipe import load_recipe
 from model import Tokenizer
@@ -114,7 +120,9 @@ def test_musing_documents_are_attempts_between_lines_of_no_use():
             follow(steps, problem.numbers)
         before.append(next(number for number, line in enumerate(lines) if line not in MUSING))
         between.append((sum(line in MUSING for line in lines[before[-1] :]), len(thoughts) - 1))
-    assert min(before) == FIRST_MUSING and sum(before) / len(before) == pytest.approx(FIRST_MUSING + MORE_MUSING, rel=0.1)
+    assert min(before) == FIRST_MUSING and sum(before) / len(before) == pytest.approx(
+        FIRST_MUSING + MORE_MUSING, rel=0.1
+    )
     useless, pauses = map(sum, zip(*between, strict=True))
     assert useless / pauses == pytest.approx(BETWEEN, rel=0.1)
 
@@ -125,7 +133,9 @@ def test_most_documents_are_well_formed_after_few_and_many_attempts_with_every_o
         lengths = [len(lines) for lines, _, form in documents if form is well_formed]
         assert len(lengths) / len(documents) == pytest.approx(share, abs=0.07)
         assert min(lengths) == 1 and max(lengths) > 8 and len(set(lengths)) > 8
-    operators = Counter(step[1] for lines, _, _ in documents for steps, _ in lines for step in STEP.findall(steps))
+    operators = Counter(
+        step[1] for lines, _, _ in documents for steps, _ in lines for step in STEP.findall(steps)
+    )
     assert set(operators) == set("+-*/") and min(operators.values()) > 100
     # The chance to stop is the same after any attempt, so that length says nothing about success.
     counts = [len(lines) for lines, _, _ in documents]
@@ -154,9 +164,13 @@ def test_exercises_are_right_show_equality_and_pose_no_problem():
             step, verdict = line.split(" ", 1)
             claim, value = step.split("=")
             assert evaluate_expression(claim) == int(value)
-            assert verdict == ("too low" if int(value) < number else "too high" if int(value) > number else "equal")
+            assert verdict == (
+                "too low" if int(value) < number else "too high" if int(value) > number else "equal"
+            )
             verdicts[verdict] += 1
-        assert [line.endswith("equal") for line in lines.splitlines()[:-1]].count(True) == 0  # it stops at the first
+        assert [line.endswith("equal") for line in lines.splitlines()[:-1]].count(
+            True
+        ) == 0  # it stops at the first
         assert comparison_prompt(number) == f"Compare with {number}."
     assert min(verdicts.values()) > 150
 
@@ -215,7 +229,12 @@ def test_the_calculus_recipe_matches_the_base_and_its_longest_document_fits_with
     lengths = [len(tokenizer.encode(document)) for _, document in derivations(2000)]
     assert 60 < max(lengths) <= recipe.sampling.max_new_tokens
     for problem, document in derivations(50):
-        for piece in [*re.findall(r"\d+(?=x|\b)(?<!\^\d)", document), *re.findall(r"x\^\d", document), " -> ", "</think>"]:
+        for piece in [
+            *re.findall(r"\d+(?=x|\b)(?<!\^\d)", document),
+            *re.findall(r"x\^\d", document),
+            " -> ",
+            "</think>",
+        ]:
             assert len(tokenizer.encode(piece)) == 1, piece
         assert len(tokenizer.encode(TINY_CALCULUS.prompt(problem))) <= 2 + 4 * 3
         assert tokenizer.decode(tokenizer.encode(document)) == document

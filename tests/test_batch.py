@@ -10,7 +10,15 @@ from reference import FAMILIES, SHAPES, reference_model, same_weights
 
 import rl.batch
 from model import PackedGroup
-from rl.batch import Sample, completion_logprobs, make_batch, micro_batches, packed_group, prompt_groups, stream_tokens
+from rl.batch import (
+    Sample,
+    completion_logprobs,
+    make_batch,
+    micro_batches,
+    packed_group,
+    prompt_groups,
+    stream_tokens,
+)
 
 PAD = 0  # what make_batch fills with
 
@@ -28,13 +36,17 @@ def test_shift_and_mask_by_hand():
     assert batch.logit_positions.tolist() == [[5, 6, 0, 0], [7, 0, 0, 0], [1, 2, 3, 4]]
     assert batch.target_ids.tolist() == [[7, PAD, PAD, PAD], [7, PAD, PAD, PAD], [1, 2, 3, 4]]
     assert batch.mask.tolist() == [[True, True, False, False], [True, False, False, False], [True] * 4]
-    torch.testing.assert_close(batch.old_logprobs, torch.tensor([[-0.7, -0.8, 0, 0], [-0.1, 0, 0, 0], [-1, -2, -3, -4]]))
+    torch.testing.assert_close(
+        batch.old_logprobs, torch.tensor([[-0.7, -0.8, 0, 0], [-0.1, 0, 0, 0], [-1, -2, -3, -4]])
+    )
     assert batch.advantages.tolist() == [1.5, 0.5, -0.5]
     sft = make_batch([Sample([1], [2, 3])])
     assert not sft.old_logprobs.any() and not sft.advantages.any() and sft.mask.all()
 
 
-GROUPS = st.lists(st.tuples(st.integers(1, 6), st.lists(st.integers(1, 30), min_size=1, max_size=6)), min_size=1, max_size=5)
+GROUPS = st.lists(
+    st.tuples(st.integers(1, 6), st.lists(st.integers(1, 30), min_size=1, max_size=6)), min_size=1, max_size=5
+)
 
 
 def grouped_samples(shapes, vocab: int = 48, seed: int = 0) -> list[Sample]:
@@ -43,7 +55,10 @@ def grouped_samples(shapes, vocab: int = 48, seed: int = 0) -> list[Sample]:
     samples = []
     for prompt_length, lengths in shapes:
         prompt = rng.integers(0, vocab, prompt_length).tolist()
-        samples += [Sample(prompt, rng.integers(0, vocab, n).tolist(), rng.normal(-4, 1, n).tolist(), 1.0) for n in lengths]
+        samples += [
+            Sample(prompt, rng.integers(0, vocab, n).tolist(), rng.normal(-4, 1, n).tolist(), 1.0)
+            for n in lengths
+        ]
     return [samples[i] for i in rng.permutation(len(samples))]
 
 
@@ -56,7 +71,9 @@ def test_shared_prompts_change_neither_loss_nor_gradient(seed, shapes):
     weights = [torch.linspace(-1, 2, len(sample.completion_ids), dtype=torch.float64) for sample in samples]
     batch = make_batch(samples)
     logprobs = completion_logprobs(model, batch)
-    loss = sum((row[mask] * weight).sum() for row, mask, weight in zip(logprobs, batch.mask, weights, strict=True))
+    loss = sum(
+        (row[mask] * weight).sum() for row, mask, weight in zip(logprobs, batch.mask, weights, strict=True)
+    )
     loss.backward()
     packed = gradients(model)
     plain = 0
@@ -121,7 +138,9 @@ def test_packed_gradients_equal_those_of_transformers(name):
 
 def test_only_completion_tokens_go_through_the_output_head(monkeypatch):
     seen, original = [], rl.batch.target_logprobs
-    monkeypatch.setattr(rl.batch, "target_logprobs", lambda *options: seen.append(len(options[0])) or original(*options))
+    monkeypatch.setattr(
+        rl.batch, "target_logprobs", lambda *options: seen.append(len(options[0])) or original(*options)
+    )
     completion_logprobs(random_model(), make_batch([Sample([5] * 20, [7, 8, 9]), Sample([1], [2])]))
     assert seen == [4]
 

@@ -34,7 +34,10 @@ def grouped(decoder, prompts, num_samples, max_new_tokens, static) -> GroupCache
 
 def alone(decoder, prompts, prompt_index, own) -> torch.Tensor:
     """Logits after each row's prompt and own tokens, each row by itself and without a cache: [rows, vocab]."""
-    rows = [torch.tensor([prompts[number] + ids.tolist()]) for number, ids in zip(prompt_index.tolist(), own, strict=True)]
+    rows = [
+        torch.tensor([prompts[number] + ids.tolist()])
+        for number, ids in zip(prompt_index.tolist(), own, strict=True)
+    ]
     return torch.cat([decoder(row)[:, -1] for row in rows])
 
 
@@ -46,13 +49,19 @@ def decode(decoder, cache, own, steps) -> torch.Tensor:
     return logits
 
 
-KEPT = {0: [0, 1, 2, 3, 6, 7, 8], 2: [0, 1, 2, 4, 6], 5: [3, 4]}  # step -> rows kept before it; at the end one prompt is left
+KEPT = {
+    0: [0, 1, 2, 3, 6, 7, 8],
+    2: [0, 1, 2, 4, 6],
+    5: [3, 4],
+}  # step -> rows kept before it; at the end one prompt is left
 
 
 @pytest.mark.parametrize("static_block", [None, 1, 3])
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_every_step_gives_the_logits_of_an_uncached_forward_whatever_rows_were_dropped(shape, static_block, monkeypatch):
+def test_every_step_gives_the_logits_of_an_uncached_forward_whatever_rows_were_dropped(
+    shape, static_block, monkeypatch
+):
     monkeypatch.setitem(BLOCK, "cpu", static_block or 1)
     decoder = same_weights(reference_model(seed=3, **SHAPES[shape]))
     cache, own = grouped(decoder, PROMPTS, 3, 7, static=bool(static_block)), random_ids(9, 7, seed=4)
@@ -87,7 +96,9 @@ def test_unused_slots_have_no_influence(decoder, static):
 @torch.no_grad()
 def test_a_prompt_is_stored_once_and_blocks_are_added_without_copying(num_samples, decoder, monkeypatch):
     monkeypatch.setitem(BLOCK, "cpu", 4)
-    token = 2 * decoder.config.num_hidden_layers * decoder.config.num_key_value_heads * decoder.config.head_dim
+    token = (
+        2 * decoder.config.num_hidden_layers * decoder.config.num_key_value_heads * decoder.config.head_dim
+    )
     rows = 3 * num_samples
     cache, own, addresses = grouped(decoder, PROMPTS, num_samples, 10, static=True), random_ids(rows, 10), []
 

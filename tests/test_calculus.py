@@ -145,7 +145,20 @@ def test_rows_round_trip_through_json_and_zeros_at_the_end_make_no_other_problem
 def test_typed_problems():
     assert TASK.parse_input("3x^4 - 2x^3 + 5x + 7") == PROBLEM
     assert TASK.parse_input(" x^2 ; 2 ") == Derivative((0, 0, 1), 2)
-    for text in ("", "x^2 + ", "0", "x; 0", "x; 9", "x; two", "x; -1", "x; ²", "x; 11", "x;1;1", "x^50", "1, 2, 3"):
+    for text in (
+        "",
+        "x^2 + ",
+        "0",
+        "x; 0",
+        "x; 9",
+        "x; two",
+        "x; -1",
+        "x; ²",
+        "x; 11",
+        "x;1;1",
+        "x^50",
+        "1, 2, 3",
+    ):
         with pytest.raises(ValueError, match="type a polynomial such as"):
             TASK.parse_input(text)
 

@@ -15,7 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lab.checkpoint
-from lab.checkpoint import TrainState, checkpoints, damage, load_state, newest_checkpoint, prune_checkpoints, save_checkpoint
+from lab.checkpoint import (
+    TrainState,
+    checkpoints,
+    damage,
+    load_state,
+    newest_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from lab.recipe import Recipe, RecipeError
 from model import Tokenizer, load_model
 from model.weights import TINY
@@ -59,7 +67,13 @@ def kill_at(monkeypatch, count: int) -> list[int]:
 
         return call
 
-    for owner, name in ((os, "replace"), (os, "fsync"), (shutil, "rmtree"), (Path, "write_text"), (lab.checkpoint, "digest")):
+    for owner, name in (
+        (os, "replace"),
+        (os, "fsync"),
+        (shutil, "rmtree"),
+        (Path, "write_text"),
+        (lab.checkpoint, "digest"),
+    ):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
     return left
 
@@ -97,7 +111,9 @@ def test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_is_taken(tmp
             assert newest_checkpoint(tmp_path, said.append) == whole
             assert len(said) == 1 and "step_0020 is damaged" in said[0] and "step_0020.damaged" in said[0]
             assert file == "sha256.json" or file in said[0]
-            assert (tmp_path / "checkpoints" / "step_0020.damaged").is_dir() and checkpoints(tmp_path) == [whole]
+            assert (tmp_path / "checkpoints" / "step_0020.damaged").is_dir() and checkpoints(tmp_path) == [
+                whole
+            ]
 
 
 def test_without_a_whole_checkpoint_there_is_none(tmp_path, parts):
@@ -113,10 +129,16 @@ def test_a_full_disk_leaves_what_was_there_and_says_so(tmp_path, parts, monkeypa
     def full(path, *arguments, **options):
         raise OSError(28, "No space left on device", str(path))
 
-    for module, name in ((lab.checkpoint.safetensors.torch, "save_file"), (Path, "write_text"), (os, "fsync")):
+    for module, name in (
+        (lab.checkpoint.safetensors.torch, "save_file"),
+        (Path, "write_text"),
+        (os, "fsync"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, full)
-            with pytest.raises(RecipeError, match=r"step_0020 cannot be written \(No space left on device\).*--resume"):
+            with pytest.raises(
+                RecipeError, match=r"step_0020 cannot be written \(No space left on device\).*--resume"
+            ):
                 save(tmp_path, 20, parts)
         assert newest_checkpoint(tmp_path) == kept
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_0010"]

@@ -26,7 +26,14 @@ from model import load_model, save_model
 from rl.rollout import SamplingSettings
 
 ROOT = Path(__file__).parent.parent
-TIMES = {"rollout_seconds", "update_seconds", "checkpoint_seconds", "tokens_per_second", "peak_memory_bytes", "eval_seconds"}
+TIMES = {
+    "rollout_seconds",
+    "update_seconds",
+    "checkpoint_seconds",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "eval_seconds",
+}
 
 
 def run_command(*arguments, **options) -> subprocess.CompletedProcess:
@@ -54,15 +61,26 @@ def smoke_run(tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_what_the_readme_says_and_its_metrics_agree_with_its_rollouts(smoke_run):
-    for name in ("config.json", "curve.md", "curve.png", "report.html", "traces.jsonl", "rollouts/step_0001.jsonl"):
+    for name in (
+        "config.json",
+        "curve.md",
+        "curve.png",
+        "report.html",
+        "traces.jsonl",
+        "rollouts/step_0001.jsonl",
+    ):
         assert (smoke_run / name).stat().st_size > 0, name
     assert list(smoke_run.glob("events.out.tfevents*"))
     rows = RunFolder(smoke_run).metrics()
     assert [row["step"] for row in rows] == list(range(len(rows)))
     assert list(dict.fromkeys(row["kind"] for row in rows)) == ["grpo", "sft"]
     assert all("eval_accuracy" in row for row in (rows[0], rows[2], rows[-1]))
-    rollouts = [json.loads(line) for line in (smoke_run / "rollouts" / "step_0001.jsonl").read_text().splitlines()]
-    assert rows[1]["reward_mean"] == pytest.approx(sum(rollout["reward"] for rollout in rollouts) / len(rollouts))
+    rollouts = [
+        json.loads(line) for line in (smoke_run / "rollouts" / "step_0001.jsonl").read_text().splitlines()
+    ]
+    assert rows[1]["reward_mean"] == pytest.approx(
+        sum(rollout["reward"] for rollout in rollouts) / len(rollouts)
+    )
     assert rows[1]["tokens"] == sum(rollout["tokens"] for rollout in rollouts)
     assert rows[1].keys() >= TIMES - {"eval_seconds"} | {"grad_norm", "policy_entropy", "pass_at_8"}
     assert not [path for path in smoke_run.rglob("*") if path.suffix in (".pt", ".pth", ".bin", ".pkl")]
@@ -88,7 +106,9 @@ def evaluated(capsys, *models, **options) -> dict:
 
 def test_eval_puts_models_side_by_side_on_the_same_problems(smoke_run, tmp_path, capsys):
     first, *_, last = checkpoints(smoke_run)
-    finished = run_command("eval.py", first, last, "--count", 8, "--samples", 2, "--json", tmp_path / "found.json")
+    finished = run_command(
+        "eval.py", first, last, "--count", 8, "--samples", 2, "--json", tmp_path / "found.json"
+    )
     assert finished.returncode == 0, finished.stderr
     for word in (
         "accuracy, sampled",
@@ -119,7 +139,9 @@ def test_an_unknown_option_ends_with_exit_code_2_and_its_name(capsys):
     assert exit_.value.code == 2 and "stepps" in capsys.readouterr().err
 
 
-def test_a_second_run_in_a_folder_is_refused_and_so_is_an_evaluation_on_more_than_was_held_out(smoke_run, capsys):
+def test_a_second_run_in_a_folder_is_refused_and_so_is_an_evaluation_on_more_than_was_held_out(
+    smoke_run, capsys
+):
     message = fails(capsys, lambda: train(smoke("--out", smoke_run).recipe))
     assert str(smoke_run) in message and "--resume" in message
     message = fails(capsys, lambda: evaluated(capsys, checkpoints(smoke_run)[-1], count=33))
@@ -128,7 +150,14 @@ def test_a_second_run_in_a_folder_is_refused_and_so_is_an_evaluation_on_more_tha
 
 LOW_PRECISION = {
     "adapters over int8": ["--adapters.rank", 4],
-    "bfloat16 by chance": ["--dtype", "bfloat16", "--optimizer.kind", "adamw8bit", "--optimizer.rounding", "stochastic"],
+    "bfloat16 by chance": [
+        "--dtype",
+        "bfloat16",
+        "--optimizer.kind",
+        "adamw8bit",
+        "--optimizer.rounding",
+        "stochastic",
+    ],
 }
 
 
@@ -136,7 +165,12 @@ LOW_PRECISION = {
 def test_a_run_in_low_precision_resumes_bit_for_bit_and_leaves_plain_checkpoints(kind, tmp_path):
     """Stopped within the second stage; activation checkpointing, switched on then, changes nothing either."""
     pytest.importorskip("bitsandbytes")
-    few = ["--evaluation.problems", 2, "--evaluation.final-problems", 2]  # bfloat16 is slow where it is emulated
+    few = [
+        "--evaluation.problems",
+        2,
+        "--evaluation.final-problems",
+        2,
+    ]  # bfloat16 is slow where it is emulated
     few += ["--stages.0.prompts-per-step", 2, "--stages.2.prompts-per-step", 2]
     options = [*LOW_PRECISION[kind], *few, "--keep-checkpoints", 99]
     train(smoke("--out", tmp_path / "whole", *options).recipe, quiet=True)
@@ -149,13 +183,17 @@ def test_a_run_in_low_precision_resumes_bit_for_bit_and_leaves_plain_checkpoints
         file.write('{"step": 99, "cut sho')  # as a crash leaves it
     again = smoke("--out", copy, *options, "--optimizer.activation-checkpointing")
     train(again.recipe, resume=True, quiet=True)
-    ours, theirs = (safetensors.torch.load_file(run / "model.safetensors") for run in (whole[-1], checkpoints(copy)[-1]))
+    ours, theirs = (
+        safetensors.torch.load_file(run / "model.safetensors") for run in (whole[-1], checkpoints(copy)[-1])
+    )
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert timeless(copy) == timeless(tmp_path / "whole")
     start = load_model("tiny-256")[0].state_dict()
     saved = load_model(whole[-1])[0]  # a plain model in Hugging Face's layout, which has learned something
     assert saved.state_dict().keys() == start.keys()
-    assert any(not torch.equal(tensor, start[name].to(tensor.dtype)) for name, tensor in saved.state_dict().items())
+    assert any(
+        not torch.equal(tensor, start[name].to(tensor.dtype)) for name, tensor in saved.state_dict().items()
+    )
 
 
 def test_settings_of_memory_and_speed_may_change_on_resume_and_no_others(smoke_run, capsys):
@@ -179,7 +217,10 @@ def test_a_mistake_ends_in_one_line_that_names_it_and_leaves_no_run(tmp_path, ca
     cut.write_bytes(cut.read_bytes()[:100_000])
     for overrides, words in [
         (("--model", "./no-such/folder"), ["no-such/folder"]),
-        (("--model", "nobody/no-such-model"), ["nobody/no-such-model", "tiny"]),  # what works without a network
+        (
+            ("--model", "nobody/no-such-model"),
+            ["nobody/no-such-model", "tiny"],
+        ),  # what works without a network
         (("--model", tmp_path), ["mistral"]),
         (("--model", tmp_path / "cut"), ["model.safetensors"]),
         (("--problems", tmp_path / "empty.jsonl"), ["empty.jsonl"]),
@@ -197,13 +238,24 @@ def test_a_mistake_ends_in_one_line_that_names_it_and_leaves_no_run(tmp_path, ca
 def qwen2(tmp_path) -> Path:
     """A random Qwen2 whose tokenizer knows no `<think>`, as a folder."""
     tokenizer = changed_tokenizer(tmp_path / "tokenizer", NO_THINKING)
-    shape = dict(vocab_size=len(tokenizer), hidden_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    shape = dict(
+        vocab_size=len(tokenizer), hidden_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8
+    )
     save_model(tmp_path / "qwen2", same_weights(reference_model(family="qwen2", **shape)), tokenizer)
     return tmp_path / "qwen2"
 
 
 def test_a_model_that_knows_no_thinking_trains_and_evaluates_without(qwen2, tmp_path, capsys):
-    options = ("--model", qwen2, "--problems", "generated", "--sampling.max-new-tokens", 8, "--out", tmp_path / "run")
+    options = (
+        "--model",
+        qwen2,
+        "--problems",
+        "generated",
+        "--sampling.max-new-tokens",
+        8,
+        "--out",
+        tmp_path / "run",
+    )
     message = fails(capsys, lambda: train(smoke(*options).recipe, plain=True))
     assert "no <think>" in message and "--sampling.no-thinking" in message
     train(smoke(*options, "--sampling.no-thinking").recipe, quiet=True)
@@ -219,15 +271,33 @@ def test_a_model_that_knows_no_thinking_trains_and_evaluates_without(qwen2, tmp_
 def test_a_run_says_that_its_model_has_no_chat_template(qwen2, tmp_path, capsys):
     path = qwen2 / "tokenizer_config.json"
     path.write_text(json.dumps({"eos_token": "<|im_end|>"}))
-    options = ("--model", qwen2, "--problems", "generated", "--sampling.max-new-tokens", 8, "--sampling.no-thinking")
+    options = (
+        "--model",
+        qwen2,
+        "--problems",
+        "generated",
+        "--sampling.max-new-tokens",
+        8,
+        "--sampling.no-thinking",
+    )
     train(replace(smoke(*options, "--out", tmp_path / "run").recipe, stages=()), plain=True)
     assert "prompts   ChatML, since the model comes without a chat template" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("template", ["{{ ''.__class__.__mro__ }}", "{% for i in range(1000000000) %}{% endfor %}"])
+@pytest.mark.parametrize(
+    "template", ["{{ ''.__class__.__mro__ }}", "{% for i in range(1000000000) %}{% endfor %}"]
+)
 def test_a_hostile_chat_template_is_one_line(template, qwen2, tmp_path, capsys):
     (qwen2 / "chat_template.jinja").write_text(template)
-    options = ("--model", qwen2, "--problems", "generated", "--sampling.no-thinking", "--out", tmp_path / "run")
+    options = (
+        "--model",
+        qwen2,
+        "--problems",
+        "generated",
+        "--sampling.no-thinking",
+        "--out",
+        tmp_path / "run",
+    )
     assert "template" in fails(capsys, lambda: train(smoke(*options).recipe))
     assert "template" in fails(capsys, lambda: evaluated(capsys, qwen2, count=4, problems="generated"))
 
@@ -252,9 +322,15 @@ def test_the_base_muses_and_calculates_and_what_is_trained_from_it_solves():
 
     def evaluated(name: str, count: int, tokens: int) -> Evaluation:
         sampling = replace(recipe.sampling, max_new_tokens=tokens)
-        return evaluate(*load_model(name), recipe.task, problems[:count], sampling=sampling, num_samples=1, seed=1)
+        return evaluate(
+            *load_model(name), recipe.task, problems[:count], sampling=sampling, num_samples=1, seed=1
+        )
 
-    short, long, trained = evaluated("tiny", 256, 256), evaluated("tiny", 96, 1024), evaluated("tiny-256", 128, 256)
+    short, long, trained = (
+        evaluated("tiny", 256, 256),
+        evaluated("tiny", 96, 1024),
+        evaluated("tiny-256", 128, 256),
+    )
     assert short.accuracy < 0.015 and short.truncated_fraction > 0.85 and long.truncated_fraction < 0.4
     assert trained.accuracy > 0.5
     steps = [step for [rollout] in long.groups for step in re.findall(r"(\d+[-+*/]\d+)=(\d+)", rollout.text)]
@@ -273,7 +349,9 @@ def test_the_base_muses_and_calculates_and_what_is_trained_from_it_solves():
         (["256", "--model", ""], False, "", "runs/256"),
     ],
 )
-def test_the_last_model_named_counts_and_auto_is_the_one_that_the_task_has(monkeypatch, arguments, cuda, model, out):
+def test_the_last_model_named_counts_and_auto_is_the_one_that_the_task_has(
+    monkeypatch, arguments, cuda, model, out
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     recipe = train_command.parse([*arguments, "--quiet"]).recipe
     assert (recipe.model, recipe.out) == (model, out)

@@ -46,7 +46,9 @@ def test_measures_by_hand():
 
 
 def test_a_difference_is_taken_problem_by_problem():
-    found = difference(candidate(WORSE, greedy=[g[:1] for g in WORSE], name="before"), candidate(GROUPS, name="after"))
+    found = difference(
+        candidate(WORSE, greedy=[g[:1] for g in WORSE], name="before"), candidate(GROUPS, name="after")
+    )
     assert (found["from"], found["to"]) == ("before", "after")
     assert found["accuracy"]["mean"] == pytest.approx((0.75 + 0.25) / 4)
     assert found["accuracy"]["low"] == 0 and found["accuracy"]["high"] == pytest.approx(0.5625, abs=0.07)
@@ -60,7 +62,10 @@ def test_the_table_has_a_column_a_model_and_says_the_difference_in_points():
     text = shown([worse, better], [difference(worse, better)])
     rows = {line.split("│")[1].strip(): line for line in text.splitlines() if line.count("│") > 2}
     assert "25.0 %" in rows["accuracy, sampled"] and "50.0 % (15.0 to 85.0)" in rows["accuracy, sampled"]
-    assert "+25.0 points" in rows["sampled, against the first"] and "+0.0 points" in rows["greedy, against the first"]
+    assert (
+        "+25.0 points" in rows["sampled, against the first"]
+        and "+0.0 points" in rows["greedy, against the first"]
+    )
     assert "87.5 %" in rows["3 numbers, + and - suffice (2)"]
     assert "75.0 %" in rows["pass@4"] and "pass@8" not in text
     single = shown([candidate(FIRST_ONLY)])
@@ -88,7 +93,10 @@ def test_wilson_interval_lies_in_0_to_1_around_the_share_and_solves_its_equation
 
 
 def test_a_bootstrap_of_few_values_has_their_quantiles_and_one_of_many_is_the_normal_interval():
-    assert bootstrap_interval([0.0, 1.0]) == (0.0, 1.0)  # means of 0, 1/2 and 1 in a quarter, a half and a quarter of the draws
+    assert bootstrap_interval([0.0, 1.0]) == (
+        0.0,
+        1.0,
+    )  # means of 0, 1/2 and 1 in a quarter, a half and a quarter of the draws
     assert bootstrap_interval([0.25] * 7) == (0.25, 0.25)
     values = [1.0] * 300 + [0.0] * 500 + [-1.0] * 224
     mean = sum(values) / 1024

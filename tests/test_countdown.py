@@ -63,7 +63,9 @@ def test_the_prompt_is_this_line():
     )
 
 
-@pytest.mark.parametrize("wanted", [Countdown(), Countdown(1, 20, 10, 50, 1 / 3), Countdown(2, 6, 1, 12, 0.25)])
+@pytest.mark.parametrize(
+    "wanted", [Countdown(), Countdown(1, 20, 10, 50, 1 / 3), Countdown(2, 6, 1, 12, 0.25)]
+)
 def test_generated_problems_are_different_in_range_and_solvable_in_whole_steps(wanted):
     problems = wanted.generate(60, 1)
     assert len({problem.key for problem in problems}) == len(problems) == 60
@@ -78,7 +80,9 @@ def test_generated_problems_are_different_in_range_and_solvable_in_whole_steps(w
 
 def test_the_generator_reaches_every_problem_its_settings_hold():
     triples = {tuple(sorted(triple)) for triple in product(range(1, 6), repeat=3)}
-    expected = {(t, triple) for triple in triples for t in range(1, 11) if t in every_value(triple, whole_steps=True)}
+    expected = {
+        (t, triple) for triple in triples for t in range(1, 11) if t in every_value(triple, whole_steps=True)
+    }
     problems = Countdown(1, 5, 1, 10, 0.0).generate(len(expected), 0)
     assert {problem.key for problem in problems} == expected
 
@@ -89,13 +93,20 @@ def test_the_seed_decides_the_problems_and_neither_the_process_nor_the_global_ra
     assert random.getstate() == before and problems != str(generate_problems(50, 4))
     code = "from data import generate_problems; print(generate_problems(50, 3))"  # in a process where hashes of strings differ
     root = Path(__file__).parents[1]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout.strip() == problems
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout.strip()
+        == problems
+    )
 
 
 @pytest.mark.parametrize(
     ("count", "wanted", "message"),
     [
-        (1000, Countdown(1, 3, 10, 20, 0.0), r"only \d+ of 1000 different problems, no more with 3 numbers; ask for fewer"),
+        (
+            1000,
+            Countdown(1, 3, 10, 20, 0.0),
+            r"only \d+ of 1000 different problems, no more with 3 numbers; ask for fewer",
+        ),
         (1, Countdown(1, 2, 5000, 5001, 1.0), "only 0 of 1 different problems, no more with 4 numbers"),
     ],
 )
@@ -129,7 +140,11 @@ def test_the_solver_finds_a_solution_exactly_where_there_is_one():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(1, 99), min_size=2, max_size=4), st.integers(1, 100), st.sampled_from(["+-*/", "+-", "*-"]))
+@given(
+    st.lists(st.integers(1, 99), min_size=2, max_size=4),
+    st.integers(1, 100),
+    st.sampled_from(["+-*/", "+-", "*-"]),
+)
 def test_a_solution_always_scores_correct_and_uses_only_the_operators_asked_for(numbers, target, operators):
     problem = Problem(numbers, target)
     solution = solve(problem, operators)
@@ -169,7 +184,9 @@ def test_the_papers_accuracies_stand_under_its_limits_of_new_tokens():
 
 def test_what_a_recipe_a_file_and_a_user_call_it():
     task = Countdown()
-    assert task.kind == "countdown" and task.problem_from_row(json.loads(task.file_format.example)) == Problem((79, 60, 17), 36)
+    assert task.kind == "countdown" and task.problem_from_row(
+        json.loads(task.file_format.example)
+    ) == Problem((79, 60, 17), 36)
     assert task.parse_input("79,60 17->36") == Problem((79, 60, 17), 36)
     assert len(Problem((1, 2, 3, 4, 5, 6), 7).numbers) == 6
     assert task.parse_input("999999999 1 2").numbers[0] == 999_999_999
@@ -219,7 +236,9 @@ def test_worked_solutions_differ_in_the_number_of_wrong_attempts_and_follow_the_
     assert len({text.partition("<answer>")[2] for text in texts}) > 1  # more than one way
 
 
-@pytest.mark.parametrize("numbers, target", [((1, 2), 9), ((3, 3, 8, 8), 24)])  # 8 / (3 - 8 / 3) has no whole steps
+@pytest.mark.parametrize(
+    "numbers, target", [((1, 2), 9), ((3, 3, 8, 8), 24)]
+)  # 8 / (3 - 8 / 3) has no whole steps
 def test_a_problem_without_a_solution_in_whole_steps_has_no_worked_one(numbers, target):
     assert worked_solution(TASK, Problem(numbers, target), False, random.Random(0)) is None
 

@@ -81,7 +81,9 @@ def test_updates_move_weights_as_on_the_cpu(device, dtype, kind, rounding):
         for _ in range(5):
             completion_logprobs(model, batch)[batch.mask].mean().neg().backward()
             optimizer.step(0.02)
-        moved[place] = torch.cat([(new - before[name]).flatten().float().cpu() for name, new in weights(model).items()])
+        moved[place] = torch.cat(
+            [(new - before[name]).flatten().float().cpu() for name, new in weights(model).items()]
+        )
     assert float((moved[device] - moved["cpu"]).norm() / moved["cpu"].norm()) < 0.1
 
 
@@ -97,14 +99,24 @@ def not_a_number(logits, *arguments):
 
 BROKEN = {  # a part of the check, what is broken, and the rows that have to notice
     "no causal mask": (gradient, "model.packed.causal_lower_right", lambda *sizes: None, ["packed gradient"]),
-    "small updates lost": (updates, "rl.optimizer.round_stochastically", lambda x, key: x.bfloat16(), ["stochastic"]),
+    "small updates lost": (
+        updates,
+        "rl.optimizer.round_stochastically",
+        lambda x, key: x.bfloat16(),
+        ["stochastic"],
+    ),
     "int8 weights off": (
         updates,
         "model.quantize.quantized",
         lambda linear: quantized(nn.Linear(*linear.weight.T.shape)),
         ["int8"],
     ),
-    "moments forgotten": (resuming, "lab.check.load_optimizer", lambda optimizer, folder: None, ["save, load, resume"]),
+    "moments forgotten": (
+        resuming,
+        "lab.check.load_optimizer",
+        lambda optimizer, folder: None,
+        ["save, load, resume"],
+    ),
     "log-probabilities are NaN": (decoding, "lab.decoding.token_logprobs", not_a_number, ["decoding"]),
     "keys not stored": (decoding, "model.cache.GroupCache.advance", lambda self, time: None, ["decoding"]),
 }
@@ -171,7 +183,8 @@ def test_a_run_on_a_gpu_compares_its_decoding_once_and_remembers(on_gpu):
 
 
 @pytest.mark.parametrize(
-    "fault, reason", [(BAD, "9 apart"), (RuntimeError("not permitted while capturing\nmore"), "not permitted")]
+    "fault, reason",
+    [(BAD, "9 apart"), (RuntimeError("not permitted while capturing\nmore"), "not permitted")],
 )
 def test_where_graphs_fail_or_disagree_a_run_goes_on_without_and_says_so(on_gpu, fault, reason):
     said, graphed = on_gpu(fault, GOOD)
@@ -204,7 +217,9 @@ def test_decoding_on_a_gpu_mixes_no_devices_and_waits_for_nothing():
 
     model, _ = load_model("tiny", dtype=torch.bfloat16)
     with torch.inference_mode():
-        batch = DecodeBatch(model, PROMPTS, torch.rand(3, 2, 80), torch.tensor([0]), TokenChoice(1.0, 5, 0.9), static=True)
+        batch = DecodeBatch(
+            model, PROMPTS, torch.rand(3, 2, 80), torch.tensor([0]), TokenChoice(1.0, 5, 0.9), static=True
+        )
         batch.start()
         with FakeTensorMode():
             for module in model.modules():

@@ -33,15 +33,26 @@ V4 = {  # as transformers 4 writes it
 }  # fmt: skip
 
 
-LLAMA = {name: value for name, value in V4.items() if name not in ("head_dim", "use_sliding_window", "max_window_layers")}
+LLAMA = {
+    name: value
+    for name, value in V4.items()
+    if name not in ("head_dim", "use_sliding_window", "max_window_layers")
+}
 LLAMA |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 48, "mlp_bias": False}
 QWEN2 = {name: value for name, value in V4.items() if name not in ("head_dim", "attention_bias")}
-QWEN2 |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 48, "sliding_window": 4096}
+QWEN2 |= {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 48,
+    "sliding_window": 4096,
+}
 
 
 def as_v5(v4: dict) -> dict:
     """The same configuration as transformers 5 writes it."""
-    v5 = {name: value for name, value in v4.items() if name not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    v5 = {
+        name: value for name, value in v4.items() if name not in ("rope_theta", "rope_scaling", "torch_dtype")
+    }
     return v5 | {
         "rope_parameters": {"rope_theta": v4["rope_theta"], "rope_type": "default"},
         "layer_types": ["full_attention"] * v4["num_hidden_layers"],
@@ -82,9 +93,13 @@ def test_gradients_of_cross_entropy_equal_transformers_for_every_parameter(name)
 def test_bfloat16_is_as_close_to_float32_as_transformers_own_bfloat16(tmp_path):
     reference = reference_model(seed=2, rope_theta=1e4, num_hidden_layers=3)
     reference.save_pretrained(tmp_path)
-    token_ids = random_ids(2, 900)  # at positions this far, angles kept in bfloat16 would be off by whole radians
+    token_ids = random_ids(
+        2, 900
+    )  # at positions this far, angles kept in bfloat16 would be off by whole radians
     # from_pretrained keeps the reference's rotary frequencies in float32; .to(bfloat16) would not
-    half = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation="eager")
+    half = transformers.Qwen3ForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, attn_implementation="eager"
+    )
     with torch.no_grad():
         exact = reference(token_ids).logits
         expected_error = (half(token_ids).logits.float() - exact).abs().mean()
@@ -109,7 +124,11 @@ def test_parameter_counts_of_the_published_sizes():
     for size, (_, parameters) in SIZES.items():
         with torch.device("meta"):
             model = Qwen3(config_of(size))
-        assert model.config.num_parameters() == sum(parameter.numel() for parameter in model.parameters()) == parameters
+        assert (
+            model.config.num_parameters()
+            == sum(parameter.numel() for parameter in model.parameters())
+            == parameters
+        )
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -117,7 +136,9 @@ def test_every_published_config_builds_what_transformers_builds(name):
     hf = json.loads(qwen3_file(f"configs/{name}.config.json").read_text())
     config = Qwen3Config.from_hf(hf)
     base = name.endswith("-Base")
-    expected = dataclasses.replace(config_of(name.split("-")[1]), max_position_embeddings=32768 if base else 40960)
+    expected = dataclasses.replace(
+        config_of(name.split("-")[1]), max_position_embeddings=32768 if base else 40960
+    )
     assert config == expected
     with torch.device("meta"):
         reference = transformers.Qwen3ForCausalLM(transformers.Qwen3Config.from_dict(hf))

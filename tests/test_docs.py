@@ -18,8 +18,17 @@ from rl import grpo_step
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "docs" / "one_step.ipynb"
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("docs/*.ipynb"), *ROOT.glob("benchmarks/*.md")])
-PRESENT = [document for document in DOCUMENTS if document.name not in ("LOG.md", "CHANGELOG.md")]  # these tell history
+DOCUMENTS = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("docs/*.ipynb"),
+        *ROOT.glob("benchmarks/*.md"),
+    ]
+)
+PRESENT = [
+    document for document in DOCUMENTS if document.name not in ("LOG.md", "CHANGELOG.md")
+]  # these tell history
 LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)|src(?:set)?=\"([^\"]+)\"")
 OPTION = re.compile(r"--([a-z]+(?:\.[a-z0-9-]+)+)")
 
@@ -46,7 +55,9 @@ def defined_names(source: str) -> set[str]:
 
     def add(body: list[ast.stmt], prefix: str = "") -> None:
         for node in body:
-            targets = getattr(node, "targets", [getattr(node, "target", node)])  # of an assignment; or a definition
+            targets = getattr(
+                node, "targets", [getattr(node, "target", node)]
+            )  # of an assignment; or a definition
             found = [getattr(target, "id", None) or getattr(target, "name", None) for target in targets]
             names.update(form for name in found if name for form in (name, prefix + name))
             if isinstance(node, ast.ClassDef):
@@ -58,7 +69,11 @@ def defined_names(source: str) -> set[str]:
 
 def named(text: str) -> list[str]:
     """The names of code in a link's text: `group_advantages`, `Optimizer.step`, `score(...)`; paths and options are none."""
-    return [match[1] for part in re.findall(r"`([^`]+)`", text) if (match := re.fullmatch(r"([A-Za-z_][\w.]*)(\(.*\))?", part))]
+    return [
+        match[1]
+        for part in re.findall(r"`([^`]+)`", text)
+        if (match := re.fullmatch(r"([A-Za-z_][\w.]*)(\(.*\))?", part))
+    ]
 
 
 def anchors(path: Path) -> set[str]:
@@ -74,10 +89,16 @@ def test_every_link_leads_to_a_file_and_every_name_in_it_is_defined_there(docume
         path = (document.parent / name).resolve() if name else document
         assert path.exists() and path.is_relative_to(ROOT), f"{document.name}: no {target}"
         if path.suffix == ".py":
-            missing = [name for name in named(text) if not name.endswith(".py") and name not in defined_names(path.read_text())]
+            missing = [
+                name
+                for name in named(text)
+                if not name.endswith(".py") and name not in defined_names(path.read_text())
+            ]
             assert not missing, f"{document.name}: {target} does not define {missing}"
         elif anchor and path.suffix == ".md":
-            assert anchor in anchors(path), f"{document.name}: {name or document.name} has no heading #{anchor}"
+            assert anchor in anchors(path), (
+                f"{document.name}: {name or document.name} has no heading #{anchor}"
+            )
 
 
 def test_the_readme_is_short_and_has_the_code_as_it_is():
@@ -91,10 +112,14 @@ def test_the_readme_is_short_and_has_the_code_as_it_is():
 
 def test_the_python_for_your_own_code_runs():
     namespace = {}
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "runs.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / "runs.md").read_text(), flags=re.DOTALL | re.MULTILINE
+    )
     for block in blocks:
         exec(block.replace("samples_per_prompt=16", "samples_per_prompt=2"), namespace)
-    assert len(blocks) == 2 and namespace["metrics"]["rollout_seconds"] > 0 and len(namespace["groups"][0]) == 2
+    assert (
+        len(blocks) == 2 and namespace["metrics"]["rollout_seconds"] > 0 and len(namespace["groups"][0]) == 2
+    )
 
 
 def test_links_and_names_are_found_trap_a_check_that_sees_nothing(tmp_path):
@@ -136,7 +161,9 @@ def test_every_file_and_every_option_of_a_recipe_that_a_document_names_exists(do
     for option in OPTION.findall(text):
         if document.name == "exercises.md" and option.split(".")[-1] in added:
             continue  # a solution's own
-        assert re.sub(r"^stages\.\d+", "stages.0", option) in options, f"{document.name}: no option --{option}"
+        assert re.sub(r"^stages\.\d+", "stages.0", option) in options, (
+            f"{document.name}: no option --{option}"
+        )
 
 
 def run_notebook(source: Path, target: Path) -> subprocess.CompletedProcess:
@@ -155,7 +182,9 @@ def test_the_notebooks_cells_run_in_order_and_their_asserts_hold(tmp_path):
 
 def test_a_cell_that_raises_is_noticed_trap_runner_that_passes_anything(tmp_path):
     path = tmp_path / "bad.ipynb"
-    path.write_text(json.dumps({"cells": [{"cell_type": "code", "source": ["x = 1\n", "assert x == 2"], "outputs": []}]}))
+    path.write_text(
+        json.dumps({"cells": [{"cell_type": "code", "source": ["x = 1\n", "assert x == 2"], "outputs": []}]})
+    )
     result = run_notebook(path, tmp_path / "out.ipynb")
     assert result.returncode != 0 and "code cell 1" in result.stderr and not (tmp_path / "out.ipynb").exists()
 

@@ -16,7 +16,18 @@ DRIFTED = "七十九 減 六十\n</think>\n<answer>79-60+17</answer>"
 
 
 @pytest.mark.parametrize(
-    "text", ["", "naïve é ß", "Đặng, ŁÓDŹ", "79 - 60 + 17 = 36", "\n\t </think>", "→ × ÷ ≠ √2 ½ ∞", "🙂👍🏽", "٣", "¿«»…—"]
+    "text",
+    [
+        "",
+        "naïve é ß",
+        "Đặng, ŁÓDŹ",
+        "79 - 60 + 17 = 36",
+        "\n\t </think>",
+        "→ × ÷ ≠ √2 ½ ∞",
+        "🙂👍🏽",
+        "٣",
+        "¿«»…—",
+    ],
 )
 def test_digits_symbols_and_accents_are_fine(text):
     assert non_latin(text) == 0
@@ -36,16 +47,24 @@ def rollout(text: str, settings: RewardSettings = RewardSettings()) -> Rollout:
     return Rollout(PROBLEM, [1], completion, text, verdict.outcome, reward)
 
 
-@pytest.mark.parametrize(("settings", "drifted"), [({}, 1.0), ({"latin_only": False}, 1.0), ({"latin_only": True}, 0.0)])
+@pytest.mark.parametrize(
+    ("settings", "drifted"), [({}, 1.0), ({"latin_only": False}, 1.0), ({"latin_only": True}, 0.0)]
+)
 def test_the_guard_gives_nothing_for_drift_and_leaves_the_verdict_alone(settings, drifted):
     group = [rollout(text, RewardSettings(**settings)) for text in (RIGHT, DRIFTED, "七")]
-    assert [(r.outcome, r.reward) for r in group] == [("correct", 1.0), ("correct", drifted), ("malformed", 0.0)]
+    assert [(r.outcome, r.reward) for r in group] == [
+        ("correct", 1.0),
+        ("correct", drifted),
+        ("malformed", 0.0),
+    ]
     metrics = rollout_metrics([group])
     assert metrics["reward_mean"] == pytest.approx((1 + drifted) / 3)
     assert metrics["train_accuracy"] == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize(("settings", "expected"), [({}, 0.75), ({"near_miss": True}, 0.75), ({"near_miss": False}, 0.1)])
+@pytest.mark.parametrize(
+    ("settings", "expected"), [({}, 0.75), ({"near_miss": True}, 0.75), ({"near_miss": False}, 0.1)]
+)
 def test_near_misses_earn_part_of_the_reward_unless_a_recipe_says_otherwise(settings, expected):
     near = score("</think><answer>79-60+17</answer>", Problem(PROBLEM.numbers, 37))
     assert near == Score(0.75, "near")

@@ -45,7 +45,9 @@ def answered(problem: Problem, *answers: str) -> list[Rollout]:
 
 
 GROUPS = [
-    answered(Problem((1, 2, 7), 10), "1+2+7", "7+1+2", "7+1+2", "7-1-2"),  # 3 of 4 correct, 3 different answers
+    answered(
+        Problem((1, 2, 7), 10), "1+2+7", "7+1+2", "7+1+2", "7-1-2"
+    ),  # 3 of 4 correct, 3 different answers
     answered(Problem((2, 5, 10), 100), "2*5*10", "", "", "2+5+10"),  # 1 of 4, 2 different
     answered(Problem((3, 5, 4), 12), "3+5+4", "3+5+4", "3+4+5", "5+4+3"),  # 4 of 4, 3 different
     answered(Problem((3, 3, 8, 8), 24), "", "", "", ""),  # only 8 / (3 - 8 / 3): none, none
@@ -84,14 +86,22 @@ def test_rollout_metrics_by_hand():
 
 
 def test_the_common_form_of_answers_by_hand():
-    answers = ["<answer>1+20*3</answer>", "x <answer>4 + 5*6</answer>", "<answer>7-8</answer>", "no answer", "<answer>"]
+    answers = [
+        "<answer>1+20*3</answer>",
+        "x <answer>4 + 5*6</answer>",
+        "<answer>7-8</answer>",
+        "no answer",
+        "<answer>",
+    ]
     assert common_form(answers) == ("n+n*n", pytest.approx(2 / 3))
     assert common_form(["<answer>1</answer><answer>2+3</answer>"]) == ("n+n", 1.0)  # the last one counts
     assert common_form(["", "<answer></answer>"]) == ("", 0.0)
 
 
 @pytest.mark.parametrize("final, sizes", [(7, [4, 7, 7]), (0, [4])])
-def test_a_run_ends_with_all_of_its_held_out_problems_as_sampled_and_greedy(monkeypatch, tmp_path, final, sizes):
+def test_a_run_ends_with_all_of_its_held_out_problems_as_sampled_and_greedy(
+    monkeypatch, tmp_path, final, sizes
+):
     evaluation = EvaluationSettings(problems=4, final_problems=final)
     recipe = load_recipe("256", "tiny")[1]
     recipe = replace(recipe, stages=(), out=str(tmp_path), generated_problems=40, evaluation=evaluation)
@@ -107,4 +117,6 @@ def test_a_run_ends_with_all_of_its_held_out_problems_as_sampled_and_greedy(monk
     assert calls == [(held_out[:n], temperature, 1) for n, temperature in zip(sizes, (1.0, 1.0, 0.0))]
     (row,) = RunFolder(tmp_path).metrics()
     finals = {"final_accuracy": 0.2, "final_greedy_accuracy": 0.3} if final else {}
-    assert {name: value for name, value in row.items() if name.endswith("accuracy")} == finals | {"eval_accuracy": 0.1}
+    assert {name: value for name, value in row.items() if name.endswith("accuracy")} == finals | {
+        "eval_accuracy": 0.1
+    }

@@ -68,9 +68,13 @@ def errors(tree, tmp_path_factory) -> dict[str, str | None]:
             result = git(patched, "apply", patch)
             assert result.returncode == 0, f"{patch.name}: {result.stderr}"
         lint(patched, patches)
-        result = python(patched, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *TOUCHED[number])
+        result = python(
+            patched, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *TOUCHED[number]
+        )
         assert result.returncode == 0, result.stdout
-        result = python(patched, "tests/exercise_checks.py", *(patch.name.partition("-")[0] for patch in patches))
+        result = python(
+            patched, "tests/exercise_checks.py", *(patch.name.partition("-")[0] for patch in patches)
+        )
         assert result.returncode == 0, result.stderr
         errors |= json.loads(result.stdout.splitlines()[-1])
     return errors
@@ -78,7 +82,11 @@ def errors(tree, tmp_path_factory) -> dict[str, str | None]:
 
 def lint(folder: Path, patches: list[Path]) -> None:
     """The Python files that the patches change keep the project's style."""
-    files = {name for patch in patches for name in re.findall(r"^\+\+\+ b/(\S+\.py)$", patch.read_text(), flags=re.MULTILINE)}
+    files = {
+        name
+        for patch in patches
+        for name in re.findall(r"^\+\+\+ b/(\S+\.py)$", patch.read_text(), flags=re.MULTILINE)
+    }
     shutil.copy(ROOT / "ruff.toml", folder)
     for check in (["check"], ["format", "--check"]):
         result = python(folder, "-m", "ruff", *check, "--no-cache", *files)

@@ -63,10 +63,16 @@ expressions = st.recursive(
 
 
 @given(expressions | st.text("0127+-*/() .\t", max_size=30), st.data())
-def test_expressions_and_soup_as_they_are_and_with_one_changed_character_are_judged_as_python_judges_them(text, data):
+def test_expressions_and_soup_as_they_are_and_with_one_changed_character_are_judged_as_python_judges_them(
+    text, data
+):
     assert parsed(text) == python_value(text)
     place = data.draw(st.integers(0, len(text)))
-    text = text[:place] + data.draw(st.sampled_from([*"0123456789+-*/() ", "", ".", "_", "e", "="])) + text[place + 1 :]
+    text = (
+        text[:place]
+        + data.draw(st.sampled_from([*"0123456789+-*/() ", "", ".", "_", "e", "="]))
+        + text[place + 1 :]
+    )
     assert parsed(text) == python_value(text)
 
 

@@ -30,13 +30,19 @@ def equal(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("source", ["loss", "gradient", "sampler"])
-def test_an_update_that_is_not_finite_changes_nothing_and_is_counted_and_the_next_one_is_taken(source, bad, monkeypatch):
+def test_an_update_that_is_not_finite_changes_nothing_and_is_counted_and_the_next_one_is_taken(
+    source, bad, monkeypatch
+):
     model = random_model()
     trainer = trainer_for(model, budget=30)
     optimizer = trainer.optimizer
     sft_step(trainer, ragged_samples(3), 1e-2)  # so that the optimizer has a state
     before, take = [], optimizer.step
-    monkeypatch.setattr(optimizer, "step", lambda *a, **options: before.append(copies(model, optimizer)) or take(*a, **options))
+    monkeypatch.setattr(
+        optimizer,
+        "step",
+        lambda *a, **options: before.append(copies(model, optimizer)) or take(*a, **options),
+    )
     if source == "loss":  # of one micro-batch of the first update; its gradient is finite
         losses, loss = [], rl.grpo.grpo_loss
         error = lambda: losses.append(0) or (bad if len(losses) == 2 else 0.0)  # noqa: E731
@@ -50,7 +56,11 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted_and_the_nex
     _, _, metrics = take_step(trainer, updates_per_step=2)
     assert metrics["skipped_updates"] == 1 and optimizer.skipped_in_a_row == 0
     assert equal(before[0], before[1]) and not equal(before[1], copies(model, optimizer))
-    assert all(map(math.isfinite, metrics.values())) and metrics["grad_norm"] > 0 and metrics["policy_entropy"] > 1
+    assert (
+        all(map(math.isfinite, metrics.values()))
+        and metrics["grad_norm"] > 0
+        and metrics["policy_entropy"] > 1
+    )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -66,7 +76,9 @@ def test_a_sampler_whose_logits_are_not_finite_says_so(bad):
     assert ids.max() < 5 and logprobs.isnan().all()
 
 
-def test_a_run_goes_on_past_a_fault_and_counts_it_and_five_in_a_row_end_it_with_advice(tmp_path, monkeypatch, capsys):
+def test_a_run_goes_on_past_a_fault_and_counts_it_and_five_in_a_row_end_it_with_advice(
+    tmp_path, monkeypatch, capsys
+):
     losses = [0]
 
     def loss(*arguments, **options):

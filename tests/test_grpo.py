@@ -7,7 +7,17 @@ import resource
 import numpy as np
 import pytest
 import torch
-from helpers import FakeTask, FakeTokenizer, gradients, largest, largest_gap, ragged_samples, random_model, trainer_for, weights
+from helpers import (
+    FakeTask,
+    FakeTokenizer,
+    gradients,
+    largest,
+    largest_gap,
+    ragged_samples,
+    random_model,
+    trainer_for,
+    weights,
+)
 
 import rl.grpo
 from lab.stages import learning_rate_at
@@ -22,7 +32,9 @@ REWARDS = [[1.0, 0.0, 0.1, 0.1], [0.3] * 4, [0.7, 0.3, 0.1, 0.0], [0.0, 0.1, 1.0
 PROBLEMS = ["ab", "c", "defgh", "c", "ij"]
 MEMORY_ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+    ),
 ]
 
 
@@ -86,14 +98,20 @@ def update_by_hand(model, groups, stage, temperature, reference) -> dict:
             tokens = torch.tensor([rollout.prompt_ids + ids])
             rows = model(tokens)[0, len(rollout.prompt_ids) - 1 : -1].div(temperature).log_softmax(-1)
             with torch.no_grad():
-                ref_rows = reference(tokens)[0, len(rollout.prompt_ids) - 1 : -1].div(temperature).log_softmax(-1)
-            for token, old, row, ref_row in zip(ids, rollout.completion.logprobs, rows, ref_rows, strict=True):
+                ref_rows = (
+                    reference(tokens)[0, len(rollout.prompt_ids) - 1 : -1].div(temperature).log_softmax(-1)
+                )
+            for token, old, row, ref_row in zip(
+                ids, rollout.completion.logprobs, rows, ref_rows, strict=True
+            ):
                 ratio = (row[token] - old).exp()
                 edge = 1 + stage.clip_high if advantage > 0 else 1 - stage.clip_low
                 clipped = bool(ratio > edge) if advantage > 0 else bool(ratio < edge and advantage < 0)
                 surrogate = advantage * (edge if clipped else ratio)
                 gap = ref_row[token] - row[token]
-                result["loss"] = result["loss"] + token_weight * (stage.kl_coef * (gap.exp() - gap - 1) - surrogate)
+                result["loss"] = result["loss"] + token_weight * (
+                    stage.kl_coef * (gap.exp() - gap - 1) - surrogate
+                )
                 if advantage or stage.kl_coef:
                     result["low"] += clipped and advantage < 0
                     result["high"] += clipped and advantage > 0
@@ -107,9 +125,13 @@ def update_by_hand(model, groups, stage, temperature, reference) -> dict:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3], ids=["plain", "kl"])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_gradient_and_metrics_of_every_update_are_those_of_the_definition(aggregation, kl_coef, temperature, monkeypatch):
+def test_gradient_and_metrics_of_every_update_are_those_of_the_definition(
+    aggregation, kl_coef, temperature, monkeypatch
+):
     """Three updates share five groups, of which one has equal rewards; the sampler's log-probabilities are off."""
-    monkeypatch.setattr(rl.grpo, "collect_rollouts", sampler_that_is_off(lambda place: -0.3 if place % 3 else 0.1))
+    monkeypatch.setattr(
+        rl.grpo, "collect_rollouts", sampler_that_is_off(lambda place: -0.3 if place % 3 else 0.1)
+    )
     model, reference = random_model(1), random_model(2)
     before = weights(reference)
     clip = {"clip_low": 0.15, "clip_high": 0.2, "updates_per_step": 3}
@@ -121,20 +143,26 @@ def test_gradient_and_metrics_of_every_update_are_those_of_the_definition(aggreg
     settings = GRPOStage(samples_per_prompt=4, **stage)
     expected = []
     for number, (twin, gradient) in enumerate(trainer.optimizer.updates):
-        expected.append(update_by_hand(twin, groups[number::3], settings, temperature, copy.deepcopy(reference).double()))
+        expected.append(
+            update_by_hand(twin, groups[number::3], settings, temperature, copy.deepcopy(reference).double())
+        )
         assert largest_gap(gradient, expected[-1]["gradient"]) < 1e-5 < 1e-2 < largest(gradient)
     assert len(expected) == 3 and not advantages[1].any() and advantages[0].any()
     tokens = sum(len(rollout.completion.token_ids) for group in groups for rollout in group)
     low, high = (sum(update[side] for update in expected) for side in ("low", "high"))
     assert low > 0 and high > 0 and low != high
-    norms = [torch.cat([g.flatten() for g in update["gradient"].values()]).norm().item() for update in expected]
+    norms = [
+        torch.cat([g.flatten() for g in update["gradient"].values()]).norm().item() for update in expected
+    ]
     assert {name: value for name, value in metrics.items() if "seconds" not in name} == pytest.approx({
         "loss": np.mean([update["loss"].item() for update in expected]), "grad_norm": np.mean(norms), "skipped_updates": 0,
         "policy_entropy": np.mean([x for update in expected for x in update["entropies"]]), "lr": 0.02,
         "clip_fraction": (low + high) / tokens, "clip_fraction_low": low / tokens, "clip_fraction_high": high / tokens,
         "log_ratio_mean": np.mean(expected[0]["log_ratios"]), "log_ratio_std": np.std(expected[0]["log_ratios"]),
     }, rel=1e-5, abs=1e-5)  # fmt: skip
-    assert largest_gap(weights(reference), before) == 0 and all(p.grad is None for p in reference.parameters())
+    assert largest_gap(weights(reference), before) == 0 and all(
+        p.grad is None for p in reference.parameters()
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -159,14 +187,21 @@ def test_groups_of_equal_rewards_cost_no_backward_and_leave_every_weight_as_it_i
     before = weights(model)
     _, advantages, metrics = take_step(recording(model, kind=kind), [[0.1] * 4, [0.3] * 4], learning_rate=0.1)
     assert not advantages.any() and metrics["skipped_updates"] == 0
-    assert all(map(math.isnan, (metrics[name] for name in ("loss", "grad_norm", "policy_entropy", "clip_fraction_low"))))
+    assert all(
+        map(
+            math.isnan,
+            (metrics[name] for name in ("loss", "grad_norm", "policy_entropy", "clip_fraction_low")),
+        )
+    )
     assert all(torch.equal(before[name], after) for name, after in weights(model).items())
 
 
 def test_the_same_problem_twice_makes_two_groups():
     """Grouped by prompt, the mean of "c" would be 0.75, and the second group would not have zero advantages."""
     model = random_model()
-    groups, advantages, _ = take_step(recording(model), [REWARDS[0], [1.0, 0.0, 1.0, 0.0], REWARDS[2], [1.0] * 4])
+    groups, advantages, _ = take_step(
+        recording(model), [REWARDS[0], [1.0, 0.0, 1.0, 0.0], REWARDS[2], [1.0] * 4]
+    )
     assert groups[1][0].prompt_ids == groups[3][0].prompt_ids != groups[0][0].prompt_ids
     assert [rollout.completion for rollout in groups[1]] != [rollout.completion for rollout in groups[3]]
     assert advantages[1].tolist() == pytest.approx([1 / 1.0002, -1 / 1.0002] * 2) and not advantages[3].any()
@@ -175,7 +210,9 @@ def test_the_same_problem_twice_makes_two_groups():
 # Micro-batches and lack of memory
 
 
-@pytest.mark.parametrize("budget, error", [(40, None), (1, None), (100, MEMORY_ERRORS[0]), (100, MEMORY_ERRORS[1])])
+@pytest.mark.parametrize(
+    "budget, error", [(40, None), (1, None), (100, MEMORY_ERRORS[0]), (100, MEMORY_ERRORS[1])]
+)
 def test_a_step_does_not_depend_on_micro_batches_nor_on_running_out_of_memory(budget, error, monkeypatch):
     whole = random_model(1)  # trained in one micro-batch
     _, _, expected = take_step(recording(whole, 10_000), updates_per_step=2)
@@ -223,11 +260,19 @@ def test_a_lack_of_memory_on_a_cpu_has_the_message_by_which_it_is_recognised():
 def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_its_end():
     def rates(steps: int = 5, **changes) -> list[float]:
         stage = GRPOStage(steps=steps, learning_rate=8.0, **changes)
-        return [learning_rate_at(stage, step, updates=2 * step) for step in range(steps)]  # two updates a step
+        return [
+            learning_rate_at(stage, step, updates=2 * step) for step in range(steps)
+        ]  # two updates a step
 
     assert rates(warmup_steps=4) == [2, 4, 6, 8, 8]
     assert rates(warmup_steps=0, end_rate=0.5) == [8, 7, 6, 5, 4]
     assert rates(warmup_steps=2, end_rate=0.0) == [4, 6, 4, 2, 0]
     assert rates(1, warmup_steps=0, end_rate=0.5) == [8]
     silent = GRPOStage(steps=100, learning_rate=8.0, warmup_steps=4)
-    assert [learning_rate_at(silent, 50, updates) for updates in (0, 1, 2, 6, 7)] == [2, 3, 4, 8, 8]  # no rise without
+    assert [learning_rate_at(silent, 50, updates) for updates in (0, 1, 2, 6, 7)] == [
+        2,
+        3,
+        4,
+        8,
+        8,
+    ]  # no rise without

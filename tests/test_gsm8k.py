@@ -27,7 +27,9 @@ from rl.optimizer import OptimizerSettings
 from rl.sft import SFTStage
 
 TASK = GSM8K()
-EGGS = WordProblem("A hen lays 6 eggs a day.  How many in 3 weeks?", "6*7=<<6*7=42>>42\n42*3=<<42*3=126>>126\n#### 126")
+EGGS = WordProblem(
+    "A hen lays 6 eggs a day.  How many in 3 weeks?", "6*7=<<6*7=42>>42\n42*3=<<42*3=126>>126\n#### 126"
+)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,10 @@ def test_a_run_of_grpo_and_sft_goes_through_the_same_code(monkeypatch, tmp_path)
         sampling=replace(recipe.sampling, max_new_tokens=8), evaluation=EvaluationSettings(problems=2, final_problems=0),
         stages=(grpo, SFTStage(epochs=1, traces=str(traces))),
     )  # fmt: skip
-    save_traces(traces, [Trace(p, f"so</think><answer>{TASK.solution(p)}</answer>") for p in problems_of(recipe)[0][:5]])
+    save_traces(
+        traces,
+        [Trace(p, f"so</think><answer>{TASK.solution(p)}</answer>") for p in problems_of(recipe)[0][:5]],
+    )
     real, verdicts = GSM8K.score, itertools.cycle([WRONG, CORRECT, CORRECT])
 
     def score(self, text, problem, thinking=True):
@@ -143,7 +148,9 @@ def test_a_run_of_grpo_and_sft_goes_through_the_same_code(monkeypatch, tmp_path)
 
 
 def test_a_worked_solution_is_the_datasets_own_answer_without_its_calculator_marks():
-    problem = WordProblem("How many?", "He has 48/2 = <<48/2=24>>24.\nThen 24+1 = <<24+1=25>>25 are left.\n#### 25")
+    problem = WordProblem(
+        "How many?", "He has 48/2 = <<48/2=24>>24.\nThen 24+1 = <<24+1=25>>25 are left.\n#### 25"
+    )
     text = worked_solution(GSM8K(), problem, False, random.Random(0))
     assert text == "He has 48/2 = 24.\nThen 24+1 = 25 are left.\n<answer>25</answer>"
 

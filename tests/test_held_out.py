@@ -80,7 +80,9 @@ def test_whatever_was_trained_on_what_nothing_evaluated_was_sampled(tmp_path_fac
         )
         folder = str(here / str(number))
         before = sampled.get(recipe.model, set())
-        sampled[folder] = before | trained(Path(folder), recipe, data.draw(st.integers(1, 4)), data.draw(st.booleans()))
+        sampled[folder] = before | trained(
+            Path(folder), recipe, data.draw(st.integers(1, 4)), data.draw(st.booleans())
+        )
     shown = data.draw(st.lists(st.sampled_from([*sampled, "tiny"]), min_size=1, max_size=2, unique=True))
     source = data.draw(st.sampled_from([None, "generated", file]))
     arguments = eval_command.Arguments(tuple(shown), problems=source)
@@ -101,11 +103,18 @@ def test_a_run_notes_what_it_has_sampled_and_resumes_only_on_the_same_problems(t
     train(replace(recipe, stages=recipe.stages[:1]), quiet=True)
     state = load_state(max((run / "checkpoints").iterdir()))
     rows = [row for path in RunFolder(run).rollout_files() for _, row in read_jsonl(path, "")]
-    own, before = {fingerprint(Problem(tuple(row["numbers"]), row["target"])) for row in rows}, seen_by(recipe.model)
-    assert state.seen == sorted({*own, *before}) and len(before) > 1000  # those of the model that it began with, too
+    own, before = (
+        {fingerprint(Problem(tuple(row["numbers"]), row["target"])) for row in rows},
+        seen_by(recipe.model),
+    )
+    assert (
+        state.seen == sorted({*own, *before}) and len(before) > 1000
+    )  # those of the model that it began with, too
     assert state.problems == json.loads((run / "config.json").read_text())["problems"]
     write(tmp_path / "mine.jsonl", POOL[1:])
-    assert "other problems" in fails(capsys, lambda: train(replace(recipe, stages=recipe.stages[:1]), resume=True, quiet=True))
+    assert "other problems" in fails(
+        capsys, lambda: train(replace(recipe, stages=recipe.stages[:1]), resume=True, quiet=True)
+    )
 
 
 def test_a_checkpoint_that_does_not_say_what_it_has_seen_is_refused(tmp_path):
@@ -120,7 +129,9 @@ def test_the_examples_of_a_prompt_are_neither_trained_nor_evaluated_on(source, t
     examples = {problem.key for problem in SMALL.examples(4)}
     problems = SMALL.generate(50, seed=0)
     assert examples & {problem.key for problem in problems}  # else this test would show nothing
-    recipe = Recipe(task=SMALL, problems="generated", generated_problems=50, evaluation=EvaluationSettings(problems=10))
+    recipe = Recipe(
+        task=SMALL, problems="generated", generated_problems=50, evaluation=EvaluationSettings(problems=10)
+    )
     if source == "file":
         recipe = replace(recipe, problems=write(tmp_path / "problems.jsonl", problems))
     with_examples = problems_of(replace(recipe, sampling=sampling))
@@ -143,7 +154,11 @@ def test_eval_leaves_out_the_examples_of_its_prompts_from_a_file_too(tmp_path, c
 def test_a_model_has_its_notes_however_it_is_named(named, tmp_path, monkeypatch):
     """With a `~`, as a relative path, by a link, or as a hub id whose files are a checkpoint of this project."""
     recipe = Recipe(
-        model="tiny", task=SMALL, problems="generated", generated_problems=50, evaluation=EvaluationSettings(problems=10)
+        model="tiny",
+        task=SMALL,
+        problems="generated",
+        generated_problems=50,
+        evaluation=EvaluationSettings(problems=10),
     )
     trained(tmp_path / "model", recipe, steps=3, resumed=False)
     for file in TINY.iterdir():

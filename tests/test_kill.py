@@ -31,7 +31,9 @@ def result(run: Path) -> dict:
     """Everything that must not depend on how often a run was killed."""
     paths = [*(run / "rollouts").iterdir(), run / "traces.jsonl", run / "curve.md"]
     paths += [path for folder in checkpoints(run) for path in folder.iterdir()]
-    paths = [path for path in paths if path.name not in ("recipe.json", "sha256.json")]  # they name the run's folder
+    paths = [
+        path for path in paths if path.name not in ("recipe.json", "sha256.json")
+    ]  # they name the run's folder
     return {path.relative_to(run): path.read_bytes() for path in paths} | {"metrics": timeless(run)}
 
 
@@ -60,7 +62,9 @@ def test_a_run_killed_ten_times_ends_bit_for_bit_as_if_it_had_not_been(tmp_path,
     assert process.exitcode == 0
     expected = result(tmp_path / "whole")
     names = [folder.name for folder in checkpoints(tmp_path / "whole")]
-    assert "step_0006" in names and len(names) <= 5, "the latest two, the ends of two stages before, and the best"
+    assert "step_0006" in names and len(names) <= 5, (
+        "the latest two, the ends of two stages before, and the best"
+    )
     rng = random.Random(7)
     kills = in_writes = finished = 0
     while kills < KILLS or finished < 1:

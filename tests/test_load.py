@@ -20,7 +20,9 @@ def test_parquet_and_jsonl_give_the_rows_in_their_order(tmp_path):
     rows = [((44, 19, 35), 98), ((78, 1, 39, 83), 82), ((44, 19, 35), 98)]
     expected = [Problem(*row) for row in rows]
     parquet = tmp_path / "me@home.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"nums": [n for n, _ in rows], "target": [t for _, t in rows]}), parquet)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"nums": [n for n, _ in rows], "target": [t for _, t in rows]}), parquet
+    )
     assert load_problems(parquet) == load_problems(str(parquet)) == expected
     jsonl = tmp_path / "a.jsonl"
     jsonl.write_text("".join(json.dumps({"numbers": n, "target": t, "note": "-"}) + "\n\n" for n, t in rows))
@@ -56,7 +58,10 @@ JSONL_ERRORS = {
     "other names": ('\n{"values": [1, 2], "target": 3}', "line 2: no 'numbers'; expected"),
     "a decimal": ('{"numbers": [1, 2.5], "target": 3}', "line 1: .* not 2.5"),
     "endless nesting": ("[" * 100_000, "line 1: not JSON"),
-    "half a character": ('{"numbers": [1, 2], "target": 3, "note": "\\ud800"}', "line 1: not JSON of Unicode"),
+    "half a character": (
+        '{"numbers": [1, 2], "target": 3, "note": "\\ud800"}',
+        "line 1: not JSON of Unicode",
+    ),
     "endless digits": ('{"numbers": [1, 2], "target": ' + "9" * 5000 + "}", "line 1: not JSON"),
 }
 
@@ -100,7 +105,9 @@ def test_a_source_that_is_none_says_what_would_be_one(tmp_path):
             load_problems(source)
 
 
-few_problems = st.lists(st.builds(Problem, st.permutations([1, 2, 3, 4]), st.integers(1, 5)), min_size=1, max_size=40)
+few_problems = st.lists(
+    st.builds(Problem, st.permutations([1, 2, 3, 4]), st.integers(1, 5)), min_size=1, max_size=40
+)
 
 
 @given(few_problems, st.randoms(use_true_random=False), st.data())
@@ -145,5 +152,8 @@ def test_every_epoch_has_each_problem_once_whatever_the_sizes_of_the_steps(total
     assert taken == endless_problems(some, seed, 0, sum(counts))
     for start in range(0, len(taken) - total + 1, total):
         assert sorted(taken[start : start + total], key=problems.index) == some
-    orders = [problems, *(endless_problems(problems, s, start, 20) for s, start in ((seed, 0), (seed, 20), (seed + 1, 0)))]
+    orders = [
+        problems,
+        *(endless_problems(problems, s, start, 20) for s, start in ((seed, 0), (seed, 20), (seed + 1, 0))),
+    ]
     assert len(set(map(tuple, orders))) == 4  # each epoch and each seed has its own order

@@ -17,7 +17,9 @@ VOCAB, NUM_TOKENS, HIDDEN = 50, 43, 12
 
 def inputs(tokens: int, seed: int, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
-    hidden, weight = (torch.randn(n, HIDDEN, generator=generator, dtype=dtype).requires_grad_() for n in (tokens, VOCAB))
+    hidden, weight = (
+        torch.randn(n, HIDDEN, generator=generator, dtype=dtype).requires_grad_() for n in (tokens, VOCAB)
+    )
     targets = torch.randint(NUM_TOKENS, (tokens,), generator=generator)
     on_logprobs, on_entropy = torch.randn(2, tokens, generator=generator, dtype=dtype)
     return hidden, weight, targets, on_logprobs, on_entropy
@@ -29,7 +31,13 @@ def plain_way(hidden, weight, targets, temperature, num_tokens=NUM_TOKENS):
 
 
 @settings(deadline=None, derandomize=True)
-@given(st.integers(0, 40), st.integers(0, 1000), st.sampled_from([1.0, 0.7, 2.5]), st.integers(1, 9), st.integers(1, 5))
+@given(
+    st.integers(0, 40),
+    st.integers(0, 1000),
+    st.sampled_from([1.0, 0.7, 2.5]),
+    st.integers(1, 9),
+    st.integers(1, 5),
+)
 def test_values_and_gradients_are_those_of_the_plain_way(tokens, seed, temperature, chunk, at_once):
     """Chunks of `chunk` tokens, softmax `at_once` rows at a time, in float64; a gradient on both results and on one only."""
     with pytest.MonkeyPatch.context() as patch:
@@ -51,14 +59,18 @@ def test_bfloat16_gives_float32_results_and_bfloat16_gradients():
     hidden, weight, targets, on_logprobs, _ = inputs(9, 0, torch.bfloat16)
     logprobs, entropy = target_logprobs(hidden, weight, targets, 1.0, NUM_TOKENS)
     expected = token_logprobs(hidden @ weight.T, 1.0, NUM_TOKENS)
-    assert torch.equal(logprobs, expected.gather(-1, targets[:, None])[:, 0]) and entropy.dtype == torch.float32
+    assert (
+        torch.equal(logprobs, expected.gather(-1, targets[:, None])[:, 0]) and entropy.dtype == torch.float32
+    )
     (logprobs * on_logprobs.float()).sum().backward()
     exact = inputs(9, 0, torch.bfloat16)[:2]
     doubles = [x.detach().double().requires_grad_() for x in exact]
     (plain_way(*doubles, targets, 1.0)[0] * on_logprobs.double()).sum().backward()
     for ours, plain in zip((hidden, weight), doubles, strict=True):
         assert ours.grad.dtype == torch.bfloat16
-        torch.testing.assert_close(ours.grad.double(), plain.grad, rtol=0.02, atol=0.02 * plain.grad.abs().max().item())
+        torch.testing.assert_close(
+            ours.grad.double(), plain.grad, rtol=0.02, atol=0.02 * plain.grad.abs().max().item()
+        )
 
 
 def test_never_more_than_a_chunk_of_logits_exists(monkeypatch):

@@ -61,15 +61,26 @@ def test_grpo_loss_and_gradient_equal_a_plain_reference(aggregation, per_token, 
     low, high = 0.2, 0.45
     options = dict(aggregation=aggregation, denominator=denominator, kl_coef=kl_coef)
     loss = grpo_loss(
-        logprobs, old, advantages, ragged_mask(), low, high, ref_logprobs=reference if kl_coef else None, **options
+        logprobs,
+        old,
+        advantages,
+        ragged_mask(),
+        low,
+        high,
+        ref_logprobs=reference if kl_coef else None,
+        **options,
     )
     loss.backward()
     lists = (tensor.tolist() for tensor in (logprobs, old, advantages, reference))
     value, gradient = reference_loss(*lists, low, high, **options)
     assert loss.item() == pytest.approx(value, rel=1e-12)
-    torch.testing.assert_close(logprobs.grad, torch.tensor(gradient, dtype=torch.float64), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(
+        logprobs.grad, torch.tensor(gradient, dtype=torch.float64), rtol=1e-12, atol=1e-15
+    )
     if not per_token:
-        assert all(clip_counts(logprobs, old, advantages, ragged_mask(), low, high)), "both sides of the clip are reached"
+        assert all(clip_counts(logprobs, old, advantages, ragged_mask(), low, high)), (
+            "both sides of the clip are reached"
+        )
 
 
 TRUTH = [  # advantage, ratio, loss, gradient: worked by hand for a clip of 0.25 on either side
@@ -130,7 +141,11 @@ def test_each_aggregation_by_hand():
     """Rows [1, 2, 3] and [10]: 16 / 4 tokens; (2 + 10) / 2 rows; 16 / (2 rows x 3 positions)."""
     per_token = torch.tensor([[1.0, 2.0, 3.0], [10.0, -7.0, -7.0]])
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
-    for aggregation, expected, denominator in (("token", 4.0, 4), ("sequence", 6.0, 2), ("constant", 16 / 6, 16)):
+    for aggregation, expected, denominator in (
+        ("token", 4.0, 4),
+        ("sequence", 6.0, 2),
+        ("constant", 16 / 6, 16),
+    ):
         assert aggregate(per_token, mask, aggregation).item() == pytest.approx(expected)
         assert loss_denominator([3, 1], 8, aggregation) == denominator
         assert loss_denominator([], 8, aggregation) == 1
@@ -144,13 +159,17 @@ def test_the_expected_gradient_of_the_kl_penalty_is_that_of_kl_from_the_referenc
     logprobs = logits.requires_grad_().log_softmax(-1)
     probs, zero, mask = logprobs.detach().exp(), torch.zeros(1), torch.ones(1, 9, dtype=torch.bool)
     for towards in (reference.log_softmax(-1), logprobs.detach()):
-        loss = grpo_loss(logprobs, logprobs.detach(), zero, mask, ref_logprobs=towards, kl_coef=1.0, denominator=1)
+        loss = grpo_loss(
+            logprobs, logprobs.detach(), zero, mask, ref_logprobs=towards, kl_coef=1.0, denominator=1
+        )
         (slopes,) = torch.autograd.grad(loss, logprobs, retain_graph=True)
         (expected_gradient,) = torch.autograd.grad(logprobs, logits, probs * slopes, retain_graph=True)
         torch.testing.assert_close(expected_gradient, probs - towards.exp())
 
 
-@pytest.mark.parametrize("options, named", [({"aggregation": "mean"}, "'mean'"), ({"kl_coef": 0.1}, "ref_logprobs")])
+@pytest.mark.parametrize(
+    "options, named", [({"aggregation": "mean"}, "'mean'"), ({"kl_coef": 0.1}, "ref_logprobs")]
+)
 def test_bad_options_are_refused_with_the_offending_value(options, named):
     ones = torch.ones(1, 2)
     with pytest.raises(ValueError, match=named):

@@ -74,11 +74,19 @@ def test_batches_hold_every_sample_once_in_order_fit_their_budget_and_could_not_
         assert sum(number in prompts for prompts, _ in found) == parts
 
 
-def test_a_prompt_without_room_for_one_sample_is_refused_before_any_is_sampled_with_its_numbers_and_the_way_out(decoder):
+def test_a_prompt_without_room_for_one_sample_is_refused_before_any_is_sampled_with_its_numbers_and_the_way_out(
+    decoder,
+):
     plan_batches(list(map(len, PROMPTS)), 5, 13, 22)
     message = "room for 21 tokens .* a prompt of 9 and 13 new .* lower max_new_tokens, raise max_cache_tokens"
     with pytest.raises(ModelError, match=message):  # the prompts before it have room
-        generate(decoder, PROMPTS, **OPTIONS, max_cache_tokens=21, on_progress=lambda *report: pytest.fail("sampled"))
+        generate(
+            decoder,
+            PROMPTS,
+            **OPTIONS,
+            max_cache_tokens=21,
+            on_progress=lambda *report: pytest.fail("sampled"),
+        )
 
 
 def test_eval_has_the_room_of_the_recipe_of_the_option_or_of_memory(tmp_path, monkeypatch, capsys):
@@ -87,9 +95,17 @@ def test_eval_has_the_room_of_the_recipe_of_the_option_or_of_memory(tmp_path, mo
     (checkpoint / "recipe.json").write_text(json.dumps(recipe | {"evaluation": {"problems": 4}}))
     (checkpoint / "trainer_state.json").write_text("{}")
     monkeypatch.setattr(model.memory, "read", machine(2))
-    for source, options, room in ((checkpoint, {}, 50), (checkpoint, {"max_cache_tokens": 60}, 60), ("tiny", {}, 0)):
+    for source, options, room in (
+        (checkpoint, {}, 50),
+        (checkpoint, {"max_cache_tokens": 60}, 60),
+        ("tiny", {}, 0),
+    ):
         message = fails(capsys, lambda: evaluated(capsys, source, count=4, **options))  # noqa: B023
-        assert f"room for {room} tokens" in message and "and 256 new" in message and "raise max_cache_tokens" in message
+        assert (
+            f"room for {room} tokens" in message
+            and "and 256 new" in message
+            and "raise max_cache_tokens" in message
+        )
 
 
 @pytest.mark.parametrize("command", [("train.py", "smoke", "--model", "tiny-256"), ("eval.py", "tiny")])
@@ -116,7 +132,9 @@ def test_keys_and_values_never_take_more_memory_than_the_budget(room, stops, sta
             tensors = itertools.chain(cache.prompt_keys, cache.prompt_values, *cache.keys, *cache.values)
             held = sum(tensor.nbytes for tensor in tensors)
             prompts, _, longest, _ = cache.prompt_keys[0].shape
-            assert held <= (prompts * longest + len(cache.prompt_index) * 13) * token_bytes(decoder)  # no row that left
+            assert held <= (prompts * longest + len(cache.prompt_index) * 13) * token_bytes(
+                decoder
+            )  # no row that left
             seen[-1] += held
 
     def looked_at(method):
@@ -140,8 +158,12 @@ def test_keys_and_values_never_take_more_memory_than_the_budget(room, stops, sta
 
 def test_without_a_budget_generate_takes_what_fits_into_memory(decoder, monkeypatch):
     calls, rooms = [], []
-    monkeypatch.setattr(model.sampler, "cache_tokens_that_fit", lambda *arguments: calls.append(arguments) or 74)
-    monkeypatch.setattr(model.sampler, "plan_batches", lambda *case: rooms.append(case[-1]) or plan_batches(*case))
+    monkeypatch.setattr(
+        model.sampler, "cache_tokens_that_fit", lambda *arguments: calls.append(arguments) or 74
+    )
+    monkeypatch.setattr(
+        model.sampler, "plan_batches", lambda *case: rooms.append(case[-1]) or plan_batches(*case)
+    )
     by_memory = generate(decoder, PROMPTS, **OPTIONS)
     by_budget = generate(decoder, PROMPTS, **OPTIONS, max_cache_tokens=74)
     assert calls == [(decoder, 13)] and rooms == [74, 74] and by_memory == by_budget
@@ -187,7 +209,9 @@ def test_a_job_has_what_the_tightest_group_around_it_leaves(groups, folder, name
     def group(path, limit, used, cached):
         values = zip(names, (limit, used))
         stat = f"inactive_file 9999\nactive_file 9999\n{total}inactive_file {cached}\n{total}active_file {cached}\n"
-        return {f"{folder}{path}/memory.{name}": f"{value}\n" for name, value in values} | {f"{folder}{path}/memory.stat": stat}
+        return {f"{folder}{path}/memory.{name}": f"{value}\n" for name, value in values} | {
+            f"{folder}{path}/memory.stat": stat
+        }
 
     files = {"/proc/meminfo": "MemAvailable: 250000000 kB\n", "/proc/self/cgroup": groups}
     files |= group("", 90 * GIB, 80 * GIB, 0) | group("/job_7", 15 * GIB, 6 * GIB, GIB // 2)
@@ -201,7 +225,10 @@ def test_a_job_has_what_the_tightest_group_around_it_leaves(groups, folder, name
 
 @pytest.mark.parametrize("limit, used", [("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")])
 def test_a_process_has_what_its_own_limit_leaves_however_many_there_are(limit, used, monkeypatch):
-    files = {"/proc/meminfo": "MemAvailable: 250000000 kB\n", "/proc/self/status": f"Name:\ta\n{used}:\t 1048576 kB\n"}
+    files = {
+        "/proc/meminfo": "MemAvailable: 250000000 kB\n",
+        "/proc/self/status": f"Name:\ta\n{used}:\t 1048576 kB\n",
+    }
     limits = {getattr(resource, limit): (3 * GIB, 5 * GIB)}
     monkeypatch.setattr(model.memory, "read", lambda path: files.get(path, ""))
     monkeypatch.setattr(resource, "getrlimit", lambda name: limits.get(name, (resource.RLIM_INFINITY,) * 2))
@@ -218,9 +245,12 @@ def test_a_gpu_has_what_the_driver_and_the_allocator_have_free(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("vocab", "max_new_tokens", "dtype"), [(48, 4096, torch.float32), (5003, 1, torch.float32), (5003, 17, torch.bfloat16)]
+    ("vocab", "max_new_tokens", "dtype"),
+    [(48, 4096, torch.float32), (5003, 1, torch.float32), (5003, 17, torch.bfloat16)],
 )
-def test_cache_and_logits_fill_their_share_of_free_memory_and_no_more(vocab, max_new_tokens, dtype, monkeypatch):
+def test_cache_and_logits_fill_their_share_of_free_memory_and_no_more(
+    vocab, max_new_tokens, dtype, monkeypatch
+):
     decoder, free = random_model(dtype=dtype, vocab_size=vocab), 3 * GIB + 12_345
     asked = []
     monkeypatch.setattr(model.memory, "free_memory", lambda device: asked.append(device) or free)
@@ -229,4 +259,6 @@ def test_cache_and_logits_fill_their_share_of_free_memory_and_no_more(vocab, max
     taken = tokens * token_bytes(decoder) + logits
     assert 0.99 * CACHE_SHARE * free < taken <= CACHE_SHARE * free
     assert isinstance(tokens, int) and asked == [decoder.device]
-    assert token_bytes(decoder) == 2 * 2 * 2 * 8 * dtype.itemsize  # keys and values, two layers, two heads of 8
+    assert (
+        token_bytes(decoder) == 2 * 2 * 2 * 8 * dtype.itemsize
+    )  # keys and values, two layers, two heads of 8

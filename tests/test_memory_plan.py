@@ -55,7 +55,9 @@ def test_activations_are_those_that_autograd_keeps(shape, dtype):
 
 def test_work_by_hand():
     assert WORK.sample_tokens == 200 and WORK.group_tokens == GROUP and WORK.update_tokens == 4 * GROUP
-    assert (WORK.rows, WORK.prefill_tokens) == (128, 50 * 140) and WORK.cache_tokens == max(8 * GROUP, 50 * 200)
+    assert (WORK.rows, WORK.prefill_tokens) == (128, 50 * 140) and WORK.cache_tokens == max(
+        8 * GROUP, 50 * 200
+    )
     assert WORK.key_copies == pytest.approx(16 * 200 / GROUP) and not WORK.has_reference
     of_three = work_of(RECIPE, 140, processes=3)
     assert (of_three.rows, of_three.prefill_tokens, of_three.update_tokens) == (3 * 16, 17 * 140, 2 * GROUP)
@@ -84,8 +86,13 @@ def test_lasting_bytes_by_hand():
 
 def test_the_highest_point_of_an_update_by_hand(monkeypatch):
     """Where the layers' backward begins, where the embedding's ends, or in the optimizer's step."""
-    small = replace(work_of(replace(RECIPE, sampling=SamplingSettings(max_new_tokens=3)), 2), update_tokens=10)
-    cases = [(WORK, 64, budget, checkpointing) for budget, checkpointing in ((10**6, False), (10**6, True), (200, False))]
+    small = replace(
+        work_of(replace(RECIPE, sampling=SamplingSettings(max_new_tokens=3)), 2), update_tokens=10
+    )
+    cases = [
+        (WORK, 64, budget, checkpointing)
+        for budget, checkpointing in ((10**6, False), (10**6, True), (200, False))
+    ]
     cases += [(small, 512, 5, False), (small, 512, 10**6, False)]  # few tokens, a large head
     highest = set()
     for work, hidden, budget, checkpointing in cases:
@@ -93,7 +100,9 @@ def test_the_highest_point_of_an_update_by_hand(monkeypatch):
             monkeypatch.setattr("lab.memory_plan.PIECE", 1000)
             monkeypatch.setitem(model.logprobs.CHUNK_LOGITS, "cpu", 4000)
         for tied in (True, False):
-            policy = random_model(vocab_size=4000, hidden_size=hidden, num_hidden_layers=1, tie_word_embeddings=tied)
+            policy = random_model(
+                vocab_size=4000, hidden_size=hidden, num_hidden_layers=1, tie_word_embeddings=tied
+            )
             settings = replace(SETTINGS, micro_batch_tokens=budget, activation_checkpointing=checkpointing)
             plan = plan_memory(policy, settings, work, free=10**12)
             several = budget < work.update_tokens
@@ -110,7 +119,9 @@ def test_the_highest_point_of_an_update_by_hand(monkeypatch):
 
 def test_groups_that_fit_are_not_divided():
     model = random_model()
-    per_token = plan_memory(model, replace(SETTINGS, micro_batch_tokens=1), replace(WORK, sample_tokens=1), 10**9).activations
+    per_token = plan_memory(
+        model, replace(SETTINGS, micro_batch_tokens=1), replace(WORK, sample_tokens=1), 10**9
+    ).activations
     for budget, tokens in ((2000, 1100), (1100, 1100), (1000, 1000), (2200, 2200), (10**6, 4400)):
         plan = plan_memory(model, replace(SETTINGS, micro_batch_tokens=budget), WORK, 10**9)
         assert plan.activations == tokens * per_token

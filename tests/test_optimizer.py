@@ -41,7 +41,9 @@ def test_float32_steps_equal_torchs_adamw_with_clipping():
     optimizer = optimizer_for(ours)
     plain = torch.optim.AdamW(theirs.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     clipped = []
-    for step, (rate, scale) in enumerate([(1e-2, 1.0), (5e-3, 1e-4), (2e-2, 0.3), (1e-3, 1e-3), (1e-2, 10.0)]):
+    for step, (rate, scale) in enumerate(
+        [(1e-2, 1.0), (5e-3, 1e-4), (2e-2, 0.3), (1e-3, 1e-3), (1e-2, 10.0)]
+    ):
         random_gradients(ours, step, scale)
         random_gradients(theirs, step, scale)
         norm = optimizer.step(rate)
@@ -53,7 +55,9 @@ def test_float32_steps_equal_torchs_adamw_with_clipping():
         assert largest_gap(weights(ours), weights(theirs)) < 2e-6
         assert all(parameter.grad is None for parameter in ours.parameters())
     assert set(clipped) == {True, False}
-    assert all(optimizer.pieces[name][0].master.data_ptr() == p.data_ptr() for name, p in ours.named_parameters())  # no copy
+    assert all(
+        optimizer.pieces[name][0].master.data_ptr() == p.data_ptr() for name, p in ours.named_parameters()
+    )  # no copy
     before = weights(ours)
     assert optimizer.step(1e-3) == 0.0  # without gradients nothing moves, though Adam's momentum would
     assert largest_gap(weights(ours), before) == 0
@@ -80,11 +84,16 @@ def test_tied_weights_are_one_parameter_and_frozen_ones_are_left_alone():
     model, untied = random_model(), random_model(tie_word_embeddings=False)
     model.model.norm.weight.requires_grad_(False)
     before, optimizer = weights(model), optimizer_for(model)
-    assert optimizer_for(untied).parameters.keys() - optimizer.parameters.keys() == {"lm_head.weight", "model.norm.weight"}
+    assert optimizer_for(untied).parameters.keys() - optimizer.parameters.keys() == {
+        "lm_head.weight",
+        "model.norm.weight",
+    }
     assert optimizer.pieces.keys() == optimizer.parameters.keys()  # frozen weights cost no memory
     learn(model, optimizer, 2)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert [name for name, after in weights(model).items() if torch.equal(after, before[name])] == ["model.norm.weight"]
+    assert [name for name, after in weights(model).items() if torch.equal(after, before[name])] == [
+        "model.norm.weight"
+    ]
 
 
 @pytest.mark.parametrize("rounding", ["masters", "stochastic"])
@@ -108,14 +117,18 @@ def test_bfloat16_weights_move_as_far_as_float32_ones(rounding):
     else:  # no copy is kept, in memory or in a checkpoint
         assert not any(len(piece.master) for pieces in optimizer.pieces.values() for piece in pieces)
         assert not any("|master" in name for name in state_of(optimizer))
-    along = torch.cat([((moved[name].float() - start[name]) * expected[name].sign()).flatten() for name in start])
+    along = torch.cat(
+        [((moved[name].float() - start[name]) * expected[name].sign()).flatten() for name in start]
+    )
     displacement = torch.cat([difference.abs().flatten() for difference in expected.values()]).mean().item()
     assert along.mean().item() == pytest.approx(displacement, rel=0.05) and displacement > 2e-6
 
 
 def test_stochastic_rounding_is_for_bfloat16_and_gives_a_neighbour_with_the_right_mean():
     generator = torch.Generator().manual_seed(0)
-    x = torch.cat([torch.randn(100, generator=generator), torch.tensor([0.0, 1.0, -2.0, 1 + 2**-10, 3e38, 1e-30])])
+    x = torch.cat(
+        [torch.randn(100, generator=generator), torch.tensor([0.0, 1.0, -2.0, 1 + 2**-10, 3e38, 1e-30])]
+    )
     rounded = torch.stack([round_stochastically(x, f"{n}") for n in range(4000)])
     exact = x.double().numpy()
     below = torch.from_numpy((x.view(torch.int32) & -(2**16)).view(torch.float32).numpy())  # towards zero

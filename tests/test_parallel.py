@@ -76,7 +76,9 @@ def same_runs(run: Path, other: Path) -> None:
     for paths in zip(*files, strict=True):
         for lines in zip(*(path.read_text().splitlines() for path in paths), strict=True):
             row, twin = map(json.loads, lines)
-            torch.testing.assert_close(torch.tensor(row["logprobs"]), torch.tensor(twin["logprobs"]), rtol=0, atol=2e-3)
+            torch.testing.assert_close(
+                torch.tensor(row["logprobs"]), torch.tensor(twin["logprobs"]), rtol=0, atol=2e-3
+            )
             assert row | {"logprobs": 0} == twin | {"logprobs": 0}
     assert (run / "traces.jsonl").read_text() == (other / "traces.jsonl").read_text()
     for row, twin in zip(timeless(run), timeless(other), strict=True):
@@ -84,7 +86,9 @@ def same_runs(run: Path, other: Path) -> None:
         for text in ("kind", "common_form"):
             assert row.pop(text, None) == twin.pop(text, None)
         assert row == pytest.approx(twin, rel=1e-5, abs=1e-6)
-    stored, twins = (sorted(path.relative_to(folder) for path in folder.rglob("*.safetensors")) for folder in (run, other))
+    stored, twins = (
+        sorted(path.relative_to(folder) for path in folder.rglob("*.safetensors")) for folder in (run, other)
+    )
     assert stored == twins and len(stored) > 5
     for name in stored:  # weights and optimizer states of every checkpoint
         first, second = (safetensors.torch.load_file(folder / name) for folder in (run, other))
@@ -98,7 +102,10 @@ def test_four_processes_do_what_one_does(alone, tmp_path):
 
 
 def test_a_run_is_resumed_by_another_number_of_processes(alone, tmp_path):
-    for name, resume in (("fewer", run_training), ("more", lambda *arguments: in_processes(2, run_training, *arguments))):
+    for name, resume in (
+        ("fewer", run_training),
+        ("more", lambda *arguments: in_processes(2, run_training, *arguments)),
+    ):
         shutil.copytree(alone, tmp_path / name)
         for folder in checkpoints(tmp_path / name)[2:]:
             shutil.rmtree(folder)
@@ -115,7 +122,9 @@ def gradient_of_a_step(model) -> dict[str, torch.Tensor]:
 
 
 def compare_gradients() -> None:
-    expected, in_bfloat16 = (gradient_of_a_step(random_model(dtype=dtype)) for dtype in (torch.float32, torch.bfloat16))
+    expected, in_bfloat16 = (
+        gradient_of_a_step(random_model(dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)
+    )
     with processes():
         torch.testing.assert_close(gradient_of_a_step(random_model()), expected, rtol=1e-5, atol=1e-6)
         shared = gradient_of_a_step(random_model(dtype=torch.bfloat16))

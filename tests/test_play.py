@@ -21,14 +21,27 @@ def test_tokens_shown_one_by_one_are_the_samplers_own(choice):
     model, prompt, stops = random_model(std=0.2), [5, 17, 3, 44], (7, 30)
     uniforms = random_uniforms([prompt], 1, 20, 4)[0, 0]
     ids, logprobs = zip(*sample_completion(model, prompt, uniforms, stops, choice))
-    ((completion,),) = generate(model, [prompt], max_new_tokens=20, stop_token_ids=stops, seed=4, **vars(choice))
+    ((completion,),) = generate(
+        model, [prompt], max_new_tokens=20, stop_token_ids=stops, seed=4, **vars(choice)
+    )
     assert list(ids) == completion.token_ids and logprobs == pytest.approx(completion.logprobs, abs=1e-5)
 
 
 def test_a_line_of_numbers_is_a_problem_and_any_other_is_refused():
     for line in ("7 9 11 22", "7, 9, 11 -> 22", " 7,9,11 22 ", Countdown.input_format.partition("as in ")[2]):
         assert Countdown().parse_input(line) == Problem((7, 9, 11), 22)
-    for line in ("seven", "3 x", "-3 4 5", "5", "5 5", "1 2 3 4 5 6 7 8", "99999999999 2 3", "² 3 4", "0 3 4", ""):
+    for line in (
+        "seven",
+        "3 x",
+        "-3 4 5",
+        "5",
+        "5 5",
+        "1 2 3 4 5 6 7 8",
+        "99999999999 2 3",
+        "² 3 4",
+        "0 3 4",
+        "",
+    ):
         with pytest.raises(ValueError):
             Countdown().parse_input(line)
 
@@ -50,10 +63,16 @@ def test_the_verdict_on_a_completion_is_the_tasks_own_and_names_its_end():
     problem = Problem((3, 4, 5), 12)
     prompt = prompt_for(player.tokenizer, player.recipe.task, problem, player.recipe.sampling)
     stops = player.tokenizer.stop_token_ids
-    ((completion,),) = generate(player.model, [prompt], max_new_tokens=256, stop_token_ids=stops, temperature=0.0)
+    ((completion,),) = generate(
+        player.model, [prompt], max_new_tokens=256, stop_token_ids=stops, temperature=0.0
+    )
     text = player.tokenizer.decode(completion.token_ids[:-1])
     *before, (last, verdict) = player.think(problem, seed=1)
-    assert completion.finished and last == text and all(text.startswith(part) and not end for part, end in before)
+    assert (
+        completion.finished
+        and last == text
+        and all(text.startswith(part) and not end for part, end in before)
+    )
     scored = score(text, problem)
     assert verdict == f"{scored.outcome}: reward {scored.reward:.2f}, {len(completion.token_ids)} tokens"
 

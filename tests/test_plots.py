@@ -67,7 +67,10 @@ def test_a_picture_is_drawn_for_light_and_for_dark_pages(tmp_path):
 
 
 def test_sft_alone_is_a_point_and_names_stand_apart():
-    main = {arm: [study_run(arm, seed, {0: 0.0, 100: 50.0 + seed}) for seed in (0, 1)] for arm in ("grpo", "staged")}
+    main = {
+        arm: [study_run(arm, seed, {0: 0.0, 100: 50.0 + seed}) for seed in (0, 1)]
+        for arm in ("grpo", "staged")
+    }
     main["sft"] = [study_run("sft", seed, {0: 20.0 + seed}) for seed in (0, 1)]
     panels = (Panel("Which?", tuple(main)), Panel("And per token?", ("grpo",), by_tokens=True))
     axes, per_token = drawn(plot_accuracy, main, panels)

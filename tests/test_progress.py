@@ -36,7 +36,12 @@ from train import parse
 ROOT = Path(__file__).parent.parent
 PROMPTS = [[5, 17, 3, 44, 9], [8, 2], [40, 2, 2, 30, 31, 12, 4, 4, 25], [19, 6, 40], [8, 1, 37, 20, 3, 9, 13]]
 ESCAPE = r"\x1b\[([?\d;]*[a-zA-Z])"
-RICH = {"FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"}  # variables that tell it of a terminal
+RICH = {
+    "FORCE_COLOR",
+    "NO_COLOR",
+    "TTY_COMPATIBLE",
+    "TTY_INTERACTIVE",
+}  # variables that tell it of a terminal
 
 
 def expected_reports(groups, room, check_every) -> list[tuple[int, int]]:
@@ -62,7 +67,9 @@ def test_reports_are_true_on_the_way_and_end_at_the_totals(stops, check_every, m
     for room in (32, 160, 10**6):
         options = dict(num_samples=3, max_new_tokens=23, stop_token_ids=stops, seed=5, max_cache_tokens=room)
         reports = []
-        groups = generate(decoder, PROMPTS, **options, on_progress=lambda *report, to=reports: to.append(report))
+        groups = generate(
+            decoder, PROMPTS, **options, on_progress=lambda *report, to=reports: to.append(report)
+        )
         assert reports[-1] == (15, sum(len(completion.token_ids) for group in groups for completion in group))
         assert reports == expected_reports(groups, room, check_every)
         assert generate(decoder, PROMPTS, **options) == groups  # the same without reports
@@ -94,7 +101,9 @@ def screen_of(text: str) -> list[str]:
             row -= int(moved[:-1])
         else:
             assert moved in ("?25l", "?25h") or moved.endswith("m"), f"unknown escape {moved}"
-    assert "\x1b[?25l" not in text or text.rindex("\x1b[?25l") < text.rindex("\x1b[?25h"), "the cursor stays hidden"
+    assert "\x1b[?25l" not in text or text.rindex("\x1b[?25l") < text.rindex("\x1b[?25h"), (
+        "the cursor stays hidden"
+    )
     return "\n".join(line.rstrip() for line in rows).rstrip("\n").split("\n")
 
 
@@ -107,7 +116,9 @@ def terminal(monkeypatch) -> io.StringIO:
     return written
 
 
-def test_a_terminal_shows_completions_done_and_tokens_a_second_and_keeps_nothing_after_an_error(terminal, monkeypatch):
+def test_a_terminal_shows_completions_done_and_tokens_a_second_and_keeps_nothing_after_an_error(
+    terminal, monkeypatch
+):
     clock = iter([100.0, 100.5, 104.0])
     monkeypatch.setattr(lab.screen, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     with pytest.raises(KeyboardInterrupt), progress_bar("rollout", 77) as show:
@@ -175,24 +186,37 @@ def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on_where_it_stopped(tmp_p
     # Nothing of these stays: first the run's own lines, a line for each step, then what Ctrl-C says.
     *lines, stopped = [line for line in screen_of(command.text) if line]
     lines.remove("stopping where the run can go on; once more stops it at once")
-    assert [line.split()[0] for line in lines[:6]] == ["model", "problems", "stages", "run", "memory", "before"]
+    assert [line.split()[0] for line in lines[:6]] == [
+        "model",
+        "problems",
+        "stages",
+        "run",
+        "memory",
+        "before",
+    ]
     steps = [line.split()[:3] for line in lines[6:] if line.startswith("grpo")]
     assert steps == [["grpo", "1/3", f"{n}/500"] for n in range(1, len(steps) + 1)]
     last, old = int(checkpoints(out)[-1].name[5:]), RunFolder(out).metrics()
     assert stopped == f"stopped. Saved after step {last}; go on with the same command and --resume."
     assert [row["step"] for row in old] == list(range(last + 1)) and last >= 3  # nothing is lost
 
-    monkeypatch.setattr(lab.screen, "step_line", lambda *arguments: signal.raise_signal(signal.SIGTERM) or "step")
+    monkeypatch.setattr(
+        lab.screen, "step_line", lambda *arguments: signal.raise_signal(signal.SIGTERM) or "step"
+    )
     assert exit_code(monkeypatch, "train.py", *TRAIN, "--out", out, "--resume") == 143  # SIGTERM's
     printed = capsys.readouterr()
     assert f"resumed after step {last}" in printed.out
-    assert printed.err.endswith(f"\nstopped. Saved after step {last + 1}; go on with the same command and --resume.\n")
+    assert printed.err.endswith(
+        f"\nstopped. Saved after step {last + 1}; go on with the same command and --resume.\n"
+    )
     rows = RunFolder(out).metrics()
     assert [row["step"] for row in rows] == list(range(last + 2)) and rows[: last + 1] == old
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_stop_drops_rollouts_but_finishes_an_update_and_the_run_goes_on_as_if_uninterrupted(tmp_path, monkeypatch):
+def test_a_stop_drops_rollouts_but_finishes_an_update_and_the_run_goes_on_as_if_uninterrupted(
+    tmp_path, monkeypatch
+):
     options = [*TRAIN, "--stages.0.steps", "3", "--stages.0.updates-per-step", "1", "--out"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train(parse([*options, str(whole)]).recipe, quiet=True)
@@ -219,7 +243,14 @@ def test_a_stop_drops_rollouts_but_finishes_an_update_and_the_run_goes_on_as_if_
 
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
-    slow = ["--stages.0.prompts-per-step", "64", "--stages.0.samples-per-prompt", "64", "--sampling.max-new-tokens", "250"]
+    slow = [
+        "--stages.0.prompts-per-step",
+        "64",
+        "--stages.0.samples-per-prompt",
+        "64",
+        "--sampling.max-new-tokens",
+        "250",
+    ]
     with closing(OnTerminal("train.py", *TRAIN, *slow, "--out", tmp_path / "run")) as command:
         command.read_until("/4096 completions")
         command.process.send_signal(signal.SIGTERM)
@@ -230,8 +261,12 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
     assert "stopped at once." in screen_of(command.text)
 
 
-@pytest.mark.parametrize(("command", "arguments"), [("train.py", TRAIN), ("eval.py", ["tiny", "--count", "2"])])
-def test_ctrl_c_advises_no_resume_where_nothing_can_be_resumed(command, arguments, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("command", "arguments"), [("train.py", TRAIN), ("eval.py", ["tiny", "--count", "2"])]
+)
+def test_ctrl_c_advises_no_resume_where_nothing_can_be_resumed(
+    command, arguments, tmp_path, monkeypatch, capsys
+):
     out = ["--out", tmp_path / "run"] if command == "train.py" else []
     # In the evaluation before any step.
     monkeypatch.setattr(lab.evaluate, "collect_rollouts", mock.Mock(side_effect=KeyboardInterrupt))

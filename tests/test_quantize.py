@@ -13,7 +13,15 @@ from reference import ROOT, TINY, TINY_TOKENS, random_ids, reference_model, same
 from torch import nn
 
 from model import ModelError, Qwen3, Tokenizer, load_model, save_model
-from model.quantize import LoRALinear, adapter_state, adapters, add_adapters, load_adapter_state, plain_state, quantized
+from model.quantize import (
+    LoRALinear,
+    adapter_state,
+    adapters,
+    add_adapters,
+    load_adapter_state,
+    plain_state,
+    quantized,
+)
 from rl.sft import sft_step
 
 IDS = random_ids(3, 11, high=48)
@@ -37,7 +45,9 @@ def frozen(model: Qwen3) -> dict[str, torch.Tensor]:
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a
+    )
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -45,7 +55,9 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.detach().double() - expected).norm() / expected.norm())
 
 
-def projection(in_size: int, out_size: int, rank: int, alpha: float, int8: bool, dtype=torch.float32) -> LoRALinear:
+def projection(
+    in_size: int, out_size: int, rank: int, alpha: float, int8: bool, dtype=torch.float32
+) -> LoRALinear:
     base = nn.Linear(in_size, out_size, bias=False, dtype=dtype)
     layer = LoRALinear(quantized(base) if int8 else base, rank, alpha)
     nn.init.normal_(layer.lora_b)
@@ -123,7 +135,9 @@ def test_all_seven_projections_of_every_layer_and_nothing_else_get_adapters(int8
     found = dict(adapters(model))
     assert found.keys() == {f"model.layers.{layer}.{name}" for layer in range(3) for name in SEVEN}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == {f"{name}.lora_{side}" for name in found for side in "ab"} == adapter_state(model).keys()
+    assert (
+        trained == {f"{name}.lora_{side}" for name in found for side in "ab"} == adapter_state(model).keys()
+    )
     for name, part in found.items():
         out_size, in_size = bases[name].weight.shape
         assert part.lora_a.shape == (3, in_size) and part.lora_b.shape == (out_size, 3)
@@ -150,9 +164,13 @@ def test_matrices_and_int8_weights_follow_the_seed_and_the_base_and_have_the_siz
     first, again, other = (add_adapters(random_model(**shape), 8, 8.0, True, seed) for seed in (1, 1, 2))
     assert same(frozen(first), frozen(again))
     first, again, other = map(adapter_state, (first, again, other))
-    assert same(first, again) and same(first, adapter_state(add_adapters(random_model(**shape), 8, 8.0, False, 1)))
+    assert same(first, again) and same(
+        first, adapter_state(add_adapters(random_model(**shape), 8, 8.0, False, 1))
+    )
     drawn = [name for name in first if name.endswith("lora_a")]
-    assert len({float(matrices[name][0, 0]) for matrices in (first, other) for name in drawn}) == 2 * len(drawn)
+    assert len({float(matrices[name][0, 0]) for matrices in (first, other) for name in drawn}) == 2 * len(
+        drawn
+    )
     for name in drawn:
         assert first[name].std() * first[name].shape[1] ** 0.5 == pytest.approx(1, abs=0.2), name
 
@@ -162,7 +180,13 @@ def test_an_int8_projection_holds_one_byte_a_weight_and_a_scale_a_row():
     for _ in range(2):  # before and after a first call
         for name, part in adapters(model):
             base, size = part.base, part.lora_b.shape[0] * part.lora_a.shape[1]
-            tensors = [base.weight.data, base.weight.CB, base.weight.SCB, *vars(base.state).values(), *base.buffers()]
+            tensors = [
+                base.weight.data,
+                base.weight.CB,
+                base.weight.SCB,
+                *vars(base.state).values(),
+                *base.buffers(),
+            ]
             storages = [tensor.untyped_storage() for tensor in tensors if torch.is_tensor(tensor)]
             sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
             assert sum(sizes.values()) == size + 4 * part.lora_b.shape[0], name
@@ -190,7 +214,9 @@ def test_a_rank_or_alpha_that_makes_no_sense_is_refused_and_the_model_left_as_it
         add_adapters(add_adapters(model, 2, 2.0, int8=False), 2, 2.0, int8=False)
 
 
-@pytest.mark.parametrize("int8, dtype", [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "int8, dtype", [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)]
+)
 def test_adapters_learn_and_the_base_stays_bit_identical(int8, dtype):
     model = add_adapters(random_model(dtype=dtype), 4, 8.0, int8)
     before, trainer = frozen(model), trainer_for(model)
@@ -210,7 +236,10 @@ def test_the_same_base_with_the_saved_adapters_is_the_same_model_again(int8):
     optimizer = optimizer_for(again)
     load_adapter_state(again, saved)
     assert same(adapter_state(again), saved) and torch.equal(again(IDS), model(IDS))
-    assert all(torch.equal(optimizer.pieces[name][0].master.view_as(tensor), tensor) for name, tensor in saved.items())
+    assert all(
+        torch.equal(optimizer.pieces[name][0].master.view_as(tensor), tensor)
+        for name, tensor in saved.items()
+    )
 
 
 def test_adapters_that_do_not_fit_are_named_and_nothing_is_loaded():
@@ -252,7 +281,12 @@ def test_the_plain_state_is_the_merged_weights_under_the_names_of_the_base(int8,
 @BASES
 @torch.no_grad()
 def test_a_saved_model_is_a_plain_checkpoint_with_the_adapted_models_logits(int8, family, tied, tmp_path):
-    shape = {"vocab_size": TINY_TOKENS + 20, "hidden_size": 24, "intermediate_size": 28, "tie_word_embeddings": tied}
+    shape = {
+        "vocab_size": TINY_TOKENS + 20,
+        "hidden_size": 24,
+        "intermediate_size": 28,
+        "tie_word_embeddings": tied,
+    }
     reference = reference_model(family=family, **shape)
     model = add_adapters(same_weights(reference), 4, 8.0, int8)
     fill(model, std=0.1)

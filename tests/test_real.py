@@ -63,7 +63,14 @@ def test_the_main_arms_are_the_recipe_and_ways_of_the_same_length():
 
 
 def test_the_report_says_what_its_results_hold(tmp_path):
-    evaluation = {"stage": 0, "kind": "grpo", "step": 80, "grpo_steps": 80, "eval_accuracy": 0.25, "generated_tokens": 9}
+    evaluation = {
+        "stage": 0,
+        "kind": "grpo",
+        "step": 80,
+        "grpo_steps": 80,
+        "eval_accuracy": 0.25,
+        "generated_tokens": 9,
+    }
     evaluations = [evaluation | {"step": 0, "grpo_steps": 0, "generated_tokens": 0}, evaluation]
     steps = {"pass_at_8": [0.0] * 30 + [0.5] * 10, "format_rate": [1.0] * 40}
     (tmp_path / "runs").mkdir()
@@ -93,7 +100,9 @@ def greedy_texts(folder: Path, questions: list[str], new_tokens: int) -> tuple[l
     theirs = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        out = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
+        out = reference.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False
+        )
         theirs.append(tokenizer.decode(out[0, len(prompt) :].tolist()))
     return ours, theirs
 

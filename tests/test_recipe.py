@@ -7,7 +7,16 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from lab.recipe import RECIPES, Recipe, RecipeError, build_recipe, checked, from_dict, load_recipe, read_tables
+from lab.recipe import (
+    RECIPES,
+    Recipe,
+    RecipeError,
+    build_recipe,
+    checked,
+    from_dict,
+    load_recipe,
+    read_tables,
+)
 from rl.grpo import GRPOStage
 from rl.rollout import SamplingSettings
 from rl.sft import SFTStage
@@ -45,9 +54,17 @@ def test_the_recipes_state_the_papers_numbers():
         assert recipe.sampling.max_new_tokens == tokens and recipe.sampling.temperature == 1.0
         assert recipe.evaluation.every == 10 and recipe.optimizer.kind == "adamw8bit"
         assert [stage.steps if stage.kind == "grpo" else None for stage in recipe.stages] == steps
-        assert all((stage.clip_low, stage.clip_high) == (0.25, 0.25) for stage in recipe.stages if stage.kind == "grpo")
+        assert all(
+            (stage.clip_low, stage.clip_high) == (0.25, 0.25)
+            for stage in recipe.stages
+            if stage.kind == "grpo"
+        )
         sibling_name, sibling = load_recipe(name, variant="tiny")
-        assert sibling_name == f"{name}-tiny" and sibling.model == "tiny" and sibling.sampling.max_new_tokens == tokens
+        assert (
+            sibling_name == f"{name}-tiny"
+            and sibling.model == "tiny"
+            and sibling.sampling.max_new_tokens == tokens
+        )
         assert [stage.kind for stage in sibling.stages] == [stage.kind for stage in recipe.stages]
     assert load_recipe("smoke", variant="tiny")[0] == "smoke"  # has no sibling
 
@@ -130,14 +147,20 @@ def number_fields(settings, where: str = "") -> list[str]:
 
 
 def test_no_number_of_a_recipe_is_without_bounds_trap_generated_problems_ten_to_the_twelve():
-    names = [*number_fields(Recipe()), *number_fields(GRPOStage(), "grpo."), *number_fields(SFTStage(), "sft.")]
+    names = [
+        *number_fields(Recipe()),
+        *number_fields(GRPOStage(), "grpo."),
+        *number_fields(SFTStage(), "sft."),
+    ]
     assert len(names) > 30
     for name in names:
         *tables, field = name.split(".")
         for value in (-1, 10**30):
             values = {field: value} | ({"kind": "countdown"} if tables == ["task"] else {})
             for table in reversed(tables):
-                values = {"stages": [{"kind": table} | values]} if table in ("grpo", "sft") else {table: values}
+                values = (
+                    {"stages": [{"kind": table} | values]} if table in ("grpo", "sft") else {table: values}
+                )
             with pytest.raises(RecipeError, match=f"{field}(:| .*must be)"):
                 from_dict(Recipe, values)
 
@@ -152,7 +175,9 @@ def test_training_refuses_top_k_and_top_p_trap_scored_under_another_distribution
 def test_overrides_are_checked_like_a_recipes_own_values():
     _, recipe = load_recipe("256")
     assert checked(recipe) == recipe
-    with pytest.raises(RecipeError, match="sampling.max_new_tokens: input should be greater than or equal to 1, not 0"):
+    with pytest.raises(
+        RecipeError, match="sampling.max_new_tokens: input should be greater than or equal to 1, not 0"
+    ):
         checked(replace(recipe, sampling=replace(recipe.sampling, max_new_tokens=0)))
 
 
@@ -172,7 +197,9 @@ def test_extending_oneself_in_a_circle_or_nothing_is_refused(tmp_path):
     write(tmp_path, 'extends = "mine.toml"', "other.toml")
     for base in ("./mine.toml", "other.toml", "missing.toml", ""):
         path = write(tmp_path, f'extends = "{base}"')
-        with pytest.raises(RecipeError, match="missing|directory" if base in ("missing.toml", "") else "extends itself"):
+        with pytest.raises(
+            RecipeError, match="missing|directory" if base in ("missing.toml", "") else "extends itself"
+        ):
             load_recipe(path)
 
 

@@ -17,7 +17,9 @@ from model.weights import TINY
 
 
 def data_of(page: str) -> dict:
-    return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)[1])
+    return json.loads(
+        re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)[1]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +38,24 @@ def test_the_page_says_what_metrics_say(smoke_run, page):  # noqa: F811
     assert first == second and first["name"] == str(smoke_run)
     rows = RunFolder(smoke_run).metrics()
     assert first["evaluations"] == [
-        [row["step"], row["eval_accuracy"], row["eval_low"], row["eval_high"]] for row in rows if "eval_accuracy" in row
+        [row["step"], row["eval_accuracy"], row["eval_low"], row["eval_high"]]
+        for row in rows
+        if "eval_accuracy" in row
     ]
     steps = [row for row in rows if row["kind"] == "grpo" and row["step"]]
-    for name in ("reward_mean", "completion_length", "policy_entropy", "clip_fraction", "format_rate", "non_latin_fraction"):
+    for name in (
+        "reward_mean",
+        "completion_length",
+        "policy_entropy",
+        "clip_fraction",
+        "format_rate",
+        "non_latin_fraction",
+    ):
         assert first["series"][name] == [[row["step"], row[name]] for row in steps]
     assert [step for step, _ in first["series"]["grad_norm"]] == [row["step"] for row in rows if row["step"]]
-    assert first["series"]["seconds"][0][1] == pytest.approx(rows[1]["rollout_seconds"] + rows[1]["update_seconds"])
+    assert first["series"]["seconds"][0][1] == pytest.approx(
+        rows[1]["rollout_seconds"] + rows[1]["update_seconds"]
+    )
     assert [kind for _, _, kind in first["stages"]] == ["grpo", "sft", "grpo"]
     assert first["final"]["final_accuracy"] == rows[-1]["final_accuracy"]
 
@@ -59,7 +72,9 @@ def test_rollouts_come_from_evenly_spread_steps_with_tokens_logprobs_and_advanta
             assert row["advantage"] == source["advantage"] and len(row["pieces"]) <= len(source["token_ids"])
             text = "".join(piece for piece, _ in row["pieces"])
             assert text.startswith(source["completion"])  # and then the stop token's
-            assert sum(logprob for _, logprob in row["pieces"]) == pytest.approx(sum(source["logprobs"]), abs=0.1)
+            assert sum(logprob for _, logprob in row["pieces"]) == pytest.approx(
+                sum(source["logprobs"]), abs=0.1
+            )
 
 
 def test_a_character_of_several_tokens_is_one_piece():
@@ -76,7 +91,9 @@ def test_no_completion_can_end_the_script_or_load_anything(smoke_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(smoke_run, run)
     path = RunFolder(run).rollout_files()[0]
-    row = json.loads(path.read_text().splitlines()[0]) | {"completion": "</script><script>alert(1)</script><!--"}
+    row = json.loads(path.read_text().splitlines()[0]) | {
+        "completion": "</script><script>alert(1)</script><!--"
+    }
     path.write_text(json.dumps(row) + "\n")
     page = write_report([run]).read_text(encoding="utf-8")
     assert page.count("</script>") == 2
@@ -97,7 +114,9 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 @pytest.mark.skipif(BROWSER is None, reason="no chromium to open the page in")
 def test_a_browser_draws_charts_and_rollouts(page, tmp_path):
     path = tmp_path / "page.html"
-    path.write_text(page.replace("<script>\n", "<script>\nonerror = message => { document.title = message; };\n", 1))
+    path.write_text(
+        page.replace("<script>\n", "<script>\nonerror = message => { document.title = message; };\n", 1)
+    )
     command = [
         BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
         "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri(),

@@ -151,7 +151,9 @@ def test_a_start_that_fails_in_a_linked_folder_shows_its_own_reason(tmp_path):
 
 # Evaluations: one before any step, one after each of 2 + sft + 2 steps, and two more at the end.
 @pytest.mark.parametrize("call", [2, -1])
-def test_a_signal_cuts_an_evaluation_off_and_the_run_makes_it_when_it_goes_on(call, whole, tmp_path, monkeypatch):
+def test_a_signal_cuts_an_evaluation_off_and_the_run_makes_it_when_it_goes_on(
+    call, whole, tmp_path, monkeypatch
+):
     out = tmp_path / "run"
     count = sum("eval_accuracy" in row for row in RunFolder(whole).metrics()) + 2
     stopped_run(out, monkeypatch, lab.run, "evaluate", call if call > 0 else count + 1 + call)

@@ -77,7 +77,8 @@ def test_trap_arithmetic_that_peers_paid_for_or_hung_on(content, numbers, target
 
 
 @pytest.mark.parametrize(
-    "before", ["", "So: ", "First 79 - 60 = 19.\n", "Done. ", "Now, ", "so ", "x so ", "max ", "thus; ", "3 numbers: "]
+    "before",
+    ["", "So: ", "First 79 - 60 = 19.\n", "Done. ", "Now, ", "so ", "x so ", "max ", "thus; ", "3 numbers: "],
 )
 def test_a_bare_number_counts_right_after_an_equation_that_earned_it(before):
     for after in (" ", "", "\n\n"):
@@ -97,7 +98,9 @@ def test_trap_the_target_copied_from_the_prompt_earns_a_tenth(before):
 def test_a_trailing_value_and_a_bare_number_must_be_the_value_of_the_expression_near_the_target_too():
     assert score(answered(EQUATION), NEAR) == Score(0.7, "near")
     assert outcome(answered("(79 - 60) + 17 = 38"), NEAR) == "wrong"
-    assert outcome(answered("36", thoughts=EQUATION)) == "wrong"  # the equation has to stand after the thinking
+    assert (
+        outcome(answered("36", thoughts=EQUATION)) == "wrong"
+    )  # the equation has to stand after the thinking
     assert score(f"</think>{EQUATION} <answer>36</answer>", NEAR) == Score(0.7, "near")
     assert score(f"</think>{EQUATION} <answer>38</answer>", NEAR) == Score(0.1, "wrong")
 
@@ -129,29 +132,51 @@ def test_malformed(text):
     assert score(text, PROBLEM) == Score(0.0, "malformed")
 
 
-@pytest.mark.parametrize("thoughts", ["it goes in <answer> tags", "ends with </answer>", "</answer> and <answer>"])
+@pytest.mark.parametrize(
+    "thoughts", ["it goes in <answer> tags", "ends with </answer>", "</answer> and <answer>"]
+)
 def test_a_lone_answer_tag_in_the_thinking_is_talk_about_the_format(thoughts):
     assert outcome(answered(RIGHT, thoughts)) == "correct"
 
 
-@pytest.mark.parametrize("after", [" I hope this helps.", "\n36", "<|im_end|>", "</think>", "<think>", "<answer"])
+@pytest.mark.parametrize(
+    "after", [" I hope this helps.", "\n36", "<|im_end|>", "</think>", "<think>", "<answer"]
+)
 def test_text_after_the_block_does_not_change_the_verdict(after):
     assert outcome(answered(RIGHT) + after) == "correct"
     assert outcome(answered("36") + after) == "wrong"
 
 
 def test_a_completion_may_open_its_own_thinking_at_its_beginning_and_is_then_held_to_it():
-    assert outcome("\n<think>" + answered(RIGHT)) == "correct"  # as some models do though the prompt has opened it
+    assert (
+        outcome("\n<think>" + answered(RIGHT)) == "correct"
+    )  # as some models do though the prompt has opened it
     block = f"<answer>{RIGHT}</answer>"
-    for text in (block, f"{EQUATION} <answer>36</answer>", "<think>" + answered(RIGHT), "\n <think>" + answered(RIGHT)):
+    for text in (
+        block,
+        f"{EQUATION} <answer>36</answer>",
+        "<think>" + answered(RIGHT),
+        "\n <think>" + answered(RIGHT),
+    ):
         assert outcome(text, thinking=False) == "correct"
-    for text in (f"<think>{block}", "<think>" + answered(RIGHT, block), answered(RIGHT), "Well. <think>" + answered(RIGHT)):
+    for text in (
+        f"<think>{block}",
+        "<think>" + answered(RIGHT, block),
+        answered(RIGHT),
+        "Well. <think>" + answered(RIGHT),
+    ):
         assert outcome(text, thinking=False) == "malformed"
 
 
 def test_a_hundred_kilobytes_of_spite_take_no_time_and_earn_no_reward():
-    texts = ["<answer>" * 12_500, "<think></think>" * 7_000, *(answered(character * 100_000) for character in "(9 ")]
-    texts += ["</think>" + piece + "<answer>36</answer>" for piece in ("1+" * 50_000 + "1 = 36", "1 \n" * 33_000)]
+    texts = [
+        "<answer>" * 12_500,
+        "<think></think>" * 7_000,
+        *(answered(character * 100_000) for character in "(9 "),
+    ]
+    texts += [
+        "</think>" + piece + "<answer>36</answer>" for piece in ("1+" * 50_000 + "1 = 36", "1 \n" * 33_000)
+    ]
     for text in texts:
         start = time.perf_counter()
         assert score(text, PROBLEM).reward <= 0.1

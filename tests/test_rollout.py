@@ -61,7 +61,9 @@ def test_a_prompt_speaks_of_thinking_only_with_it_and_of_the_limit_only_if_asked
 
     assert "<think> </think>" in prompt() and prompt().endswith("<think>\n") and "tokens" not in prompt()
     without = prompt(thinking=False)
-    assert without.count("<think>") == without.count("</think>") == 1 and without.endswith("<think>\n\n</think>\n\n")
+    assert without.count("<think>") == without.count("</think>") == 1 and without.endswith(
+        "<think>\n\n</think>\n\n"
+    )
     assert "<answer> </answer>" in without
     assert "at most 512 tokens in all.<|im_end|>" in prompt(max_new_tokens=512, state_limit=True)
 
@@ -72,7 +74,9 @@ def test_examples_are_solved_problems_as_earlier_turns_of_the_chat(task, thinkin
     problem = task.problem_from_row(json.loads(task.file_format.example))
     tokenizer = load_model("tiny")[1]
     plain = prompt_for(tokenizer, task, problem, SamplingSettings(thinking=thinking))
-    text = tokenizer.decode(prompt_for(tokenizer, task, problem, SamplingSettings(thinking=thinking, examples=2)))
+    text = tokenizer.decode(
+        prompt_for(tokenizer, task, problem, SamplingSettings(thinking=thinking, examples=2))
+    )
     assert text.endswith(tokenizer.decode(plain))
     for example in task.examples(2):
         _, asked, after = text.partition(f"<|im_start|>user\n{task.prompt(example, thinking)}<|im_end|>\n")
@@ -105,5 +109,7 @@ def test_an_error_of_the_scorer_ends_the_step_at_once():
 def test_a_cancelled_rollout_scores_nothing():
     scored, cancel = [], threading.Event()
     with pytest.raises(Cancelled):
-        collect(FakeTask(lambda *call: scored.append(call)), cancel=cancel, on_progress=lambda *_: cancel.set())
+        collect(
+            FakeTask(lambda *call: scored.append(call)), cancel=cancel, on_progress=lambda *_: cancel.set()
+        )
     assert not scored

@@ -20,7 +20,9 @@ HOLD = "import sys, time; from lab.runfolder import RunFolder\nwith RunFolder(sy
 def test_a_second_process_is_refused_and_a_dead_ones_lock_is_none(tmp_path):
     run = RunFolder(tmp_path / "run")
     command = [sys.executable, "-c", HOLD, run.path]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent) as holder:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent
+    ) as holder:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(RecipeError, match="in use by another process.*--out"), run.locked():
             pass
@@ -72,7 +74,10 @@ def wandb(monkeypatch):
 
 
 def test_a_row_goes_to_tensorboard_and_wandb(tmp_path, wandb):
-    rows = [{"step": 0, "kind": "grpo", "eval_accuracy": 0.07}, {"step": 1, "kind": "grpo", "reward_mean": 0.25}]
+    rows = [
+        {"step": 0, "kind": "grpo", "eval_accuracy": 0.07},
+        {"step": 1, "kind": "grpo", "reward_mean": 0.25},
+    ]
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
     boards = Boards(run.path)

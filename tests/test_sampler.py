@@ -57,21 +57,30 @@ def test_greedy_decoding_of_ragged_prompts_equals_that_of_transformers(reference
     groups = generate(decoder, PROMPTS, max_new_tokens=24, temperature=0)
     options = dict(max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
     for prompt, [completion] in zip(PROMPTS, groups):
-        assert completion.token_ids == reference.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+        assert (
+            completion.token_ids
+            == reference.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+        )
         # Greedy decoding reports log-probabilities at temperature 1.
-        assert completion.logprobs == pytest.approx(teacher_forced(reference, prompt, completion.token_ids), abs=1e-4)
+        assert completion.logprobs == pytest.approx(
+            teacher_forced(reference, prompt, completion.token_ids), abs=1e-4
+        )
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
 def test_reported_logprobs_are_those_of_transformers_and_of_training(temperature, reference, decoder):
     options = dict(num_samples=3, max_new_tokens=12, temperature=temperature, seed=3)
     groups = generate(decoder, PROMPTS, stop_token_ids=[7, 30], **options)
-    samples = [Sample(prompt, c.token_ids, c.logprobs) for prompt, group in zip(PROMPTS, groups) for c in group]
+    samples = [
+        Sample(prompt, c.token_ids, c.logprobs) for prompt, group in zip(PROMPTS, groups) for c in group
+    ]
     for item in samples:
         exact = teacher_forced(reference, item.prompt_ids, item.completion_ids, temperature)
         assert item.old_logprobs == pytest.approx(exact, abs=1e-4)
     batch = make_batch(samples)
-    torch.testing.assert_close(completion_logprobs(decoder, batch, temperature), batch.old_logprobs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        completion_logprobs(decoder, batch, temperature), batch.old_logprobs, rtol=0, atol=1e-5
+    )
 
 
 def warped(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> np.ndarray:
@@ -102,8 +111,12 @@ def test_a_uniform_number_picks_the_token_of_the_inverse_cdf(temperature, top_k,
     clear = np.abs(cumulative - uniforms.numpy()[:, None]).min(-1) > 1e-5  # rounding cannot decide these rows
     assert clear.mean() > 0.99
     assert (sampled.numpy() == expected)[clear].all()
-    assert (probabilities[np.arange(4000), sampled] > 0).all()  # nothing outside the allowed set, unclear rows included
-    full = torch.log_softmax(logits.double() / temperature, -1)  # log-probabilities are those before top-k and top-p
+    assert (
+        probabilities[np.arange(4000), sampled] > 0
+    ).all()  # nothing outside the allowed set, unclear rows included
+    full = torch.log_softmax(
+        logits.double() / temperature, -1
+    )  # log-probabilities are those before top-k and top-p
     torch.testing.assert_close(logprobs.double(), full.gather(-1, sampled[:, None])[:, 0], rtol=0, atol=1e-5)
 
 
@@ -115,7 +128,9 @@ def test_the_largest_and_the_smallest_uniform_pick_a_possible_token(vocab, dtype
     logits[8:16, vocab // 2 :] = -3e4  # probability zero at the end of the vocabulary
     logits[16:, : vocab // 2] = -3e4  # and at its start
     possible = [np.flatnonzero(row) for row in warped(logits, 1.0, top_k, None)]
-    padded = torch.cat((logits, torch.full((24, 3), 1e4, dtype=dtype)), dim=1)  # ids past the vocabulary are likeliest
+    padded = torch.cat(
+        (logits, torch.full((24, 3), 1e4, dtype=dtype)), dim=1
+    )  # ids past the vocabulary are likeliest
     for uniform in (ALMOST_ONE, 0.0):
         sampled, logprobs = sample_tokens(padded, torch.full((24,), uniform), vocab, TokenChoice(top_k=top_k))
         assert (logprobs > -50).all()
@@ -126,7 +141,9 @@ def test_the_largest_and_the_smallest_uniform_pick_a_possible_token(vocab, dtype
 
 def test_a_long_tail_of_rare_tokens_keeps_its_share_of_a_vocabulary_as_large_as_qwen3s():
     vocab = 151_669
-    probabilities = torch.full((vocab,), 2e-8, dtype=torch.float64)  # too small to be added to 0.997 in float32
+    probabilities = torch.full(
+        (vocab,), 2e-8, dtype=torch.float64
+    )  # too small to be added to 0.997 in float32
     probabilities[0] = 1 - probabilities[1:].sum()
     uniforms = torch.linspace(0.9975, 0.9999, 12)
     sampled, _ = sample_tokens(probabilities.log().float().expand(12, vocab), uniforms, vocab, TokenChoice())
@@ -138,7 +155,9 @@ def test_a_long_tail_of_rare_tokens_keeps_its_share_of_a_vocabulary_as_large_as_
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.3, "top_p": 0.9}], ids=str)
 def test_an_id_past_the_tokenizers_vocabulary_is_never_sampled_however_large_its_logit(options):
     reference = reference_model(seed=2)
-    with torch.no_grad():  # of 83 ids the last 20 are padding of the embedding, with by far the largest logits
+    with (
+        torch.no_grad()
+    ):  # of 83 ids the last 20 are padding of the embedding, with by far the largest logits
         reference.lm_head.weight[63:] = 60 * torch.randn(20, 44, generator=torch.Generator().manual_seed(0))
     decoder = same_weights(reference)
     decoder.num_tokens = 63
@@ -147,7 +166,9 @@ def test_an_id_past_the_tokenizers_vocabulary_is_never_sampled_however_large_its
 
 
 @pytest.mark.parametrize("stops", [[], [7, 30]], ids=str)
-def test_a_completion_does_not_depend_on_its_ragged_batch_and_without_a_stop_has_max_new_tokens(stops, decoder):
+def test_a_completion_does_not_depend_on_its_ragged_batch_and_without_a_stop_has_max_new_tokens(
+    stops, decoder
+):
     prompts = PROMPTS + PROMPTS[:1]  # copies count as groups of their own
     options = dict(num_samples=3, max_new_tokens=14, seed=11, stop_token_ids=stops)
     whole = generate(decoder, prompts, **options)
@@ -157,14 +178,20 @@ def test_a_completion_does_not_depend_on_its_ragged_batch_and_without_a_stop_has
     assert any(completion.finished for completion in flat(whole)) == bool(stops)
     assert_same(flat(generate(decoder, prompts[4::-1], **options)[::-1]), flat(whole[:5]))
     assert_same(flat(generate(decoder, prompts, **options, only=slice(1, None, 2))), flat(whole[1::2]))
-    assert_same(flat(group[:3] for group in generate(decoder, prompts, **options | {"num_samples": 5})), flat(whole))
+    assert_same(
+        flat(group[:3] for group in generate(decoder, prompts, **options | {"num_samples": 5})), flat(whole)
+    )
     longer = flat(generate(decoder, prompts, **options | {"max_new_tokens": 20}))
-    assert [completion.token_ids[:14] for completion in longer] == [completion.token_ids for completion in flat(whole)]
+    assert [completion.token_ids[:14] for completion in longer] == [
+        completion.token_ids for completion in flat(whole)
+    ]
 
 
 def test_every_completion_has_random_numbers_of_its_own():
     prompts = [[1, 2, 3], [1, 23], [12, 3], [3, 2, 1], [1, 2, 3]]
-    uniforms = torch.stack([random_uniforms(prompts, 4, 80, seed) for seed in (0, 1)])  # [seeds, prompts, samples, tokens]
+    uniforms = torch.stack(
+        [random_uniforms(prompts, 4, 80, seed) for seed in (0, 1)]
+    )  # [seeds, prompts, samples, tokens]
     assert len(set(uniforms.flatten().tolist())) == uniforms.numel()
     assert torch.equal(random_uniforms([[1, 2, 3]] * 3, 5, 90, 0)[:2, :4, :80], uniforms[0, [0, 4]])
     counts = torch.histc(uniforms, 20, 0, 1)  # of about 160
@@ -174,7 +201,9 @@ def test_every_completion_has_random_numbers_of_its_own():
 def forwards(decoder, call):
     """The result of `call()` and the [rows, time] of every forward meanwhile."""
     shapes = []
-    hook = decoder.model.embed_tokens.register_forward_hook(lambda _, args, __: shapes.append(tuple(args[0].shape)))
+    hook = decoder.model.embed_tokens.register_forward_hook(
+        lambda _, args, __: shapes.append(tuple(args[0].shape))
+    )
     try:
         return call(), shapes
     finally:
@@ -183,11 +212,17 @@ def forwards(decoder, call):
 
 def test_a_prompt_is_prefilled_once_and_decoding_takes_as_many_forwards_as_tokens(decoder):
     for length in (6, 1):  # one new token needs the prefill alone
-        _, shapes = forwards(decoder, lambda: generate(decoder, PROMPTS, num_samples=7, max_new_tokens=length))  # noqa: B023
+        _, shapes = forwards(
+            decoder, lambda: generate(decoder, PROMPTS, num_samples=7, max_new_tokens=length)
+        )  # noqa: B023
         assert shapes == [(len(PROMPTS), 9)] + [(len(PROMPTS) * 7, 1)] * (length - 1)
     assert forwards(decoder, lambda: generate(decoder, [], max_new_tokens=6)) == ([], [])
-    _, shapes = forwards(decoder, lambda: generate(decoder, PROMPTS, max_new_tokens=500, stop_token_ids=range(83)))
-    assert len(shapes) <= 1 + model.sampler.CHECK_EVERY["cpu"]  # decoding ends soon after the last row has finished
+    _, shapes = forwards(
+        decoder, lambda: generate(decoder, PROMPTS, max_new_tokens=500, stop_token_ids=range(83))
+    )
+    assert (
+        len(shapes) <= 1 + model.sampler.CHECK_EVERY["cpu"]
+    )  # decoding ends soon after the last row has finished
 
 
 BAD = [
@@ -213,7 +248,9 @@ UNIFORMS = random_uniforms(COPIES, 5, 40, seed=3)
 def one_by_one(decoder, choice) -> list[Completion]:
     """Without a cache: every token comes from a forward over all tokens before it."""
     completions = []
-    for prompt, uniforms in ((prompt, uniforms) for prompt, group in zip(COPIES, UNIFORMS) for uniforms in group):
+    for prompt, uniforms in (
+        (prompt, uniforms) for prompt, group in zip(COPIES, UNIFORMS) for uniforms in group
+    ):
         ids, logprobs = [], []
         while len(ids) < len(uniforms) and not set(ids[-1:]) & set(STOPS):
             logits = decoder(torch.tensor([prompt + ids]))[:, -1]
@@ -225,7 +262,9 @@ def one_by_one(decoder, choice) -> list[Completion]:
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("choice", [TokenChoice(), TokenChoice(0.7), TokenChoice(0), TokenChoice(1.2, 4, 0.8)], ids=str)
+@pytest.mark.parametrize(
+    "choice", [TokenChoice(), TokenChoice(0.7), TokenChoice(0), TokenChoice(1.2, 4, 0.8)], ids=str
+)
 @torch.inference_mode()
 def test_a_batch_gives_what_the_plain_sampler_gives(choice, static, decoder):
     batch = DecodeBatch(decoder, COPIES, UNIFORMS, torch.tensor(STOPS), choice, static)
@@ -239,7 +278,9 @@ def test_a_row_that_stops_on_its_last_slot_is_finished_and_one_token_less_is_not
     free = flat(generate(decoder, COPIES, max_new_tokens=40, **options))
     last = max(len(completion.token_ids) for completion in free if completion.finished)
     for length in (last, last - 1):
-        for ours, other in zip(flat(generate(decoder, COPIES, max_new_tokens=length, **options)), free, strict=True):
+        for ours, other in zip(
+            flat(generate(decoder, COPIES, max_new_tokens=length, **options)), free, strict=True
+        ):
             assert ours.token_ids == other.token_ids[:length]
             assert ours.finished == (other.finished and len(other.token_ids) <= length)
 
@@ -309,5 +350,18 @@ def test_a_graph_is_recorded_on_the_second_call_with_a_shape_and_then_replayed(m
     step = GraphedStep(function)
     for current in ["a"] * 4 + ["b"] * 2 + ["c"] + ["a"] * 2:  # shapes
         step(current)
-    words = ["run", "record", "replay", "replay", "replay", "run", "record", "replay", "run", "run", "record", "replay"]
+    words = [
+        "run",
+        "record",
+        "replay",
+        "replay",
+        "replay",
+        "run",
+        "record",
+        "replay",
+        "run",
+        "run",
+        "record",
+        "replay",
+    ]
     assert log == list(zip(words, "aaaaabbbcaaa"))

@@ -45,7 +45,10 @@ def rollout(outcome: str, text: str) -> Rollout:
 
 
 def live_screen(width=110, height=40) -> LiveScreen:
-    return LiveScreen(RECIPE, Console(file=io.StringIO(), force_terminal=True, width=width, height=height, color_system=None))
+    return LiveScreen(
+        RECIPE,
+        Console(file=io.StringIO(), force_terminal=True, width=width, height=height, color_system=None),
+    )
 
 
 def drawn(shown: LiveScreen) -> str:
@@ -62,15 +65,15 @@ def test_a_live_screen_shows_stage_numbers_accuracy_progress_and_the_last_rollou
     shown.step({"stage": 0, "kind": "grpo", "step": 0, "grpo_steps": 0, **EVALUATED}, 3, 0, 0)
     shown.step(GRPO | {"step": 9, "grpo_steps": 9}, 3, 9, 80)
     shown.step(GRPO | EVALUATED, 3, 10, 80)
-    shown.rollouts([[rollout("correct", "old"), rollout("correct", "a good one"), rollout("near", "a \x1b[31mbad one")]])
+    shown.rollouts(
+        [[rollout("correct", "old"), rollout("correct", "a good one"), rollout("near", "a \x1b[31mbad one")]]
+    )
     with shown.sampling("rollout", 40) as report:
         report(20, 3000)
         text = drawn(shown)
     assert "GRPO 1/3  step 10/80" in text and "runs/shown" in text
     assert "held-out accuracy 20.3 % (17.1 to 24.0)" in text and "20 % |" in text
-    numbers = (
-        "reward 0.432|correct 25.0 %|format 90 %|length 123|grad 0.07|entropy 0.31|clipped 1.2 %|12,346 tokens/s|2.5 s per step"
-    )
+    numbers = "reward 0.432|correct 25.0 %|format 90 %|length 123|grad 0.07|entropy 0.31|clipped 1.2 %|12,346 tokens/s|2.5 s per step"
     assert all(part in " ".join(text.split()) for part in numbers.split("|"))
     assert "a good one" in text and "bad one" in text and "old" not in text and "\x1b[31m" not in text
     assert "last correct: 79, 60, 17 -> 36" in text
@@ -83,12 +86,17 @@ def test_only_evaluations_stay_as_lines_above_a_live_screen():
     shown.step(GRPO, 3, 10, 80)
     assert shown.console.file.getvalue() == ""
     shown.step(GRPO | EVALUATED, 3, 10, 80)
-    assert "grpo 1/3   10/80" in shown.console.file.getvalue() and "held-out 20.3 %" in shown.console.file.getvalue()
+    assert (
+        "grpo 1/3   10/80" in shown.console.file.getvalue()
+        and "held-out 20.3 %" in shown.console.file.getvalue()
+    )
 
 
 def test_a_resumed_run_shows_its_earlier_accuracy():
     shown = live_screen()
-    shown.history([GRPO, GRPO | EVALUATED, GRPO | {"step": 20, "eval_accuracy": 0.4, "eval_low": 0.3, "eval_high": 0.5}])
+    shown.history(
+        [GRPO, GRPO | EVALUATED, GRPO | {"step": 20, "eval_accuracy": 0.4, "eval_low": 0.3, "eval_high": 0.5}]
+    )
     assert shown.points == [(10, pytest.approx(20.3)), (20, 40.0)] and "40 % |" in drawn(shown)
 
 
@@ -103,7 +111,9 @@ def test_a_live_screen_fits_its_terminal(width, height):
 
 def test_an_sft_step_shows_its_loss():
     shown = live_screen()
-    shown.step({"stage": 1, "kind": "sft", "step": 81, "grpo_steps": 80, "loss": 0.1234, "grad_norm": 0.5}, 3, 1, 46)
+    shown.step(
+        {"stage": 1, "kind": "sft", "step": 81, "grpo_steps": 80, "loss": 0.1234, "grad_norm": 0.5}, 3, 1, 46
+    )
     assert "SFT 2/3  step 1/46" in drawn(shown) and "loss 0.1234" in drawn(shown)
 
 
@@ -125,9 +135,12 @@ def test_a_start_from_nothing_and_a_silent_batch_are_put_into_words():
     assert "earned nothing for 30 steps" in words and "--sampling.no-thinking" in words
     assert "--stages.0.samples-per-prompt 32" in words and "--sampling.max-new-tokens 512" in words
     later = advice_on_equal_rewards(
-        GRPO | START | {"step": 150, "stage": 2, "eval_truncated_fraction": 0.0, "eval_format_rate": 1.0}, recipe
+        GRPO | START | {"step": 150, "stage": 2, "eval_truncated_fraction": 0.0, "eval_format_rate": 1.0},
+        recipe,
     )
-    assert " 0.0 % of completions" in f" {later}" and "About 0.3 of 32" in later  # 32 (1 - 0.999^8): all wrong alike
+    assert (
+        " 0.0 % of completions" in f" {later}" and "About 0.3 of 32" in later
+    )  # 32 (1 - 0.999^8): all wrong alike
     assert "--stages.2.samples-per-prompt" in later
 
 
@@ -141,14 +154,20 @@ def test_nothing_is_said_where_batches_teach_or_all_is_right_or_nothing_is_sampl
 
 def test_the_planned_time_counts_the_tokens_of_sampling_updates_and_evaluations():
     """0.01 s a token; 10 tokens a completion, 30 a prompt: by hand."""
-    stages = (SFTStage(epochs=2, max_traces=100), GRPOStage(steps=20, prompts_per_step=4, samples_per_prompt=8))
+    stages = (
+        SFTStage(epochs=2, max_traces=100),
+        GRPOStage(steps=20, prompts_per_step=4, samples_per_prompt=8),
+    )
     evaluation = EvaluationSettings(every=10, problems=50, final_problems=70)
     recipe = replace(RECIPE, stages=stages, evaluation=evaluation)
     sampled = 20 * 4 * 8 * 10 + (4 + 2) * 50 * 10 + 2 * 70 * 10
     updated = 2 * 100 * 40 + 20 * 4 * (8 * 10 + 30)
     minutes = round(0.01 * (sampled + 1.5 * updated) / 60)
     words = planned_time({"eval_completion_length": 10.0, "eval_seconds": 5.0}, recipe, 30)
-    assert words == f"time      about 0:{minutes:02} h, if completions keep their length of 10 tokens" and minutes == 6
+    assert (
+        words == f"time      about 0:{minutes:02} h, if completions keep their length of 10 tokens"
+        and minutes == 6
+    )
 
 
 COLLAPSED = GRPO | {  # what a run on SmolLM2 without a cold start came to
@@ -161,11 +180,18 @@ def test_a_policy_that_has_stopped_exploring_is_put_into_words():
     words = advice_on_exploration(COLLAPSED, recipe)
     assert "in 90 % of groups all rewards are equal, though only 12 % of completions are correct" in words
     assert "0.02 nats per token, and 100 % of answers have the form n+n+n" in words
-    for option in ("--stages.0.learning-rate 2.5e-06", "--reward.no-format", "--stages.0.kl-coef 0.01", "cold start"):
+    for option in (
+        "--stages.0.learning-rate 2.5e-06",
+        "--reward.no-format",
+        "--stages.0.kl-coef 0.01",
+        "cold start",
+    ):
         assert option in words
     paid = replace(recipe, reward=RewardSettings(near_miss=False, format=False))
     assert "--reward" not in advice_on_exploration(COLLAPSED, paid)
-    assert "form" not in advice_on_exploration(COLLAPSED | {"common_form": "n"}, paid)  # as all answers of gsm8k have
+    assert "form" not in advice_on_exploration(
+        COLLAPSED | {"common_form": "n"}, paid
+    )  # as all answers of gsm8k have
 
 
 @pytest.mark.parametrize(
@@ -180,7 +206,9 @@ def test_a_card_without_bfloat16_takes_float32_and_says_so(monkeypatch):
     for supported in (True, False):
         answer = {False: supported, True: True}  # torch can emulate it
         monkeypatch.setattr(
-            torch.cuda, "is_bf16_supported", lambda including_emulation, answer=answer: answer[including_emulation]
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation, answer=answer: answer[including_emulation],
         )
         assert pick_dtype(RECIPE, gpu) is (None if supported else torch.float32)
         assert pick_dtype(replace(RECIPE, dtype="bfloat16"), gpu) is torch.bfloat16  # what is asked for
@@ -197,7 +225,10 @@ def test_the_screen_follows_the_terminal_and_the_options(monkeypatch):
     console = Console(file=io.StringIO(), force_terminal=True)
     monkeypatch.setattr(lab.screen, "Console", lambda **_: console)
     assert type(pick_screen(RECIPE)) is LiveScreen
-    assert type(pick_screen(RECIPE, plain=True)) is Screen and type(pick_screen(RECIPE, quiet=True)) is QuietScreen
+    assert (
+        type(pick_screen(RECIPE, plain=True)) is Screen
+        and type(pick_screen(RECIPE, quiet=True)) is QuietScreen
+    )
 
 
 def test_a_plain_screen_prints_each_step_and_a_quiet_one_nothing(capsys):

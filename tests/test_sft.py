@@ -68,12 +68,18 @@ def test_every_epoch_visits_every_sample_once_in_its_own_order_made_from_the_see
     samples = [Sample([1], [number]) for number in range(count)]
     np.random.seed(count)
     steps = sft_schedule(samples, batch_size, epochs=3, seed=7)
-    assert len(steps) == 3 * math.ceil(count / batch_size) and all(1 <= len(step) <= batch_size for step in steps)
+    assert len(steps) == 3 * math.ceil(count / batch_size) and all(
+        1 <= len(step) <= batch_size for step in steps
+    )
     visited = [sample.completion_ids[0] for step in steps for sample in step]
     orders = [visited[:count], visited[count : 2 * count], visited[2 * count :]]
     assert all(sorted(order) == list(range(count)) for order in orders) and len(set(map(tuple, orders))) > 1
     np.random.seed(0)
-    assert sft_schedule(samples, batch_size, epochs=3, seed=7) == steps != sft_schedule(samples, batch_size, epochs=3, seed=8)
+    assert (
+        sft_schedule(samples, batch_size, epochs=3, seed=7)
+        == steps
+        != sft_schedule(samples, batch_size, epochs=3, seed=8)
+    )
 
 
 PROBLEMS = [Problem((2, 3, 5), 30), Problem((79, 60, 17), 36), Problem((1, 2, 3), 6)]
@@ -109,7 +115,9 @@ def test_a_cold_start_learns_right_worked_solutions_of_training_problems_only(tm
     options = ("--out", tmp_path / "run", "--generated-problems", 100, "--sampling.examples", 2)
     recipe = replace(smoke(*options).recipe, stages=(stage,))
     train(recipe, quiet=True)
-    traces = load_traces(tmp_path / "run" / "worked.jsonl", recipe.task.problem_from_row, lambda text, problem: True)
+    traces = load_traces(
+        tmp_path / "run" / "worked.jsonl", recipe.task.problem_from_row, lambda text, problem: True
+    )
     assert len(traces) == 40 and len({trace.problem.key for trace in traces}) == 40
     for trace in traces:
         assert recipe.task.score(trace.completion, trace.problem).outcome == "correct"
@@ -133,7 +141,9 @@ def test_a_task_that_writes_no_solutions_is_refused_before_any_step(tmp_path, mo
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_a_step_learns_a_prompt_a_trace_and_the_end_of_turn_at_a_rate_that_falls_linearly_to_zero(recipe, monkeypatch):
+def test_a_step_learns_a_prompt_a_trace_and_the_end_of_turn_at_a_rate_that_falls_linearly_to_zero(
+    recipe, monkeypatch
+):
     tokenizer, steps = Tokenizer(TINY), mock.Mock(return_value={"loss": 1.0, "grad_norm": 1.0, "tokens": 1})
     monkeypatch.setattr(lab.stages, "sft_step", steps)
     train(recipe, quiet=True)
@@ -142,7 +152,9 @@ def test_a_step_learns_a_prompt_a_trace_and_the_end_of_turn_at_a_rate_that_falls
     for (sample,) in samples:
         prompt, completion = tokenizer.decode(sample.prompt_ids), tokenizer.decode(sample.completion_ids)
         problem = next(p for p, answer in zip(PROBLEMS, ANSWERS, strict=True) if answer in completion)
-        assert f"numbers {', '.join(map(str, problem.numbers))} exactly" in prompt and prompt.endswith("<think>\n")
+        assert f"numbers {', '.join(map(str, problem.numbers))} exactly" in prompt and prompt.endswith(
+            "<think>\n"
+        )
         assert completion.startswith("so\n</think>") and completion.endswith("</answer><|im_end|>")
         assert sample.completion_ids[-1] == tokenizer.end_of_turn_id
         assert sample.old_logprobs is None and sample.advantage == 0
@@ -168,7 +180,10 @@ def test_checkpoints_take_their_share_of_the_time_and_short_steps_are_evaluated_
     monkeypatch.setattr(lab.run, "save_checkpoint", save)
     stages = (replace(recipe.stages[0], epochs=10),)
     evaluation = replace(recipe.evaluation, every=1)
-    train(replace(recipe, stages=stages, evaluation=evaluation, checkpoint_every=1, checkpoint_share=share), quiet=True)
+    train(
+        replace(recipe, stages=stages, evaluation=evaluation, checkpoint_every=1, checkpoint_share=share),
+        quiet=True,
+    )
     assert saved == [*saved_at, 30]
     rows = RunFolder(recipe.out).metrics()
     assert [row["step"] for row in rows if "eval_accuracy" in row] == [0, 8, 16, 24, 30]

@@ -62,7 +62,9 @@ def small_study(folder, text: str = SMALL) -> Arguments:
 
 def test_the_main_arms_take_the_same_grpo_steps_at_the_recipes_rates_and_differ_in_nothing_else():
     first, _, last = load_recipe("256-tiny")[1].stages
-    arms = {arm.name: build_recipe(arm.tables, RECIPES) for arm in load_arms(Arguments().recipe) if arm.is_main}
+    arms = {
+        arm.name: build_recipe(arm.tables, RECIPES) for arm in load_arms(Arguments().recipe) if arm.is_main
+    }
     grpo, staged, restart = arms["grpo"].stages[0], arms["staged"].stages, arms["restart"].stages
     for stages in restart, arms["grpo-512"].stages:
         assert sum(stage.steps for stage in stages) == grpo.steps
@@ -70,7 +72,9 @@ def test_the_main_arms_take_the_same_grpo_steps_at_the_recipes_rates_and_differ_
             assert replace(stage, steps=grpo.steps) == replace(grpo, learning_rate=rate)
     assert [stage.kind for stage in staged] == ["grpo", "sft", "grpo"] and restart == staged[::2]
     for name in "staged", "restart", "grpo-512":
-        assert replace(arms[name], stages=(), sampling=arms["grpo"].sampling) == replace(arms["grpo"], stages=())
+        assert replace(arms[name], stages=(), sampling=arms["grpo"].sampling) == replace(
+            arms["grpo"], stages=()
+        )
     assert arms["grpo-512"].sampling == replace(arms["grpo"].sampling, max_new_tokens=512)
     assert arms["sft"].stages == (replace(staged[1], traces="staged"),)
 
@@ -78,14 +82,24 @@ def test_the_main_arms_take_the_same_grpo_steps_at_the_recipes_rates_and_differ_
 def test_every_ablation_changes_one_thing_in_grpo_alone():
     arms = [arm for arm in load_arms(Arguments().recipe) if arm.name == "grpo" or not arm.is_main]
     recipes = {arm.name: flatten(asdict(build_recipe(arm.tables, RECIPES))) for arm in arms}
-    assert len({r["stages.0.prompts_per_step"] * r["stages.0.samples_per_prompt"] for r in recipes.values()}) == 1
+    assert (
+        len({r["stages.0.prompts_per_step"] * r["stages.0.samples_per_prompt"] for r in recipes.values()})
+        == 1
+    )
     base, changed = recipes.pop("grpo"), {}
     for name, recipe in recipes.items():
         changed[name] = {field.split(".")[-1] for field in base if base[field] != recipe[field]}
     pairs = [{"clip_low", "clip_high"}, {"prompts_per_step", "samples_per_prompt"}]
     assert all(len(names) == 1 or names in pairs for names in changed.values()), changed
     covered = set().union(*changed.values())
-    assert covered >= {"scale_by_std", "near_miss", "format", "learning_rate", "updates_per_step", "samples_per_prompt"}
+    assert covered >= {
+        "scale_by_std",
+        "near_miss",
+        "format",
+        "learning_rate",
+        "updates_per_step",
+        "samples_per_prompt",
+    }
 
 
 def test_a_run_waits_for_the_run_whose_traces_it_learns_from():
@@ -142,7 +156,9 @@ def test_a_study_makes_each_run_once_and_again_only_if_its_recipe_changed(tmp_pa
         sampled = [row["tokens"] for row in rows if row["kind"] == "grpo" and row["step"]]
         assert result["steps"]["tokens"] == sampled and len(sampled) == 3, name
         assert result["evaluations"][-1]["generated_tokens"] == sum(sampled)
-        assert [e["eval_accuracy"] for e in result["evaluations"]] == [r["eval_accuracy"] for r in rows if "eval_accuracy" in r]
+        assert [e["eval_accuracy"] for e in result["evaluations"]] == [
+            r["eval_accuracy"] for r in rows if "eval_accuracy" in r
+        ]
         assert result["final"]["final_accuracy"] == rows[-1]["final_accuracy"]
     for written in "results.md", "accuracy.png", "training.png", "ablations.png":
         assert (arguments.results / written).stat().st_size > 500
@@ -159,13 +175,20 @@ def test_a_study_makes_each_run_once_and_again_only_if_its_recipe_changed(tmp_pa
     small_study(tmp_path, SMALL.replace("scale_by_std = false", "scale_by_std = false, clip_low = 0.1"))
     run_study(arguments)
     assert made == [("no std", 0)]
-    assert json.loads((arguments.results / "runs" / "no-std.0.json").read_text())["recipe"]["stages"][0]["clip_low"] == 0.1
+    assert (
+        json.loads((arguments.results / "runs" / "no-std.0.json").read_text())["recipe"]["stages"][0][
+            "clip_low"
+        ]
+        == 0.1
+    )
 
 
 def test_a_study_resumes_a_run_that_was_stopped(tmp_path, monkeypatch):
     arguments = replace(small_study(tmp_path), arms=("grpo",), seeds=1)
     (run,) = plan(arguments)
-    step = mock.Mock(wraps=lab.stages.grpo_step, side_effect=[mock.DEFAULT, mock.DEFAULT, KeyboardInterrupt, mock.DEFAULT])
+    step = mock.Mock(
+        wraps=lab.stages.grpo_step, side_effect=[mock.DEFAULT, mock.DEFAULT, KeyboardInterrupt, mock.DEFAULT]
+    )
     monkeypatch.setattr(lab.stages, "grpo_step", step)
     with pytest.raises(KeyboardInterrupt):
         execute(run)
@@ -177,7 +200,9 @@ def test_a_study_resumes_a_run_that_was_stopped(tmp_path, monkeypatch):
         assert result[part] == whole[part]
 
 
-def made_up(arm: str, seed: int, accuracies: dict[int, float], tokens_a_step=100, final: float | None = None) -> Run:
+def made_up(
+    arm: str, seed: int, accuracies: dict[int, float], tokens_a_step=100, final: float | None = None
+) -> Run:
     evaluations = [
         {"stage": 0, "kind": "grpo", "step": step, "grpo_steps": step, "eval_accuracy": accuracy / 100,
          "generated_tokens": tokens_a_step * step}
@@ -189,7 +214,9 @@ def made_up(arm: str, seed: int, accuracies: dict[int, float], tokens_a_step=100
 
 def test_the_interval_is_students():
     estimate = Estimate.of([1.0, 2.0, 6.0])
-    assert estimate.half_width == pytest.approx(4.302653 * math.sqrt(7) / math.sqrt(3), rel=1e-4)  # variance (4 + 1 + 9) / 2
+    assert estimate.half_width == pytest.approx(
+        4.302653 * math.sqrt(7) / math.sqrt(3), rel=1e-4
+    )  # variance (4 + 1 + 9) / 2
     assert str(estimate) == "3.0 ± 6.6" and estimate.count == 3
     assert str(Estimate.of([4.25])) == "4.2" and math.isnan(Estimate.of([4.25]).half_width)
     assert Estimate.of([0.0, 1.0] * 10).half_width == pytest.approx(2.093 * 0.51299 / math.sqrt(20), rel=1e-3)
@@ -197,24 +224,40 @@ def test_the_interval_is_students():
 
 def test_differences_are_taken_seed_by_seed():
     grpo = [made_up("grpo", seed, {10: 10.0 * seed}) for seed in (1, 2, 3)]
-    staged = [made_up("staged", seed, {10: 10.0 * seed + better}) for seed, better in ((2, 3.0), (1, 2.0), (7, 50.0))]
+    staged = [
+        made_up("staged", seed, {10: 10.0 * seed + better})
+        for seed, better in ((2, 3.0), (1, 2.0), (7, 50.0))
+    ]
     difference = paired_difference(staged, grpo)
     assert (difference.mean, difference.count) == (2.5, 2)
 
 
 @pytest.mark.parametrize(
     "better, relation",
-    [((5, 6, 7), "is better than"), ((-5, -6, -7), "is worse than"), ((-5, 6, 3), "cannot be told apart from")],
+    [
+        ((5, 6, 7), "is better than"),
+        ((-5, -6, -7), "is worse than"),
+        ((-5, 6, 3), "cannot be told apart from"),
+    ],
 )
-def test_a_conclusion_says_no_more_than_its_interval_and_gives_the_greedy_difference_where_there_is_one(better, relation):
+def test_a_conclusion_says_no_more_than_its_interval_and_gives_the_greedy_difference_where_there_is_one(
+    better, relation
+):
     grpo = [made_up("grpo", seed, {10: 40.0 + seed}) for seed in range(3)]
     staged = [made_up("staged", seed, {10: 40.0 + seed + better[seed]}) for seed in range(3)]
     (sentence,) = report.conclusions({"grpo": grpo, "staged": staged})
-    assert f"**staged** {relation} **grpo**: {sum(better) / 3:+.1f} (" in sentence and "greedy" not in sentence
+    assert (
+        f"**staged** {relation} **grpo**: {sum(better) / 3:+.1f} (" in sentence and "greedy" not in sentence
+    )
     grpo = [made_up("grpo", seed, {10: 1.0}, final=10.0) for seed in (0, 1)]
-    staged = [made_up("staged", seed, {10: 1.0}, final=11.0 + seed) for seed in (0, 1)]  # greedy twice as much
+    staged = [
+        made_up("staged", seed, {10: 1.0}, final=11.0 + seed) for seed in (0, 1)
+    ]  # greedy twice as much
     sentence, _, against = report.conclusions({"grpo": grpo, "staged": staged, "restart": grpo})
-    assert "**restart**: +1.5" in against and "+1.5 (-4.9 to +7.9) points at the end, greedy +3.0 (-9.7 to +15.7) (" in sentence
+    assert (
+        "**restart**: +1.5" in against
+        and "+1.5 (-4.9 to +7.9) points at the end, greedy +3.0 (-9.7 to +15.7) (" in sentence
+    )
 
 
 def test_tables_by_hand():
@@ -222,10 +265,15 @@ def test_tables_by_hand():
     longer = [made_up("longer", 0, {0: 4.0, 20: 44.0}, tokens_a_step=200)]
     assert longer[0].accuracy_at(1000) == pytest.approx(14.0)
     assert grpo[0].largest_fall == 10.0 and longer[0].largest_fall == 0.0
-    rows = [line.split(" | ") for line in report.evaluation_table({"grpo": grpo, "longer": longer}).splitlines()]
+    rows = [
+        line.split(" | ") for line in report.evaluation_table({"grpo": grpo, "longer": longer}).splitlines()
+    ]
     assert rows[0] == ["| GRPO steps", "grpo", "longer |"]
     assert rows[3] == ["| 10", "21.0 ± 12.7", " |"] and rows[4] == ["| 20", "11.0 ± 12.7", "44.0 |"]
-    end = [line.strip("| ").split(" | ") for line in report.end_table({"grpo": grpo, "longer": longer}).splitlines()]
+    end = [
+        line.strip("| ").split(" | ")
+        for line in report.end_table({"grpo": grpo, "longer": longer}).splitlines()
+    ]
     assert end[0][4] == "after 0.00 M generated tokens, %"  # 2,000 of them
     assert end[2][:8] == ["grpo", "2", "12.0 ± 0.0", "24.0 ± 0.0", "11.0 ± 12.7", "0.0", "10.0", "0.00"]
     assert end[3][:5] == ["longer", "1", "44.0", "", "24.0"]
@@ -233,10 +281,19 @@ def test_tables_by_hand():
 
 def test_the_take_off_by_hand():
     steps = {"completion_length": np.array([50.0, 70.0])}
-    grpo = [replace(made_up("grpo", seed, {0: 0.0, 10: 5.0, 20: 15.0 + seed}, final=12.0), steps=steps) for seed in (0, 5)]
-    late = [replace(made_up("late", seed, {0: 0.0, 70: 9.0, 90: 9.0 + 2 * seed}), steps=steps) for seed in (0, 1)]
-    assert grpo[0].passes(10.0) == pytest.approx((15.0, 1500.0)) and all(map(math.isnan, late[0].passes(10.0)))
-    rows = [line.strip("| ").split(" | ") for line in report.ablation_table(grpo, {"late": late}).splitlines()]
+    grpo = [
+        replace(made_up("grpo", seed, {0: 0.0, 10: 5.0, 20: 15.0 + seed}, final=12.0), steps=steps)
+        for seed in (0, 5)
+    ]
+    late = [
+        replace(made_up("late", seed, {0: 0.0, 70: 9.0, 90: 9.0 + 2 * seed}), steps=steps) for seed in (0, 1)
+    ]
+    assert grpo[0].passes(10.0) == pytest.approx((15.0, 1500.0)) and all(
+        map(math.isnan, late[0].passes(10.0))
+    )
+    rows = [
+        line.strip("| ").split(" | ") for line in report.ablation_table(grpo, {"late": late}).splitlines()
+    ]
     assert rows[2] == ["grpo", "2", "12.0 ± 0.0", "", "2 of 2", "14 (13 to 15)", "0.00", "24.0 ± 0.0", "60"]
     assert rows[3][4:7] == ["1 of 2", "80 (80 to 80)", "0.01"]
 

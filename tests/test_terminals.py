@@ -66,7 +66,15 @@ LOST = {"pipe": gone_pipe, "terminal": gone_terminal, "disk": lambda: os.open("/
 
 @pytest.mark.parametrize(
     "name, value",
-    [("TERM", "dumb"), ("TERM", "unknown"), ("TERM", ""), ("TERM", None), ("CI", "true"), ("COLUMNS", "1"), ("COLUMNS", "39")],
+    [
+        ("TERM", "dumb"),
+        ("TERM", "unknown"),
+        ("TERM", ""),
+        ("TERM", None),
+        ("CI", "true"),
+        ("COLUMNS", "1"),
+        ("COLUMNS", "39"),
+    ],
 )
 def test_nothing_is_drawn_on_a_terminal_that_cannot_move_its_cursor_or_is_a_log(name, value, monkeypatch):
     assert can_draw(TERMINAL)
@@ -88,15 +96,36 @@ def test_a_file_is_no_terminal_whatever_the_environment_says(name, monkeypatch, 
 
 def test_a_run_logs_plain_lines_without_a_home_a_terminal_or_a_character_set(tmp_path):
     code = "import pwd, runpy, sys; pwd.getpwuid = lambda _: {}[0]; sys.argv[:1] = []; runpy.run_path('train.py', run_name='__main__')"
-    few = ("--evaluation.problems", 2, "--evaluation.final-problems", 0, "--sampling.max-new-tokens", 4, "--stages.0.steps", 1)
-    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME", "TERM", "LANG")}
-    environment |= {"FORCE_COLOR": "1", "COLUMNS": "40", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    few = (
+        "--evaluation.problems",
+        2,
+        "--evaluation.final-problems",
+        0,
+        "--sampling.max-new-tokens",
+        4,
+        "--stages.0.steps",
+        1,
+    )
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("HOME", "XDG_CACHE_HOME", "TERM", "LANG")
+    }
+    environment |= {
+        "FORCE_COLOR": "1",
+        "COLUMNS": "40",
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONIOENCODING": "ascii",
+    }
     options = ("smoke", "--model", "tiny-256", *few, "--out", tmp_path / "run")
     finished = run_command("-c", code, "train.py", *options, env=environment)
     assert finished.returncode == 0, finished.stderr
     assert "\x1b" not in finished.stdout
     lines = [line.split()[0] for line in finished.stdout.splitlines()]
-    assert lines[:6] == ["model", "problems", "stages", "run", "memory", "before"] and lines.count("grpo") == 3
+    assert (
+        lines[:6] == ["model", "problems", "stages", "run", "memory", "before"] and lines.count("grpo") == 3
+    )
 
 
 def test_every_console_comes_from_one_place():
@@ -109,13 +138,19 @@ def test_a_path_that_is_no_text_is_one_line(capsys):
 
 
 def test_characters_that_cannot_be_shown_become_question_marks():
-    for encoding, shown in (("ascii", b"? ? 1\n"), ("latin-1", b"\xe9 ? 1\n"), ("utf-8", "é 漢 1\n".encode())):
+    for encoding, shown in (
+        ("ascii", b"? ? 1\n"),
+        ("latin-1", b"\xe9 ? 1\n"),
+        ("utf-8", "é 漢 1\n".encode()),
+    ):
         assert printed_by(lambda: print("é 漢 1"), encoding=encoding) == shown
 
 
 @pytest.mark.parametrize("kind", LOST)
 def test_a_run_goes_on_to_its_end_when_its_output_or_its_terminal_is_lost(kind, tmp_path):
-    recipe = smoke("--evaluation.problems", 2, "--evaluation.final-problems", 0, "--sampling.max-new-tokens", 4).recipe
+    recipe = smoke(
+        "--evaluation.problems", 2, "--evaluation.final-problems", 0, "--sampling.max-new-tokens", 4
+    ).recipe
     recipe = replace(recipe, stages=(), out=str(tmp_path / "run"))
 
     def work():

@@ -9,7 +9,15 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import NO_THINKING, TINY, TINY_TOKENS, changed_tokenizer, copy_tokenizer, qwen3_file, smollm2_folder
+from reference import (
+    NO_THINKING,
+    TINY,
+    TINY_TOKENS,
+    changed_tokenizer,
+    copy_tokenizer,
+    qwen3_file,
+    smollm2_folder,
+)
 
 from data import Problem, score
 from model import ModelError, Tokenizer, prompt_ids
@@ -47,7 +55,11 @@ def test_ids_equal_transformers_and_give_the_text_back(kind):
     assert all(ours.encode(token)[0] in ours.stop_token_ids for token in ("<|im_end|>", "<|endoftext|>"))
 
     @settings(max_examples=150, deadline=None, derandomize=True)
-    @given(st.lists(st.one_of(st.text(max_size=12), st.sampled_from(TEXTS + ["<think>", "</think>", "<|im_end|>"]))))
+    @given(
+        st.lists(
+            st.one_of(st.text(max_size=12), st.sampled_from(TEXTS + ["<think>", "</think>", "<|im_end|>"]))
+        )
+    )
     def any_text(pieces):
         assert ours.encode("".join(pieces)) == theirs.encode("".join(pieces), add_special_tokens=False)
 
@@ -89,11 +101,18 @@ You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
 LLAMA2 = """{% for message in messages %}{% if message.role == 'user' %}{{ bos_token + '[INST] ' + message.content + ' [/INST]' }}
 {%- else %}{% generation %}{{ ' ' + message.content + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"""
 USER = "Make 36 from [79, 60, 17]. <b>1</b> & {x}\n"
-EXAMPLES = [("Make 3.", "1 + 2 <answer>1 + 2</answer>"), ("Make 7.\n", "<think>\n3 + 4\n</think>\n<answer>3 + 4</answer>")]
+EXAMPLES = [
+    ("Make 3.", "1 + 2 <answer>1 + 2</answer>"),
+    ("Make 7.\n", "<think>\n3 + 4\n</think>\n<answer>3 + 4</answer>"),
+]
 
 
 def chat(user: str, examples) -> list[dict]:
-    turns = [{"role": role, "content": text} for pair in examples for role, text in zip(("user", "assistant"), pair)]
+    turns = [
+        {"role": role, "content": text}
+        for pair in examples
+        for role, text in zip(("user", "assistant"), pair)
+    ]
     return [*turns, {"role": "user", "content": user}]
 
 
@@ -112,7 +131,10 @@ def test_prompts_of_qwen3_equal_its_official_template(kind, thinking, examples):
 def test_a_prompt_is_what_the_models_own_template_makes_of_it(template, place, tmp_path):
     """In the configuration, among several there, or in a file of its own, which takes precedence."""
     ours = changed_tokenizer(
-        tmp_path, NO_THINKING, chat_template=template, bos_token=ADDED | {"__type": "AddedToken", "content": "<|im_start|>"}
+        tmp_path,
+        NO_THINKING,
+        chat_template=template,
+        bos_token=ADDED | {"__type": "AddedToken", "content": "<|im_start|>"},
     )
     if place == "named":
         named = [{"name": "tools", "template": "no"}, {"name": "default", "template": template}]
@@ -159,7 +181,9 @@ def test_without_a_template_prompts_are_chatml_or_plain_text_and_it_is_known(tmp
     chatml = changed_tokenizer(tmp_path / "a", {}, chat_template=None)
     assert not chatml.has_template
     for thinking in (True, False):
-        assert prompt_ids(chatml, USER, thinking, EXAMPLES) == prompt_ids(pair("tiny")[0], USER, thinking, EXAMPLES)
+        assert prompt_ids(chatml, USER, thinking, EXAMPLES) == prompt_ids(
+            pair("tiny")[0], USER, thinking, EXAMPLES
+        )
     renamed = NO_THINKING | {"<|im_start|>": "<|a|>", "<|im_end|>": "<|b|>"}
     plain = changed_tokenizer(tmp_path / "b", renamed, chat_template=None, eos_token="<|endoftext|>")
     assert not plain.has_template
@@ -219,7 +243,9 @@ def test_saving_keeps_the_published_files_byte_for_byte_and_both_ends_stop_a_com
 def test_stop_ids_add_those_of_the_generation_config(eos, added, tmp_path):
     copy_tokenizer(tmp_path)
     own = set(Tokenizer(tmp_path).stop_token_ids)
-    (tmp_path / "generation_config.json").write_text(json.dumps({} if eos == "absent" else {"eos_token_id": eos}))
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({} if eos == "absent" else {"eos_token_id": eos})
+    )
     assert set(Tokenizer(tmp_path).stop_token_ids) == own | added
 
 
@@ -241,7 +267,9 @@ def test_the_end_of_a_turn_is_that_of_the_template(tmp_path):
     """Qwen2.5's base model has another end token, but its template ends turns with `<|im_end|>`."""
     own = changed_tokenizer(tmp_path / "a", {}, eos_token="<|endoftext|>")
     assert own.end_of_turn_id == own.encode("<|im_end|>")[0]
-    other = changed_tokenizer(tmp_path / "b", {}, eos_token="<|endoftext|>", chat_template="{{ messages[0].content }}")
+    other = changed_tokenizer(
+        tmp_path / "b", {}, eos_token="<|endoftext|>", chat_template="{{ messages[0].content }}"
+    )
     assert other.end_of_turn_id == other.encode("<|endoftext|>")[0]
 
 
@@ -264,11 +292,18 @@ def test_the_verdict_does_not_depend_on_how_digits_and_tags_are_tokenized(tmp_pa
 
 def test_an_added_token_takes_its_own_id_or_is_refused(tmp_path):
     def with_added(added):
-        (copy_tokenizer(tmp_path) / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+        (copy_tokenizer(tmp_path) / "tokenizer_config.json").write_text(
+            json.dumps({"added_tokens_decoder": added})
+        )
         return tmp_path
 
     tokenizer = Tokenizer(with_added({str(TINY_TOKENS): ADDED}))
     assert (tokenizer.encode("a<new>")[1:], len(tokenizer)) == ([TINY_TOKENS], TINY_TOKENS + 1)
     assert "'<new>' should have id 900" in refusal(with_added({"900": ADDED}))
-    for broken in ({str(TINY_TOKENS): {"content": "<new>"}}, {"x": ADDED}, {str(TINY_TOKENS): "<new>"}, [ADDED]):
+    for broken in (
+        {str(TINY_TOKENS): {"content": "<new>"}},
+        {"x": ADDED},
+        {str(TINY_TOKENS): "<new>"},
+        [ADDED],
+    ):
         assert str(tmp_path) in refusal(with_added(broken))

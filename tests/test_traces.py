@@ -49,7 +49,11 @@ TEXTS = st.text(LATIN | st.sampled_from(LINE_ENDS + '\t"\\'))
 
 
 @settings(deadline=None, derandomize=True)
-@given(st.lists(st.builds(Trace, st.sampled_from([PROBLEM, OTHER]), TEXTS, st.integers(0, 99)), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.builds(Trace, st.sampled_from([PROBLEM, OTHER]), TEXTS, st.integers(0, 99)), min_size=1, max_size=4
+    )
+)
 def test_traces_read_back_as_they_were_written(tmp_path_factory, traces):
     path = tmp_path_factory.mktemp("traces") / "traces.jsonl"
     save_traces(path, traces)
@@ -84,7 +88,9 @@ def test_a_malformed_line_is_refused_by_its_number_and_blank_ones_are_skipped(tm
 def test_a_wrong_trace_another_script_and_an_empty_file_are_refused(tmp_path):
     wrong = '{"numbers": [79, 60, 17], "target": 36, "completion": "79-60", "outcome": "correct"}'
     with pytest.raises(DataError, match=r"mine\.jsonl, line 2: does not solve 79, 60, 17 -> 36"):
-        load(tmp_path, GOOD, wrong, is_correct=lambda text, problem: text == "79-60+17" and problem == PROBLEM)
+        load(
+            tmp_path, GOOD, wrong, is_correct=lambda text, problem: text == "79-60+17" and problem == PROBLEM
+        )
     with pytest.raises(DataError, match=r"mine\.jsonl, line 2: letters outside the Latin script"):
         load(tmp_path, GOOD, GOOD.replace("79-60+17", "所以"))
     with pytest.raises(DataError, match=r"mine\.jsonl: no traces"):

@@ -24,7 +24,9 @@ IDS = random_ids(2, 15, high=TINY_TOKENS + 20)
 
 def make_reference(tied: bool, seed: int = 0, family: str = "qwen3") -> transformers.PreTrainedModel:
     shape = {"vocab_size": TINY_TOKENS + 20, "hidden_size": 24, "intermediate_size": 28}
-    return reference_model(seed, family, **shape, rope_theta=777.0, rms_norm_eps=1e-5, tie_word_embeddings=tied)
+    return reference_model(
+        seed, family, **shape, rope_theta=777.0, rms_norm_eps=1e-5, tie_word_embeddings=tied
+    )
 
 
 @torch.no_grad()
@@ -101,7 +103,9 @@ def test_a_tied_checkpoint_may_have_a_copy_of_its_head_but_no_other_head(tmp_pat
 
 @torch.no_grad()
 def test_saving_over_its_own_folder_keeps_a_model_and_tells_other_tools_where_to_stop(folder):
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 9, "top_k": 20, "temperature": 0.6}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 9, "top_k": 20, "temperature": 0.6})
+    )
     model, tokenizer = load_model(folder)
     expected = model(IDS)
     save_model(folder, model, tokenizer)
@@ -114,7 +118,11 @@ def test_saving_over_its_own_folder_keeps_a_model_and_tells_other_tools_where_to
 
 def test_a_loaded_model_knows_the_size_of_the_vocabulary_which_must_fit_its_embedding(folder):
     model, tokenizer = load_model(folder)
-    assert (model.num_tokens, len(tokenizer), model.config.vocab_size) == (TINY_TOKENS, TINY_TOKENS, TINY_TOKENS + 20)
+    assert (model.num_tokens, len(tokenizer), model.config.vocab_size) == (
+        TINY_TOKENS,
+        TINY_TOKENS,
+        TINY_TOKENS + 20,
+    )
     small = reference_model(vocab_size=TINY_TOKENS - 1, hidden_size=20)
     small.save_pretrained(folder)
     assert refusal(folder) == f"{folder}: {TINY_TOKENS} tokens but only {TINY_TOKENS - 1} embedding rows"
@@ -132,7 +140,10 @@ def test_weights_keep_the_dtype_that_the_config_names_unless_told_otherwise(fiel
     assert largest_gap(half.state_dict(), exact.bfloat16().state_dict()) == 0
     save_model(folder / "copy", half, tokenizer)
     assert load_model(folder / "copy")[0].dtype == torch.bfloat16
-    assert transformers.AutoModelForCausalLM.from_pretrained(folder / "copy", dtype="auto").dtype == torch.bfloat16
+    assert (
+        transformers.AutoModelForCausalLM.from_pretrained(folder / "copy", dtype="auto").dtype
+        == torch.bfloat16
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -154,7 +165,9 @@ def test_rotary_frequencies_that_old_llamas_stored_are_ignored(folder):
 def test_a_weight_that_is_missing_unexpected_or_misshapen_is_named(folder):
     path = folder / "model.safetensors"
     whole = safetensors.torch.load_file(path)
-    up, gate, bias = (f"model.layers.0.mlp.{name}" for name in ("up_proj.weight", "gate_proj.weight", "up_proj.bias"))
+    up, gate, bias = (
+        f"model.layers.0.mlp.{name}" for name in ("up_proj.weight", "gate_proj.weight", "up_proj.bias")
+    )
     cases = [
         ({NORM: None}, f"{folder}: weight {NORM} missing"),
         ({HEAD: None}, f"{folder}: weight {HEAD} missing"),  # the checkpoint is untied
@@ -181,7 +194,9 @@ def test_a_weight_file_that_is_cut_or_whose_header_claims_terabytes_is_refused_b
         assert refusal(folder).startswith(f"{path}: ")
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+)
 def test_a_missing_file_is_named(name, folder):
     (folder / name).unlink()
     assert refusal(folder) == f"{folder}: no {name}"
@@ -206,11 +221,24 @@ def test_an_index_cannot_reach_outside_its_folder(folder, tmp_path):
     (folder / INDEX).write_text(json.dumps({"weight_map": {NORM: "../evil"}}))
     load_model(folder)  # beside a whole file, an index is left over from an earlier save
     (folder / "model.safetensors").unlink()
-    for name in ("../evil", f"{tmp_path}/evil.safetensors", "sub/x.safetensors", "..", "", "absent.safetensors"):
+    for name in (
+        "../evil",
+        f"{tmp_path}/evil.safetensors",
+        "sub/x.safetensors",
+        "..",
+        "",
+        "absent.safetensors",
+    ):
         (folder / INDEX).write_text(json.dumps({"weight_map": {NORM: name}}))
         wrong = f"{folder / INDEX}: {name!r} is not a file name" if "/" in name else f"{folder}: no "
         assert refusal(folder).startswith(wrong)
-    for index in ({}, {"weight_map": {}}, {"weight_map": [1]}, {"weight_map": {NORM: 3}}, []):  # no usable map
+    for index in (
+        {},
+        {"weight_map": {}},
+        {"weight_map": [1]},
+        {"weight_map": {NORM: 3}},
+        [],
+    ):  # no usable map
         (folder / INDEX).write_text(json.dumps(index))
         assert str(folder) in refusal(folder)
 
@@ -245,7 +273,9 @@ def test_a_hub_id_is_fetched_at_its_revision_without_pickles(folder, monkeypatch
     assert {Path(pattern).suffix for pattern in DOWNLOADED} == {".safetensors", ".json", ".jinja"}
 
 
-@pytest.mark.parametrize("error", [OSError("no network\nhint\nhint"), RuntimeError(), ValueError("gated")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [OSError("no network\nhint\nhint"), RuntimeError(), ValueError("gated")], ids=repr
+)
 def test_a_failed_download_is_one_line_that_says_what_to_do(error, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", mock.Mock(side_effect=error))
     message = refusal("Qwen/Qwen3-0.6B", revision="v2")

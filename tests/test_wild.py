@@ -71,12 +71,16 @@ def test_truncation_and_padding_in_a_tokenizers_file_are_not_heeded_as_in_transf
     folder = copied(tmp_path, tokenizer=stored)
     text = "79 - 60 + 17 = 36 " * 9
     ids = Tokenizer(folder).encode(text)
-    assert ids == Tokenizer(TINY).encode(text) == transformers.AutoTokenizer.from_pretrained(folder).encode(text)
+    assert (
+        ids == Tokenizer(TINY).encode(text) == transformers.AutoTokenizer.from_pretrained(folder).encode(text)
+    )
 
 
 def test_a_chat_template_stays_with_the_checkpoints(tmp_path):
     folder = copied(tmp_path)
-    (folder / "chat_template.jinja").write_text("{% for message in messages %}<{{ message.content }}>{% endfor %}")
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}<{{ message.content }}>{% endfor %}"
+    )
     save_model(tmp_path / "saved", *load_model(folder))
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert loaded.apply_chat_template([{"role": "user", "content": "hm"}], tokenize=False) == "<hm>"
@@ -90,7 +94,9 @@ def test_a_whole_file_counts_beside_the_index_of_an_earlier_save(tmp_path):
     transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("scaling", [{"rope_type": "default", "rope_theta": 1e6}, {"type": "default"}, {}, None])
+@pytest.mark.parametrize(
+    "scaling", [{"rope_type": "default", "rope_theta": 1e6}, {"type": "default"}, {}, None]
+)
 def test_the_plain_rope_by_its_name_is_the_plain_rope(scaling):
     stored = json.loads((TINY / "config.json").read_text())
     plain = Qwen3Config.from_hf(stored)
@@ -143,9 +149,13 @@ def test_traces_of_a_server_are_learned_as_if_the_prompt_had_opened_the_tag(tmp_
 
 
 def test_a_last_sft_stage_without_traces_still_ends_in_the_final_evaluation(tmp_path):
-    recipe = smoke("--evaluation.problems", 4, "--evaluation.final-problems", 6, "--out", tmp_path / "run").recipe
+    recipe = smoke(
+        "--evaluation.problems", 4, "--evaluation.final-problems", 6, "--out", tmp_path / "run"
+    ).recipe
     grpo = replace(recipe.stages[0], steps=1, prompts_per_step=1, samples_per_prompt=2, updates_per_step=1)
-    recipe = replace(recipe, sampling=replace(recipe.sampling, max_new_tokens=2), stages=(grpo, recipe.stages[1]))
+    recipe = replace(
+        recipe, sampling=replace(recipe.sampling, max_new_tokens=2), stages=(grpo, recipe.stages[1])
+    )
     train(recipe, quiet=True)
     rows = RunFolder(tmp_path / "run").metrics()
     assert [row["step"] for row in rows] == [0, 1, 1] and rows[-1]["final_accuracy"] == 0.0
@@ -166,9 +176,15 @@ def test_the_best_checkpoint_is_one_that_was_evaluated(tmp_path):
     assert [folder.name[-1] for folder in checkpoints(tmp_path)] == ["5"]
 
 
-@pytest.mark.parametrize("module", ["Kernel Module  470.57.02  Tue Jul", "Open Kernel Module for x86_64  545.23.08  Mon"])
-def test_a_card_that_this_torch_cannot_use_is_an_error_with_both_versions_and_the_way_out(module, monkeypatch):
-    monkeypatch.setattr("lab.device.read", lambda path: f"NVRM version: NVIDIA UNIX {module}" if "nvidia" in path else "")
+@pytest.mark.parametrize(
+    "module", ["Kernel Module  470.57.02  Tue Jul", "Open Kernel Module for x86_64  545.23.08  Mon"]
+)
+def test_a_card_that_this_torch_cannot_use_is_an_error_with_both_versions_and_the_way_out(
+    module, monkeypatch
+):
+    monkeypatch.setattr(
+        "lab.device.read", lambda path: f"NVRM version: NVIDIA UNIX {module}" if "nvidia" in path else ""
+    )
     monkeypatch.setattr("lab.device.CARD", ROOT)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -192,7 +208,9 @@ def test_the_device_of_a_recipe_becomes_the_current_one(monkeypatch):
 
 def test_a_new_run_in_a_folder_of_the_same_name_is_another_run_to_wandb(tmp_path, monkeypatch):
     ids = []
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: ids.append(options["id"])))
+    monkeypatch.setitem(
+        sys.modules, "wandb", SimpleNamespace(init=lambda **options: ids.append(options["id"]))
+    )
     for _ in range(2):
         (tmp_path / "run").mkdir()
         Boards(tmp_path / "run").start_wandb({})
@@ -201,20 +219,37 @@ def test_a_new_run_in_a_folder_of_the_same_name_is_another_run_to_wandb(tmp_path
     assert ids[0] == ids[1] != ids[2] == ids[3]
 
 
-def test_the_reference_of_a_policy_with_adapters_has_its_base_and_what_is_evaluated_is_what_was_trained(tmp_path):
+def test_the_reference_of_a_policy_with_adapters_has_its_base_and_what_is_evaluated_is_what_was_trained(
+    tmp_path,
+):
     pytest.importorskip("bitsandbytes")
-    options = ["--adapters.rank", 4, "--stages.0.learning-rate", 1e-2, "--dtype", "bfloat16", "--evaluation.problems", 4]
+    options = [
+        "--adapters.rank",
+        4,
+        "--stages.0.learning-rate",
+        1e-2,
+        "--dtype",
+        "bfloat16",
+        "--evaluation.problems",
+        4,
+    ]
     recipe = smoke("--out", tmp_path / "run", *options).recipe
     policy, *_ = set_up(recipe, None, TrainState())
     reference = stage_start_model(policy, recipe, RunFolder(tmp_path / "run"), TrainState())
     ids = torch.arange(40, 60)[None]
     with torch.no_grad():
-        assert torch.equal(policy(ids), reference(ids)) and not any(p.requires_grad for p in reference.parameters())
-        assert not torch.equal(policy(ids), load_model("tiny-256", CPU, torch.bfloat16)[0](ids))  # the base is in int8
+        assert torch.equal(policy(ids), reference(ids)) and not any(
+            p.requires_grad for p in reference.parameters()
+        )
+        assert not torch.equal(
+            policy(ids), load_model("tiny-256", CPU, torch.bfloat16)[0](ids)
+        )  # the base is in int8
     grpo = replace(recipe.stages[0], steps=1, prompts_per_step=2, samples_per_prompt=4, updates_per_step=1)
     train(replace(recipe, stages=(grpo,)), quiet=True)
     (folder,) = checkpoints(tmp_path / "run")
-    loaded, _ = load_policy(eval_command.model_of(str(folder), eval_command.Arguments((str(folder),))).recipe, folder, CPU)
+    loaded, _ = load_policy(
+        eval_command.model_of(str(folder), eval_command.Arguments((str(folder),))).recipe, folder, CPU
+    )
     later = stage_start_model(policy, recipe, RunFolder(tmp_path / "run"), TrainState(stage=1, step=1))
     with torch.no_grad():
         assert torch.equal(loaded(ids), later(ids)) and not torch.equal(loaded(ids), policy(ids))
@@ -273,10 +308,15 @@ def test_a_model_is_read_in_the_encodings_that_editors_save(encoding, tmp_path):
 
 
 @ENCODINGS
-def test_recipes_problems_and_notes_are_read_in_the_encodings_that_editors_save(encoding, tmp_path, monkeypatch):
+def test_recipes_problems_and_notes_are_read_in_the_encodings_that_editors_save(
+    encoding, tmp_path, monkeypatch
+):
     monkeypatch.setenv("HOME", str(tmp_path))
     recipe = '# a recipe – mine\nextends = "{}"\nseed = 7\n'.format(ROOT / "recipes" / "smoke.toml")
-    files = {"mine.toml": recipe, "mine.jsonl": '{"numbers": [79, 60, 17], "target": 36, "note": "é"}\n\n' * 2}
+    files = {
+        "mine.toml": recipe,
+        "mine.jsonl": '{"numbers": [79, 60, 17], "target": 36, "note": "é"}\n\n' * 2,
+    }
     files["trainer_state.json"] = json.dumps({"step": 3, "seen": ["é"]})
     for name, content in files.items():
         (tmp_path / name).write_bytes(content.replace("\n", "\r\n").encode(encoding))
@@ -286,7 +326,8 @@ def test_recipes_problems_and_notes_are_read_in_the_encodings_that_editors_save(
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "a.jsonl", "a.parquet"]
+    "name",
+    ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "a.jsonl", "a.parquet"],
 )
 def test_a_pointer_of_git_lfs_is_named_with_the_way_out(name, tmp_path):
     folder = shutil.copytree(TINY, tmp_path / "model")
@@ -365,7 +406,10 @@ def test_quantized_weights_are_refused_by_name(tmp_path):
 
 def short(tmp_path, positions: int = 200):
     """The bundled model with few positions, as a folder."""
-    return copied(tmp_path, config=json.loads((TINY / "config.json").read_text()) | {"max_position_embeddings": positions})
+    return copied(
+        tmp_path,
+        config=json.loads((TINY / "config.json").read_text()) | {"max_position_embeddings": positions},
+    )
 
 
 def test_more_tokens_than_positions_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
@@ -373,7 +417,16 @@ def test_more_tokens_than_positions_are_refused_before_any_work(tmp_path, monkey
     for module in ("lab.run", "eval"):
         monkeypatch.setattr(f"{module}.evaluate", lambda *_, **__: pytest.fail("evaluated"))
     monkeypatch.setattr("lab.setup.check_decoding", lambda *_: pytest.fail("decoded"))
-    options = ("--model", folder, "--problems", "generated", "--sampling.max-new-tokens", 180, "--out", tmp_path / "run")
+    options = (
+        "--model",
+        folder,
+        "--problems",
+        "generated",
+        "--sampling.max-new-tokens",
+        180,
+        "--out",
+        tmp_path / "run",
+    )
     for action in (
         lambda: train(smoke(*options).recipe, quiet=True),
         lambda: evaluated(capsys, "tiny", folder, count=2, max_new_tokens=180),
@@ -390,10 +443,15 @@ def test_more_tokens_than_positions_are_refused_before_any_work(tmp_path, monkey
 
 def test_the_longest_training_prompt_counts_too(tmp_path, capsys):
     questions = [
-        {"question": "How many? " * (60 if number == 0 else 1) + str(number), "answer": "#### 1"} for number in range(9)
+        {"question": "How many? " * (60 if number == 0 else 1) + str(number), "answer": "#### 1"}
+        for number in range(9)
     ]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    recipe = replace(load_recipe("gsm8k")[1], problems=str(tmp_path / "mine.jsonl"), evaluation=EvaluationSettings(problems=1))
+    recipe = replace(
+        load_recipe("gsm8k")[1],
+        problems=str(tmp_path / "mine.jsonl"),
+        evaluation=EvaluationSettings(problems=1),
+    )
     held_out = problems_of(recipe)[1]
     assert len(held_out[0].question) < 50
     sampling = replace(recipe.sampling, max_new_tokens=100)
@@ -412,14 +470,22 @@ def test_a_problem_that_a_file_repeats_counts_once_and_it_is_said(tmp_path, caps
     options = dict(problems=str(tmp_path / "mine.jsonl"), samples=1, max_new_tokens=4, json="-")
     eval_command.main(eval_command.Arguments(("tiny",), **options))
     printed = capsys.readouterr()
-    assert json.loads(printed.out)["problems"] == {"count": 2, "sha256": problems_hash([PROBLEM, Problem((2, 3, 5), 30)])}
+    assert json.loads(printed.out)["problems"] == {
+        "count": 2,
+        "sha256": problems_hash([PROBLEM, Problem((2, 3, 5), 30)]),
+    }
     assert "118 of 120 problems repeat another: each counts once" in printed.err
 
 
-@pytest.mark.parametrize("ending", ["", "<|im_end|>", "<|im_end|>\n", "<|im_end|><|endoftext|>", "<|endoftext|>"])
+@pytest.mark.parametrize(
+    "ending", ["", "<|im_end|>", "<|im_end|>\n", "<|im_end|><|endoftext|>", "<|endoftext|>"]
+)
 def test_an_answer_ends_once_whatever_its_trace_ends_in(ending):
     tokenizer = Tokenizer(TINY)
-    assert tokenizer.encode_answer("so 1 + 2\n" + ending) == [*tokenizer.encode("so 1 + 2\n"), tokenizer.end_of_turn_id]
+    assert tokenizer.encode_answer("so 1 + 2\n" + ending) == [
+        *tokenizer.encode("so 1 + 2\n"),
+        tokenizer.end_of_turn_id,
+    ]
     inside = "<|im_end|> so"
     assert tokenizer.encode_answer(inside) == [*tokenizer.encode(inside), tokenizer.end_of_turn_id]
 
@@ -443,12 +509,24 @@ def test_a_file_system_that_syncs_no_folders_can_hold_checkpoints(number, tmp_pa
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    save_checkpoint(tmp_path / "step_0001", random_model(vocab_size=TINY_TOKENS), Tokenizer(TINY), None, TrainState(), Recipe())
+    save_checkpoint(
+        tmp_path / "step_0001",
+        random_model(vocab_size=TINY_TOKENS),
+        Tokenizer(TINY),
+        None,
+        TrainState(),
+        Recipe(),
+    )
     assert damage(tmp_path / "step_0001") is None
     failing = stat.S_ISREG  # a file that is not on the disk is another matter
     with pytest.raises(RecipeError, match="cannot be written"):
         save_checkpoint(
-            tmp_path / "step_0002", random_model(vocab_size=TINY_TOKENS), Tokenizer(TINY), None, TrainState(), Recipe()
+            tmp_path / "step_0002",
+            random_model(vocab_size=TINY_TOKENS),
+            Tokenizer(TINY),
+            None,
+            TrainState(),
+            Recipe(),
         )
 
 
@@ -496,20 +574,32 @@ def test_adapters_go_on_only_over_the_weights_that_they_began_with(adapted, caps
         action()
     shutil.rmtree(base)
     for action in actions.values():
-        assert f"{checkpoint}: its adapters need the model they were trained over: no such model folder: {base}" in fails(
-            capsys, action
+        assert (
+            f"{checkpoint}: its adapters need the model they were trained over: no such model folder: {base}"
+            in fails(capsys, action)
         )
 
 
 def test_the_reference_of_a_run_from_its_start_is_the_model_that_it_began_with(tmp_path):
     base = shutil.copytree(TINY, tmp_path / "base")
-    options = ("--model", base, "--problems", "generated", "--stages.0.kl-coef", 0.1, "--evaluation.problems", 2)
+    options = (
+        "--model",
+        base,
+        "--problems",
+        "generated",
+        "--stages.0.kl-coef",
+        0.1,
+        "--evaluation.problems",
+        2,
+    )
     recipe, state = smoke("--out", tmp_path / "run", *options).recipe, TrainState()
     model, *_ = set_up(recipe, None, state)
     reference = stage_start_model(model, recipe, RunFolder(recipe.out), state)
     assert largest_gap(weights(reference), weights(model)) == 0
     change_weights(base, lambda weight: weight + 1)
-    with pytest.raises(RecipeError, match=f"the weights in {base} are not those that {tmp_path / 'run'} began with"):
+    with pytest.raises(
+        RecipeError, match=f"the weights in {base} are not those that {tmp_path / 'run'} began with"
+    ):
         stage_start_model(model, recipe, RunFolder(recipe.out), state)
 
 
@@ -545,5 +635,7 @@ def test_a_home_that_nobody_knows_is_no_traceback(tmp_path, monkeypatch, capsys)
         return path
 
     monkeypatch.setattr("os.path.expanduser", unknown)  # what it does where there is no home
-    message = fails(capsys, lambda: train(smoke("--model", "~/model", "--out", tmp_path / "run").recipe, quiet=True))
+    message = fails(
+        capsys, lambda: train(smoke("--model", "~/model", "--out", tmp_path / "run").recipe, quiet=True)
+    )
     assert "~/model" in message

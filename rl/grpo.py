@@ -76,8 +76,10 @@ def grpo_step(
     updates = []
     for number in range(settings.updates_per_step):
         part = samples[number :: settings.updates_per_step]
-        may_drop = cancel if number == 0 else None  # once the weights have moved, the step is finished
-        updates.append(grpo_update(trainer, part, settings, sampling, learning_rate, reference, may_drop))
+        update = grpo_update(trainer, part, settings, sampling, learning_rate, reference, cancel)
+        updates.append(update)
+        if update.grad_norm is not None:
+            cancel = None  # the weights have moved, so the step is finished
     metrics = update_metrics(updates) | {"lr": learning_rate}
     metrics["rollout_seconds"] = sampling_end - start
     metrics["update_seconds"] = time.perf_counter() - sampling_end

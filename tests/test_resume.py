@@ -11,6 +11,8 @@ from test_commands import smoke, timeless
 import lab.run
 import lab.setup
 import lab.stages
+import rl.grpo
+import rl.trainer
 from lab.checkpoint import checkpoints
 from lab.errors import Stopped
 from lab.recipe import RecipeError
@@ -163,5 +165,19 @@ def test_a_signal_cuts_an_evaluation_off_and_the_run_makes_it_when_it_goes_on(
     # Stopped once more, in the evaluation that it makes up for.
     stopped_run(out, monkeypatch, lab.run, "evaluate", 1, resume=True)
     assert RunFolder(out).metrics()[-1] == last
+    small_run(out, resume=True)
+    assert_same_end(out, whole)
+
+
+@pytest.mark.parametrize(
+    "module, name, call, saved", [(rl.grpo, "group_advantages", 1, 0), (rl.trainer, "make_batch", 1, 1)]
+)
+def test_a_signal_drops_an_update_that_has_moved_no_weight(
+    module, name, call, saved, whole, tmp_path, monkeypatch
+):
+    """Before an update of step 1; and within the last micro-batch of one, which is finished."""
+    out = tmp_path / "run"
+    stopped_run(out, monkeypatch, module, name, call)
+    assert [row["step"] for row in RunFolder(out).metrics()] == list(range(saved + 1))
     small_run(out, resume=True)
     assert_same_end(out, whole)

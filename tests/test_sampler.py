@@ -213,8 +213,8 @@ def forwards(decoder, call):
 def test_a_prompt_is_prefilled_once_and_decoding_takes_as_many_forwards_as_tokens(decoder):
     for length in (6, 1):  # one new token needs the prefill alone
         _, shapes = forwards(
-            decoder, lambda: generate(decoder, PROMPTS, num_samples=7, max_new_tokens=length)
-        )  # noqa: B023
+            decoder, lambda length=length: generate(decoder, PROMPTS, num_samples=7, max_new_tokens=length)
+        )
         assert shapes == [(len(PROMPTS), 9)] + [(len(PROMPTS) * 7, 1)] * (length - 1)
     assert forwards(decoder, lambda: generate(decoder, [], max_new_tokens=6)) == ([], [])
     _, shapes = forwards(

@@ -11,11 +11,14 @@ from rl.grpo import grpo_step
 
 README = Path(__file__).parent.parent / "README.md"
 READING = {  # what to read first, and why
-    "rl/grpo.py": "the step above, and its gradient",
+    "rl/grpo.py": "the step above and `grpo_update`",
+    "rl/batch.py": "shifting and masking",
+    "rl/loss.py": "the clipped loss",
+    "rl/advantage.py": "comparing with the group",
     "rl/rollout.py": "problems to completions with rewards",
     "model/qwen3.py": "the decoder",
-    "model/sampler.py": "`sample_completion`, then `generate`, the same for many rows and fast",
-    "data/countdown.py": "the problems, the prompt, and the verdict",
+    "model/sampler.py": "`sample_completion`; `generate` is the same, batched",
+    "data/countdown.py": "problems, prompt, verdict",
 }
 
 

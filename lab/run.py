@@ -1,7 +1,6 @@
 """A run in progress: what happens around the steps of every stage. It evaluates, logs, saves and stops."""
 
 import time
-from contextlib import suppress
 from dataclasses import replace
 
 from lab.boards import Boards
@@ -90,9 +89,12 @@ class Run:
         row["grpo_steps"] = state.grpo_steps
         row["peak_memory_bytes"] = peak_memory(self.model.device)
         row["checkpoint_seconds"] = self.saving
+        cut_off = False  # by a signal
         if self.evaluation_due(stage):
-            with suppress(Cancelled):  # then `stop_if_asked` stops, and the run evaluates when it goes on
+            try:
                 row |= self.evaluation(last=self.ends_run(stage))
+            except Cancelled:
+                cut_off = True
         self.record(row, stage.steps)
         skipped = stage.trainer.optimizer.skipped_in_a_row
         if skipped >= MAX_SKIPPED_UPDATES:
@@ -100,7 +102,7 @@ class Run:
             raise RecipeError(
                 f"{skipped} updates in a row had no finite loss and gradient, and changed nothing: {advice}"
             )
-        if self.evaluation_due(stage) and "eval_accuracy" not in row:
+        if cut_off:  # `complete_evaluation` makes up for it when the run goes on
             self.stop_if_asked(stage.trainer.optimizer)
         ends = state.stage_step == stage.steps
         if not ends and state.stage_step % self.recipe.checkpoint_every == 0 and self.may_save():

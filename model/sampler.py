@@ -325,7 +325,7 @@ class DecodeBatch:
         """Decode one token for each row. Nothing here waits for the device or depends on what was sampled."""
         last = self.token_ids[self.active, self.cache.stored_on_device]
         hidden = self.model.model(last[:, None], self.cache)[:, -1]
-        self.record(self.model.next_logits(hidden))
+        self.record(self.model.next_logits(hidden))  # the forward has advanced the cache by one
 
     def record(self, logits: Tensor) -> None:
         """Sample the token after the stored ones, from logits [active rows, vocab]."""

@@ -50,7 +50,7 @@ def make_batch(samples: list[Sample], device="cpu") -> Batch:
     stream: list[int] = []
     layout: list[PackedGroup] = []
     logit_positions = torch.zeros(mask.shape, dtype=torch.int64)
-    for members in prompt_groups(samples):
+    for members in packing_groups(samples):
         group = packed_group([samples[row] for row in members])
         layout.append(group)
         stream += samples[members[0]].prompt_ids[: group.prefix]
@@ -58,6 +58,8 @@ def make_batch(samples: list[Sample], device="cpu") -> Batch:
         for count, padded_length in group.blocks():
             for row in islice(rows, count):
                 sample, length = samples[row], lengths[row]
+                # Each input predicts the next token: after prompt a b, completion c d e has inputs a b c d,
+                # and the outputs at its last three positions are those of c, d and e.
                 inputs = sample.prompt_ids + sample.completion_ids[:-1]
                 branch = inputs[group.prefix :]
                 end = len(stream) + len(branch)
@@ -84,7 +86,7 @@ def make_batch(samples: list[Sample], device="cpu") -> Batch:
     )
 
 
-def prompt_groups(samples: list[Sample]) -> list[list[int]]:
+def packing_groups(samples: list[Sample]) -> list[list[int]]:
     """Indices of samples that share a prompt, longest first; the others form one group."""
     longest_first = sorted(range(len(samples)), key=lambda row: len(samples[row]), reverse=True)
     by_prompt: dict[tuple[int, ...], list[int]] = {}
@@ -119,7 +121,7 @@ def common_length(prompts: list[list[int]]) -> int:
 def stream_tokens(samples: list[Sample]) -> int:
     """Tokens of the stream of `samples`, padding included."""
     tokens = 0
-    for members in prompt_groups(samples):
+    for members in packing_groups(samples):
         group = packed_group([samples[row] for row in members])
         tokens += group.num_tokens()
     return tokens
@@ -132,7 +134,7 @@ def micro_batches(samples: list[Sample], token_budget: int) -> list[list[Sample]
     part comes first, so that a budget too large for the memory fails at once.
     """
     parts: list[list[Sample]] = []
-    for members in prompt_groups(samples):
+    for members in packing_groups(samples):
         parts += joined([[samples[row]] for row in members], token_budget)
     parts.sort(key=stream_tokens, reverse=True)
     return joined(parts, token_budget)

@@ -1,6 +1,6 @@
 """GRPO: sample groups of completions, compare each with its group, learn from the difference.
 
-Unlike PPO, no critic: the group's other completions say what reward to expect (the paper, section 2.2). The
+Unlike PPO, no critic: the group's other completions say what reward to expect (Le 2025, section 2.2). The
 reward comes once, at the end, and is exact, so there is no GAE and, without `kl_coef`, no KL penalty.
 """
 
@@ -69,16 +69,15 @@ def grpo_step(
     # 2. Compare. The advantage of a completion says how much better it did than its group.
     rewards = torch.tensor([[rollout.reward for rollout in group] for group in groups])
     advantages = group_advantages(rewards, scale_by_std=settings.scale_by_std)  # [problems, samples]
-    samples = with_advantages(groups, advantages)
+    samples = with_advantages(groups, advantages)  # [problem][sample]
 
-    # 3. Learn, each update from its own part of the groups. In the first, every ratio is one; after it the
-    # weights have moved, and the clip limits the ratios.
+    # 3. Learn, each update from its own part of the groups. The clip limits how far the later ones go.
     updates = []
     for number in range(settings.updates_per_step):
         part = samples[number :: settings.updates_per_step]
         update = grpo_update(trainer, part, settings, sampling, learning_rate, reference, cancel)
         updates.append(update)
-        if update.grad_norm is not None:
+        if update.taken:
             cancel = None  # the weights have moved, so the step is finished
     metrics = update_metrics(updates) | {"lr": learning_rate}
     metrics["rollout_seconds"] = sampling_end - start
@@ -111,6 +110,11 @@ class Update:
     sums: Counter  # over the tokens of the samples that took part, by the names of `policy_sums`
     grad_norm: float | None  # before clipping; NaN if the step was skipped, None if no sample took part
 
+    @property
+    def taken(self) -> bool:
+        """Whether it has changed the weights."""
+        return self.grad_norm is not None and math.isfinite(self.grad_norm)
+
 
 def grpo_update(
     trainer: Trainer,
@@ -125,7 +129,8 @@ def grpo_update(
 
     Cancelled: `cancel` was set before the optimizer's step.
     """
-    # 1. The samples that take part. Without advantage and KL penalty, one only counts in the denominator.
+    # 1. The samples that take part. Without a KL penalty, one with advantage zero has no gradient. It counts
+    # in the denominator, and is not run.
     lengths = [len(sample.completion_ids) for group in groups for sample in group]
     denominator = loss_denominator(lengths, sampling.max_new_tokens, settings.aggregation)
     learning = [[sample for sample in group if sample.advantage or settings.kl_coef] for group in groups]
@@ -155,7 +160,7 @@ def grpo_update(
         loss.backward()
         return policy_sums(batch, loss, logprobs, entropy, settings)
 
-    sums = sum_counts(trainer.sum_over_micro_batches(own, add_gradient, cancel))
+    sums = sum_counts(trainer.for_each_micro_batch(own, add_gradient, cancel))
     sum_gradients(trainer.optimizer.parameters.values())
 
     # 3. The optimizer's step.
@@ -191,14 +196,14 @@ def update_metrics(updates: list[Update]) -> dict[str, float]:
     Clip fractions are of the tokens of all completions.
     """
     tried = [update for update in updates if update.grad_norm is not None]
-    taken = [update for update in tried if math.isfinite(update.grad_norm)]
+    taken = [update for update in tried if update.taken]
     tokens = sum(update.tokens for update in updates) if taken else 0
     first = taken[0].sums if taken else Counter()
     log_ratio_mean = mean(first["log_ratio"], first["learned_tokens"])
     log_ratio_variance = mean(first["log_ratio_squared"], first["learned_tokens"]) - log_ratio_mean**2
     sums: Counter = Counter()
     for update in taken:
-        sums.update(update.sums)
+        sums.update(update.sums)  # a Counter adds
     return {
         "loss": mean(sums["loss"], len(taken)),
         "grad_norm": mean(sum(update.grad_norm for update in taken), len(taken)),

@@ -19,7 +19,7 @@ def grpo_loss(
     ref_logprobs: Tensor | None = None,
     kl_coef: float = 0.0,
 ) -> Tensor:
-    """The clipped surrogate of GRPO, to minimise (the paper, section 2.2; arXiv:2402.03300, equation 3).
+    """The clipped surrogate of GRPO, to minimise (Le 2025, section 2.2; arXiv:2402.03300, equation 3).
 
     Per token, with ratio = exp(logprobs - old_logprobs):
 

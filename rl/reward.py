@@ -22,10 +22,8 @@ def reward_for(verdict: Score, text: str, completion: Completion, settings: Rewa
     `text` is without the stop token. `completion.token_ids` are its ids, so their number is its length.
     """
     reward = verdict.reward
-    if verdict.outcome == "near" and not settings.near_miss:
-        reward = WRONG.reward
-    if reward == WRONG.reward and not settings.format:
-        reward = MALFORMED.reward
+    if verdict.outcome == "wrong" or (verdict.outcome == "near" and not settings.near_miss):
+        reward = WRONG.reward if settings.format else MALFORMED.reward
     if settings.latin_only and non_latin(text):
         reward = MALFORMED.reward
     return reward

@@ -60,7 +60,7 @@ def sft_step(
         loss.backward()
         return Counter(loss=loss.item())
 
-    sums = sum_counts(trainer.sum_over_micro_batches(own_part(samples), learn, cancel))
+    sums = sum_counts(trainer.for_each_micro_batch(own_part(samples), learn, cancel))
     sum_gradients(trainer.optimizer.parameters.values())
 
     # 2. The optimizer's step.

@@ -21,7 +21,7 @@ class Trainer:
     optimizer: Optimizer
     micro_batch_tokens: int = 8192  # in one forward and backward; halved if memory runs out
 
-    def sum_over_micro_batches(
+    def for_each_micro_batch(
         self, samples: list[Sample], function: Callable[[Batch], Counter], cancel: Event | None = None
     ) -> Counter:
         """Call `function` with each micro-batch of `samples`, and add up what it returns.

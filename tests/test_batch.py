@@ -16,7 +16,7 @@ from rl.batch import (
     make_batch,
     micro_batches,
     packed_group,
-    prompt_groups,
+    packing_groups,
     stream_tokens,
 )
 
@@ -155,7 +155,7 @@ def test_micro_batches_lose_no_sample_keep_to_the_budget_and_are_hardly_padded(s
         tokens = make_batch(batch).input_ids.shape[1]
         assert tokens == stream_tokens(batch) and (len(batch) == 1 or tokens <= budget)
         used = sum(len(sample) - 1 for sample in batch)
-        for members in prompt_groups(batch):
+        for members in packing_groups(batch):
             used -= (len(members) - 1) * packed_group([batch[row] for row in members]).prefix
         assert used <= tokens < used / 0.95 + 1e-9
 

@@ -243,7 +243,7 @@ def test_the_error_of_a_sample_that_does_not_fit_alone_and_any_other_error_are_r
         raise error
 
     with pytest.raises(type(error), match=str(error)):
-        trainer_for(random_model(), budget=120).sum_over_micro_batches(ragged_samples(12), failing)
+        trainer_for(random_model(), budget=120).for_each_micro_batch(ragged_samples(12), failing)
     assert len(tried) in tries and tried == sorted(tried, reverse=True)
 
 

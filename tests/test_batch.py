@@ -101,7 +101,7 @@ def test_prompts_that_begin_alike_share_their_beginning():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_completion_logprobs_equal_a_plain_log_softmax_of_transformers(temperature, tied, family):
+def test_completion_logprobs_equal_those_of_transformers(temperature, tied, family):
     """Ids past `num_tokens`, which take no part, are cut off transformers' logits by hand; the padding id is sampled too."""
     theirs = reference_model(family=family, vocab_size=48, hidden_size=48, tie_word_embeddings=tied)
     ours = same_weights(theirs)
@@ -147,7 +147,8 @@ def test_only_completion_tokens_go_through_the_output_head(monkeypatch):
 
 @settings(deadline=None, derandomize=True)
 @given(GROUPS, st.integers(1, 600))
-def test_micro_batches_lose_no_sample_keep_to_the_budget_and_are_hardly_padded(shapes, budget):
+def test_micro_batches_keep_every_sample_within_the_budget(shapes, budget):
+    """They are hardly padded, too."""
     samples = grouped_samples(shapes)
     batches = micro_batches(samples, budget)
     assert sorted(map(id, samples)) == sorted(id(sample) for batch in batches for sample in batch)
@@ -160,12 +161,13 @@ def test_micro_batches_lose_no_sample_keep_to_the_budget_and_are_hardly_padded(s
         assert used <= tokens < used / 0.95 + 1e-9
 
 
-def test_branches_of_nearly_equal_length_are_one_block_and_others_are_not():
+def test_branches_of_nearly_equal_length_are_one_block():
     assert PackedGroup(3, [100, 99, 98, 97, 50, 50, 49, 2]).blocks() == [(4, 100), (3, 50), (1, 2)]
     assert PackedGroup(3, [100, 99, 98, 97, 50, 50, 49, 2]).num_tokens() == 3 + 400 + 150 + 2
 
 
-def test_a_group_stays_together_as_long_as_it_fits_and_the_largest_part_comes_first():
+def test_a_group_that_fits_is_not_divided():
+    """The micro-batch with the largest part comes first."""
     samples = [Sample([1] * 6, [2] * 9) for _ in range(8)]
     for budget, expected in ((77, [8]), (76, [7, 1]), (41, [4, 4]), (23, [2, 2, 2, 2]), (14, [1] * 8)):
         assert [len(batch) for batch in micro_batches(samples, budget)] == expected

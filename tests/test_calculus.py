@@ -57,7 +57,7 @@ def test_derivatives_are_those_of_numpy(problem):
 
 @given(PROBLEMS)
 @example(Derivative((0,) * MAX_PROBLEM_EXPONENT + (-MAX_COEFFICIENT,), 5))  # the largest there is
-def test_the_solution_is_correct_in_any_order_and_a_neighbour_of_it_is_wrong(problem):
+def test_a_solution_counts_in_any_order_and_no_neighbour_does(problem):
     assert TASK.score(answered(TASK.solution(problem)), problem) == Score(1.0, "correct")
     assert TASK.score(answered(text_of(terms_of(problem.value)[::-1])), problem) == Score(1.0, "correct")
     for exponent in (0, 1, 7, 30):
@@ -108,7 +108,7 @@ GROWN = st.lists(st.sampled_from(PIECES), max_size=14).map("".join)
 
 
 @given(GROWN | GROWN.map(answered) | st.text(st.characters(), max_size=200), st.booleans())
-def test_no_text_raises_and_only_an_equal_function_is_paid_in_full(text, thinking):
+def test_no_text_raises_and_only_an_equal_function_is_correct(text, thinking):
     verdict, parts, claim = TASK.score(text, PROBLEM, thinking), split_answer(text, thinking), None
     with contextlib.suppress(ValueError):
         claim = parts and parse(parts[1])
@@ -137,7 +137,7 @@ def test_problems_as_text():
 
 
 @given(PROBLEMS)
-def test_rows_round_trip_through_json_and_zeros_at_the_end_make_no_other_problem(problem):
+def test_rows_survive_json_and_trailing_zeros_change_no_problem(problem):
     assert TASK.problem_from_row(json.loads(json.dumps(problem.row()))) == problem
     assert Derivative([*problem.polynomial, 0, 0], problem.order).key == problem.key
 
@@ -180,7 +180,8 @@ def test_files_of_problems(tmp_path):
     assert TASK.load(str(path)) == [Derivative((1, 2, 3))] * 2
 
 
-def test_problems_are_all_different_decided_by_the_seed_within_the_settings_and_reach_their_ends():
+def test_generated_problems_differ_and_fill_the_settings():
+    """The seed decides them."""
     task = Calculus(min_terms=2, max_terms=3, max_exponent=4, max_coefficient=5, max_order=2)
     problems = task.generate(1000, seed=0)
     assert problems == task.generate(1000, seed=0) != task.generate(1000, seed=1)
@@ -214,7 +215,8 @@ def test_settings_out_of_bounds_name_the_first_of_these_fields(settings):
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6))
-def test_a_worked_solution_has_a_right_line_for_every_term_of_every_order(seed):
+def test_a_worked_solution_has_a_right_line_for_every_term(seed):
+    """For each derivative that the problem asks for."""
     rng = random.Random(seed)
     problem = TASK.draw(rng)
     text = worked_solution(TASK, problem, False, rng)

@@ -57,7 +57,7 @@ def test_a_difference_is_taken_problem_by_problem():
     assert back["greedy"]["mean"] == -0.5 and back["accuracy"]["mean"] == -found["accuracy"]["mean"]
 
 
-def test_the_table_has_a_column_a_model_and_says_the_difference_in_points():
+def test_the_table_has_a_column_per_model_and_differences():
     worse, better = candidate(WORSE, name="worse"), candidate(GROUPS, name="better")
     text = shown([worse, better], [difference(worse, better)])
     rows = {line.split("│")[1].strip(): line for line in text.splitlines() if line.count("│") > 2}
@@ -72,7 +72,8 @@ def test_the_table_has_a_column_a_model_and_says_the_difference_in_points():
     assert "pass@" not in single and "against" not in single
 
 
-def test_problems_count_alike_and_k_goes_up_to_the_samples_that_all_have():
+def test_problems_count_alike_whatever_their_samples():
+    """k goes up to the samples that all problems have."""
     uneven = [GROUPS[0], answered(Problem((2, 5, 10), 100), "2*5*10", "")]
     found = measures(candidate(uneven))
     assert found["samples"] == 2 and set(found["pass_at"]) == {1, 2}
@@ -81,7 +82,7 @@ def test_problems_count_alike_and_k_goes_up_to_the_samples_that_all_have():
 
 @settings(deadline=None, derandomize=True)
 @given(st.integers(1, 5000).flatmap(lambda trials: st.tuples(st.integers(0, trials), st.just(trials))))
-def test_wilson_interval_lies_in_0_to_1_around_the_share_and_solves_its_equation(case):
+def test_the_wilson_interval_solves_its_equation(case):
     """Its ends are the proportions p from which the share lies 1.96 standard errors, sqrt(p (1 - p) / n), away."""
     successes, trials = case
     low, high = wilson_interval(successes, trials)
@@ -92,7 +93,8 @@ def test_wilson_interval_lies_in_0_to_1_around_the_share_and_solves_its_equation
             assert abs(share - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / trials), rel=1e-6)
 
 
-def test_a_bootstrap_of_few_values_has_their_quantiles_and_one_of_many_is_the_normal_interval():
+def test_the_bootstrap_gives_quantiles_or_the_normal_interval():
+    """Few values give their quantiles, many the normal interval."""
     assert bootstrap_interval([0.0, 1.0]) == (
         0.0,
         1.0,

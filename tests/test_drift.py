@@ -50,7 +50,7 @@ def rollout(text: str, settings: RewardSettings = RewardSettings()) -> Rollout:
 @pytest.mark.parametrize(
     ("settings", "drifted"), [({}, 1.0), ({"latin_only": False}, 1.0), ({"latin_only": True}, 0.0)]
 )
-def test_the_guard_gives_nothing_for_drift_and_leaves_the_verdict_alone(settings, drifted):
+def test_the_guard_pays_nothing_for_drift_and_leaves_the_verdict(settings, drifted):
     group = [rollout(text, RewardSettings(**settings)) for text in (RIGHT, DRIFTED, "七")]
     assert [(r.outcome, r.reward) for r in group] == [
         ("correct", 1.0),
@@ -65,7 +65,7 @@ def test_the_guard_gives_nothing_for_drift_and_leaves_the_verdict_alone(settings
 @pytest.mark.parametrize(
     ("settings", "expected"), [({}, 0.75), ({"near_miss": True}, 0.75), ({"near_miss": False}, 0.1)]
 )
-def test_near_misses_earn_part_of_the_reward_unless_a_recipe_says_otherwise(settings, expected):
+def test_near_misses_earn_a_part_unless_a_recipe_says_otherwise(settings, expected):
     near = score("</think><answer>79-60+17</answer>", Problem(PROBLEM.numbers, 37))
     assert near == Score(0.75, "near")
     plain, unformed = RewardSettings(**settings), RewardSettings(**settings, format=False)

@@ -54,7 +54,7 @@ GROUPS = [
 ]
 
 
-def test_pass_at_k_equals_the_mean_over_every_choice_of_k_completions():
+def test_pass_at_k_is_the_mean_over_every_choice_of_k():
     for k in range(1, 5):
         by_hand = []
         for group in GROUPS:
@@ -99,9 +99,8 @@ def test_the_common_form_of_answers_by_hand():
 
 
 @pytest.mark.parametrize("final, sizes", [(7, [4, 7, 7]), (0, [4])])
-def test_a_run_ends_with_all_of_its_held_out_problems_as_sampled_and_greedy(
-    monkeypatch, tmp_path, final, sizes
-):
+def test_a_run_ends_with_all_held_out_problems_in_both_ways(monkeypatch, tmp_path, final, sizes):
+    """Sampled, and greedy."""
     evaluation = EvaluationSettings(problems=4, final_problems=final)
     recipe = load_recipe("256", "tiny")[1]
     recipe = replace(recipe, stages=(), out=str(tmp_path), generated_problems=40, evaluation=evaluation)

@@ -63,9 +63,8 @@ expressions = st.recursive(
 
 
 @given(expressions | st.text("0127+-*/() .\t", max_size=30), st.data())
-def test_expressions_and_soup_as_they_are_and_with_one_changed_character_are_judged_as_python_judges_them(
-    text, data
-):
+def test_texts_are_judged_as_python_judges_them(text, data):
+    """Expressions and soup, as they are and with one changed character."""
     assert parsed(text) == python_value(text)
     place = data.draw(st.integers(0, len(text)))
     text = (
@@ -85,7 +84,7 @@ def test_no_text_raises_anything_but_an_expression_error(text):
             assert "\n" not in str(error) and len(str(error)) < 700
 
 
-def test_values_are_exact_and_numbers_stand_in_order_of_appearance():
+def test_values_are_exact_and_numbers_keep_their_order():
     assert evaluate_expression("(79 - 60) + 17") == Fraction(36)
     assert type(evaluate_expression("4 / 2")) is Fraction
     assert evaluate_expression("1 / 3 * 3") == 1
@@ -125,7 +124,7 @@ def test_the_error_names_the_offending_part(text, message):
         evaluate_expression(text)
 
 
-def test_an_equation_gives_its_left_side_and_a_lone_number_is_seen():
+def test_an_equation_gives_its_left_side():
     assert [len(parse_expression(text).numbers) for text in ("36", "(-36)", "36 + 0")] == [1, 1, 2]
     equation = parse_equation(" (79 - 60) + 17 = 36 ")
     assert (equation.value, equation.numbers) == (36, (79, 60, 17))

@@ -30,9 +30,8 @@ def equal(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("source", ["loss", "gradient", "sampler"])
-def test_an_update_that_is_not_finite_changes_nothing_and_is_counted_and_the_next_one_is_taken(
-    source, bad, monkeypatch
-):
+def test_an_update_that_is_not_finite_is_skipped_and_counted(source, bad, monkeypatch):
+    """It changes nothing, and the next one is taken."""
     model = random_model()
     trainer = trainer_for(model, budget=30)
     optimizer = trainer.optimizer
@@ -76,9 +75,8 @@ def test_a_sampler_whose_logits_are_not_finite_says_so(bad):
     assert ids.max() < 5 and logprobs.isnan().all()
 
 
-def test_a_run_goes_on_past_a_fault_and_counts_it_and_five_in_a_row_end_it_with_advice(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_run_goes_on_past_faults_until_five_in_a_row(tmp_path, monkeypatch, capsys):
+    """They are counted, and it ends with advice."""
     losses = [0]
 
     def loss(*arguments, **options):

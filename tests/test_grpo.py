@@ -125,7 +125,7 @@ def update_by_hand(model, groups, stage, temperature, reference) -> dict:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3], ids=["plain", "kl"])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_gradient_and_metrics_of_every_update_are_those_of_the_definition(
+def test_every_update_has_the_gradient_and_metrics_by_definition(
     aggregation, kl_coef, temperature, monkeypatch
 ):
     """Three updates share five groups, of which one has equal rewards; the sampler's log-probabilities are off."""
@@ -166,7 +166,7 @@ def test_gradient_and_metrics_of_every_update_are_those_of_the_definition(
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_first_update_is_on_policy_and_later_ones_are_clipped(temperature):
+def test_only_updates_after_the_first_are_off_policy_and_clipped(temperature):
     def metrics_of(updates: int) -> dict:
         model = random_model(std=0.4)
         options = dict(temperature=temperature, clip_low=1e-3, clip_high=1e-3, updates_per_step=updates)
@@ -179,7 +179,7 @@ def test_the_first_update_is_on_policy_and_later_ones_are_clipped(temperature):
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
-def test_groups_of_equal_rewards_cost_no_backward_and_leave_every_weight_as_it_is(kind):
+def test_groups_of_equal_rewards_leave_every_weight_as_it_is(kind):
     """0.1 and 0.3 have rounding errors in their mean; none of it may reach a weight."""
     if kind == "adamw8bit":
         pytest.importorskip("bitsandbytes")
@@ -213,7 +213,7 @@ def test_the_same_problem_twice_makes_two_groups():
 @pytest.mark.parametrize(
     "budget, error", [(40, None), (1, None), (100, MEMORY_ERRORS[0]), (100, MEMORY_ERRORS[1])]
 )
-def test_a_step_does_not_depend_on_micro_batches_nor_on_running_out_of_memory(budget, error, monkeypatch):
+def test_micro_batches_and_lack_of_memory_change_no_step(budget, error, monkeypatch):
     whole = random_model(1)  # trained in one micro-batch
     _, _, expected = take_step(recording(whole, 10_000), updates_per_step=2)
 
@@ -235,7 +235,8 @@ def test_a_step_does_not_depend_on_micro_batches_nor_on_running_out_of_memory(bu
 
 
 @pytest.mark.parametrize("error, tries", [(MEMORY_ERRORS[0], range(3, 12)), (RuntimeError("a bug"), [1])])
-def test_the_error_of_a_sample_that_does_not_fit_alone_and_any_other_error_are_raised(error, tries):
+def test_a_sample_that_does_not_fit_alone_raises_its_error(error, tries):
+    """So does any other error, without another try."""
     tried = []
 
     def failing(batch):
@@ -247,7 +248,7 @@ def test_the_error_of_a_sample_that_does_not_fit_alone_and_any_other_error_are_r
     assert len(tried) in tries and tried == sorted(tried, reverse=True)
 
 
-def test_a_lack_of_memory_on_a_cpu_has_the_message_by_which_it_is_recognised():
+def test_a_lack_of_memory_on_a_cpu_is_recognised():
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (2**35, hard))  # so that the system refuses
     try:
@@ -257,7 +258,7 @@ def test_a_lack_of_memory_on_a_cpu_has_the_message_by_which_it_is_recognised():
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_its_end():
+def test_the_learning_rate_warms_up_and_falls_to_its_end():
     def rates(steps: int = 5, **changes) -> list[float]:
         stage = GRPOStage(steps=steps, learning_rate=8.0, **changes)
         return [

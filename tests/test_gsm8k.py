@@ -63,7 +63,7 @@ def test_an_answer_is_right_if_its_one_number_is(answer, expected):
 
 
 @given(st.text(alphabet="0123456789.,-+% x<>answerthink\n", max_size=80))
-def test_no_text_raises_and_none_is_right_without_the_number_in_it(text):
+def test_no_text_raises_and_none_is_right_without_its_number(text):
     for completion in (text, f"</think><answer>{text}</answer>"):
         verdict = TASK.score(completion, EGGS)
         assert verdict.outcome != "correct" or "126" in text
@@ -147,7 +147,8 @@ def test_a_run_of_grpo_and_sft_goes_through_the_same_code(monkeypatch, tmp_path)
     assert "What is" in (run.path / "report.html").read_text()
 
 
-def test_a_worked_solution_is_the_datasets_own_answer_without_its_calculator_marks():
+def test_a_worked_solution_is_the_answer_without_its_marks():
+    """The marks are those of the dataset's calculator."""
     problem = WordProblem(
         "How many?", "He has 48/2 = <<48/2=24>>24.\nThen 24+1 = <<24+1=25>>25 are left.\n#### 25"
     )

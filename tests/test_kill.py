@@ -46,7 +46,7 @@ def modified(run: Path) -> float:
     return metrics.stat().st_mtime if metrics.exists() else 0.0
 
 
-def test_a_run_killed_ten_times_ends_bit_for_bit_as_if_it_had_not_been(tmp_path, monkeypatch):
+def test_a_run_killed_ten_times_ends_bit_for_bit_the_same(tmp_path, monkeypatch):
     context = multiprocessing.get_context("forkserver")
     # Everything is imported before the fork, which saves seconds. Python 3.11 does not tell the server of sys.path.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))

@@ -111,7 +111,8 @@ few_problems = st.lists(
 
 
 @given(few_problems, st.randoms(use_true_random=False), st.data())
-def test_a_split_leaks_no_permuted_duplicate_and_does_not_depend_on_the_order_of_rows(problems, rng, data):
+def test_a_split_leaks_no_permuted_duplicate(problems, rng, data):
+    """It does not depend on the order of rows either."""
     unique = {problem.key for problem in problems}
     held_out = data.draw(st.integers(0, len(unique) - 1))
     train, kept = split_problems(problems, held_out)
@@ -142,7 +143,7 @@ def test_too_few_different_problems_to_hold_out_is_an_error():
 
 @settings(deadline=None, derandomize=True)
 @given(st.integers(1, 7), st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(0, 5))
-def test_every_epoch_has_each_problem_once_whatever_the_sizes_of_the_steps(total, counts, seed):
+def test_every_epoch_has_each_problem_once(total, counts, seed):
     """Steps of any size take the same sequence: resuming needs the position alone."""
     problems = [Problem((1, 2), number + 1) for number in range(20)]
     some = problems[:total]

@@ -100,7 +100,8 @@ def test_a_frozen_output_head_gets_no_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_activation_checkpointing_changes_no_gradient_and_keeps_less(dtype):
+def test_activation_checkpointing_changes_memory_alone(dtype):
+    """It keeps less, and the gradients are the same."""
     plain = random_model(dtype=dtype, num_hidden_layers=6)
     lean = copy.deepcopy(plain)
     lean.model.checkpoint_activations = True

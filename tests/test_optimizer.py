@@ -80,7 +80,7 @@ def test_a_step_that_is_skipped_changes_nothing(bad):
     assert optimizer.skipped_in_a_row == 0
 
 
-def test_tied_weights_are_one_parameter_and_frozen_ones_are_left_alone():
+def test_tied_weights_are_one_parameter_and_frozen_ones_stay():
     model, untied = random_model(), random_model(tie_word_embeddings=False)
     model.model.norm.weight.requires_grad_(False)
     before, optimizer = weights(model), optimizer_for(model)
@@ -124,7 +124,8 @@ def test_bfloat16_weights_move_as_far_as_float32_ones(rounding):
     assert along.mean().item() == pytest.approx(displacement, rel=0.05) and displacement > 2e-6
 
 
-def test_stochastic_rounding_is_for_bfloat16_and_gives_a_neighbour_with_the_right_mean():
+def test_stochastic_rounding_gives_neighbours_of_the_right_mean():
+    """It is for bfloat16 only."""
     generator = torch.Generator().manual_seed(0)
     x = torch.cat(
         [torch.randn(100, generator=generator), torch.tensor([0.0, 1.0, -2.0, 1 + 2**-10, 3e38, 1e-30])]

@@ -116,9 +116,8 @@ def terminal(monkeypatch) -> io.StringIO:
     return written
 
 
-def test_a_terminal_shows_completions_done_and_tokens_a_second_and_keeps_nothing_after_an_error(
-    terminal, monkeypatch
-):
+def test_a_terminal_shows_progress_and_keeps_none_after_an_error(terminal, monkeypatch):
+    """It shows completions done, and tokens per second."""
     clock = iter([100.0, 100.5, 104.0])
     monkeypatch.setattr(lab.screen, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     with pytest.raises(KeyboardInterrupt), progress_bar("rollout", 77) as show:
@@ -173,7 +172,7 @@ TRAIN = [
 ]  # fmt: skip
 
 
-def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     with closing(OnTerminal("train.py", *TRAIN, "--out", out)) as command:
         command.read_until(r"grpo 1/3 +3/500.*?\nat this speed, \d+:\d\d of GRPO left.*?\n")
@@ -214,9 +213,8 @@ def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on_where_it_stopped(tmp_p
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_stop_drops_rollouts_but_finishes_an_update_and_the_run_goes_on_as_if_uninterrupted(
-    tmp_path, monkeypatch
-):
+def test_a_stopped_run_goes_on_as_if_uninterrupted(tmp_path, monkeypatch):
+    """A stop drops rollouts but finishes an update."""
     options = [*TRAIN, "--stages.0.steps", "3", "--stages.0.updates-per-step", "1", "--out"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train(parse([*options, str(whole)]).recipe, quiet=True)

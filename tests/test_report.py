@@ -60,7 +60,8 @@ def test_the_page_says_what_metrics_say(smoke_run, page):  # noqa: F811
     assert first["final"]["final_accuracy"] == rows[-1]["final_accuracy"]
 
 
-def test_rollouts_come_from_evenly_spread_steps_with_tokens_logprobs_and_advantages(smoke_run, page):  # noqa: F811
+def test_rollouts_are_spread_evenly_and_keep_their_numbers(smoke_run, page):  # noqa: F811
+    """Tokens, log-probabilities and advantages are those of the files."""
     shown = data_of(page)["runs"][0]["rollouts"]
     files = RunFolder(smoke_run).rollout_files()
     assert sorted({row["step"] for row in shown}) == [int(files[0].stem[5:]), int(files[-1].stem[5:])]

@@ -57,7 +57,8 @@ def drawn(shown: LiveScreen) -> str:
     return capture.get()
 
 
-def test_a_live_screen_shows_stage_numbers_accuracy_progress_and_the_last_rollouts(monkeypatch):
+def test_a_live_screen_shows_the_run(monkeypatch):
+    """It shows stage, numbers, accuracy, progress and the last rollouts."""
     times = iter([6.0, 7.0, 8.0, 8.0])
     monkeypatch.setattr(lab.screen.time, "perf_counter", lambda: next(times))
     shown = live_screen()
@@ -117,7 +118,8 @@ def test_an_sft_step_shows_its_loss():
     assert "SFT 2/3  step 1/46" in drawn(shown) and "loss 0.1234" in drawn(shown)
 
 
-def test_a_chart_is_as_high_as_its_points_and_holds_each_until_the_next():
+def test_a_chart_is_as_high_as_its_points():
+    """Each point holds until the next."""
     assert chart([(0, 10.0), (2, 40.0)], 3, 2) == [" 40 % |  █", "  0 % |▄▄█"]
     assert chart([(0, 0.0)], 2, 2)[1] == "  0 % |  "
     assert [line[7:] for line in chart([(0, 5.0), (1, 20.0), (2, 10.0), (3, 15.0)], 4, 1)] == ["▂█▄▆"]
@@ -127,7 +129,8 @@ SHARES = {"eval_truncated_fraction": 0.975, "eval_format_rate": 0.002, "eval_acc
 START = {"stage": 0, "kind": "grpo", "step": 0, **SHARES}
 
 
-def test_a_start_from_nothing_and_a_silent_batch_are_put_into_words():
+def test_a_start_from_nothing_is_put_into_words():
+    """The advice says what would help."""
     recipe = load_recipe("256")[1]
     words = advice_on_equal_rewards(START, recipe)
     # 32 (1 - 0.001^8 - 0.001^8 - 0.998^8)
@@ -148,11 +151,12 @@ def test_a_start_from_nothing_and_a_silent_batch_are_put_into_words():
     "row", [{"eval_format_rate": 0.3}, {"eval_format_rate": 1.0, "eval_accuracy": 0.2}, {"kind": "sft"}, {"kind": "baseline"},
             {"eval_format_rate": 1.0, "eval_accuracy": 0.99}],
 )  # fmt: skip
-def test_nothing_is_said_where_batches_teach_or_all_is_right_or_nothing_is_sampled(row):
+def test_nothing_is_said_where_batches_teach(row):
+    """Nothing is said either where all is right, or nothing is sampled."""
     assert advice_on_equal_rewards(START | row, load_recipe("256")[1]) is None
 
 
-def test_the_planned_time_counts_the_tokens_of_sampling_updates_and_evaluations():
+def test_the_planned_time_counts_all_tokens():
     """0.01 s a token; 10 tokens a completion, 30 a prompt: by hand."""
     stages = (
         SFTStage(epochs=2, max_traces=100),
@@ -242,5 +246,5 @@ def test_a_plain_screen_prints_each_step_and_a_quiet_one_nothing(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_what_is_printed_of_a_completion_cannot_steer_the_terminal():
+def test_a_printed_completion_cannot_steer_the_terminal():
     assert printable("a\x1b[2Jb\r\n\x07é漢\u202e") == "a·[2Jb·\n·é漢·"

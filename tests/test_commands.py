@@ -3,61 +3,25 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from helpers import ROOT, TIMES, evaluated, fails, run_command, smoke, timeless
 from reference import NO_THINKING, changed_tokenizer, reference_model, same_weights
 
 import eval as eval_command
 import train as train_command
 from data import GSM8K, evaluate_expression
 from lab.checkpoint import checkpoints
-from lab.errors import user_errors
 from lab.evaluate import Evaluation, evaluate
 from lab.recipe import RecipeError, problems_of
 from lab.runfolder import RunFolder
 from lab.stages import train
 from model import load_model, save_model
 from rl.rollout import SamplingSettings
-
-ROOT = Path(__file__).parent.parent
-TIMES = {
-    "rollout_seconds",
-    "update_seconds",
-    "checkpoint_seconds",
-    "tokens_per_second",
-    "peak_memory_bytes",
-    "eval_seconds",
-}
-
-
-def run_command(*arguments, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, **options)
-
-
-def smoke(*overrides):
-    """Parsed arguments of the smoke recipe."""
-    return train_command.parse(["smoke", "--model", "tiny-256", *map(str, overrides)])
-
-
-def timeless(run: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in RunFolder(run).metrics()]
-
-
-@pytest.fixture(scope="module")
-def smoke_run(tmp_path_factory) -> Path:
-    """One run of the smoke recipe through the command line; all checkpoints kept."""
-    out = tmp_path_factory.mktemp("runs") / "smoke"
-    finished = run_command("train.py", "smoke", "--model", "tiny-256", "--out", out, "--keep-checkpoints", 99)
-    assert finished.returncode == 0, finished.stderr
-    assert "held-out" in finished.stdout and "done" in finished.stdout
-    return out
 
 
 def test_a_run_leaves_its_files_and_metrics_match_rollouts(smoke_run):
@@ -87,22 +51,6 @@ def test_a_run_leaves_its_files_and_metrics_match_rollouts(smoke_run):
     assert not [path for path in smoke_run.rglob("*") if path.suffix in (".pt", ".pth", ".bin", ".pkl")]
     config = json.loads((smoke_run / "config.json").read_text())
     assert config["recipe"]["seed"] == 0 and config["versions"]["torch"] == torch.__version__
-
-
-def fails(capsys, action) -> str:
-    """The one line of an action that a user's mistake ends, with exit code 2."""
-    with pytest.raises(SystemExit) as exit_, user_errors():
-        action()
-    assert exit_.value.code == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1 and message.startswith("error: ")
-    return message
-
-
-def evaluated(capsys, *models, **options) -> dict:
-    """What `python eval.py` prints with `--json -`."""
-    eval_command.main(eval_command.Arguments(tuple(map(str, models)), json="-", **options))
-    return json.loads(capsys.readouterr().out)
 
 
 def test_eval_puts_models_side_by_side_on_the_same_problems(smoke_run, tmp_path, capsys):

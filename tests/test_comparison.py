@@ -4,10 +4,10 @@ import json
 import math
 
 import pytest
+from helpers import GROUPS, answered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from test_evaluate import GROUPS, answered
 
 from data import Problem
 from lab.comparison import Candidate, comparison_table, difference, measures

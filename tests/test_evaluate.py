@@ -5,7 +5,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from helpers import PROBLEM
+from helpers import GROUPS, PROBLEM
 
 import lab.run
 from data import Problem
@@ -15,7 +15,6 @@ from lab.recipe import EvaluationSettings, load_recipe, problems_of
 from lab.runfolder import RunFolder
 from lab.stages import train
 from model import Completion
-from rl import score
 from rl.rollout import Rollout
 
 
@@ -32,26 +31,6 @@ def test_an_evaluation_counts_outcomes_lengths_and_truncations():
     assert (result.accuracy, result.completion_length, result.truncated_fraction) == (0.8, 4.0, 0.1)
     assert result.groups == groups
     assert (result.low, result.high) == pytest.approx((0.490162, 0.943318), abs=1e-6)
-
-
-def answered(problem: Problem, *answers: str) -> list[Rollout]:
-    """A group of completions with these answers, scored as usual; an empty one gives no answer at all."""
-    texts = [f"</think>\n<answer>{answer}</answer>" if answer else "</think>\n" for answer in answers]
-    verdicts = [score(text, problem) for text in texts]
-    return [
-        Rollout(problem, [1], Completion([5], [-0.5], True), text, verdict.outcome, verdict.reward)
-        for text, verdict in zip(texts, verdicts, strict=True)
-    ]
-
-
-GROUPS = [
-    answered(
-        Problem((1, 2, 7), 10), "1+2+7", "7+1+2", "7+1+2", "7-1-2"
-    ),  # 3 of 4 correct, 3 different answers
-    answered(Problem((2, 5, 10), 100), "2*5*10", "", "", "2+5+10"),  # 1 of 4, 2 different
-    answered(Problem((3, 5, 4), 12), "3+5+4", "3+5+4", "3+4+5", "5+4+3"),  # 4 of 4, 3 different
-    answered(Problem((3, 3, 8, 8), 24), "", "", "", ""),  # only 8 / (3 - 8 / 3): none, none
-]
 
 
 def test_pass_at_k_is_the_mean_over_every_choice_of_k():

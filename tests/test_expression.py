@@ -1,45 +1,13 @@
 """The expression parser against Python's own grammar, and against text written to break it."""
 
-import ast
-import operator
-import re
-import warnings
 from fractions import Fraction
 
 import pytest
+from fuzz_reward import python_value
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data.expression import MAX_DEPTH, ExpressionError, evaluate_expression, parse_equation, parse_expression
-
-PYTHON = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-
-
-def python_value(text: str) -> tuple[Fraction, list[int]] | None:
-    """What Python's grammar, restricted to the allowed operators, says: (value, numbers), or None for anything else."""
-    if not re.fullmatch(r"[0-9+\-*/() \t\r\n]*", text) or re.search(r"\b0[0-9]", text):
-        return None
-    numbers: list[int] = []
-
-    def value(node: ast.AST) -> Fraction:
-        match node:
-            case ast.Expression():
-                return value(node.body)
-            case ast.Constant():
-                numbers.append(node.value)
-                return Fraction(node.value)
-            case ast.UnaryOp(op=ast.USub()):
-                return -value(node.operand)
-            case ast.BinOp(op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div()):
-                return PYTHON[type(node.op)](value(node.left), value(node.right))
-        raise SyntaxError(ast.dump(node))
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "1 (2)" is a warning to Python before it is an error
-        try:
-            return value(ast.parse(re.sub(r"\s", " ", text).strip(), mode="eval")), numbers
-        except (SyntaxError, ZeroDivisionError):
-            return None
 
 
 def parsed(text: str) -> tuple[Fraction, list[int]] | None:

@@ -4,9 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import ragged_samples, random_model, trainer_for
-from test_commands import fails, smoke
-from test_grpo import sampler_that_is_off, take_step
+from helpers import fails, ragged_samples, random_model, sampler_that_is_off, smoke, take_step, trainer_for
 
 import rl.grpo
 from lab.checkpoint import state_tensors

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    FakeTask,
-    FakeTokenizer,
+    REWARDS,
     gradients,
     largest,
     largest_gap,
     ragged_samples,
     random_model,
+    sampler_that_is_off,
+    take_step,
     trainer_for,
     weights,
 )
@@ -22,14 +23,11 @@ from helpers import (
 import rl.grpo
 from lab.stages import learning_rate_at
 from rl.batch import logprobs_and_entropy
-from rl.grpo import GRPOStage, grpo_step
+from rl.grpo import GRPOStage
 from rl.loss import AGGREGATIONS
 from rl.optimizer import Optimizer, OptimizerSettings
-from rl.rollout import SamplingSettings, collect_rollouts
 from rl.trainer import Trainer
 
-REWARDS = [[1.0, 0.0, 0.1, 0.1], [0.3] * 4, [0.7, 0.3, 0.1, 0.0], [0.0, 0.1, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]]
-PROBLEMS = ["ab", "c", "defgh", "c", "ij"]
 MEMORY_ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError(
@@ -55,28 +53,6 @@ class Recording(Optimizer):
 
 def recording(model, budget: int = 1000, **options) -> Trainer:
     return Trainer(model, Recording(model, **options), budget)
-
-
-def take_step(trainer, rewards=REWARDS, learning_rate=0.01, temperature=1.0, reference=None, **stage):
-    """A step on PROBLEMS with `rewards` given by hand: [problem][sample], in the order of scoring."""
-    given_rewards = iter([reward for row in rewards for reward in row])
-    return grpo_step(
-        trainer, FakeTokenizer(), FakeTask(lambda problem, text: next(given_rewards)), PROBLEMS[: len(rewards)],
-        settings=GRPOStage(samples_per_prompt=len(rewards[0]), **stage), seed=1, reference=reference,
-        sampling=SamplingSettings(max_new_tokens=8, temperature=temperature), learning_rate=learning_rate,
-    )  # fmt: skip
-
-
-def sampler_that_is_off(shift):
-    """`collect_rollouts` with log-probabilities that are too low by `shift(place)` for the token at each place."""
-
-    def collect(*arguments, **options):
-        groups = collect_rollouts(*arguments, **options)
-        for logprobs in (rollout.completion.logprobs for group in groups for rollout in group):
-            logprobs[:] = [logprob - shift(place) for place, logprob in enumerate(logprobs)]
-        return groups
-
-    return collect
 
 
 def update_by_hand(model, groups, stage, temperature, reference) -> dict:

@@ -6,10 +6,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from helpers import Hub
+from helpers import Hub, fails, smoke
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_commands import fails, smoke
 
 import eval as eval_command
 from data import Countdown, Problem, generate_problems, split_problems

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import torch
-from test_commands import smoke, timeless
+from helpers import smoke, timeless
 
 import lab.checkpoint
 from lab.checkpoint import checkpoints

@@ -12,11 +12,9 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import random_model
+from helpers import evaluated, exit_code, fails, random_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_commands import evaluated, fails
-from test_progress import exit_code
 
 import lab.evaluate
 import model.cache

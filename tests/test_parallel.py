@@ -12,8 +12,7 @@ from unittest import mock
 import pytest
 import safetensors.torch
 import torch
-from helpers import ragged_samples, random_model, trainer_for
-from test_commands import ROOT, run_command, smoke, timeless
+from helpers import ROOT, ragged_samples, random_model, run_command, smoke, timeless, trainer_for
 
 import rl.grpo
 from lab.checkpoint import checkpoints

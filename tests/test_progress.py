@@ -5,19 +5,17 @@ import itertools
 import os
 import pty
 import re
-import runpy
 import select
 import signal
 import subprocess
 import sys
 import time
 from contextlib import closing
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from helpers import random_model
+from helpers import ROOT, exit_code, random_model
 from rich.console import Console
 
 import lab.evaluate
@@ -33,7 +31,6 @@ from model import generate
 from model.sampler import plan_batches
 from train import parse
 
-ROOT = Path(__file__).parent.parent
 PROMPTS = [[5, 17, 3, 44, 9], [8, 2], [40, 2, 2, 30, 31, 12, 4, 4, 25], [19, 6, 40], [8, 1, 37, 20, 3, 9, 13]]
 ESCAPE = r"\x1b\[([?\d;]*[a-zA-Z])"
 RICH = {
@@ -73,14 +70,6 @@ def test_reports_are_true_on_the_way_and_end_at_the_totals(stops, check_every, m
         assert reports[-1] == (15, sum(len(completion.token_ids) for group in groups for completion in group))
         assert reports == expected_reports(groups, room, check_every)
         assert generate(decoder, PROMPTS, **options) == groups  # the same without reports
-
-
-def exit_code(monkeypatch, command: str, *arguments) -> int:
-    """How `python command arguments` ends, in this process."""
-    monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / command), run_name="__main__")
-    return ended.value.code
 
 
 def screen_of(text: str) -> list[str]:

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from test_commands import smoke, timeless
+from helpers import smoke, timeless
 
 import lab.run
 import lab.setup

@@ -8,9 +8,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import largest_gap, ragged_samples, random_model, trainer_for, weights
+from helpers import largest_gap, ragged_samples, random_model, smoke, trainer_for, weights
 from reference import reference_model, same_weights
-from test_commands import smoke
 
 import lab.run
 import lab.stages

@@ -10,7 +10,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from test_commands import ROOT, fails, run_command, smoke
+from helpers import ROOT, fails, run_command, smoke
 
 import eval as eval_command
 import play as play_command

@@ -17,9 +17,8 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from helpers import PROBLEM, Hub, largest_gap, random_model, weights
+from helpers import PROBLEM, Hub, evaluated, fails, largest_gap, random_model, smoke, weights
 from reference import ROOT, TINY, TINY_TOKENS
-from test_commands import evaluated, fails, smoke
 
 import eval as eval_command
 import play as play_command

@@ -1,4 +1,4 @@
-"""Tests find the packages wherever pytest is started, never reach for the hub, and have one terminal everywhere."""
+"""Tests find the packages wherever pytest starts, never reach for the hub, and see one terminal."""
 
 import os
 import sys

@@ -1,8 +1,9 @@
 """A long fuzz of the reward: `python tests/fuzz_reward.py --cases 1000000`; the tests run a short one.
 
-Texts are grown from pieces that mean something to the reward, cut, doubled and spoilt. For each: no exception, no more than
-ten milliseconds (texts of up to 100 kB among them), "malformed" exactly where a second reading, by regular expressions and
-Python's own grammar, says so, and 1.0 only where it finds a solution too; where a text is a solution by construction, 1.0.
+Texts are grown from pieces that mean something to the reward, cut, doubled and spoilt. For each: no
+exception, no more than ten milliseconds (texts of up to 100 kB among them), "malformed" exactly where a
+second reading, by regular expressions and Python's own grammar, says so, and 1.0 only where it finds a
+solution too; where a text is a solution by construction, 1.0.
 """
 
 import ast
@@ -26,14 +27,16 @@ from data import Problem, generate_problems, score, solve
 LIMIT = 0.010  # seconds a text of 100 kB may take
 PYTHON = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 PIECES = [
-    "<think>", "</think>", "<answer>", "</answer>", "\n", " ", "=", "(", ")", "+", "-", "*", "/", "**", "//", "0", "7", "36", "1.5",
-    "so ", "Answer: ", "x", "²", "٣", "−", "１", "\u2028", "\x00", "é", "漢", "<|im_end|>", "<ANSWER>", "< answer>", "</answer >",
+    "<think>", "</think>", "<answer>", "</answer>", "\n", " ", "=", "(", ")", "+", "-", "*", "/", "**", "//",
+    "0", "7", "36", "1.5",
+    "so ", "Answer: ", "x", "²", "٣", "−", "１", "\u2028", "\x00", "é", "漢", "<|im_end|>", "<ANSWER>",
+    "< answer>", "</answer >",
     "999999999", "1e3", "0x10", "_", ",", "\t", "\r",
 ]  # fmt: skip
 
 
 def python_value(text: str) -> tuple[Fraction, list[int]] | None:
-    """What Python's grammar, restricted to the allowed operators, says: (value, numbers), or None for anything else."""
+    """(value, numbers) by Python's grammar with the allowed operators only, or None for anything else."""
     if not re.fullmatch(r"[0-9+\-*/() \t\r\n]*", text) or re.search(r"\b0[0-9]", text):
         return None
     numbers: list[int] = []
@@ -60,7 +63,7 @@ def python_value(text: str) -> tuple[Fraction, list[int]] | None:
 
 
 def solves(text: str, problem: Problem, thinking: bool) -> bool | None:
-    """Whether a text holds a solution, read in another way than `data.countdown` does; None if it is malformed."""
+    """Whether a text holds a solution, read in another way than in `data.countdown`; None if malformed."""
     if re.match(r"[ \t\r\n]*<think>", text):  # as a server returns it whose template has opened the tag
         text, thinking = text.split("<think>", 1)[1], True
     if thinking:

@@ -1,4 +1,4 @@
-"""What several tests need: a small random Qwen3, samples, a task and a step of it, a hub, and the commands."""
+"""What several tests need: a small random Qwen3, samples, a task and a step of it, a hub, the commands."""
 
 import json
 import runpy
@@ -61,7 +61,7 @@ def trainer_for(model: Qwen3, budget: int = 1000, **settings) -> Trainer:
 
 
 def ragged_samples(count: int, seed: int = 0, longest: int = 9, vocab: int = 48) -> list[Sample]:
-    """Samples of many lengths, with log-probabilities and advantages for which both sides of the clip matter."""
+    """Samples of many lengths, for whose log-probabilities and advantages both sides of the clip matter."""
     rng = np.random.default_rng(seed)
     samples = []
     for _ in range(count):
@@ -149,14 +149,15 @@ def take_step(trainer, rewards=REWARDS, learning_rate=0.01, temperature=1.0, ref
     """A step on PROBLEMS with `rewards` given by hand: [problem][sample], in the order of scoring."""
     given_rewards = iter([reward for row in rewards for reward in row])
     return grpo_step(
-        trainer, FakeTokenizer(), FakeTask(lambda problem, text: next(given_rewards)), PROBLEMS[: len(rewards)],
+        trainer, FakeTokenizer(), FakeTask(lambda problem, text: next(given_rewards)),
+        PROBLEMS[: len(rewards)],
         settings=GRPOStage(samples_per_prompt=len(rewards[0]), **stage), seed=1, reference=reference,
         sampling=SamplingSettings(max_new_tokens=8, temperature=temperature), learning_rate=learning_rate,
     )  # fmt: skip
 
 
 def sampler_that_is_off(shift):
-    """`collect_rollouts` with log-probabilities that are too low by `shift(place)` for the token at each place."""
+    """`collect_rollouts` whose log-probabilities are too low by `shift(place)` at each place."""
 
     def collect(*arguments, **options):
         groups = collect_rollouts(*arguments, **options)

@@ -1,4 +1,4 @@
-"""What the bundled models' bases are trained on: correct attempts without a solution, and derivations with mistakes."""
+"""What the bundled models' bases are trained on: attempts without a solution, derivations with mistakes."""
 
 import itertools
 import random
@@ -43,7 +43,7 @@ SEEDS = range(400)
 
 
 def follow(steps: str, numbers: tuple[int, ...]) -> int:
-    """The last value of the steps, whose operands must be numbers not used yet; every number must be used once."""
+    """The last value of the steps, which must use every number exactly once."""
     left = Counter(numbers)
     for step in steps.split(" "):
         a, operator, b, value = STEP.fullmatch(step).groups()
@@ -92,8 +92,10 @@ def test_attempts_come_in_order_and_are_all_that_there_are():
     assert [attempt.steps for attempt in all_attempts((2, 4))] == ["4+2=6", "4-2=2", "4*2=8", "4/2=2"]
     assert [attempt.value for attempt in all_attempts((11, 13))] == [24, 2]  # 143 is too large
     assert [attempt.steps for attempt in all_attempts((2, 9, 60))] == [
-        "9+2=11 60+11=71", "9+2=11 60-11=49", "9-2=7 60+7=67", "9-2=7 60-7=53", "9*2=18 60+18=78", "9*2=18 60-18=42",
-        "60+2=62 62+9=71", "60+2=62 62-9=53", "60-2=58 58+9=67", "60-2=58 58-9=49", "60/2=30 30+9=39", "60/2=30 30-9=21",
+        "9+2=11 60+11=71", "9+2=11 60-11=49", "9-2=7 60+7=67", "9-2=7 60-7=53", "9*2=18 60+18=78",
+        "9*2=18 60-18=42",
+        "60+2=62 62+9=71", "60+2=62 62-9=53", "60-2=58 58+9=67", "60-2=58 58-9=49", "60/2=30 30+9=39",
+        "60/2=30 30-9=21",
         "60+9=69 69+2=71", "60+9=69 69-2=67", "60-9=51 51+2=53", "60-9=51 51-2=49",
     ]  # fmt: skip
     for numbers in [(1, 2, 3), (2, 5, 20), (3, 3, 8, 8), (1, 7, 13, 20)]:

@@ -1,4 +1,4 @@
-"""Both caches against uncached forwards: whatever the prompts' lengths, the growth of the cache and the rows dropped."""
+"""Both caches against uncached forwards, whatever the prompts, the growth and the rows dropped."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def grouped(decoder, prompts, num_samples, max_new_tokens, static) -> GroupCache
 
 
 def alone(decoder, prompts, prompt_index, own) -> torch.Tensor:
-    """Logits after each row's prompt and own tokens, each row by itself and without a cache: [rows, vocab]."""
+    """Logits after each row's prompt and own tokens, each by itself and without a cache: [rows, vocab]."""
     rows = [
         torch.tensor([prompts[number] + ids.tolist()])
         for number, ids in zip(prompt_index.tolist(), own, strict=True)

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there: writes that stop anywhere, damage afterwards, full disks, and what is kept."""
+"""Checkpoints are whole or not there: writes that stop anywhere, damage, full disks, and what is kept."""
 
 import contextlib
 import hashlib
@@ -51,7 +51,7 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch, count: int) -> list[int]:
-    """Stops the `count`-th operation on the disk, with half of a file written, or a folder deleted in part."""
+    """Stops the `count`-th operation on the disk, with a file half written or a folder half deleted."""
     left, rmtree = [count], shutil.rmtree
 
     def counted(real):

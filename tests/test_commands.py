@@ -1,4 +1,4 @@
-"""train.py and eval.py as a user runs them: a whole small run, a resume that changes nothing, and every mistake in one line."""
+"""train.py and eval.py as a user runs them: a small run, a resume, and every mistake in one line."""
 
 import json
 import re

@@ -34,7 +34,8 @@ def test_measures_by_hand():
     found = json.loads(json.dumps(measures(candidate(GROUPS))))  # as --json writes them
     assert found["accuracy"]["mean"] == 0.5 and found["greedy"]["mean"] == 0.75
     assert found["accuracy"]["low"] == pytest.approx(0.1500, abs=1e-4)  # Wilson of 2 in 4
-    # 3, 1, 4 and 0 of four are correct; of two draws both miss with chance 0, 3/6, 0 and 1, of three 0, 1/4, 0 and 1.
+    # 3, 1, 4 and 0 of four are correct; of two draws both miss with chance 0, 3/6, 0 and 1, of three 0, 1/4,
+    # 0 and 1.
     assert found["pass_at"] == pytest.approx({"1": 0.5, "2": 0.625, "3": 0.6875, "4": 0.75})
     assert found["outcomes"] == {"correct": 8 / 16, "near": 1 / 16, "wrong": 1 / 16, "malformed": 6 / 16}
     assert {kind: (row["mean"], row["problems"]) for kind, row in found["by_difficulty"].items()} == {
@@ -83,7 +84,7 @@ def test_problems_count_alike_whatever_their_samples():
 @settings(deadline=None, derandomize=True)
 @given(st.integers(1, 5000).flatmap(lambda trials: st.tuples(st.integers(0, trials), st.just(trials))))
 def test_the_wilson_interval_solves_its_equation(case):
-    """Its ends are the proportions p from which the share lies 1.96 standard errors, sqrt(p (1 - p) / n), away."""
+    """The share lies 1.96 standard errors, sqrt(p (1 - p) / n), from each of its ends p."""
     successes, trials = case
     low, high = wilson_interval(successes, trials)
     share = successes / trials

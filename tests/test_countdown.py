@@ -1,15 +1,13 @@
-"""Countdown: problems and their settings; the generator and the solver against the plainest possible search."""
+"""Countdown: problems, settings, and generator and solver against the plainest possible search."""
 
 import json
 import random
 import re
-import subprocess
-import sys
 from fractions import Fraction
 from itertools import permutations, product
-from pathlib import Path
 
 import pytest
+from helpers import run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +19,7 @@ TASK = Countdown()
 
 
 def every_value(numbers, operators="+-*/", whole_steps=False) -> set[Fraction]:
-    """All values that use each number once, by the plainest search: replace any two numbers by what they make."""
+    """All values that use each number once: replace any two numbers by what they make, again and again."""
     if len(numbers) == 1:
         return {Fraction(numbers[0])}
     values = set()
@@ -46,8 +44,10 @@ def test_a_problem_keeps_its_order_and_its_key_does_not():
 @pytest.mark.parametrize(
     ("numbers", "target", "named"),
     [
-        ((5,), 5, r"2 to 6 whole numbers, not \(5,\)"), ((1, 2, 3, 4, 5, 6, 7), 5, "2 to 6"), (None, 5, "None"), ("12", 5, "'12'"),
-        ((1, 2.0), 5, "2.0"), ((1, True), 5, "True"), ((1, -2), 5, "-2"), ((1, 2), None, "None"), ((1, 2), 0, "not 0"),
+        ((5,), 5, r"2 to 6 whole numbers, not \(5,\)"), ((1, 2, 3, 4, 5, 6, 7), 5, "2 to 6"),
+        (None, 5, "None"), ("12", 5, "'12'"),
+        ((1, 2.0), 5, "2.0"), ((1, True), 5, "True"), ((1, -2), 5, "-2"), ((1, 2), None, "None"),
+        ((1, 2), 0, "not 0"),
         ((1, 10**9), 5, "1000000000"),
     ],
 )  # fmt: skip
@@ -58,7 +58,8 @@ def test_what_is_no_problem_is_refused_by_name(numbers, target, named):
 
 def test_the_prompt_is_this_line():
     assert TASK.prompt(Problem((79, 60, 17), 36)) == (
-        "Use each of the numbers 79, 60, 17 exactly once to make 36. Only + - * / and parentheses are allowed. "
+        "Use each of the numbers 79, 60, 17 exactly once to make 36. "
+        "Only + - * / and parentheses are allowed. "
         "Work it out inside <think> </think>, then put the final expression inside <answer> </answer>."
     )
 
@@ -93,12 +94,9 @@ def test_the_seed_alone_decides_the_problems():
     before = random.getstate()
     problems = str(generate_problems(50, 3))
     assert random.getstate() == before and problems != str(generate_problems(50, 4))
-    code = "from data import generate_problems; print(generate_problems(50, 3))"  # in a process where hashes of strings differ
-    root = Path(__file__).parents[1]
-    assert (
-        subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout.strip()
-        == problems
-    )
+    # In another process hashes of strings differ.
+    code = "from data import generate_problems; print(generate_problems(50, 3))"
+    assert run_command("-c", code).stdout.strip() == problems
 
 
 @pytest.mark.parametrize(
@@ -120,8 +118,10 @@ def test_too_few_problems_are_an_error_and_no_endless_loop(count, wanted, messag
 @pytest.mark.parametrize(
     ("fields", "named"),
     [({"min_number": 0}, "min_number 0 "),
-     ({"min_number": 100}, "min_number 100 and max_number 99"), ({"min_target": 101}, "min_target 101 and max_target 100"),
-     ({"four_number_share": 1.5}, "not 1.5"), ({"four_number_share": -0.5}, "not -0.5"), ({"four_number_share": float("nan")}, "not nan")],
+     ({"min_number": 100}, "min_number 100 and max_number 99"),
+     ({"min_target": 101}, "min_target 101 and max_target 100"),
+     ({"four_number_share": 1.5}, "not 1.5"), ({"four_number_share": -0.5}, "not -0.5"),
+     ({"four_number_share": float("nan")}, "not nan")],
 )  # fmt: skip
 def test_impossible_settings_are_refused_by_name(fields, named):
     with pytest.raises(ValueError, match=named):
@@ -159,8 +159,10 @@ def test_a_solution_scores_correct_with_the_operators_asked_for(numbers, target,
 
 @pytest.mark.parametrize(
     ("problem", "difficulty"),
-    [(Problem((79, 60, 17), 36), "3 numbers, + and - suffice"), (Problem((5, 7, 2), 37), "3 numbers, needs * or /"),
-     (Problem((2, 2, 2, 2), 16), "4 numbers, needs * or /"), (Problem((9, 3, 1), 100), "3 numbers, needs * or /")],
+    [(Problem((79, 60, 17), 36), "3 numbers, + and - suffice"),
+     (Problem((5, 7, 2), 37), "3 numbers, needs * or /"),
+     (Problem((2, 2, 2, 2), 16), "4 numbers, needs * or /"),
+     (Problem((9, 3, 1), 100), "3 numbers, needs * or /")],
 )  # fmt: skip
 def test_difficulty_says_whether_plus_and_minus_suffice(problem, difficulty):
     assert TASK.difficulty(problem) == difficulty

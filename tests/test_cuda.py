@@ -1,6 +1,6 @@
-"""Decoder, sampler, batch, loss, optimizer and checkpoint on a CUDA device, where there is one, as on the CPU.
+"""Model, batch, loss, optimizer and checkpoint on a CUDA device, where there is one, as on the CPU.
 
-What can be shown without a device is: that decoding mixes no devices and never waits, by torch's fake tensors.
+Without a device, fake tensors show that decoding mixes no devices and never waits.
 """
 
 import json
@@ -149,7 +149,7 @@ def test_the_check_shows_a_table_and_fails_with_the_wrong_rows(monkeypatch, caps
 
 @pytest.fixture
 def on_gpu(monkeypatch, tmp_path):
-    """`check_decoding` of a model on a GPU that is not there: (said, still with graphs?) for these comparisons."""
+    """`check_decoding` of a model on a simulated GPU: (said, still with graphs?) for these comparisons."""
     monkeypatch.setattr(lab.decoding, "CACHE", tmp_path / "cache" / "decoding.json")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
 
@@ -205,7 +205,7 @@ def test_decoding_that_is_wrong_without_graphs_ends_the_run(on_gpu):
 
 
 def test_decoding_mixes_no_devices_and_waits_for_nothing():
-    """A batch is made on the CPU, then all its tensors become fake ones of a GPU; over two blocks of the cache."""
+    """A batch made on the CPU becomes one of fake GPU tensors; over two blocks of the cache."""
     if torch.version.cuda is None:
         pytest.skip("torch is a CPU build, in which fake tensors cannot be a GPU's")
 

@@ -1,4 +1,4 @@
-"""The decoder against transformers: logits, gradients, precision, padding, cached decoding and the configuration."""
+"""The decoder against transformers: logits, gradients, precision, cached decoding and configuration."""
 
 import dataclasses
 import itertools
@@ -25,7 +25,8 @@ SIZES = {  # hidden, layers, heads, intermediate, tied -> parameters, the tied h
 PUBLISHED = [f"Qwen3-{size}{kind}" for size in SIZES for kind in ("", "-Base") if size + kind != "32B-Base"]
 V4 = {  # as transformers 4 writes it
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 83, "hidden_size": 44,
-    "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16,
+    "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2,
+    "head_dim": 16,
     "rms_norm_eps": 1e-06, "rope_theta": 20000.0, "rope_scaling": None, "tie_word_embeddings": False,
     "max_position_embeddings": 512, "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu",
     "initializer_range": 0.02, "max_window_layers": 2, "sliding_window": None, "use_sliding_window": False,

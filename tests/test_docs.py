@@ -1,4 +1,4 @@
-"""What the documents say about the code is true: links, names and paths exist, the notebook's asserts hold."""
+"""What the documents say about the code is true: links, names, paths, and the notebook's asserts."""
 
 import ast
 import inspect
@@ -43,14 +43,14 @@ def prose(path: Path) -> str:
 
 
 def links(path: Path) -> list[tuple[str, str]]:
-    """(text, target) of each link and picture of a document that stays within the repository; code blocks have none."""
+    """(text, target) of each link and picture of a document that stays within the repository."""
     text = re.sub(r"^```.*?^```", "", prose(path), flags=re.DOTALL | re.MULTILINE)
     found = [(name, target or source) for name, target, source in LINK.findall(text)]
     return [(name, target) for name, target in found if not re.match(r"https?:|mailto:", target)]
 
 
 def defined_names(source: str) -> set[str]:
-    """Functions, classes and constants of a module, and what its classes hold, with and without the class's name."""
+    """Functions, classes and constants of a module; what its classes hold, with and without their name."""
     names = set()
 
     def add(body: list[ast.stmt], prefix: str = "") -> None:
@@ -68,7 +68,7 @@ def defined_names(source: str) -> set[str]:
 
 
 def named(text: str) -> list[str]:
-    """The names of code in a link's text: `group_advantages`, `Optimizer.step`, `score(...)`; paths and options are none."""
+    """The names of code in a link's text: `Optimizer.step`, `score(...)`; paths and options are none."""
     return [
         match[1]
         for part in re.findall(r"`([^`]+)`", text)
@@ -125,7 +125,8 @@ def test_the_python_for_your_own_code_runs():
 def test_trap_a_check_of_links_that_sees_nothing(tmp_path):
     document = tmp_path / "page.md"
     document.write_text(
-        '[`f`, `C.g(x)`](a.py) and [text](b.md#part)\n```\n[no](c.py)\n```\n[away](https://x.org) <img srcset="e.png" src="d.png">'
+        "[`f`, `C.g(x)`](a.py) and [text](b.md#part)\n```\n[no](c.py)\n```\n"
+        '[away](https://x.org) <img srcset="e.png" src="d.png">'
     )
     assert links(document) == [("`f`, `C.g(x)`", "a.py"), ("text", "b.md#part"), ("", "e.png"), ("", "d.png")]
     assert named("`f`, `C.g(x)`, `rl/loss.py`, `--out x`, plain") == ["f", "C.g"]

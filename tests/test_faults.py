@@ -1,4 +1,4 @@
-"""Losses, gradients and log-probabilities that are not finite: the update is skipped and counted; five in a row end the run."""
+"""Updates that are not finite are skipped and counted; five in a row end the run."""
 
 import math
 

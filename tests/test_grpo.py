@@ -31,7 +31,7 @@ from rl.trainer import Trainer
 MEMORY_ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+        "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"
     ),
 ]
 
@@ -58,7 +58,8 @@ def recording(model, budget: int = 1000, **options) -> Trainer:
 def update_by_hand(model, groups, stage, temperature, reference) -> dict:
     """One update from its definition: every sample alone in a plain forward, every token's term written out.
 
-    The loss, its gradient, and of the tokens that have one: ratios below and above the clip, log ratios and entropies.
+    The loss, its gradient, and of the tokens that have one: ratios below and above the clip, log ratios and
+    entropies.
     """
     result = {"loss": 0.0, "low": 0, "high": 0, "log_ratios": [], "entropies": []}
     lengths = [len(rollout.completion.token_ids) for group in groups for rollout in group]
@@ -69,7 +70,8 @@ def update_by_hand(model, groups, stage, temperature, reference) -> dict:
             advantage = 0.0 if len(set(rewards)) == 1 else (reward - rewards.mean()) / deviation
             ids = rollout.completion.token_ids
             token_weight = {
-                "token": 1 / sum(lengths), "sequence": 1 / len(lengths) / len(ids), "constant": 1 / len(lengths) / 8
+                "token": 1 / sum(lengths), "sequence": 1 / len(lengths) / len(ids),
+                "constant": 1 / len(lengths) / 8
             }[stage.aggregation]  # fmt: skip
             tokens = torch.tensor([rollout.prompt_ids + ids])
             rows = model(tokens)[0, len(rollout.prompt_ids) - 1 : -1].div(temperature).log_softmax(-1)
@@ -104,7 +106,7 @@ def update_by_hand(model, groups, stage, temperature, reference) -> dict:
 def test_every_update_has_the_gradient_and_metrics_by_definition(
     aggregation, kl_coef, temperature, monkeypatch
 ):
-    """Three updates share five groups, of which one has equal rewards; the sampler's log-probabilities are off."""
+    """Three updates share five groups; one has equal rewards, and the sampler is off."""
     monkeypatch.setattr(
         rl.grpo, "collect_rollouts", sampler_that_is_off(lambda place: -0.3 if place % 3 else 0.1)
     )
@@ -131,10 +133,13 @@ def test_every_update_has_the_gradient_and_metrics_by_definition(
         torch.cat([g.flatten() for g in update["gradient"].values()]).norm().item() for update in expected
     ]
     assert {name: value for name, value in metrics.items() if "seconds" not in name} == pytest.approx({
-        "loss": np.mean([update["loss"].item() for update in expected]), "grad_norm": np.mean(norms), "skipped_updates": 0,
+        "loss": np.mean([update["loss"].item() for update in expected]), "grad_norm": np.mean(norms),
+        "skipped_updates": 0,
         "policy_entropy": np.mean([x for update in expected for x in update["entropies"]]), "lr": 0.02,
-        "clip_fraction": (low + high) / tokens, "clip_fraction_low": low / tokens, "clip_fraction_high": high / tokens,
-        "log_ratio_mean": np.mean(expected[0]["log_ratios"]), "log_ratio_std": np.std(expected[0]["log_ratios"]),
+        "clip_fraction": (low + high) / tokens, "clip_fraction_low": low / tokens,
+        "clip_fraction_high": high / tokens,
+        "log_ratio_mean": np.mean(expected[0]["log_ratios"]),
+        "log_ratio_std": np.std(expected[0]["log_ratios"]),
     }, rel=1e-5, abs=1e-5)  # fmt: skip
     assert largest_gap(weights(reference), before) == 0 and all(
         p.grad is None for p in reference.parameters()
@@ -173,7 +178,7 @@ def test_groups_of_equal_rewards_leave_every_weight_as_it_is(kind):
 
 
 def test_the_same_problem_twice_makes_two_groups():
-    """Grouped by prompt, the mean of "c" would be 0.75, and the second group would not have zero advantages."""
+    """Grouped by prompt, the second "c" would have advantages, because the mean would be 0.75."""
     model = random_model()
     groups, advantages, _ = take_step(
         recording(model), [REWARDS[0], [1.0, 0.0, 1.0, 0.0], REWARDS[2], [1.0] * 4]

@@ -1,4 +1,4 @@
-"""Held out means held out: no problem that is evaluated was sampled in training, by any of the models shown."""
+"""Held out means held out: no evaluated problem was sampled in training, by any of the models shown."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def test_the_split_follows_from_the_problems(order, size, count):
 
 
 def trained(folder: Path, recipe: Recipe, steps: int, resumed: bool) -> set:
-    """Leave the state and recipe of a model trained for so many steps; return the keys of what it has sampled."""
+    """Leave the state and recipe of a model trained for so many steps; return the keys it has sampled."""
     folder.mkdir()
     state = TrainState(seen=seen_by(recipe.model))
     sampled = set()
@@ -64,7 +64,7 @@ def trained(folder: Path, recipe: Recipe, steps: int, resumed: bool) -> set:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_nothing_evaluated_was_sampled_in_training(tmp_path_factory, data):
-    """Three runs on sources of their own, the file growing in between, some on top of another; then any two are shown."""
+    """Three runs, some on top of another, while their file grows; then any two are evaluated."""
     here = tmp_path_factory.mktemp("runs")
     sampled = {}
     for number in range(3):
@@ -154,7 +154,7 @@ def test_eval_leaves_out_the_examples_of_its_prompts(tmp_path, capsys):
 
 @pytest.mark.parametrize("named", ["home", "relative", "link", "hub"])
 def test_a_model_has_its_notes_however_it_is_named(named, tmp_path, monkeypatch):
-    """With a `~`, as a relative path, by a link, or as a hub id whose files are a checkpoint of this project."""
+    """With a `~`, by a relative path, by a link, or as a hub id whose files are a checkpoint from here."""
     recipe = Recipe(
         model="tiny",
         task=SMALL,

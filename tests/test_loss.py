@@ -18,7 +18,7 @@ def ragged_mask() -> torch.Tensor:
 
 
 def random_batch(seed: int, per_token: bool):
-    """Log-probabilities of a policy, of the sampler and of a reference, and advantages; masked positions hold garbage."""
+    """Log-probabilities of policy, sampler and reference, and advantages; masked positions hold garbage."""
     rng = np.random.default_rng(seed)
     shape = (len(LENGTHS), TIME)
     old = torch.tensor(rng.normal(-2, 0.5, shape))
@@ -155,7 +155,7 @@ def test_each_aggregation_by_hand():
 
 
 def test_the_kl_penalty_has_the_expected_gradient_of_reverse_kl():
-    """Every token of a vocabulary, weighted by its probability; that of k1 = -gap would be zero (docs/algorithm.md)."""
+    """Over a whole vocabulary; that of k1 = -gap would be zero (docs/algorithm.md)."""
     logits, reference = torch.randn(2, 1, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     logprobs = logits.requires_grad_().log_softmax(-1)
     probs, zero, mask = logprobs.detach().exp(), torch.zeros(1), torch.ones(1, 9, dtype=torch.bool)

@@ -121,7 +121,7 @@ def test_out_of_memory_advises_options_that_the_command_has(command, tmp_path, m
 @pytest.mark.parametrize("stops", [(), (7, 30)], ids=["to the end", "rows leave"])
 @pytest.mark.parametrize("room", [22, 140, 296])
 def test_keys_and_values_never_take_more_memory_than_the_budget(room, stops, static, decoder, monkeypatch):
-    """All that is alive counts, the batch before included; with blocks of 5 tokens the last one is shorter."""
+    """All that is alive counts, the batch before too; of blocks of 5 tokens the last is shorter."""
     alive, seen = weakref.WeakSet(), []
 
     def look(*report):
@@ -168,7 +168,7 @@ def test_without_a_budget_generate_takes_what_fits_into_memory(decoder, monkeypa
 
 
 def machine(available: int | None = None, limit="", used="", cached=0):
-    """In the place of `read`: a machine with so many kB available, and a container's limit and use in bytes."""
+    """In the place of `read`: a machine with so many kB available, and a container with a limit and a use."""
     files = {
         "/proc/meminfo": f"MemFree:    77 kB\nMemAvailable:   {available} kB\n" if available else "",
         "/sys/fs/cgroup/memory.max": f"{limit}\n",
@@ -199,14 +199,16 @@ def test_free_memory_is_the_smaller_of_machine_and_container(monkeypatch, tmp_pa
     "groups, folder, names, total",
     [
         ("0::/slurm/job_7/step_0\n", "/sys/fs/cgroup/slurm", ("max", "current"), ""),
-        ("5:cpu:/\n4:memory:/slurm/job_7/step_0\n0::/\n", "/sys/fs/cgroup/memory/slurm", ("limit_in_bytes", "usage_in_bytes"), "total_"),
+        ("5:cpu:/\n4:memory:/slurm/job_7/step_0\n0::/\n", "/sys/fs/cgroup/memory/slurm",
+        ("limit_in_bytes", "usage_in_bytes"), "total_"),
     ],
     ids=["version 2", "version 1"],
 )  # fmt: skip
 def test_a_job_has_what_the_tightest_group_around_it_leaves(groups, folder, names, total, monkeypatch):
     def group(path, limit, used, cached):
         values = zip(names, (limit, used))
-        stat = f"inactive_file 9999\nactive_file 9999\n{total}inactive_file {cached}\n{total}active_file {cached}\n"
+        stat = f"inactive_file 9999\nactive_file 9999\n{total}inactive_file {cached}\n"
+        stat += f"{total}active_file {cached}\n"
         return {f"{folder}{path}/memory.{name}": f"{value}\n" for name, value in values} | {
             f"{folder}{path}/memory.stat": stat
         }

@@ -1,4 +1,4 @@
-"""The plan says what autograd really keeps, fits micro-batches to the memory, and refuses a run with what would help."""
+"""The plan says what autograd keeps, fits micro-batches to the memory, and refuses with what would help."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""AdamW one piece at a time: torch's own arithmetic, no small update lost, and a state that resumes bit for bit."""
+"""AdamW one piece at a time: torch's arithmetic, no small update lost, and a state that resumes exactly."""
 
 import copy
 import math
@@ -98,7 +98,7 @@ def test_tied_weights_are_one_parameter_and_frozen_ones_stay():
 
 @pytest.mark.parametrize("rounding", ["masters", "stochastic"])
 def test_bfloat16_weights_move_as_far_as_float32_ones(rounding):
-    """At a rate of 1e-6 no update is as large as half the spacing of bfloat16; rounded to nearest, weights would not move."""
+    """At a rate of 1e-6, weights that are rounded to nearest would not move at all."""
     shape = dict(std=0.02, hidden_size=64, intermediate_size=128)
     low, full = random_model(dtype=torch.bfloat16, **shape), random_model(**shape)
     full.load_state_dict(low.state_dict())

@@ -24,10 +24,14 @@ from rl.sft import sft_step
 from train import main
 
 OPTIONS = [  # three prompts for two or four processes, in two updates: uneven, and some have nothing to do
-    "--generated-problems", 60, "--sampling.max-new-tokens", 40, "--evaluation.problems", 5, "--evaluation.final-problems", 0,
-    "--keep-checkpoints", 99, "--stages.0.steps", 3, "--stages.0.prompts-per-step", 3, "--stages.0.samples-per-prompt", 12,
-    "--stages.0.learning-rate", 1e-4, "--stages.0.kl-coef", 0.05, "--stages.1.learning-rate", 1e-5, "--stages.1.batch-size", 2, "--stages.1.epochs", 2,
-    "--stages.2.steps", 1, "--stages.2.samples-per-prompt", 4, "--stages.2.prompts-per-step", 3, "--stages.2.learning-rate", 1e-4,
+    "--generated-problems", 60, "--sampling.max-new-tokens", 40, "--evaluation.problems", 5,
+    "--evaluation.final-problems", 0,
+    "--keep-checkpoints", 99, "--stages.0.steps", 3, "--stages.0.prompts-per-step", 3,
+    "--stages.0.samples-per-prompt", 12,
+    "--stages.0.learning-rate", 1e-4, "--stages.0.kl-coef", 0.05, "--stages.1.learning-rate", 1e-5,
+    "--stages.1.batch-size", 2, "--stages.1.epochs", 2,
+    "--stages.2.steps", 1, "--stages.2.samples-per-prompt", 4, "--stages.2.prompts-per-step", 3,
+    "--stages.2.learning-rate", 1e-4,
 ]  # fmt: skip
 
 
@@ -40,7 +44,8 @@ def run_training(out: Path, resume: bool = False) -> None:
 def be_rank(number: int, size: int, port: int, work, *arguments) -> None:
     """What torchrun does for a process."""
     os.environ |= {
-        "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
+        "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)

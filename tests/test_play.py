@@ -1,4 +1,4 @@
-"""make play: what is typed becomes a problem, and the completion shown token by token is the sampler's own."""
+"""make play: what is typed becomes a problem, and the tokens shown are the sampler's own."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""What a user sees while completions are sampled; and Ctrl-C ends a command cleanly, at the cost of a step at most."""
+"""What a user sees while completions are sampled; Ctrl-C ends a command and costs at most one step."""
 
 import io
 import itertools
@@ -42,7 +42,7 @@ RICH = {
 
 
 def expected_reports(groups, room, check_every) -> list[tuple[int, int]]:
-    """From the completions: a batch reports what is done, and sampled, after every `check_every` tokens and at its end."""
+    """What each batch reports after every `check_every` tokens and at its end, from the completions."""
     reports, done, tokens = [], 0, 0
     for prompts, samples in plan_batches(list(map(len, PROMPTS)), 3, 23, room):
         batch = [completion for group in groups[prompts] for completion in group[samples]]
@@ -73,7 +73,7 @@ def test_reports_are_true_on_the_way_and_end_at_the_totals(stops, check_every, m
 
 
 def screen_of(text: str) -> list[str]:
-    """The lines that a terminal shows in the end, without blanks after them; what rich does not send is not known."""
+    """The lines that a terminal shows in the end, stripped; it knows the escapes that rich sends."""
     rows, row, column = [""], 0, 0
     for moved, sent in re.findall(ESCAPE + r"|([\r\n]|[^\x1b\r\n]+)", text):
         if sent == "\n":
@@ -128,7 +128,8 @@ class OnTerminal:
         self.process = subprocess.Popen(
             [sys.executable, *map(str, arguments)],
             cwd=ROOT, env=environment, stdin=slave, stdout=slave, stderr=slave,
-            # Whoever runs the tests in the background of a shell has Ctrl-C ignored, and it would be inherited.
+            # Whoever runs the tests in the background of a shell has Ctrl-C ignored, and it would be
+            # inherited.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
         os.close(slave)

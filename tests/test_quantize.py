@@ -1,4 +1,4 @@
-"""Adapters and int8 weights: the arithmetic of LoRA, a base that never moves, and checkpoints that are plain again."""
+"""Adapters and int8 weights: LoRA's arithmetic, a base that never moves, and plain checkpoints."""
 
 import subprocess
 import sys
@@ -200,7 +200,8 @@ def test_an_int8_projection_holds_a_byte_per_weight():
 def test_bitsandbytes_is_imported_for_int8_only_and_silent():
     code = (
         "import sys, torch; from model import add_adapters, load_model, plain_state; "
-        "plain_state(add_adapters(load_model('tiny')[0], 2, 2.0, int8=False)); assert 'bitsandbytes' not in sys.modules; "
+        "plain_state(add_adapters(load_model('tiny')[0], 2, 2.0, int8=False)); "
+        "assert 'bitsandbytes' not in sys.modules; "
         "add_adapters(load_model('tiny')[0], 2, 2.0, int8=True).eval()(torch.zeros(1, 2, dtype=torch.int64))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)

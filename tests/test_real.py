@@ -1,4 +1,4 @@
-"""The runs of a real model: its weights from a GGUF file, the arms, the report, and parity with transformers."""
+"""The runs of a real model: weights from a GGUF file, arms, report, and parity with transformers."""
 
 import json
 import random
@@ -78,7 +78,8 @@ def test_the_report_says_what_its_results_hold(tmp_path):
     for seed, accuracy in enumerate((0.25, 0.35)):
         for arm, less in (("whole", 0.0), ("cold start", 0.2)):
             result = {
-                "arm": arm, "seed": seed, "evaluations": evaluations, "steps": steps if arm == "whole" else {},
+                "arm": arm, "seed": seed, "evaluations": evaluations,
+                "steps": steps if arm == "whole" else {},
                 "final": {"final_accuracy": accuracy - less, "final_greedy_accuracy": 0.5},
                 "recipe": {}, "seconds": 600, "seconds_per_step": 20.0, "peak_memory_bytes": 5.5e9,
             }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Recipes: what ships loads, what is written wrong is refused by the name of its field, and nothing is lost on the way."""
+"""Recipes: what ships loads, a mistake is refused by its field's name, and nothing is lost on the way."""
 
 import json
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -40,7 +40,7 @@ def refused(folder, text: str) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_loads_and_states_its_thinking_mode(name):
-    """Qwen3-1.7B in thinking mode rarely finishes in 256 tokens at first, so the mode decides what step 0 shows."""
+    """Qwen3-1.7B rarely finishes thinking in 256 tokens at first, so the mode decides what step 0 shows."""
     loaded_name, recipe = load_recipe(name)
     assert loaded_name == name
     again = from_dict(Recipe, json.loads(json.dumps(asdict(recipe))))

@@ -118,7 +118,8 @@ def test_a_browser_draws_charts_and_rollouts(page, tmp_path):
         page.replace("<script>\n", "<script>\nonerror = message => { document.title = message; };\n", 1)
     )
     command = [
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+        "--disable-sync",
         "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri(),
     ]  # fmt: skip
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout

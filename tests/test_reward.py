@@ -1,4 +1,4 @@
-"""The table of rewards, every shortcut a policy has been seen to take to it, and a fuzz with a second reading."""
+"""The table of rewards, every shortcut that a policy has been seen to take, and a short fuzz."""
 
 import time
 
@@ -59,10 +59,14 @@ def test_distance_is_exact():
 
 @pytest.mark.parametrize(
     "content",
-    ["", "no idea", "79 - 60 + 17 + 0", "79 - 60 + 17 + 17 - 17", "79 - 60 + 17 * 1", "19 + 17", "7 9 - 60 + 17", "79 - 60", "36",
-     "(36)", "36 = 36", "79 - 60 + 17.0", "79 - 060 + 17", "７９ - 60 + 17", "79 − 60 + 17", "79 - 60 +17 # yes",
-     "Fraction(79) - 60 + 17", "79 - 60 + 17 = 37", "79 - 60 + 17 = 36 = 36", "36 = 79 - 60 + 17", "79 - 60 = 19 + 17 = 36",
-     f"{RIGHT}, or {RIGHT}", f"<b>{RIGHT}</b>", f"${RIGHT}$", f"{RIGHT}</think>", "(" * 10_000 + RIGHT + ")" * 10_000,
+    ["", "no idea", "79 - 60 + 17 + 0", "79 - 60 + 17 + 17 - 17", "79 - 60 + 17 * 1", "19 + 17",
+     "7 9 - 60 + 17", "79 - 60", "36",
+     "(36)", "36 = 36", "79 - 60 + 17.0", "79 - 060 + 17", "７９ - 60 + 17", "79 − 60 + 17",
+     "79 - 60 +17 # yes",
+     "Fraction(79) - 60 + 17", "79 - 60 + 17 = 37", "79 - 60 + 17 = 36 = 36", "36 = 79 - 60 + 17",
+     "79 - 60 = 19 + 17 = 36",
+     f"{RIGHT}, or {RIGHT}", f"<b>{RIGHT}</b>", f"${RIGHT}$", f"{RIGHT}</think>",
+     "(" * 10_000 + RIGHT + ")" * 10_000,
      "9" * 100_000, "79 / (60 - 60) + 17"],
 )  # fmt: skip
 def test_missing_extra_reused_or_unreadable_numbers_are_wrong(content):
@@ -71,7 +75,8 @@ def test_missing_extra_reused_or_unreadable_numbers_are_wrong(content):
 
 @pytest.mark.parametrize(
     ("content", "numbers", "target"),
-    [("2 ** 5", (2, 5), 32), ("11 // 2 * 5", (11, 2, 5), 25), ("2.5 * 10", (2, 5, 10), 25), ("99 ** 98 ** 97", (99, 98, 97), 36),
+    [("2 ** 5", (2, 5), 32), ("11 // 2 * 5", (11, 2, 5), 25), ("2.5 * 10", (2, 5, 10), 25),
+     ("99 ** 98 ** 97", (99, 98, 97), 36),
      ("1e9", (1, 9), 10), ("5 / (3 - 3)", (5, 3, 3), 5), ("7 + 7", (7, 2), 14), ("7 * 2", (7, 7, 2), 14)],
 )  # fmt: skip
 def test_trap_arithmetic_that_peers_paid_for_or_hung_on(content, numbers, target):
@@ -89,8 +94,10 @@ def test_a_bare_number_counts_after_its_equation(before):
 
 @pytest.mark.parametrize(
     "before",
-    ["", "36 = 36", "79 - 60 = 19", RIGHT, f"{EQUATION}, so", f"{EQUATION}\nso", f"{EQUATION}\n36", "79 - 60 + 17 = 37",
-     "79 + 17 + 60 = 156", f"2 ** {EQUATION}", "2.79 - 60 + 17 = 36", "2^79 - 60 + 17 = 36", "3 x 79 - 60 + 17 = 36",
+    ["", "36 = 36", "79 - 60 = 19", RIGHT, f"{EQUATION}, so", f"{EQUATION}\nso", f"{EQUATION}\n36",
+     "79 - 60 + 17 = 37",
+     "79 + 17 + 60 = 156", f"2 ** {EQUATION}", "2.79 - 60 + 17 = 36", "2^79 - 60 + 17 = 36",
+     "3 x 79 - 60 + 17 = 36",
      "x 79 - 60 + 17 = 36", "a79 - 60 + 17 = 36", "50% 79 - 60 + 17 = 36"],
 )  # fmt: skip
 def test_trap_the_target_copied_from_the_prompt_earns_a_tenth(before):

@@ -1,4 +1,4 @@
-"""From problems to scored completions: every setting reaches the sampler, and nothing is hidden from the scorer."""
+"""From problems to scored completions: every setting reaches the sampler, and the scorer sees everything."""
 
 import json
 import threading
@@ -38,7 +38,8 @@ def test_rollouts_hold_what_was_sampled_decoded_and_scored(monkeypatch):
     options = dict(reward=RewardSettings(near_miss=False), on_progress=print, cancel=threading.Event())
     groups = collect(Task(None), sampling=sampling, **options)
     assert calls == [{
-        "prompts": [[1, 2], [3], [1, 2]], "num_samples": 2, "max_new_tokens": 9, "temperature": 0.6, "stop_token_ids": (0, 1, 2),
+        "prompts": [[1, 2], [3], [1, 2]], "num_samples": 2, "max_new_tokens": 9, "temperature": 0.6,
+        "stop_token_ids": (0, 1, 2),
         "seed": 5, "top_k": 3, "top_p": 0.8, "max_cache_tokens": 77, "only": slice(0, None, 1),
         "on_progress": print, "cancel": options["cancel"],
     }]  # fmt: skip

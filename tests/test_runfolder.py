@@ -14,7 +14,13 @@ from lab.boards import Boards
 from lab.recipe import Recipe, RecipeError
 from lab.runfolder import RunFolder
 
-HOLD = "import sys, time; from lab.runfolder import RunFolder\nwith RunFolder(sys.argv[1]).locked(): print('held', flush=True); time.sleep(60)"
+HOLD = """
+import sys, time
+from lab.runfolder import RunFolder
+with RunFolder(sys.argv[1]).locked():
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
 def test_a_second_process_is_refused_and_a_dead_one_is_ignored(tmp_path):

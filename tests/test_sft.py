@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the loss that transformers computes, every sample once an epoch, and the right traces."""
+"""Supervised fine-tuning: the loss that transformers computes, every sample once, and the right traces."""
 
 import math
 from dataclasses import replace
@@ -109,7 +109,7 @@ def test_traces_of_held_out_problems_are_left_out(recipe, tmp_path):
 
 
 def test_a_cold_start_learns_right_worked_solutions(tmp_path, monkeypatch):
-    """GRPO begins with other problems, and neither held-out problems nor the prompts' examples are among them."""
+    """GRPO begins with other problems; held-out ones and the prompts' examples are not among them."""
     steps = mock.Mock(return_value={"loss": 1.0, "grad_norm": 1.0, "tokens": 1})
     monkeypatch.setattr(lab.stages, "sft_step", steps)
     stage = SFTStage(traces="worked", max_traces=40, batch_size=10, epochs=1)
@@ -162,7 +162,11 @@ def test_a_step_learns_prompt_trace_and_end_of_turn(recipe, monkeypatch):
 
 @pytest.mark.parametrize("share, saved_at", [(0.05, [1, 8, 12, 16, 20, 23, 27]), (1.0, range(1, 30))])
 def test_checkpoints_take_their_share_of_the_time(recipe, share, saved_at, monkeypatch):
-    """Thirty steps of 10 s, checkpoints of 2 s: number k + 1 comes where 2 k + 2 <= 0.05 (10 step + 2 k), and one at the end."""
+    """Short steps are evaluated four times.
+
+    Steps take 10 s and checkpoints 2 s: number k + 1 comes where 2 k + 2 <= 0.05 (10 step + 2 k), and one at
+    the end.
+    """
     clock, saved = [0.0], []
 
     def step(*arguments, cancel) -> dict:

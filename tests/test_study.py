@@ -1,4 +1,4 @@
-"""The study: arms that change one thing each, runs that are made once, and figures that follow from their results."""
+"""The study: arms that change one thing each, runs made once, and figures that follow from their results."""
 
 import contextlib
 import json

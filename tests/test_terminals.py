@@ -1,4 +1,4 @@
-"""Whatever terminal there is, or none: lines stay plain, no character is an error, and what is lost ends no work."""
+"""Whatever terminal there is, lines stay plain, no character is an error, and a lost one ends no work."""
 
 import json
 import os
@@ -24,7 +24,7 @@ TERMINAL = SimpleNamespace(isatty=lambda: True)
 
 
 def in_child(work, output: int | None, encoding: str = "utf-8", input: int | None = None) -> int:
-    """The exit code of a command that does `work` in a process of its own, with these standard streams or None."""
+    """The exit code of a command that does `work` in its own process, with these standard streams or None."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -97,7 +97,8 @@ def test_a_file_is_no_terminal_whatever_the_environment_says(name, monkeypatch, 
 
 def test_a_run_logs_plain_lines_in_a_bare_environment(tmp_path):
     """There is no home, no terminal and no character set."""
-    code = "import pwd, runpy, sys; pwd.getpwuid = lambda _: {}[0]; sys.argv[:1] = []; runpy.run_path('train.py', run_name='__main__')"
+    code = "import pwd, runpy, sys; pwd.getpwuid = lambda _: {}[0]; sys.argv[:1] = []; "
+    code += "runpy.run_path('train.py', run_name='__main__')"
     few = (
         "--evaluation.problems",
         2,

@@ -74,8 +74,10 @@ GOOD = '{"numbers": [79, 60, 17], "target": 36, "completion": "79-60+17"}'
 @pytest.mark.parametrize(
     "line",
     [
-        "not json", "[]", "{}", '{"numbers": [79, 60, 17], "target": 36}', '{"numbers": [79, 60, 17], "completion": "x"}',
-        '{"numbers": [79.0, 60, 17], "target": 36, "completion": "x"}', '{"numbers": [79, 60, 17], "target": 36, "completion": 3}',
+        "not json", "[]", "{}", '{"numbers": [79, 60, 17], "target": 36}',
+        '{"numbers": [79, 60, 17], "completion": "x"}',
+        '{"numbers": [79.0, 60, 17], "target": 36, "completion": "x"}',
+        '{"numbers": [79, 60, 17], "target": 36, "completion": 3}',
         '{"numbers": [79, 60, 17], "target": 36, "completion": "x", "step": "1"}', GOOD[:-5],
     ],
 )  # fmt: skip

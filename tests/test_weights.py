@@ -1,4 +1,4 @@
-"""Checkpoints: what we save transformers loads, what transformers saves we load, and a broken folder is named."""
+"""Checkpoints: transformers loads what we save, we load what it saves, and a broken folder is named."""
 
 import json
 import os

@@ -118,8 +118,8 @@ def test_a_model_of_any_precision_is_sampled_and_scored():
 
 
 def test_a_notebooks_backend_that_is_not_installed_ends_no_run(tmp_path):
-    code = "from lab.plots import plot_curve; plot_curve([dict(step=0, stage=0, kind='grpo', grpo_steps=0, eval_accuracy=0.1, "
-    code += f"eval_low=0, eval_high=1)], [], '{tmp_path}/curve.png')"
+    row = dict(step=0, stage=0, kind="grpo", grpo_steps=0, eval_accuracy=0.1, eval_low=0, eval_high=1)
+    code = f"from lab.plots import plot_curve; plot_curve([{row}], [], '{tmp_path}/curve.png')"
     environment = os.environ | {"MPLBACKEND": "module://not_installed_here.backend_inline"}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
     assert (tmp_path / "curve.png").exists()
@@ -258,7 +258,7 @@ HOSTILE = "a [/INST] [bold]b[/bold] :smile: [/x]"
 
 
 def test_texts_from_outside_are_shown_as_they_are_live(monkeypatch):
-    """In a run's path, a problem, a completion, and whatever is said: none of it is markup, none is an emoji."""
+    """Of a run's path, a problem, a completion and what is said, nothing is markup or an emoji."""
     recipe = replace(load_recipe("256", "tiny")[1], out=f"runs/{HOSTILE}")
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setenv("LINES", "60")
@@ -346,8 +346,10 @@ def test_what_is_no_model_says_what_it_is(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     for name, message in (
-        ("peft", "peft holds adapters, not a model: merge them"), ("run", "run holds checkpoints: name one of them, such as run.*step_0080"),
-        ("run/checkpoints/step_9999", "no such model folder: run/checkpoints/step_9999"), ("run/step_9999", "run/step_9999 is no folder here"),
+        ("peft", "peft holds adapters, not a model: merge them"),
+        ("run", "run holds checkpoints: name one of them, such as run.*step_0080"),
+        ("run/checkpoints/step_9999", "no such model folder: run/checkpoints/step_9999"),
+        ("run/step_9999", "run/step_9999 is no folder here"),
     ):  # fmt: skip
         for read in (load_model, saved_recipe, seen_by):
             with pytest.raises(ModelError, match=message):

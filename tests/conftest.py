@@ -1,9 +1,11 @@
-"""Tests find the packages wherever pytest is started, never reach for the hub, and have one terminal everywhere."""
+"""Tests find the packages wherever pytest starts, never reach for the hub, and see one terminal."""
 
 import os
 import sys
 import tempfile
 from pathlib import Path
+
+import pytest
 
 RICH = ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
 for name in (*RICH, "CI", "LC_ALL", "PYTHONIOENCODING"):
@@ -15,3 +17,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several at once: each on a core of its own
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+
+@pytest.fixture(scope="module")
+def smoke_run(tmp_path_factory) -> Path:
+    """One run of the smoke recipe through the command line; all checkpoints kept."""
+    out = tmp_path_factory.mktemp("runs") / "smoke"
+    from helpers import run_command  # needs the path and the environment set above
+
+    finished = run_command("train.py", "smoke", "--model", "tiny-256", "--out", out, "--keep-checkpoints", 99)
+    assert finished.returncode == 0, finished.stderr
+    assert "held-out" in finished.stdout and "done" in finished.stdout
+    return out

@@ -1,8 +1,10 @@
-"""What the solutions of docs/exercises.md promise, each in a function; run by tests/test_exercises.py in a patched tree.
+"""What the solutions of docs/exercises.md promise; tests/test_exercises.py runs it in a patched tree.
 
-`PYTHONPATH=. python tests/exercise_checks.py 2 6` checks these two, whose solutions must be in the tree, and prints
-{exercise: what went wrong, or null} as JSON. Values worked out by hand, or a run of the smallest size. What only a
-solution defines is imported where it is used.
+Run by tests/test_exercises.py in a patched tree.
+
+`PYTHONPATH=. python tests/exercise_checks.py 2 6` checks these two, whose solutions must be in the tree, and
+prints {exercise: what went wrong, or null} as JSON. Values worked out by hand, or a run of the smallest size.
+What only a solution defines is imported where it is used.
 """
 
 import json
@@ -29,12 +31,14 @@ from rl.reward import RewardSettings, reward_for
 
 
 def shrunk(recipe: Recipe, out: str, sampling: dict | None = None, **stage_changes) -> Recipe:
-    """`recipe` for the bundled model at the smallest size, with changed GRPO stages of one step unless these say more."""
+    """`recipe` for the bundled model at the smallest size; GRPO stages have one step unless changed."""
     small = {"steps": 1, "prompts_per_step": 4, "samples_per_prompt": 8} | stage_changes
     stages = tuple(replace(s, **small) if s.kind == "grpo" else replace(s, epochs=1) for s in recipe.stages)
     return replace(
-        recipe, model="tiny-256", problems="generated", generated_problems=60, out=out, checkpoint_every=1, stages=stages,
-        sampling=replace(recipe.sampling, max_new_tokens=64, **sampling or {}), evaluation=EvaluationSettings(problems=4),
+        recipe, model="tiny-256", problems="generated", generated_problems=60, out=out, checkpoint_every=1,
+        stages=stages,
+        sampling=replace(recipe.sampling, max_new_tokens=64, **sampling or {}),
+        evaluation=EvaluationSettings(problems=4),
     )  # fmt: skip
 
 

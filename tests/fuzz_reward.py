@@ -1,35 +1,69 @@
 """A long fuzz of the reward: `python tests/fuzz_reward.py --cases 1000000`; the tests run a short one.
 
-Texts are grown from pieces that mean something to the reward, cut, doubled and spoilt. For each: no exception, no more than
-ten milliseconds (texts of up to 100 kB among them), "malformed" exactly where a second reading, by regular expressions and
-Python's own grammar, says so, and 1.0 only where it finds a solution too; where a text is a solution by construction, 1.0.
+Texts are grown from pieces that mean something to the reward, cut, doubled and spoilt. For each: no
+exception, no more than ten milliseconds (texts of up to 100 kB among them), "malformed" exactly where a
+second reading, by regular expressions and Python's own grammar, says so, and 1.0 only where it finds a
+solution too; where a text is a solution by construction, 1.0.
 """
 
+import ast
+import operator
 import random
 import re
 import sys
 import time
 import timeit
+import warnings
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import tyro
-from test_expression import python_value
 
 from data import Problem, generate_problems, score, solve
 
 LIMIT = 0.010  # seconds a text of 100 kB may take
+PYTHON = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 PIECES = [
-    "<think>", "</think>", "<answer>", "</answer>", "\n", " ", "=", "(", ")", "+", "-", "*", "/", "**", "//", "0", "7", "36", "1.5",
-    "so ", "Answer: ", "x", "²", "٣", "−", "１", "\u2028", "\x00", "é", "漢", "<|im_end|>", "<ANSWER>", "< answer>", "</answer >",
+    "<think>", "</think>", "<answer>", "</answer>", "\n", " ", "=", "(", ")", "+", "-", "*", "/", "**", "//",
+    "0", "7", "36", "1.5",
+    "so ", "Answer: ", "x", "²", "٣", "−", "１", "\u2028", "\x00", "é", "漢", "<|im_end|>", "<ANSWER>",
+    "< answer>", "</answer >",
     "999999999", "1e3", "0x10", "_", ",", "\t", "\r",
 ]  # fmt: skip
 
 
+def python_value(text: str) -> tuple[Fraction, list[int]] | None:
+    """(value, numbers) by Python's grammar with the allowed operators only, or None for anything else."""
+    if not re.fullmatch(r"[0-9+\-*/() \t\r\n]*", text) or re.search(r"\b0[0-9]", text):
+        return None
+    numbers: list[int] = []
+
+    def value(node: ast.AST) -> Fraction:
+        match node:
+            case ast.Expression():
+                return value(node.body)
+            case ast.Constant():
+                numbers.append(node.value)
+                return Fraction(node.value)
+            case ast.UnaryOp(op=ast.USub()):
+                return -value(node.operand)
+            case ast.BinOp(op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div()):
+                return PYTHON[type(node.op)](value(node.left), value(node.right))
+        raise SyntaxError(ast.dump(node))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "1 (2)" is a warning to Python before it is an error
+        try:
+            return value(ast.parse(re.sub(r"\s", " ", text).strip(), mode="eval")), numbers
+        except (SyntaxError, ZeroDivisionError):
+            return None
+
+
 def solves(text: str, problem: Problem, thinking: bool) -> bool | None:
-    """Whether a text holds a solution, read in another way than `data.countdown` does; None if it is malformed."""
+    """Whether a text holds a solution, read in another way than in `data.countdown`; None if malformed."""
     if re.match(r"[ \t\r\n]*<think>", text):  # as a server returns it whose template has opened the tag
         text, thinking = text.split("<think>", 1)[1], True
     if thinking:

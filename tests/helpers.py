@@ -1,21 +1,43 @@
-"""What several tests need: a small random Qwen3, ragged samples, a task with rewards given by hand, a hub."""
+"""What several tests need: a small random Qwen3, samples, a task and a step of it, a hub, the commands."""
 
+import json
+import runpy
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
+import pytest
 import torch
 
+import eval as eval_command
+import train as train_command
 from data import Problem
 from data.task import Score
 from experiments.bases.weights import init_weights
-from model import Qwen3, Qwen3Config
+from lab.errors import user_errors
+from lab.runfolder import RunFolder
+from model import Completion, Qwen3, Qwen3Config
 from model.chat import CHATML, ChatTemplate
+from rl import score
 from rl.batch import Sample
+from rl.grpo import GRPOStage, grpo_step
 from rl.optimizer import Optimizer, OptimizerSettings
+from rl.rollout import Rollout, SamplingSettings, collect_rollouts
 from rl.trainer import Trainer
 
+ROOT = Path(__file__).parent.parent
+TIMES = {
+    "rollout_seconds",
+    "update_seconds",
+    "checkpoint_seconds",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "eval_seconds",
+}
 SHAPE = {
     "vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
@@ -39,7 +61,7 @@ def trainer_for(model: Qwen3, budget: int = 1000, **settings) -> Trainer:
 
 
 def ragged_samples(count: int, seed: int = 0, longest: int = 9, vocab: int = 48) -> list[Sample]:
-    """Samples of many lengths, with log-probabilities and advantages for which both sides of the clip matter."""
+    """Samples of many lengths, for whose log-probabilities and advantages both sides of the clip matter."""
     rng = np.random.default_rng(seed)
     samples = []
     for _ in range(count):
@@ -115,3 +137,98 @@ class Hub:
 
     def put_in_place(self, monkeypatch):
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
+
+
+# A step of GRPO
+
+REWARDS = [[1.0, 0.0, 0.1, 0.1], [0.3] * 4, [0.7, 0.3, 0.1, 0.0], [0.0, 0.1, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]]
+PROBLEMS = ["ab", "c", "defgh", "c", "ij"]
+
+
+def take_step(trainer, rewards=REWARDS, learning_rate=0.01, temperature=1.0, reference=None, **stage):
+    """A step on PROBLEMS with `rewards` given by hand: [problem][sample], in the order of scoring."""
+    given_rewards = iter([reward for row in rewards for reward in row])
+    return grpo_step(
+        trainer, FakeTokenizer(), FakeTask(lambda problem, text: next(given_rewards)),
+        PROBLEMS[: len(rewards)],
+        settings=GRPOStage(samples_per_prompt=len(rewards[0]), **stage), seed=1, reference=reference,
+        sampling=SamplingSettings(max_new_tokens=8, temperature=temperature), learning_rate=learning_rate,
+    )  # fmt: skip
+
+
+def sampler_that_is_off(shift):
+    """`collect_rollouts` whose log-probabilities are too low by `shift(place)` at each place."""
+
+    def collect(*arguments, **options):
+        groups = collect_rollouts(*arguments, **options)
+        for logprobs in (rollout.completion.logprobs for group in groups for rollout in group):
+            logprobs[:] = [logprob - shift(place) for place, logprob in enumerate(logprobs)]
+        return groups
+
+    return collect
+
+
+# An evaluation
+
+
+def answered(problem: Problem, *answers: str) -> list[Rollout]:
+    """A group of completions with these answers, scored as usual; an empty one gives no answer at all."""
+    texts = [f"</think>\n<answer>{answer}</answer>" if answer else "</think>\n" for answer in answers]
+    verdicts = [score(text, problem) for text in texts]
+    return [
+        Rollout(problem, [1], Completion([5], [-0.5], True), text, verdict.outcome, verdict.reward)
+        for text, verdict in zip(texts, verdicts, strict=True)
+    ]
+
+
+GROUPS = [
+    answered(
+        Problem((1, 2, 7), 10), "1+2+7", "7+1+2", "7+1+2", "7-1-2"
+    ),  # 3 of 4 correct, 3 different answers
+    answered(Problem((2, 5, 10), 100), "2*5*10", "", "", "2+5+10"),  # 1 of 4, 2 different
+    answered(Problem((3, 5, 4), 12), "3+5+4", "3+5+4", "3+4+5", "5+4+3"),  # 4 of 4, 3 different
+    answered(Problem((3, 3, 8, 8), 24), "", "", "", ""),  # only 8 / (3 - 8 / 3): none, none
+]
+
+
+# The commands
+
+
+def run_command(*arguments, **options) -> subprocess.CompletedProcess:
+    """`python arguments` in a process of its own."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, **options)
+
+
+def smoke(*options) -> train_command.Arguments:
+    """Parsed arguments of the smoke recipe; options are separated by blanks, as on a command line."""
+    return train_command.parse(["smoke", "--model", "tiny-256", *" ".join(map(str, options)).split()])
+
+
+def timeless(run: Path) -> list[dict]:
+    """A run's metrics without those that measure time or memory."""
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in RunFolder(run).metrics()]
+
+
+def fails(capsys, action) -> str:
+    """The one line of an action that a user's mistake ends, with exit code 2."""
+    with pytest.raises(SystemExit) as exit_, user_errors():
+        action()
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and message.startswith("error: ")
+    return message
+
+
+def evaluated(capsys, *models, **options) -> dict:
+    """What `python eval.py` prints with `--json -`."""
+    eval_command.main(eval_command.Arguments(tuple(map(str, models)), json="-", **options))
+    return json.loads(capsys.readouterr().out)
+
+
+def exit_code(monkeypatch, command: str, *arguments) -> int:
+    """How `python command arguments` ends, in this process."""
+    monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / command), run_name="__main__")
+    return ended.value.code

@@ -1,6 +1,7 @@
 """Mutation checks: `python tests/mutate.py` changes the reward, advantages and losses in one place at a time.
 
-Every change has to fail a test of that module. What survives is listed, and has to be explained in EQUIVALENT.
+Every change has to fail a test of that module. What survives is listed, and has to be explained in
+EQUIVALENT.
 """
 
 import ast
@@ -33,28 +34,33 @@ WATCHED = {
 NEAR = "return Score(float(max(Fraction(3, 10), Fraction(4, 5) - distance / 20)), 'near')"
 THINK = "if text.lstrip(BLANKS).startswith('<think>'):"
 LINE = "line = text.rstrip(BLANKS).rpartition('\\n')[2]"
+BEFORE = "before, _, rest = text.partition('<answer>')"
+CONTENT = "content, closed, _ = rest.partition('</answer>')"
 EQUIVALENT = {  # mutant -> why no test can, or need, see it
     "@dataclass(frozen=True)  ->  @dataclass()": "nothing changes a Score; frozen says so",
     "@dataclass(frozen=True)  ->  @dataclass(frozen=False)": "the same",
     "@abstractmethod  ->  @abstractmethod": "a default of Task.prompt, which every task overrides",
-    f"{NEAR}  ->  {NEAR.replace('(3, 10)', '(2, 10)')}": "the line falls to 0.3 just where near ends: the floor is never above it",
+    f"{NEAR}  ->  {NEAR.replace('(3, 10)', '(2, 10)')}": "the floor is only reached where near ends",
     NEAR + "  ->  " + NEAR.replace("(3, 10)", "(3, 11)"): "the same",
     THINK + "  ->  " + THINK.replace("lstrip", "strip"): "only the beginning is looked at",
-    "before, _, rest = text.partition('<answer>')  ->  before, _, rest = text.rpartition('<answer>')": "there is exactly one",
-    "content, closed, _ = rest.partition('</answer>')  ->  content, closed, _ = rest.rpartition('</answer>')": "there is one at most",
+    BEFORE + "  ->  " + BEFORE.replace("partition", "rpartition"): "there is exactly one",
+    CONTENT + "  ->  " + CONTENT.replace("partition", "rpartition"): "there is one at most",
     LINE
     + "  ->  "
     + LINE.replace("rstrip", "strip"): "blanks before the first line's arithmetic change nothing",
 }
 NOTHING = "nothing changed"
 SWAPS = {
-    ast.Lt: (ast.LtE, ast.Gt), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.Lt), ast.GtE: (ast.Gt, ast.Lt),
+    ast.Lt: (ast.LtE, ast.Gt), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.Lt),
+    ast.GtE: (ast.Gt, ast.Lt),
     ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.In: (ast.NotIn,), ast.NotIn: (ast.In,),
     ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,), ast.And: (ast.Or,), ast.Or: (ast.And,),
-    ast.Add: (ast.Sub,), ast.Sub: (ast.Add,), ast.Mult: (ast.Div,), ast.Div: (ast.Mult,), ast.BitAnd: (ast.BitOr,),
+    ast.Add: (ast.Sub,), ast.Sub: (ast.Add,), ast.Mult: (ast.Div,), ast.Div: (ast.Mult,),
+    ast.BitAnd: (ast.BitOr,),
 }  # fmt: skip
 NAMES = {
-    "min": "max", "max": "min", "minimum": "maximum", "amax": "amin", "amin": "amax", "mean": "sum", "sum": "mean",
+    "min": "max", "max": "min", "minimum": "maximum", "amax": "amin", "amin": "amax", "mean": "sum",
+    "sum": "mean",
     "partition": "rpartition", "rpartition": "partition", "lstrip": "strip", "rstrip": "strip",
     "startswith": "endswith", "endswith": "startswith", "sorted": "set",
 }  # fmt: skip
@@ -81,9 +87,12 @@ def walk(node: ast.AST) -> list[ast.AST]:
         isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     ):
         return []
-    below = [child for name, field in ast.iter_fields(node) if name not in ("annotation", "returns")
-             for child in (field if isinstance(field, list) else [field]) if isinstance(child, ast.AST)]  # fmt: skip
-    return [node, *(found for child in below for found in walk(child))]
+    found = [node]
+    for name, field in ast.iter_fields(node):
+        if name not in ("annotation", "returns"):
+            for child in field if isinstance(field, list) else [field]:
+                found += walk(child) if isinstance(child, ast.AST) else []
+    return found
 
 
 def statement_of(tree: ast.AST, node: ast.AST) -> ast.AST:
@@ -144,7 +153,7 @@ class Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def judge(path: str, source: str, seconds: int) -> None:
-    """Run the tests of a module with its source replaced, in a process of its own; exit code 0 if they pass."""
+    """Run a module's tests with its source replaced, in a process of its own; exit code 0 if they pass."""
     torch.set_num_threads(1)
     sys.meta_path.insert(0, Loader(path.removesuffix(".py").replace("/", "."), source))
     for descriptor in (1, 2):

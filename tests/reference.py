@@ -1,4 +1,4 @@
-"""Random models of transformers, the independent reference, and the same weights in this project's decoder."""
+"""Random models of transformers, the independent reference, and their weights in this project's decoder."""
 
 import json
 import os
@@ -65,7 +65,8 @@ FAMILIES = {
 
 
 def reference_model(seed: int = 0, family: str = "qwen3", **shape) -> transformers.PreTrainedModel:
-    """A random transformers model of a family, float32 and eager, at a scale where every part of the arithmetic shows.
+    """A random transformers model of a family, float32 and eager, at a scale where every part of the
+    arithmetic shows.
 
     Norm weights and biases are drawn from [0.5, 2]: all ones or zeros would hide one in the wrong place.
     """
@@ -112,7 +113,7 @@ def copy_tokenizer(folder: Path) -> Path:
 
 
 def changed_tokenizer(folder, replaced: dict[str, str], **config) -> Tokenizer:
-    """The bundled tokenizer, in `folder`, with other texts for some tokens, and these fields of its configuration changed."""
+    """The bundled tokenizer, in `folder`, with other texts for some tokens and a changed configuration."""
     path = copy_tokenizer(folder) / "tokenizer.json"
     text = path.read_text(encoding="utf-8")
     for old, new in replaced.items():
@@ -132,7 +133,7 @@ def qwen3_file(name: str) -> Path:
 
 
 def smollm2_folder() -> Path:
-    """The folder that `python -m experiments.real.weights` writes; the test is skipped where it is not at hand."""
+    """The folder that `python -m experiments.real.weights` writes; without it the test is skipped."""
     folder = Path(os.environ.get("SMOLLM2_FILES", ROOT / "runs" / "smollm2-base"))
     if not (folder / "model.safetensors").exists():
         pytest.skip(

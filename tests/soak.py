@@ -65,9 +65,8 @@ def main(steps: int = 2000, growth: float = 0.02) -> None:
         parts.append((median(memory for memory, _ in part), min(files for _, files in part)))
         print(f"| {low:,} to {high:,} | {parts[-1][0] / 1e6:,.1f} | {parts[-1][1]} |")
     (before, files_before), (after, files_after) = parts[PARTS // 2], parts[-1]
-    print(
-        f"\nmemory {100 * (after / before - 1):+.2f} %, open files {files_after - files_before:+d} over the last half"
-    )
+    print("\nover the last half:")
+    print(f"memory {100 * (after / before - 1):+.2f} %, open files {files_after - files_before:+d}")
     if after > before * (1 + growth) or files_after > files_before:
         sys.exit("they grow")
 

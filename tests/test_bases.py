@@ -1,4 +1,4 @@
-"""What the bundled models' bases are trained on: correct attempts without a solution, and derivations with mistakes."""
+"""What the bundled models' bases are trained on: attempts without a solution, derivations with mistakes."""
 
 import itertools
 import random
@@ -43,7 +43,7 @@ SEEDS = range(400)
 
 
 def follow(steps: str, numbers: tuple[int, ...]) -> int:
-    """The last value of the steps, whose operands must be numbers not used yet; every number must be used once."""
+    """The last value of the steps, which must use every number exactly once."""
     left = Counter(numbers)
     for step in steps.split(" "):
         a, operator, b, value = STEP.fullmatch(step).groups()
@@ -74,7 +74,8 @@ def parts(document: str) -> tuple[list[tuple[str, str]], str, bool]:
     return [LINE.fullmatch(line).groups() for line in thoughts.splitlines()], answer, opened is not None
 
 
-def test_documents_are_right_in_steps_and_verdicts_and_never_reach_the_target():
+def test_attempts_are_right_in_each_step_and_miss_the_target():
+    """Verdicts are right, and attempts differ; the answer is the last one."""
     for problem, document in attempts():
         lines, answer, well_formed = parts(document)
         values = [follow(steps, problem.numbers) for steps, _ in lines]
@@ -86,12 +87,15 @@ def test_documents_are_right_in_steps_and_verdicts_and_never_reach_the_target():
         assert score(document, problem).outcome in (("near", "wrong") if well_formed else ("malformed",))
 
 
-def test_attempts_in_order_by_hand_and_all_that_brute_force_finds():
+def test_attempts_come_in_order_and_are_all_that_there_are():
+    """By hand for few numbers, by brute force for more."""
     assert [attempt.steps for attempt in all_attempts((2, 4))] == ["4+2=6", "4-2=2", "4*2=8", "4/2=2"]
     assert [attempt.value for attempt in all_attempts((11, 13))] == [24, 2]  # 143 is too large
     assert [attempt.steps for attempt in all_attempts((2, 9, 60))] == [
-        "9+2=11 60+11=71", "9+2=11 60-11=49", "9-2=7 60+7=67", "9-2=7 60-7=53", "9*2=18 60+18=78", "9*2=18 60-18=42",
-        "60+2=62 62+9=71", "60+2=62 62-9=53", "60-2=58 58+9=67", "60-2=58 58-9=49", "60/2=30 30+9=39", "60/2=30 30-9=21",
+        "9+2=11 60+11=71", "9+2=11 60-11=49", "9-2=7 60+7=67", "9-2=7 60-7=53", "9*2=18 60+18=78",
+        "9*2=18 60-18=42",
+        "60+2=62 62+9=71", "60+2=62 62-9=53", "60-2=58 58+9=67", "60-2=58 58-9=49", "60/2=30 30+9=39",
+        "60/2=30 30-9=21",
         "60+9=69 69+2=71", "60+9=69 69-2=67", "60-9=51 51+2=53", "60-9=51 51-2=49",
     ]  # fmt: skip
     for numbers in [(1, 2, 3), (2, 5, 20), (3, 3, 8, 8), (1, 7, 13, 20)]:
@@ -127,7 +131,8 @@ def test_musing_documents_are_attempts_between_lines_of_no_use():
     assert useless / pauses == pytest.approx(BETWEEN, rel=0.1)
 
 
-def test_most_documents_are_well_formed_after_few_and_many_attempts_with_every_operator():
+def test_attempts_are_well_formed_and_as_many_as_stated():
+    """Most documents have both tags; lengths vary, and every operator occurs."""
     documents = [parts(document) for _, document in attempts()]
     for well_formed, share in ((True, TAGGED), (False, 1 - TAGGED)):
         lengths = [len(lines) for lines, _, form in documents if form is well_formed]
@@ -146,7 +151,7 @@ def test_most_documents_are_well_formed_after_few_and_many_attempts_with_every_o
         assert share == pytest.approx(1 / ATTEMPTS, abs=0.03)
 
 
-def test_documents_follow_from_their_generator_and_problems_from_the_ranges():
+def test_documents_follow_from_the_seed_and_fill_the_ranges():
     assert list(attempts()) == list(attempts()) and list(derivations()) == list(derivations())
     problems = [problem for problem, _ in attempts()]
     assert {len(problem.numbers) for problem in problems} == {3, 4}
@@ -185,7 +190,8 @@ def derivations(count: int = 400):
         yield problem, derivation_document(problem.polynomial, problem.order, rng)
 
 
-def test_derivations_follow_their_own_steps_from_the_problem_to_the_answer():
+def test_derivations_follow_their_own_steps_to_the_answer():
+    """From the terms of the problem, order by order."""
     for problem, document in derivations():
         thoughts, opened, answer, closed = DOCUMENT.fullmatch(document).groups()
         assert bool(opened) == bool(closed)
@@ -199,7 +205,8 @@ def test_derivations_follow_their_own_steps_from_the_problem_to_the_answer():
         assert parse_polynomial(answer) == parse_polynomial(" + ".join(left).replace("+ -", "- ") or "0")
 
 
-def test_steps_take_each_rule_as_often_as_stated_and_the_common_mistake_most_often():
+def test_each_rule_is_taken_as_often_as_stated():
+    """The common mistake, an exponent that stays, is the most frequent of all."""
     steps, tagged = Counter(), 0
     for _, document in derivations(1000):
         tagged += "<answer>" in document
@@ -222,7 +229,8 @@ def test_rules_by_hand():
             assert right_step((coefficient, exponent)) not in wrong_steps((coefficient, exponent))
 
 
-def test_the_calculus_recipe_matches_the_base_and_its_longest_document_fits_with_numbers_as_single_tokens():
+def test_calculus_documents_fit_the_recipe_of_their_base():
+    """The longest fits, and numbers and powers are single tokens."""
     _, recipe = load_recipe("calculus", variant="tiny")
     assert recipe.task == TINY_CALCULUS and recipe.model == "tiny-calculus"
     tokenizer = Tokenizer(BUNDLED["tiny-calculus"])

@@ -1,4 +1,4 @@
-"""Samples to batches: the one place that shifts and masks; and the log-probabilities that sampler and trainer share."""
+"""Samples to batches, the one place that shifts and masks; log-probabilities of sampler and trainer."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,8 @@ PAD = 0  # what make_batch fills with
 
 
 def test_shift_and_mask_by_hand():
-    """Prompt 5 6 with completions 7 0 and 1 2 3 4, and prompt 9 with completion 7: the shared prompt stands once.
+    """Prompt 5 6 with completions 7 0 and 1 2 3 4, and prompt 9 with completion 7: the shared prompt stands
+    once.
 
     The id 0, which ends a completion here, has a loss, and the padding with the same id has none.
     """
@@ -50,7 +51,7 @@ GROUPS = st.lists(
 
 
 def grouped_samples(shapes, vocab: int = 48, seed: int = 0) -> list[Sample]:
-    """For each (prompt length, completion lengths) samples of one prompt of random ids, all of them shuffled."""
+    """For each (prompt length, completion lengths) samples of one random prompt, all of them shuffled."""
     rng = np.random.default_rng(seed)
     samples = []
     for prompt_length, lengths in shapes:
@@ -87,7 +88,10 @@ def test_shared_prompts_change_neither_loss_nor_gradient(seed, shapes):
 
 
 def test_prompts_that_begin_alike_share_their_beginning():
-    """The last id of a prompt predicts, so it belongs to the branch; the stream has the shared beginning once."""
+    """The last id of a prompt predicts, so it belongs to the branch.
+
+    The stream has the shared beginning once.
+    """
     prompt = list(range(1, 21))
     for samples, tokens in (
         ([Sample(prompt, [n, n + 1, n + 2]) for n in range(16)], 19 + 16 * 3),
@@ -101,8 +105,11 @@ def test_prompts_that_begin_alike_share_their_beginning():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_completion_logprobs_equal_a_plain_log_softmax_of_transformers(temperature, tied, family):
-    """Ids past `num_tokens`, which take no part, are cut off transformers' logits by hand; the padding id is sampled too."""
+def test_completion_logprobs_equal_those_of_transformers(temperature, tied, family):
+    """Ids past `num_tokens`, which take no part, are cut off transformers' logits by hand.
+
+    The padding id is sampled too.
+    """
     theirs = reference_model(family=family, vocab_size=48, hidden_size=48, tie_word_embeddings=tied)
     ours = same_weights(theirs)
     ours.num_tokens = 40
@@ -147,7 +154,8 @@ def test_only_completion_tokens_go_through_the_output_head(monkeypatch):
 
 @settings(deadline=None, derandomize=True)
 @given(GROUPS, st.integers(1, 600))
-def test_micro_batches_lose_no_sample_keep_to_the_budget_and_are_hardly_padded(shapes, budget):
+def test_micro_batches_keep_every_sample_within_the_budget(shapes, budget):
+    """They are hardly padded, too."""
     samples = grouped_samples(shapes)
     batches = micro_batches(samples, budget)
     assert sorted(map(id, samples)) == sorted(id(sample) for batch in batches for sample in batch)
@@ -160,12 +168,13 @@ def test_micro_batches_lose_no_sample_keep_to_the_budget_and_are_hardly_padded(s
         assert used <= tokens < used / 0.95 + 1e-9
 
 
-def test_branches_of_nearly_equal_length_are_one_block_and_others_are_not():
+def test_branches_of_nearly_equal_length_are_one_block():
     assert PackedGroup(3, [100, 99, 98, 97, 50, 50, 49, 2]).blocks() == [(4, 100), (3, 50), (1, 2)]
     assert PackedGroup(3, [100, 99, 98, 97, 50, 50, 49, 2]).num_tokens() == 3 + 400 + 150 + 2
 
 
-def test_a_group_stays_together_as_long_as_it_fits_and_the_largest_part_comes_first():
+def test_a_group_that_fits_is_not_divided():
+    """The micro-batch with the largest part comes first."""
     samples = [Sample([1] * 6, [2] * 9) for _ in range(8)]
     for budget, expected in ((77, [8]), (76, [7, 1]), (41, [4, 4]), (23, [2, 2, 2, 2]), (14, [1] * 8)):
         assert [len(batch) for batch in micro_batches(samples, budget)] == expected

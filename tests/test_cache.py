@@ -1,4 +1,4 @@
-"""Both caches against uncached forwards: whatever the prompts' lengths, the growth of the cache and the rows dropped."""
+"""Both caches against uncached forwards, whatever the prompts, the growth and the rows dropped."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def grouped(decoder, prompts, num_samples, max_new_tokens, static) -> GroupCache
 
 
 def alone(decoder, prompts, prompt_index, own) -> torch.Tensor:
-    """Logits after each row's prompt and own tokens, each row by itself and without a cache: [rows, vocab]."""
+    """Logits after each row's prompt and own tokens, each by itself and without a cache: [rows, vocab]."""
     rows = [
         torch.tensor([prompts[number] + ids.tolist()])
         for number, ids in zip(prompt_index.tolist(), own, strict=True)
@@ -59,9 +59,8 @@ KEPT = {
 @pytest.mark.parametrize("static_block", [None, 1, 3])
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_every_step_gives_the_logits_of_an_uncached_forward_whatever_rows_were_dropped(
-    shape, static_block, monkeypatch
-):
+def test_every_step_gives_the_logits_of_an_uncached_forward(shape, static_block, monkeypatch):
+    """Rows may be dropped on the way."""
     monkeypatch.setitem(BLOCK, "cpu", static_block or 1)
     decoder = same_weights(reference_model(seed=3, **SHAPES[shape]))
     cache, own = grouped(decoder, PROMPTS, 3, 7, static=bool(static_block)), random_ids(9, 7, seed=4)
@@ -94,7 +93,7 @@ def test_unused_slots_have_no_influence(decoder, static):
 
 @pytest.mark.parametrize("num_samples", [1, 5])
 @torch.no_grad()
-def test_a_prompt_is_stored_once_and_blocks_are_added_without_copying(num_samples, decoder, monkeypatch):
+def test_a_prompt_is_stored_once_and_blocks_are_never_copied(num_samples, decoder, monkeypatch):
     monkeypatch.setitem(BLOCK, "cpu", 4)
     token = (
         2 * decoder.config.num_hidden_layers * decoder.config.num_key_value_heads * decoder.config.head_dim

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there: writes that stop anywhere, damage afterwards, full disks, and what is kept."""
+"""Checkpoints are whole or not there: writes that stop anywhere, damage, full disks, and what is kept."""
 
 import contextlib
 import hashlib
@@ -51,7 +51,7 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch, count: int) -> list[int]:
-    """Stops the `count`-th operation on the disk, with half of a file written, or a folder deleted in part."""
+    """Stops the `count`-th operation on the disk, with a file half written or a folder half deleted."""
     left, rmtree = [count], shutil.rmtree
 
     def counted(real):
@@ -96,7 +96,8 @@ def test_wherever_a_write_is_cut_off_a_whole_checkpoint_is_found(tmp_path, parts
     assert operation > 20
 
 
-def test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_is_taken(tmp_path, parts):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, parts):
+    """The damaged one is renamed, so that it is put aside."""
     whole = save(tmp_path, 10, parts)
     digests = json.loads((whole / "sha256.json").read_text())
     for file in [path.name for path in whole.iterdir()]:
@@ -161,7 +162,7 @@ def test_counters_weights_and_moments_come_back_and_go_on_alike(tmp_path, parts)
 
 @settings(max_examples=60, deadline=None)
 @given(st.sets(st.integers(0, 99), min_size=1, max_size=8), st.data())
-def test_whatever_is_pruned_the_latest_stay_and_so_do_stage_ends_and_the_best(tmp_path_factory, steps, data):
+def test_pruning_keeps_the_latest_the_stage_ends_and_the_best(tmp_path_factory, steps, data):
     ends = data.draw(st.sets(st.sampled_from(sorted(steps))))
     accuracies = data.draw(st.dictionaries(st.sampled_from(sorted(steps)), st.floats(0, 1)))
     keep = data.draw(st.integers(1, 4))

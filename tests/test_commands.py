@@ -1,23 +1,21 @@
-"""train.py and eval.py as a user runs them: a whole small run, a resume that changes nothing, and every mistake in one line."""
+"""train.py and eval.py as a user runs them: a small run, a resume, and every mistake in one line."""
 
 import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from helpers import ROOT, TIMES, evaluated, fails, run_command, smoke, timeless
 from reference import NO_THINKING, changed_tokenizer, reference_model, same_weights
 
 import eval as eval_command
 import train as train_command
 from data import GSM8K, evaluate_expression
 from lab.checkpoint import checkpoints
-from lab.errors import user_errors
 from lab.evaluate import Evaluation, evaluate
 from lab.recipe import RecipeError, problems_of
 from lab.runfolder import RunFolder
@@ -25,42 +23,9 @@ from lab.stages import train
 from model import load_model, save_model
 from rl.rollout import SamplingSettings
 
-ROOT = Path(__file__).parent.parent
-TIMES = {
-    "rollout_seconds",
-    "update_seconds",
-    "checkpoint_seconds",
-    "tokens_per_second",
-    "peak_memory_bytes",
-    "eval_seconds",
-}
 
-
-def run_command(*arguments, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, **options)
-
-
-def smoke(*overrides):
-    """Parsed arguments of the smoke recipe."""
-    return train_command.parse(["smoke", "--model", "tiny-256", *map(str, overrides)])
-
-
-def timeless(run: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in RunFolder(run).metrics()]
-
-
-@pytest.fixture(scope="module")
-def smoke_run(tmp_path_factory) -> Path:
-    """One run of the smoke recipe through the command line; all checkpoints kept."""
-    out = tmp_path_factory.mktemp("runs") / "smoke"
-    finished = run_command("train.py", "smoke", "--model", "tiny-256", "--out", out, "--keep-checkpoints", 99)
-    assert finished.returncode == 0, finished.stderr
-    assert "held-out" in finished.stdout and "done" in finished.stdout
-    return out
-
-
-def test_a_run_leaves_what_the_readme_says_and_its_metrics_agree_with_its_rollouts(smoke_run):
+def test_a_run_leaves_its_files_and_metrics_match_rollouts(smoke_run):
+    """Every file that the README names is there."""
     for name in (
         "config.json",
         "curve.md",
@@ -86,22 +51,6 @@ def test_a_run_leaves_what_the_readme_says_and_its_metrics_agree_with_its_rollou
     assert not [path for path in smoke_run.rglob("*") if path.suffix in (".pt", ".pth", ".bin", ".pkl")]
     config = json.loads((smoke_run / "config.json").read_text())
     assert config["recipe"]["seed"] == 0 and config["versions"]["torch"] == torch.__version__
-
-
-def fails(capsys, action) -> str:
-    """The one line of an action that a user's mistake ends, with exit code 2."""
-    with pytest.raises(SystemExit) as exit_, user_errors():
-        action()
-    assert exit_.value.code == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1 and message.startswith("error: ")
-    return message
-
-
-def evaluated(capsys, *models, **options) -> dict:
-    """What `python eval.py` prints with `--json -`."""
-    eval_command.main(eval_command.Arguments(tuple(map(str, models)), json="-", **options))
-    return json.loads(capsys.readouterr().out)
 
 
 def test_eval_puts_models_side_by_side_on_the_same_problems(smoke_run, tmp_path, capsys):
@@ -139,9 +88,8 @@ def test_an_unknown_option_ends_with_exit_code_2_and_its_name(capsys):
     assert exit_.value.code == 2 and "stepps" in capsys.readouterr().err
 
 
-def test_a_second_run_in_a_folder_is_refused_and_so_is_an_evaluation_on_more_than_was_held_out(
-    smoke_run, capsys
-):
+def test_a_second_run_and_too_large_an_evaluation_are_refused(smoke_run, capsys):
+    """A folder holds one run; at most the held-out problems are evaluated."""
     message = fails(capsys, lambda: train(smoke("--out", smoke_run).recipe))
     assert str(smoke_run) in message and "--resume" in message
     message = fails(capsys, lambda: evaluated(capsys, checkpoints(smoke_run)[-1], count=33))
@@ -162,7 +110,7 @@ LOW_PRECISION = {
 
 
 @pytest.mark.parametrize("kind", LOW_PRECISION)
-def test_a_run_in_low_precision_resumes_bit_for_bit_and_leaves_plain_checkpoints(kind, tmp_path):
+def test_a_run_in_low_precision_resumes_bit_for_bit(kind, tmp_path):
     """Stopped within the second stage; activation checkpointing, switched on then, changes nothing either."""
     pytest.importorskip("bitsandbytes")
     few = [
@@ -196,7 +144,7 @@ def test_a_run_in_low_precision_resumes_bit_for_bit_and_leaves_plain_checkpoints
     )
 
 
-def test_settings_of_memory_and_speed_may_change_on_resume_and_no_others(smoke_run, capsys):
+def test_only_settings_of_memory_and_speed_may_change_on_resume(smoke_run, capsys):
     for overrides in (("--sampling.max-cache-tokens", 500), ("--optimizer.micro-batch-tokens", 300)):
         RunFolder(smoke_run).check_recipe(smoke("--keep-checkpoints", 99, *overrides).recipe)
     for overrides in (("--sampling.max-new-tokens", 95), ("--stages.0.kl-coef", 0.1)):
@@ -209,7 +157,7 @@ def test_settings_of_memory_and_speed_may_change_on_resume_and_no_others(smoke_r
     assert "seed = 0" in message
 
 
-def test_a_mistake_ends_in_one_line_that_names_it_and_leaves_no_run(tmp_path, capsys, monkeypatch):
+def test_a_mistake_is_one_line_that_names_it_and_leaves_no_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))  # an empty cache; the tests run offline
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
@@ -245,7 +193,7 @@ def qwen2(tmp_path) -> Path:
     return tmp_path / "qwen2"
 
 
-def test_a_model_that_knows_no_thinking_trains_and_evaluates_without(qwen2, tmp_path, capsys):
+def test_a_model_without_thinking_trains_and_evaluates(qwen2, tmp_path, capsys):
     options = (
         "--model",
         qwen2,
@@ -308,7 +256,7 @@ def test_eval_takes_settings_of_sampling_that_exist():
     assert set(eval_command.SAMPLING) <= settings & options
 
 
-def test_a_run_without_room_is_not_in_the_way_of_the_corrected_one(tmp_path, capsys):
+def test_a_run_without_room_does_not_block_the_corrected_one(tmp_path, capsys):
     out = ("--out", tmp_path / "run", "--sampling.max-cache-tokens")
     assert "room for 10 tokens" in fails(capsys, lambda: train(smoke(*out, 10).recipe))
     assert "no run to resume" in fails(capsys, lambda: train(smoke(*out, 10).recipe, resume=True))
@@ -316,7 +264,8 @@ def test_a_run_without_room_is_not_in_the_way_of_the_corrected_one(tmp_path, cap
     assert [row["step"] for row in RunFolder(tmp_path / "run").metrics()][:3] == [0, 1, 2]
 
 
-def test_the_base_muses_and_calculates_and_what_is_trained_from_it_solves():
+def test_the_base_calculates_and_what_is_trained_from_it_solves():
+    """The base rarely ends within 256 tokens."""
     recipe = train_command.parse(["256", "--model", "tiny"]).recipe
     problems = problems_of(recipe)[1]
 
@@ -349,15 +298,14 @@ def test_the_base_muses_and_calculates_and_what_is_trained_from_it_solves():
         (["256", "--model", ""], False, "", "runs/256"),
     ],
 )
-def test_the_last_model_named_counts_and_auto_is_the_one_that_the_task_has(
-    monkeypatch, arguments, cuda, model, out
-):
+def test_the_last_model_named_counts_and_auto_is_the_tasks_own(monkeypatch, arguments, cuda, model, out):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     recipe = train_command.parse([*arguments, "--quiet"]).recipe
     assert (recipe.model, recipe.out) == (model, out)
 
 
-def test_models_of_different_tasks_are_not_compared_and_those_from_elsewhere_take_the_others_task():
+def test_models_of_different_tasks_are_not_compared():
+    """A model from elsewhere takes the task of the other one."""
     recipe = train_command.parse(["256", "--model", "tiny"]).recipe
     countdown = eval_command.Model("runs/a", recipe, trained=True)
     words = eval_command.Model("runs/b", replace(recipe, task=GSM8K()), trained=True)

@@ -4,10 +4,10 @@ import json
 import math
 
 import pytest
+from helpers import GROUPS, answered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from test_evaluate import GROUPS, answered
 
 from data import Problem
 from lab.comparison import Candidate, comparison_table, difference, measures
@@ -34,7 +34,8 @@ def test_measures_by_hand():
     found = json.loads(json.dumps(measures(candidate(GROUPS))))  # as --json writes them
     assert found["accuracy"]["mean"] == 0.5 and found["greedy"]["mean"] == 0.75
     assert found["accuracy"]["low"] == pytest.approx(0.1500, abs=1e-4)  # Wilson of 2 in 4
-    # 3, 1, 4 and 0 of four are correct; of two draws both miss with chance 0, 3/6, 0 and 1, of three 0, 1/4, 0 and 1.
+    # 3, 1, 4 and 0 of four are correct; of two draws both miss with chance 0, 3/6, 0 and 1, of three 0, 1/4,
+    # 0 and 1.
     assert found["pass_at"] == pytest.approx({"1": 0.5, "2": 0.625, "3": 0.6875, "4": 0.75})
     assert found["outcomes"] == {"correct": 8 / 16, "near": 1 / 16, "wrong": 1 / 16, "malformed": 6 / 16}
     assert {kind: (row["mean"], row["problems"]) for kind, row in found["by_difficulty"].items()} == {
@@ -57,7 +58,7 @@ def test_a_difference_is_taken_problem_by_problem():
     assert back["greedy"]["mean"] == -0.5 and back["accuracy"]["mean"] == -found["accuracy"]["mean"]
 
 
-def test_the_table_has_a_column_a_model_and_says_the_difference_in_points():
+def test_the_table_has_a_column_per_model_and_differences():
     worse, better = candidate(WORSE, name="worse"), candidate(GROUPS, name="better")
     text = shown([worse, better], [difference(worse, better)])
     rows = {line.split("│")[1].strip(): line for line in text.splitlines() if line.count("│") > 2}
@@ -72,7 +73,8 @@ def test_the_table_has_a_column_a_model_and_says_the_difference_in_points():
     assert "pass@" not in single and "against" not in single
 
 
-def test_problems_count_alike_and_k_goes_up_to_the_samples_that_all_have():
+def test_problems_count_alike_whatever_their_samples():
+    """k goes up to the samples that all problems have."""
     uneven = [GROUPS[0], answered(Problem((2, 5, 10), 100), "2*5*10", "")]
     found = measures(candidate(uneven))
     assert found["samples"] == 2 and set(found["pass_at"]) == {1, 2}
@@ -81,8 +83,8 @@ def test_problems_count_alike_and_k_goes_up_to_the_samples_that_all_have():
 
 @settings(deadline=None, derandomize=True)
 @given(st.integers(1, 5000).flatmap(lambda trials: st.tuples(st.integers(0, trials), st.just(trials))))
-def test_wilson_interval_lies_in_0_to_1_around_the_share_and_solves_its_equation(case):
-    """Its ends are the proportions p from which the share lies 1.96 standard errors, sqrt(p (1 - p) / n), away."""
+def test_the_wilson_interval_solves_its_equation(case):
+    """The share lies 1.96 standard errors, sqrt(p (1 - p) / n), from each of its ends p."""
     successes, trials = case
     low, high = wilson_interval(successes, trials)
     share = successes / trials
@@ -92,7 +94,8 @@ def test_wilson_interval_lies_in_0_to_1_around_the_share_and_solves_its_equation
             assert abs(share - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / trials), rel=1e-6)
 
 
-def test_a_bootstrap_of_few_values_has_their_quantiles_and_one_of_many_is_the_normal_interval():
+def test_the_bootstrap_gives_quantiles_or_the_normal_interval():
+    """Few values give their quantiles, many the normal interval."""
     assert bootstrap_interval([0.0, 1.0]) == (
         0.0,
         1.0,

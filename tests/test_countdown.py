@@ -1,15 +1,13 @@
-"""Countdown: problems and their settings; the generator and the solver against the plainest possible search."""
+"""Countdown: problems, settings, and generator and solver against the plainest possible search."""
 
 import json
 import random
 import re
-import subprocess
-import sys
 from fractions import Fraction
 from itertools import permutations, product
-from pathlib import Path
 
 import pytest
+from helpers import run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +19,7 @@ TASK = Countdown()
 
 
 def every_value(numbers, operators="+-*/", whole_steps=False) -> set[Fraction]:
-    """All values that use each number once, by the plainest search: replace any two numbers by what they make."""
+    """All values that use each number once: replace any two numbers by what they make, again and again."""
     if len(numbers) == 1:
         return {Fraction(numbers[0])}
     values = set()
@@ -34,7 +32,7 @@ def every_value(numbers, operators="+-*/", whole_steps=False) -> set[Fraction]:
     return values
 
 
-def test_a_problem_keeps_the_order_of_its_numbers_but_its_key_does_not():
+def test_a_problem_keeps_its_order_and_its_key_does_not():
     problem = Problem([79, 60, 17], 36)
     assert problem.numbers == (79, 60, 17)
     assert problem.key == Problem((17, 79, 60), 36).key == (36, (17, 60, 79))
@@ -46,8 +44,10 @@ def test_a_problem_keeps_the_order_of_its_numbers_but_its_key_does_not():
 @pytest.mark.parametrize(
     ("numbers", "target", "named"),
     [
-        ((5,), 5, r"2 to 6 whole numbers, not \(5,\)"), ((1, 2, 3, 4, 5, 6, 7), 5, "2 to 6"), (None, 5, "None"), ("12", 5, "'12'"),
-        ((1, 2.0), 5, "2.0"), ((1, True), 5, "True"), ((1, -2), 5, "-2"), ((1, 2), None, "None"), ((1, 2), 0, "not 0"),
+        ((5,), 5, r"2 to 6 whole numbers, not \(5,\)"), ((1, 2, 3, 4, 5, 6, 7), 5, "2 to 6"),
+        (None, 5, "None"), ("12", 5, "'12'"),
+        ((1, 2.0), 5, "2.0"), ((1, True), 5, "True"), ((1, -2), 5, "-2"), ((1, 2), None, "None"),
+        ((1, 2), 0, "not 0"),
         ((1, 10**9), 5, "1000000000"),
     ],
 )  # fmt: skip
@@ -58,7 +58,8 @@ def test_what_is_no_problem_is_refused_by_name(numbers, target, named):
 
 def test_the_prompt_is_this_line():
     assert TASK.prompt(Problem((79, 60, 17), 36)) == (
-        "Use each of the numbers 79, 60, 17 exactly once to make 36. Only + - * / and parentheses are allowed. "
+        "Use each of the numbers 79, 60, 17 exactly once to make 36. "
+        "Only + - * / and parentheses are allowed. "
         "Work it out inside <think> </think>, then put the final expression inside <answer> </answer>."
     )
 
@@ -66,7 +67,8 @@ def test_the_prompt_is_this_line():
 @pytest.mark.parametrize(
     "wanted", [Countdown(), Countdown(1, 20, 10, 50, 1 / 3), Countdown(2, 6, 1, 12, 0.25)]
 )
-def test_generated_problems_are_different_in_range_and_solvable_in_whole_steps(wanted):
+def test_generated_problems_differ_and_can_be_solved(wanted):
+    """They lie in the ranges, and have solutions in whole steps."""
     problems = wanted.generate(60, 1)
     assert len({problem.key for problem in problems}) == len(problems) == 60
     assert sum(len(problem.numbers) == 4 for problem in problems) == round(60 * wanted.four_number_share)
@@ -87,16 +89,14 @@ def test_the_generator_reaches_every_problem_its_settings_hold():
     assert {problem.key for problem in problems} == expected
 
 
-def test_the_seed_decides_the_problems_and_neither_the_process_nor_the_global_random_state():
+def test_the_seed_alone_decides_the_problems():
+    """Neither the process nor the global random state does."""
     before = random.getstate()
     problems = str(generate_problems(50, 3))
     assert random.getstate() == before and problems != str(generate_problems(50, 4))
-    code = "from data import generate_problems; print(generate_problems(50, 3))"  # in a process where hashes of strings differ
-    root = Path(__file__).parents[1]
-    assert (
-        subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout.strip()
-        == problems
-    )
+    # In another process hashes of strings differ.
+    code = "from data import generate_problems; print(generate_problems(50, 3))"
+    assert run_command("-c", code).stdout.strip() == problems
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_the_seed_decides_the_problems_and_neither_the_process_nor_the_global_ra
         (1, Countdown(1, 2, 5000, 5001, 1.0), "only 0 of 1 different problems, no more with 4 numbers"),
     ],
 )
-def test_settings_that_hold_too_few_problems_are_an_error_and_not_an_endless_loop(count, wanted, message):
+def test_too_few_problems_are_an_error_and_no_endless_loop(count, wanted, message):
     with pytest.raises(ValueError, match=message):
         wanted.generate(count, 0)
 
@@ -118,8 +118,10 @@ def test_settings_that_hold_too_few_problems_are_an_error_and_not_an_endless_loo
 @pytest.mark.parametrize(
     ("fields", "named"),
     [({"min_number": 0}, "min_number 0 "),
-     ({"min_number": 100}, "min_number 100 and max_number 99"), ({"min_target": 101}, "min_target 101 and max_target 100"),
-     ({"four_number_share": 1.5}, "not 1.5"), ({"four_number_share": -0.5}, "not -0.5"), ({"four_number_share": float("nan")}, "not nan")],
+     ({"min_number": 100}, "min_number 100 and max_number 99"),
+     ({"min_target": 101}, "min_target 101 and max_target 100"),
+     ({"four_number_share": 1.5}, "not 1.5"), ({"four_number_share": -0.5}, "not -0.5"),
+     ({"four_number_share": float("nan")}, "not nan")],
 )  # fmt: skip
 def test_impossible_settings_are_refused_by_name(fields, named):
     with pytest.raises(ValueError, match=named):
@@ -145,7 +147,7 @@ def test_the_solver_finds_a_solution_exactly_where_there_is_one():
     st.integers(1, 100),
     st.sampled_from(["+-*/", "+-", "*-"]),
 )
-def test_a_solution_always_scores_correct_and_uses_only_the_operators_asked_for(numbers, target, operators):
+def test_a_solution_scores_correct_with_the_operators_asked_for(numbers, target, operators):
     problem = Problem(numbers, target)
     solution = solve(problem, operators)
     if solution is not None:
@@ -157,15 +159,17 @@ def test_a_solution_always_scores_correct_and_uses_only_the_operators_asked_for(
 
 @pytest.mark.parametrize(
     ("problem", "difficulty"),
-    [(Problem((79, 60, 17), 36), "3 numbers, + and - suffice"), (Problem((5, 7, 2), 37), "3 numbers, needs * or /"),
-     (Problem((2, 2, 2, 2), 16), "4 numbers, needs * or /"), (Problem((9, 3, 1), 100), "3 numbers, needs * or /")],
+    [(Problem((79, 60, 17), 36), "3 numbers, + and - suffice"),
+     (Problem((5, 7, 2), 37), "3 numbers, needs * or /"),
+     (Problem((2, 2, 2, 2), 16), "4 numbers, needs * or /"),
+     (Problem((9, 3, 1), 100), "3 numbers, needs * or /")],
 )  # fmt: skip
 def test_difficulty_says_whether_plus_and_minus_suffice(problem, difficulty):
     assert TASK.difficulty(problem) == difficulty
     assert (TASK.solution(problem) is None) == (problem.target == 100)
 
 
-def test_only_blanks_may_stand_before_a_thinking_that_the_completion_opens():
+def test_only_blanks_may_stand_before_an_opened_thinking():
     assert split_answer(" \t\r\n<think>a</think>b<answer>c</answer>", thinking=False) == ("b", "c")
     for before in ("x", "x ", "<", "<think>"):
         assert split_answer(f"{before}<think>a</think>b<answer>c</answer>", thinking=False) is None
@@ -176,7 +180,7 @@ def test_difficulty_by_steps():
     assert [steps_difficulty(steps) for steps in range(7)] == expected
 
 
-def test_the_papers_accuracies_stand_under_its_limits_of_new_tokens():
+def test_the_papers_accuracies_stand_under_their_token_limits():
     ends = {limit: (points[0], points[-1]) for limit, points in PAPER.items()}
     assert ends == {256: ((0, 0.0), (180, 48.8)), 512: ((0, 11.4), (80, 39.2))}
     assert [sum(map(sum, points)) for points in PAPER.values()] == pytest.approx([1790 + 571.0, 360 + 264.6])
@@ -206,7 +210,7 @@ def random_target(numbers: list[int], rng: random.Random) -> int:
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 99), min_size=2, max_size=4), st.integers(0, 10**6), st.booleans())
-def test_every_sum_of_a_worked_solution_is_right_and_its_last_attempt_hits(numbers, seed, thinking):
+def test_every_step_of_a_worked_solution_is_right(numbers, seed, thinking):
     """By evaluating each step, and following which numbers are left after it."""
     rng = random.Random(seed)
     problem = Problem(numbers, random_target(numbers, rng))
@@ -227,7 +231,7 @@ def test_every_sum_of_a_worked_solution_is_right_and_its_last_attempt_hits(numbe
         assert verdict == expected and (verdict == "equal") == (attempt == attempts[-1])
 
 
-def test_worked_solutions_differ_in_the_number_of_wrong_attempts_and_follow_the_seed():
+def test_worked_solutions_vary_in_attempts_and_follow_the_seed():
     problem = Problem((2, 3, 4), 9)
     texts = [worked_solution(TASK, problem, False, random.Random(seed)) for seed in range(60)]
     assert texts == [worked_solution(TASK, problem, False, random.Random(seed)) for seed in range(60)]
@@ -239,11 +243,11 @@ def test_worked_solutions_differ_in_the_number_of_wrong_attempts_and_follow_the_
 @pytest.mark.parametrize(
     "numbers, target", [((1, 2), 9), ((3, 3, 8, 8), 24)]
 )  # 8 / (3 - 8 / 3) has no whole steps
-def test_a_problem_without_a_solution_in_whole_steps_has_no_worked_one(numbers, target):
+def test_no_solution_in_whole_steps_means_no_worked_one(numbers, target):
     assert worked_solution(TASK, Problem(numbers, target), False, random.Random(0)) is None
 
 
-def test_a_step_above_a_thousand_is_taken_where_nothing_else_reaches_the_target():
+def test_a_step_above_a_thousand_is_taken_where_it_is_needed():
     problem = Problem((50, 60, 70, 71), 2859)  # 50 * 60 = 3000, 70 + 71 = 141
     assert "50=3000" in worked_solution(TASK, problem, False, random.Random(0))
 

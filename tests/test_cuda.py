@@ -1,6 +1,6 @@
-"""Decoder, sampler, batch, loss, optimizer and checkpoint on a CUDA device, where there is one, as on the CPU.
+"""Model, batch, loss, optimizer and checkpoint on a CUDA device, where there is one, as on the CPU.
 
-What can be shown without a device is: that decoding mixes no devices and never waits, by torch's fake tensors.
+Without a device, fake tensors show that decoding mixes no devices and never waits.
 """
 
 import json
@@ -43,7 +43,7 @@ def test_logits_are_those_of_the_cpu_with_and_without_a_cache(device):
 
 
 @pytest.mark.parametrize("choice", [TokenChoice(), TokenChoice(0.7, 5, 0.9), TokenChoice(0)])
-def test_decoding_gives_what_plain_sampling_gives_on_the_same_device(device, choice):
+def test_decoding_gives_what_plain_sampling_gives(device, choice):
     """Over two blocks of the cache, and with rows that finish at many lengths."""
     model, stops, length = random_model(std=0.2).to(device), (0, 17), 80
     options = dict(max_new_tokens=length, stop_token_ids=stops, seed=3)
@@ -132,7 +132,7 @@ def test_the_check_names_what_is_broken(what, monkeypatch):
     assert wrong and all(name in " ".join(wrong) for name in rows), wrong
 
 
-def test_the_command_shows_a_table_and_fails_with_the_names_of_wrong_rows(monkeypatch, capsys):
+def test_the_check_shows_a_table_and_fails_with_the_wrong_rows(monkeypatch, capsys):
     def failing(source, device):
         yield Row("first", "0.1 apart")
         yield Row("second", "7 apart", wrong=True)
@@ -149,7 +149,7 @@ def test_the_command_shows_a_table_and_fails_with_the_names_of_wrong_rows(monkey
 
 @pytest.fixture
 def on_gpu(monkeypatch, tmp_path):
-    """`check_decoding` of a model on a GPU that is not there: (said, still with graphs?) for these comparisons."""
+    """`check_decoding` of a model on a simulated GPU: (said, still with graphs?) for these comparisons."""
     monkeypatch.setattr(lab.decoding, "CACHE", tmp_path / "cache" / "decoding.json")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
 
@@ -186,13 +186,15 @@ def test_a_run_on_a_gpu_compares_its_decoding_once_and_remembers(on_gpu):
     "fault, reason",
     [(BAD, "9 apart"), (RuntimeError("not permitted while capturing\nmore"), "not permitted")],
 )
-def test_where_graphs_fail_or_disagree_a_run_goes_on_without_and_says_so(on_gpu, fault, reason):
+def test_where_graphs_fail_a_run_goes_on_without_and_says_so(on_gpu, fault, reason):
+    """Also where they disagree with plain forwards."""
     said, graphed = on_gpu(fault, GOOD)
     assert "without CUDA graphs" in said and reason in said and not graphed
     assert on_gpu()[1] is False and "without CUDA graphs" in on_gpu()[0]
 
 
-def test_decoding_that_is_wrong_without_graphs_too_ends_the_run_and_is_not_remembered(on_gpu):
+def test_decoding_that_is_wrong_without_graphs_ends_the_run(on_gpu):
+    """It is not remembered, so that the next run compares again."""
     with pytest.raises(ModelError, match="9 apart.*make check"):
         on_gpu(BAD, BAD)
     with pytest.raises(torch.OutOfMemoryError):
@@ -202,8 +204,8 @@ def test_decoding_that_is_wrong_without_graphs_too_ends_the_run_and_is_not_remem
     assert on_gpu(GOOD)[1]
 
 
-def test_decoding_on_a_gpu_mixes_no_devices_and_waits_for_nothing():
-    """A batch is made on the CPU, then all its tensors become fake ones of a GPU; over two blocks of the cache."""
+def test_decoding_mixes_no_devices_and_waits_for_nothing():
+    """A batch made on the CPU becomes one of fake GPU tensors; over two blocks of the cache."""
     if torch.version.cuda is None:
         pytest.skip("torch is a CPU build, in which fake tensors cannot be a GPU's")
 

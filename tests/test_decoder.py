@@ -1,4 +1,4 @@
-"""The decoder against transformers: logits, gradients, precision, padding, cached decoding and the configuration."""
+"""The decoder against transformers: logits, gradients, precision, cached decoding and configuration."""
 
 import dataclasses
 import itertools
@@ -25,7 +25,8 @@ SIZES = {  # hidden, layers, heads, intermediate, tied -> parameters, the tied h
 PUBLISHED = [f"Qwen3-{size}{kind}" for size in SIZES for kind in ("", "-Base") if size + kind != "32B-Base"]
 V4 = {  # as transformers 4 writes it
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 83, "hidden_size": 44,
-    "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16,
+    "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2,
+    "head_dim": 16,
     "rms_norm_eps": 1e-06, "rope_theta": 20000.0, "rope_scaling": None, "tie_word_embeddings": False,
     "max_position_embeddings": 512, "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu",
     "initializer_range": 0.02, "max_window_layers": 2, "sliding_window": None, "use_sliding_window": False,
@@ -77,7 +78,8 @@ def test_logits_equal_transformers(name):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_gradients_of_cross_entropy_equal_transformers_for_every_parameter(name):
+def test_gradients_equal_those_of_transformers(name):
+    """The gradient of the cross-entropy, for every parameter."""
     reference = reference_model(seed=1, **SHAPES[name])
     model = same_weights(reference)
     token_ids = random_ids(2, 19)
@@ -90,7 +92,7 @@ def test_gradients_of_cross_entropy_equal_transformers_for_every_parameter(name)
         assert (ours[name] - expected).norm() <= 1e-4 * expected.norm(), name
 
 
-def test_bfloat16_is_as_close_to_float32_as_transformers_own_bfloat16(tmp_path):
+def test_bfloat16_is_as_exact_as_in_transformers(tmp_path):
     reference = reference_model(seed=2, rope_theta=1e4, num_hidden_layers=3)
     reference.save_pretrained(tmp_path)
     token_ids = random_ids(
@@ -149,7 +151,8 @@ def test_every_published_config_builds_what_transformers_builds(name):
 
 @pytest.mark.parametrize("v4", [V4, QWEN2, LLAMA], ids=lambda v4: v4["model_type"])
 @torch.no_grad()
-def test_both_generations_of_config_json_give_the_same_decoder_as_in_transformers(v4):
+def test_both_generations_of_config_json_give_one_decoder(v4):
+    """It is the decoder that transformers builds."""
     config = Qwen3Config.from_hf(v4)
     assert (config.rope_theta, config.tie_word_embeddings) == (20000.0, False)
     token_ids = random_ids(1, 40)
@@ -163,7 +166,8 @@ def test_both_generations_of_config_json_give_the_same_decoder_as_in_transformer
 
 
 @pytest.mark.parametrize("v4", [V4, QWEN2, LLAMA], ids=lambda v4: v4["model_type"])
-def test_a_written_config_is_read_back_the_same_by_us_and_by_transformers(v4):
+def test_a_written_config_is_read_back_the_same(v4):
+    """Transformers reads the same from it."""
     config = Qwen3Config.from_hf(v4 | {"tie_word_embeddings": True, "rms_norm_eps": 3e-5})
     written = json.loads(json.dumps(config.to_hf("bfloat16", eos_token_id=5)))
     theirs = FAMILIES[written["model_type"]][0].from_dict(written)
@@ -174,7 +178,7 @@ def test_a_written_config_is_read_back_the_same_by_us_and_by_transformers(v4):
 
 @pytest.mark.parametrize("v4", [V4, QWEN2, LLAMA], ids=lambda v4: v4["model_type"])
 @pytest.mark.parametrize("spelling", [dict, as_v5])
-def test_a_field_that_a_config_leaves_out_is_refused_or_means_what_it_means_in_transformers(spelling, v4):
+def test_a_missing_field_is_refused_or_read_as_in_transformers(spelling, v4):
     for name in v4.keys() - {"model_type", "max_position_embeddings"}:  # the latter changes no logits
         hf = spelling(v4)
         hf.pop("rope_parameters" if name == "rope_theta" and spelling is as_v5 else name, None)
@@ -209,7 +213,7 @@ def test_what_the_decoder_does_not_implement_is_refused_by_name():
                 Qwen3Config.from_hf(V4 | {field: value})
 
 
-def test_null_head_sizes_of_a_llama_mean_what_they_mean_in_transformers():
+def test_null_head_sizes_mean_what_they_mean_in_transformers():
     hf = LLAMA | {"head_dim": None, "num_key_value_heads": None}
     config = Qwen3Config.from_hf(hf)
     assert (config.head_dim, config.num_key_value_heads) == (8, 6)
@@ -228,7 +232,8 @@ def test_llama_3_is_refused_for_its_scaled_positions():
         Qwen3Config.from_hf(LLAMA | {"rope_scaling": scaled})
 
 
-def test_a_size_that_is_no_positive_integer_is_refused_and_so_is_what_is_no_object():
+def test_a_size_that_is_no_positive_integer_is_refused():
+    """So is a configuration that is no object."""
     names = [field.name for field in dataclasses.fields(Qwen3Config) if field.type is int]
     assert len(names) == 8
     for name, value in itertools.product(names, (0, 2.0, True, "2", None, [2])):

@@ -1,4 +1,4 @@
-"""What the documents say about the code is true: links, names and paths exist, the notebook's asserts hold."""
+"""What the documents say about the code is true: links, names, paths, and the notebook's asserts."""
 
 import ast
 import inspect
@@ -43,14 +43,14 @@ def prose(path: Path) -> str:
 
 
 def links(path: Path) -> list[tuple[str, str]]:
-    """(text, target) of each link and picture of a document that stays within the repository; code blocks have none."""
+    """(text, target) of each link and picture of a document that stays within the repository."""
     text = re.sub(r"^```.*?^```", "", prose(path), flags=re.DOTALL | re.MULTILINE)
     found = [(name, target or source) for name, target, source in LINK.findall(text)]
     return [(name, target) for name, target in found if not re.match(r"https?:|mailto:", target)]
 
 
 def defined_names(source: str) -> set[str]:
-    """Functions, classes and constants of a module, and what its classes hold, with and without the class's name."""
+    """Functions, classes and constants of a module; what its classes hold, with and without their name."""
     names = set()
 
     def add(body: list[ast.stmt], prefix: str = "") -> None:
@@ -68,7 +68,7 @@ def defined_names(source: str) -> set[str]:
 
 
 def named(text: str) -> list[str]:
-    """The names of code in a link's text: `group_advantages`, `Optimizer.step`, `score(...)`; paths and options are none."""
+    """The names of code in a link's text: `Optimizer.step`, `score(...)`; paths and options are none."""
     return [
         match[1]
         for part in re.findall(r"`([^`]+)`", text)
@@ -83,7 +83,7 @@ def anchors(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_link_leads_to_a_file_and_every_name_in_it_is_defined_there(document):
+def test_every_link_leads_to_a_file_that_defines_its_names(document):
     for text, target in links(document):
         name, _, anchor = target.partition("#")
         path = (document.parent / name).resolve() if name else document
@@ -122,10 +122,11 @@ def test_the_python_for_your_own_code_runs():
     )
 
 
-def test_links_and_names_are_found_trap_a_check_that_sees_nothing(tmp_path):
+def test_trap_a_check_of_links_that_sees_nothing(tmp_path):
     document = tmp_path / "page.md"
     document.write_text(
-        '[`f`, `C.g(x)`](a.py) and [text](b.md#part)\n```\n[no](c.py)\n```\n[away](https://x.org) <img srcset="e.png" src="d.png">'
+        "[`f`, `C.g(x)`](a.py) and [text](b.md#part)\n```\n[no](c.py)\n```\n"
+        '[away](https://x.org) <img srcset="e.png" src="d.png">'
     )
     assert links(document) == [("`f`, `C.g(x)`", "a.py"), ("text", "b.md#part"), ("", "e.png"), ("", "d.png")]
     assert named("`f`, `C.g(x)`, `rl/loss.py`, `--out x`, plain") == ["f", "C.g"]
@@ -147,7 +148,7 @@ def options_below(kind, prefix: str = "") -> set[str]:
 
 
 @pytest.mark.parametrize("document", PRESENT, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_file_and_every_option_of_a_recipe_that_a_document_names_exists(document):
+def test_every_file_and_option_that_a_document_names_exists(document):
     text = prose(document)
     folders = "model|data|rl|lab|experiments|docs|tests|benchmarks|recipes|tasks"
     modules = [f"{name.replace('.', '/')}.py" for name in re.findall(r"python -m ([a-z]\w*(?:\.\w+)+)", text)]
@@ -180,7 +181,7 @@ def test_the_notebooks_cells_run_in_order_and_their_asserts_hold(tmp_path):
         assert kinds[0] == kinds[1], "outputs are missing: python docs/run_notebook.py docs/one_step.ipynb"
 
 
-def test_a_cell_that_raises_is_noticed_trap_runner_that_passes_anything(tmp_path):
+def test_trap_a_notebook_runner_that_passes_anything(tmp_path):
     path = tmp_path / "bad.ipynb"
     path.write_text(
         json.dumps({"cells": [{"cell_type": "code", "source": ["x = 1\n", "assert x == 2"], "outputs": []}]})
@@ -189,7 +190,7 @@ def test_a_cell_that_raises_is_noticed_trap_runner_that_passes_anything(tmp_path
     assert result.returncode != 0 and "code cell 1" in result.stderr and not (tmp_path / "out.ipynb").exists()
 
 
-def test_the_notebook_is_kept_small_with_its_plots_and_without_paths_of_a_machine():
+def test_the_notebook_is_small_and_has_plots_and_no_local_paths():
     text = NOTEBOOK.read_text()
     ids = [cell["id"] for cell in json.loads(text)["cells"]]
     assert len(text) < 400_000 and len(set(ids)) == len(ids)

@@ -35,7 +35,8 @@ def test_digits_symbols_and_accents_are_fine(text):
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("π r", 1), ("да, yes", 2), ("七十九 減 六十", 6), ("ａ", 1), ("so it is с", 1), ("άρα", 3), ("لذا", 3), ("して", 2), ("그래", 2)],
+    [("π r", 1), ("да, yes", 2), ("七十九 減 六十", 6), ("ａ", 1), ("so it is с", 1), ("άρα", 3), ("لذا", 3),
+     ("して", 2), ("그래", 2)],
 )  # fmt: skip
 def test_letters_outside_the_latin_script_are_counted_one_by_one(text, count):
     assert non_latin(text) == count
@@ -50,7 +51,7 @@ def rollout(text: str, settings: RewardSettings = RewardSettings()) -> Rollout:
 @pytest.mark.parametrize(
     ("settings", "drifted"), [({}, 1.0), ({"latin_only": False}, 1.0), ({"latin_only": True}, 0.0)]
 )
-def test_the_guard_gives_nothing_for_drift_and_leaves_the_verdict_alone(settings, drifted):
+def test_the_guard_pays_nothing_for_drift_and_leaves_the_verdict(settings, drifted):
     group = [rollout(text, RewardSettings(**settings)) for text in (RIGHT, DRIFTED, "七")]
     assert [(r.outcome, r.reward) for r in group] == [
         ("correct", 1.0),
@@ -65,13 +66,14 @@ def test_the_guard_gives_nothing_for_drift_and_leaves_the_verdict_alone(settings
 @pytest.mark.parametrize(
     ("settings", "expected"), [({}, 0.75), ({"near_miss": True}, 0.75), ({"near_miss": False}, 0.1)]
 )
-def test_near_misses_earn_part_of_the_reward_unless_a_recipe_says_otherwise(settings, expected):
+def test_near_misses_earn_a_part_unless_a_recipe_says_otherwise(settings, expected):
     near = score("</think><answer>79-60+17</answer>", Problem(PROBLEM.numbers, 37))
     assert near == Score(0.75, "near")
     plain, unformed = RewardSettings(**settings), RewardSettings(**settings, format=False)
     completion = Completion([5, 6], [-0.5, -0.5], True)
     for verdict, reward, without_format in (
-        (CORRECT, 1.0, 1.0), (near, expected, 0.75 if expected == 0.75 else 0.0), (WRONG, 0.1, 0.0), (MALFORMED, 0.0, 0.0)
+        (CORRECT, 1.0, 1.0), (near, expected, 0.75 if expected == 0.75 else 0.0), (WRONG, 0.1, 0.0),
+        (MALFORMED, 0.0, 0.0)
     ):  # fmt: skip
         assert reward_for(verdict, "79", completion, plain) == reward
         assert reward_for(verdict, "79", completion, unformed) == without_format

@@ -5,7 +5,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from helpers import PROBLEM
+from helpers import GROUPS, PROBLEM
 
 import lab.run
 from data import Problem
@@ -15,7 +15,6 @@ from lab.recipe import EvaluationSettings, load_recipe, problems_of
 from lab.runfolder import RunFolder
 from lab.stages import train
 from model import Completion
-from rl import score
 from rl.rollout import Rollout
 
 
@@ -34,27 +33,7 @@ def test_an_evaluation_counts_outcomes_lengths_and_truncations():
     assert (result.low, result.high) == pytest.approx((0.490162, 0.943318), abs=1e-6)
 
 
-def answered(problem: Problem, *answers: str) -> list[Rollout]:
-    """A group of completions with these answers, scored as usual; an empty one gives no answer at all."""
-    texts = [f"</think>\n<answer>{answer}</answer>" if answer else "</think>\n" for answer in answers]
-    verdicts = [score(text, problem) for text in texts]
-    return [
-        Rollout(problem, [1], Completion([5], [-0.5], True), text, verdict.outcome, verdict.reward)
-        for text, verdict in zip(texts, verdicts, strict=True)
-    ]
-
-
-GROUPS = [
-    answered(
-        Problem((1, 2, 7), 10), "1+2+7", "7+1+2", "7+1+2", "7-1-2"
-    ),  # 3 of 4 correct, 3 different answers
-    answered(Problem((2, 5, 10), 100), "2*5*10", "", "", "2+5+10"),  # 1 of 4, 2 different
-    answered(Problem((3, 5, 4), 12), "3+5+4", "3+5+4", "3+4+5", "5+4+3"),  # 4 of 4, 3 different
-    answered(Problem((3, 3, 8, 8), 24), "", "", "", ""),  # only 8 / (3 - 8 / 3): none, none
-]
-
-
-def test_pass_at_k_equals_the_mean_over_every_choice_of_k_completions():
+def test_pass_at_k_is_the_mean_over_every_choice_of_k():
     for k in range(1, 5):
         by_hand = []
         for group in GROUPS:
@@ -79,8 +58,10 @@ def test_rollout_metrics_by_hand():
     found = rollout_metrics(groups)
     assert (found.pop("common_form"), found.pop("common_form_fraction")) == ("", 0.0)
     assert found == pytest.approx({
-        "reward_mean": 0.275, "train_accuracy": 0.25, "format_rate": 0.5, "entropy": 0.5, "completion_length": 4.0,
-        "truncated_fraction": 0.25, "silent_groups": 0.5, "tokens": 16, "near_fraction": 0.0, "non_latin_fraction": 0.0,
+        "reward_mean": 0.275, "train_accuracy": 0.25, "format_rate": 0.5, "entropy": 0.5,
+        "completion_length": 4.0,
+        "truncated_fraction": 0.25, "silent_groups": 0.5, "tokens": 16, "near_fraction": 0.0,
+        "non_latin_fraction": 0.0,
         "pass_at_2": 0.5,
     })  # fmt: skip
 
@@ -99,9 +80,8 @@ def test_the_common_form_of_answers_by_hand():
 
 
 @pytest.mark.parametrize("final, sizes", [(7, [4, 7, 7]), (0, [4])])
-def test_a_run_ends_with_all_of_its_held_out_problems_as_sampled_and_greedy(
-    monkeypatch, tmp_path, final, sizes
-):
+def test_a_run_ends_with_all_held_out_problems_in_both_ways(monkeypatch, tmp_path, final, sizes):
+    """Sampled, and greedy."""
     evaluation = EvaluationSettings(problems=4, final_problems=final)
     recipe = load_recipe("256", "tiny")[1]
     recipe = replace(recipe, stages=(), out=str(tmp_path), generated_problems=40, evaluation=evaluation)

@@ -43,7 +43,7 @@ def tree(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("number", range(1, 9))
-def test_an_exercise_says_where_to_look_what_to_expect_and_how_many_lines_its_solution_has(number, tree):
+def test_an_exercise_says_where_what_and_how_many_lines(number, tree):
     section = SECTIONS[number - 1]
     assert section.startswith(f"{number}. ")
     for part in ("**Where:**", "**Expect:**", "**Then:**"):

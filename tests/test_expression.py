@@ -1,45 +1,13 @@
 """The expression parser against Python's own grammar, and against text written to break it."""
 
-import ast
-import operator
-import re
-import warnings
 from fractions import Fraction
 
 import pytest
+from fuzz_reward import python_value
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data.expression import MAX_DEPTH, ExpressionError, evaluate_expression, parse_equation, parse_expression
-
-PYTHON = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-
-
-def python_value(text: str) -> tuple[Fraction, list[int]] | None:
-    """What Python's grammar, restricted to the allowed operators, says: (value, numbers), or None for anything else."""
-    if not re.fullmatch(r"[0-9+\-*/() \t\r\n]*", text) or re.search(r"\b0[0-9]", text):
-        return None
-    numbers: list[int] = []
-
-    def value(node: ast.AST) -> Fraction:
-        match node:
-            case ast.Expression():
-                return value(node.body)
-            case ast.Constant():
-                numbers.append(node.value)
-                return Fraction(node.value)
-            case ast.UnaryOp(op=ast.USub()):
-                return -value(node.operand)
-            case ast.BinOp(op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div()):
-                return PYTHON[type(node.op)](value(node.left), value(node.right))
-        raise SyntaxError(ast.dump(node))
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "1 (2)" is a warning to Python before it is an error
-        try:
-            return value(ast.parse(re.sub(r"\s", " ", text).strip(), mode="eval")), numbers
-        except (SyntaxError, ZeroDivisionError):
-            return None
 
 
 def parsed(text: str) -> tuple[Fraction, list[int]] | None:
@@ -63,9 +31,8 @@ expressions = st.recursive(
 
 
 @given(expressions | st.text("0127+-*/() .\t", max_size=30), st.data())
-def test_expressions_and_soup_as_they_are_and_with_one_changed_character_are_judged_as_python_judges_them(
-    text, data
-):
+def test_texts_are_judged_as_python_judges_them(text, data):
+    """Expressions and soup, as they are and with one changed character."""
     assert parsed(text) == python_value(text)
     place = data.draw(st.integers(0, len(text)))
     text = (
@@ -85,7 +52,7 @@ def test_no_text_raises_anything_but_an_expression_error(text):
             assert "\n" not in str(error) and len(str(error)) < 700
 
 
-def test_values_are_exact_and_numbers_stand_in_order_of_appearance():
+def test_values_are_exact_and_numbers_keep_their_order():
     assert evaluate_expression("(79 - 60) + 17") == Fraction(36)
     assert type(evaluate_expression("4 / 2")) is Fraction
     assert evaluate_expression("1 / 3 * 3") == 1
@@ -98,14 +65,19 @@ def test_values_are_exact_and_numbers_stand_in_order_of_appearance():
 
 REFUSED = {
     "empty": "", "tower of powers": "99 ** 98 ** 97", "floor division": "11 // 2 * 5", "remainder": "11 % 2",
-    "exponent": "1e9", "decimal": "2.5 * 10", "hexadecimal": "0x24", "underscore": "1_000", "unary plus": "+5",
+    "exponent": "1e9", "decimal": "2.5 * 10", "hexadecimal": "0x24", "underscore": "1_000",
+    "unary plus": "+5",
     "fullwidth digits": "３６", "superscript": "6²", "times sign": "6 × 6", "typographic minus": "79 − 60",
-    "no-break space": "79\u00a0- 60", "two numbers": "7 9", "juxtaposed parentheses": "2(3)", "closed parenthesis": "1 + 2)",
-    "empty parentheses": "()", "square brackets": "[1 + 2]", "dangling operator": "1 +", "equation": "79 - 60 + 17 = 36",
+    "no-break space": "79\u00a0- 60", "two numbers": "7 9", "juxtaposed parentheses": "2(3)",
+    "closed parenthesis": "1 + 2)",
+    "empty parentheses": "()", "square brackets": "[1 + 2]", "dangling operator": "1 +",
+    "equation": "79 - 60 + 17 = 36",
     "call": "abs(3)", "code": "__import__('os').getcwd()", "null character": "36\0", "surrogate": "\ud800",
     "division by a hidden zero": "5 / (3 - 6 / 2)", "10,000 parentheses": "(" * 10_000 + "1" + ")" * 10_000,
-    "nesting within the length": "(" * (MAX_DEPTH + 1) + "1" + ")" * (MAX_DEPTH + 1), "100,000 digits": "9" * 100_000,
-    "ten digits": "1234567890", "a long sum": "1 + " * 100 + "1", "a megabyte of blanks": " " * 1_000_000 + "1",
+    "nesting within the length": "(" * (MAX_DEPTH + 1) + "1" + ")" * (MAX_DEPTH + 1),
+    "100,000 digits": "9" * 100_000,
+    "ten digits": "1234567890", "a long sum": "1 + " * 100 + "1",
+    "a megabyte of blanks": " " * 1_000_000 + "1",
 }  # fmt: skip
 
 
@@ -117,7 +89,8 @@ def test_refused(text):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("2 ** 5", r"unexpected '\*' at character 4 of '2 \*\* 5'"), ("1 + 007", r"unexpected '0' at character 5 of '1 \+ 007'"),
+    [("2 ** 5", r"unexpected '\*' at character 4 of '2 \*\* 5'"),
+     ("1 + 007", r"unexpected '0' at character 5 of '1 \+ 007'"),
      ("(1 + 2", "unexpected end of"), ("1 / 0", "division by zero in '1 / 0'")],
 )  # fmt: skip
 def test_the_error_names_the_offending_part(text, message):
@@ -125,7 +98,7 @@ def test_the_error_names_the_offending_part(text, message):
         evaluate_expression(text)
 
 
-def test_an_equation_gives_its_left_side_and_a_lone_number_is_seen():
+def test_an_equation_gives_its_left_side():
     assert [len(parse_expression(text).numbers) for text in ("36", "(-36)", "36 + 0")] == [1, 1, 2]
     equation = parse_equation(" (79 - 60) + 17 = 36 ")
     assert (equation.value, equation.numbers) == (36, (79, 60, 17))
@@ -134,7 +107,8 @@ def test_an_equation_gives_its_left_side_and_a_lone_number_is_seen():
 
 @pytest.mark.parametrize(
     "text",
-    ["79 - 60 + 17", "79 - 60 + 17 = 37", "79 - 60 + 17 =", "= 36", "6 * 6 = 36 = 36", "6 * 6 == 36", "6 * 6 = 30 + 6",
+    ["79 - 60 + 17", "79 - 60 + 17 = 37", "79 - 60 + 17 =", "= 36", "6 * 6 = 36 = 36", "6 * 6 == 36",
+     "6 * 6 = 30 + 6",
      "79 - 60 = 19 + 17 = 36", "1 / 2 = 0.5", "6 * 6 = 36.", "6 * 6 = 036", "1 / 0 = 0"],
 )  # fmt: skip
 def test_an_equation_is_one_expression_and_one_right_value(text):

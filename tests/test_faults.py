@@ -1,12 +1,10 @@
-"""Losses, gradients and log-probabilities that are not finite: the update is skipped and counted; five in a row end the run."""
+"""Updates that are not finite are skipped and counted; five in a row end the run."""
 
 import math
 
 import pytest
 import torch
-from helpers import ragged_samples, random_model, trainer_for
-from test_commands import fails, smoke
-from test_grpo import sampler_that_is_off, take_step
+from helpers import fails, ragged_samples, random_model, sampler_that_is_off, smoke, take_step, trainer_for
 
 import rl.grpo
 from lab.checkpoint import state_tensors
@@ -30,9 +28,8 @@ def equal(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("source", ["loss", "gradient", "sampler"])
-def test_an_update_that_is_not_finite_changes_nothing_and_is_counted_and_the_next_one_is_taken(
-    source, bad, monkeypatch
-):
+def test_an_update_that_is_not_finite_is_skipped_and_counted(source, bad, monkeypatch):
+    """It changes nothing, and the next one is taken."""
     model = random_model()
     trainer = trainer_for(model, budget=30)
     optimizer = trainer.optimizer
@@ -76,9 +73,8 @@ def test_a_sampler_whose_logits_are_not_finite_says_so(bad):
     assert ids.max() < 5 and logprobs.isnan().all()
 
 
-def test_a_run_goes_on_past_a_fault_and_counts_it_and_five_in_a_row_end_it_with_advice(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_run_goes_on_past_faults_until_five_in_a_row(tmp_path, monkeypatch, capsys):
+    """They are counted, and it ends with advice."""
     losses = [0]
 
     def loss(*arguments, **options):

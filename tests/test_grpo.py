@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    FakeTask,
-    FakeTokenizer,
+    REWARDS,
     gradients,
     largest,
     largest_gap,
     ragged_samples,
     random_model,
+    sampler_that_is_off,
+    take_step,
     trainer_for,
     weights,
 )
@@ -22,18 +23,15 @@ from helpers import (
 import rl.grpo
 from lab.stages import learning_rate_at
 from rl.batch import logprobs_and_entropy
-from rl.grpo import GRPOStage, grpo_step
+from rl.grpo import GRPOStage
 from rl.loss import AGGREGATIONS
 from rl.optimizer import Optimizer, OptimizerSettings
-from rl.rollout import SamplingSettings, collect_rollouts
 from rl.trainer import Trainer
 
-REWARDS = [[1.0, 0.0, 0.1, 0.1], [0.3] * 4, [0.7, 0.3, 0.1, 0.0], [0.0, 0.1, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]]
-PROBLEMS = ["ab", "c", "defgh", "c", "ij"]
 MEMORY_ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+        "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"
     ),
 ]
 
@@ -57,32 +55,11 @@ def recording(model, budget: int = 1000, **options) -> Trainer:
     return Trainer(model, Recording(model, **options), budget)
 
 
-def take_step(trainer, rewards=REWARDS, learning_rate=0.01, temperature=1.0, reference=None, **stage):
-    """A step on PROBLEMS with `rewards` given by hand: [problem][sample], in the order of scoring."""
-    given_rewards = iter([reward for row in rewards for reward in row])
-    return grpo_step(
-        trainer, FakeTokenizer(), FakeTask(lambda problem, text: next(given_rewards)), PROBLEMS[: len(rewards)],
-        settings=GRPOStage(samples_per_prompt=len(rewards[0]), **stage), seed=1, reference=reference,
-        sampling=SamplingSettings(max_new_tokens=8, temperature=temperature), learning_rate=learning_rate,
-    )  # fmt: skip
-
-
-def sampler_that_is_off(shift):
-    """`collect_rollouts` with log-probabilities that are too low by `shift(place)` for the token at each place."""
-
-    def collect(*arguments, **options):
-        groups = collect_rollouts(*arguments, **options)
-        for logprobs in (rollout.completion.logprobs for group in groups for rollout in group):
-            logprobs[:] = [logprob - shift(place) for place, logprob in enumerate(logprobs)]
-        return groups
-
-    return collect
-
-
 def update_by_hand(model, groups, stage, temperature, reference) -> dict:
     """One update from its definition: every sample alone in a plain forward, every token's term written out.
 
-    The loss, its gradient, and of the tokens that have one: ratios below and above the clip, log ratios and entropies.
+    The loss, its gradient, and of the tokens that have one: ratios below and above the clip, log ratios and
+    entropies.
     """
     result = {"loss": 0.0, "low": 0, "high": 0, "log_ratios": [], "entropies": []}
     lengths = [len(rollout.completion.token_ids) for group in groups for rollout in group]
@@ -93,7 +70,8 @@ def update_by_hand(model, groups, stage, temperature, reference) -> dict:
             advantage = 0.0 if len(set(rewards)) == 1 else (reward - rewards.mean()) / deviation
             ids = rollout.completion.token_ids
             token_weight = {
-                "token": 1 / sum(lengths), "sequence": 1 / len(lengths) / len(ids), "constant": 1 / len(lengths) / 8
+                "token": 1 / sum(lengths), "sequence": 1 / len(lengths) / len(ids),
+                "constant": 1 / len(lengths) / 8
             }[stage.aggregation]  # fmt: skip
             tokens = torch.tensor([rollout.prompt_ids + ids])
             rows = model(tokens)[0, len(rollout.prompt_ids) - 1 : -1].div(temperature).log_softmax(-1)
@@ -125,10 +103,10 @@ def update_by_hand(model, groups, stage, temperature, reference) -> dict:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3], ids=["plain", "kl"])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_gradient_and_metrics_of_every_update_are_those_of_the_definition(
+def test_every_update_has_the_gradient_and_metrics_by_definition(
     aggregation, kl_coef, temperature, monkeypatch
 ):
-    """Three updates share five groups, of which one has equal rewards; the sampler's log-probabilities are off."""
+    """Three updates share five groups; one has equal rewards, and the sampler is off."""
     monkeypatch.setattr(
         rl.grpo, "collect_rollouts", sampler_that_is_off(lambda place: -0.3 if place % 3 else 0.1)
     )
@@ -155,10 +133,13 @@ def test_gradient_and_metrics_of_every_update_are_those_of_the_definition(
         torch.cat([g.flatten() for g in update["gradient"].values()]).norm().item() for update in expected
     ]
     assert {name: value for name, value in metrics.items() if "seconds" not in name} == pytest.approx({
-        "loss": np.mean([update["loss"].item() for update in expected]), "grad_norm": np.mean(norms), "skipped_updates": 0,
+        "loss": np.mean([update["loss"].item() for update in expected]), "grad_norm": np.mean(norms),
+        "skipped_updates": 0,
         "policy_entropy": np.mean([x for update in expected for x in update["entropies"]]), "lr": 0.02,
-        "clip_fraction": (low + high) / tokens, "clip_fraction_low": low / tokens, "clip_fraction_high": high / tokens,
-        "log_ratio_mean": np.mean(expected[0]["log_ratios"]), "log_ratio_std": np.std(expected[0]["log_ratios"]),
+        "clip_fraction": (low + high) / tokens, "clip_fraction_low": low / tokens,
+        "clip_fraction_high": high / tokens,
+        "log_ratio_mean": np.mean(expected[0]["log_ratios"]),
+        "log_ratio_std": np.std(expected[0]["log_ratios"]),
     }, rel=1e-5, abs=1e-5)  # fmt: skip
     assert largest_gap(weights(reference), before) == 0 and all(
         p.grad is None for p in reference.parameters()
@@ -166,7 +147,7 @@ def test_gradient_and_metrics_of_every_update_are_those_of_the_definition(
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_first_update_is_on_policy_and_later_ones_are_clipped(temperature):
+def test_only_updates_after_the_first_are_off_policy_and_clipped(temperature):
     def metrics_of(updates: int) -> dict:
         model = random_model(std=0.4)
         options = dict(temperature=temperature, clip_low=1e-3, clip_high=1e-3, updates_per_step=updates)
@@ -179,7 +160,7 @@ def test_the_first_update_is_on_policy_and_later_ones_are_clipped(temperature):
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
-def test_groups_of_equal_rewards_cost_no_backward_and_leave_every_weight_as_it_is(kind):
+def test_groups_of_equal_rewards_leave_every_weight_as_it_is(kind):
     """0.1 and 0.3 have rounding errors in their mean; none of it may reach a weight."""
     if kind == "adamw8bit":
         pytest.importorskip("bitsandbytes")
@@ -197,7 +178,7 @@ def test_groups_of_equal_rewards_cost_no_backward_and_leave_every_weight_as_it_i
 
 
 def test_the_same_problem_twice_makes_two_groups():
-    """Grouped by prompt, the mean of "c" would be 0.75, and the second group would not have zero advantages."""
+    """Grouped by prompt, the second "c" would have advantages, because the mean would be 0.75."""
     model = random_model()
     groups, advantages, _ = take_step(
         recording(model), [REWARDS[0], [1.0, 0.0, 1.0, 0.0], REWARDS[2], [1.0] * 4]
@@ -213,7 +194,7 @@ def test_the_same_problem_twice_makes_two_groups():
 @pytest.mark.parametrize(
     "budget, error", [(40, None), (1, None), (100, MEMORY_ERRORS[0]), (100, MEMORY_ERRORS[1])]
 )
-def test_a_step_does_not_depend_on_micro_batches_nor_on_running_out_of_memory(budget, error, monkeypatch):
+def test_micro_batches_and_lack_of_memory_change_no_step(budget, error, monkeypatch):
     whole = random_model(1)  # trained in one micro-batch
     _, _, expected = take_step(recording(whole, 10_000), updates_per_step=2)
 
@@ -235,7 +216,8 @@ def test_a_step_does_not_depend_on_micro_batches_nor_on_running_out_of_memory(bu
 
 
 @pytest.mark.parametrize("error, tries", [(MEMORY_ERRORS[0], range(3, 12)), (RuntimeError("a bug"), [1])])
-def test_the_error_of_a_sample_that_does_not_fit_alone_and_any_other_error_are_raised(error, tries):
+def test_a_sample_that_does_not_fit_alone_raises_its_error(error, tries):
+    """So does any other error, without another try."""
     tried = []
 
     def failing(batch):
@@ -247,7 +229,7 @@ def test_the_error_of_a_sample_that_does_not_fit_alone_and_any_other_error_are_r
     assert len(tried) in tries and tried == sorted(tried, reverse=True)
 
 
-def test_a_lack_of_memory_on_a_cpu_has_the_message_by_which_it_is_recognised():
+def test_a_lack_of_memory_on_a_cpu_is_recognised():
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (2**35, hard))  # so that the system refuses
     try:
@@ -257,7 +239,7 @@ def test_a_lack_of_memory_on_a_cpu_has_the_message_by_which_it_is_recognised():
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_its_end():
+def test_the_learning_rate_warms_up_and_falls_to_its_end():
     def rates(steps: int = 5, **changes) -> list[float]:
         stage = GRPOStage(steps=steps, learning_rate=8.0, **changes)
         return [

@@ -1,4 +1,4 @@
-"""GSM8K: which number counts, what is a problem, files of them, and a run through the same code as Countdown."""
+"""GSM8K: which number counts, what is a problem, files of them, and a run through the common code."""
 
 import itertools
 import random
@@ -35,20 +35,30 @@ EGGS = WordProblem(
 @pytest.mark.parametrize(
     "text, value",
     [
-        (" $126. ", 126), ("-3", -3), ("1,234,567", 1234567), ("2.50", Fraction(5, 2)), ("so 6 * 21 = 126 eggs", 126), ("126%", 126),
-        ("(126)", 126), ("9{,}500 dollars", 9500), (r"\boxed{126}", 126), (r"\frac{5}{2}", Fraction(5, 2)), ("5/2", Fraction(5, 2)),
-        ("\u2212**3**", -3), ("12 or 126", None), ("10-3", None), ("", None), ("none", None), ("x126", None), ("126x", None),
-        ("1,23", None), ("1 234", None), ("1.2.3", None), ("3:30", None), ("1e9", None), ("1/0", None), ("١٢٦", None), ("9" * 19, None),
+        (" $126. ", 126), ("-3", -3), ("1,234,567", 1234567), ("2.50", Fraction(5, 2)),
+        ("so 6 * 21 = 126 eggs", 126), ("126%", 126),
+        ("(126)", 126), ("9{,}500 dollars", 9500), (r"\boxed{126}", 126), (r"\frac{5}{2}", Fraction(5, 2)),
+        ("5/2", Fraction(5, 2)),
+        ("\u2212**3**", -3), ("12 or 126", None), ("10-3", None), ("", None), ("none", None), ("x126", None),
+        ("126x", None),
+        ("1,23", None), ("1 234", None), ("1.2.3", None), ("3:30", None), ("1e9", None), ("1/0", None),
+        ("١٢٦", None), ("9" * 19, None),
         ("0" * 300 + "1", None), ("1" + " " * 300, None),
         # as people and models write it
-        ("2\u00bd", Fraction(5, 2)), ("2 1/2 cups", Fraction(5, 2)), (r"2\frac{1}{2}", Fraction(5, 2)), (".5", Fraction(1, 2)),
-        ("\u20135", -5), ("minus $5", -5), ("-(5)", -5), ("3\u20135", None), (r"$1{,}000\text{ m}$", 1000), (r"50\%", 50),
+        ("2\u00bd", Fraction(5, 2)), ("2 1/2 cups", Fraction(5, 2)), (r"2\frac{1}{2}", Fraction(5, 2)),
+        (".5", Fraction(1, 2)),
+        ("\u20135", -5), ("minus $5", -5), ("-(5)", -5), ("3\u20135", None), (r"$1{,}000\text{ m}$", 1000),
+        (r"50\%", 50),
         # a unit is ignored
-        ("18cm", 18), ("60mph", 60), ("60 km/h", 60), ("$5/day", 5), ("24 m^2", 24), ("7\u00a0cm\u00b2", 7), ("5g", 5), (r"90^\circ", 90),
+        ("18cm", 18), ("60mph", 60), ("60 km/h", 60), ("$5/day", 5), ("24 m^2", 24), ("7\u00a0cm\u00b2", 7),
+        ("5g", 5), (r"90^\circ", 90),
         # a factor is not
-        ("5 million", 5 * 10**6), ("$18 thousand", 18_000), ("3 dozen eggs", 36), ("1.5k", 1500), ("2 hundred thousand", 200_000),
-        (r"5\text{ million}", 5 * 10**6), (r"\sqrt{16}", None), ("\u221a16", None), (r"2\pi", None), ("2\u03c0", None), ("5 x", None),
-        ("5n", None), ("5\u00b2", None), ("half of 10", None), ("2 thirds", None), ("5 and a half", None), ("5\u4e07", None),
+        ("5 million", 5 * 10**6), ("$18 thousand", 18_000), ("3 dozen eggs", 36), ("1.5k", 1500),
+        ("2 hundred thousand", 200_000),
+        (r"5\text{ million}", 5 * 10**6), (r"\sqrt{16}", None), ("\u221a16", None), (r"2\pi", None),
+        ("2\u03c0", None), ("5 x", None),
+        ("5n", None), ("5\u00b2", None), ("half of 10", None), ("2 thirds", None), ("5 and a half", None),
+        ("5\u4e07", None),
     ],
 )  # fmt: skip
 def test_the_one_number_counts_exactly(text, value):
@@ -63,7 +73,7 @@ def test_an_answer_is_right_if_its_one_number_is(answer, expected):
 
 
 @given(st.text(alphabet="0123456789.,-+% x<>answerthink\n", max_size=80))
-def test_no_text_raises_and_none_is_right_without_the_number_in_it(text):
+def test_no_text_raises_and_none_is_right_without_its_number(text):
     for completion in (text, f"</think><answer>{text}</answer>"):
         verdict = TASK.score(completion, EGGS)
         assert verdict.outcome != "correct" or "126" in text
@@ -123,8 +133,10 @@ def test_a_run_of_grpo_and_sft_goes_through_the_same_code(monkeypatch, tmp_path)
     recipe = load_recipe("gsm8k")[1]
     grpo = GRPOStage(steps=1, prompts_per_step=2, samples_per_prompt=4, updates_per_step=1)
     recipe = replace(
-        recipe, model="tiny", problems=str(path), out=str(tmp_path / "run"), optimizer=OptimizerSettings(kind="adamw"),
-        sampling=replace(recipe.sampling, max_new_tokens=8), evaluation=EvaluationSettings(problems=2, final_problems=0),
+        recipe, model="tiny", problems=str(path), out=str(tmp_path / "run"),
+        optimizer=OptimizerSettings(kind="adamw"),
+        sampling=replace(recipe.sampling, max_new_tokens=8),
+        evaluation=EvaluationSettings(problems=2, final_problems=0),
         stages=(grpo, SFTStage(epochs=1, traces=str(traces))),
     )  # fmt: skip
     save_traces(
@@ -147,7 +159,8 @@ def test_a_run_of_grpo_and_sft_goes_through_the_same_code(monkeypatch, tmp_path)
     assert "What is" in (run.path / "report.html").read_text()
 
 
-def test_a_worked_solution_is_the_datasets_own_answer_without_its_calculator_marks():
+def test_a_worked_solution_is_the_answer_without_its_marks():
+    """The marks are those of the dataset's calculator."""
     problem = WordProblem(
         "How many?", "He has 48/2 = <<48/2=24>>24.\nThen 24+1 = <<24+1=25>>25 are left.\n#### 25"
     )

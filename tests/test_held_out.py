@@ -1,4 +1,4 @@
-"""Held out means held out: no problem that is evaluated was sampled in training, by any of the models shown."""
+"""Held out means held out: no evaluated problem was sampled in training, by any of the models shown."""
 
 import json
 import shutil
@@ -6,10 +6,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from helpers import Hub
+from helpers import Hub, fails, smoke
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_commands import fails, smoke
 
 import eval as eval_command
 from data import Countdown, Problem, generate_problems, split_problems
@@ -32,7 +31,8 @@ def write(path: Path, problems: list[Problem]) -> str:
 
 @settings(max_examples=60, deadline=None)
 @given(st.permutations(range(120)), st.integers(2, 119), st.integers(1, 60))
-def test_the_split_follows_from_the_problems_and_a_new_one_moves_at_most_one(order, size, count):
+def test_the_split_follows_from_the_problems(order, size, count):
+    """A new problem moves at most one."""
     problems = [POOL[i] for i in order[:size]]
     count = min(count, size - 1)
     train, held_out = split_problems(problems, count)
@@ -45,7 +45,7 @@ def test_the_split_follows_from_the_problems_and_a_new_one_moves_at_most_one(ord
 
 
 def trained(folder: Path, recipe: Recipe, steps: int, resumed: bool) -> set:
-    """Leave the state and recipe of a model trained for so many steps; return the keys of what it has sampled."""
+    """Leave the state and recipe of a model trained for so many steps; return the keys it has sampled."""
     folder.mkdir()
     state = TrainState(seen=seen_by(recipe.model))
     sampled = set()
@@ -63,8 +63,8 @@ def trained(folder: Path, recipe: Recipe, steps: int, resumed: bool) -> set:
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_whatever_was_trained_on_what_nothing_evaluated_was_sampled(tmp_path_factory, data):
-    """Three runs on sources of their own, the file growing in between, some on top of another; then any two are shown."""
+def test_nothing_evaluated_was_sampled_in_training(tmp_path_factory, data):
+    """Three runs, some on top of another, while their file grows; then any two are evaluated."""
     here = tmp_path_factory.mktemp("runs")
     sampled = {}
     for number in range(3):
@@ -96,7 +96,8 @@ def test_whatever_was_trained_on_what_nothing_evaluated_was_sampled(tmp_path_fac
         assert not sampled.get(model, set()) & {problem.key for problem in evaluated}
 
 
-def test_a_run_notes_what_it_has_sampled_and_resumes_only_on_the_same_problems(tmp_path, capsys):
+def test_a_run_notes_its_problems_and_resumes_on_the_same_only(tmp_path, capsys):
+    """It notes those of the model that it began with, too."""
     source = write(tmp_path / "mine.jsonl", POOL)
     run = tmp_path / "run"
     recipe = smoke("--out", run, "--problems", source, "--evaluation.problems", 8).recipe
@@ -117,14 +118,15 @@ def test_a_run_notes_what_it_has_sampled_and_resumes_only_on_the_same_problems(t
     )
 
 
-def test_a_checkpoint_that_does_not_say_what_it_has_seen_is_refused(tmp_path):
+def test_a_checkpoint_without_notes_on_problems_is_refused(tmp_path):
     (tmp_path / STATE).write_text(json.dumps({"stage": 0, "stage_step": 1, "step": 1, "problems_seen": 12}))
     with pytest.raises(RecipeError, match="older version"):
         seen_by(str(tmp_path))
 
 
 @pytest.mark.parametrize("source", ["generated", "file"])
-def test_the_examples_of_a_prompt_are_neither_trained_nor_evaluated_on(source, tmp_path):
+def test_the_examples_of_a_prompt_are_in_neither_split(source, tmp_path):
+    """They are neither trained nor evaluated on."""
     sampling = SamplingSettings(examples=4)
     examples = {problem.key for problem in SMALL.examples(4)}
     problems = SMALL.generate(50, seed=0)
@@ -140,7 +142,7 @@ def test_the_examples_of_a_prompt_are_neither_trained_nor_evaluated_on(source, t
     assert {problem.key for part in with_examples for problem in part} == all_keys - examples
 
 
-def test_eval_leaves_out_the_examples_of_its_prompts_from_a_file_too(tmp_path, capsys):
+def test_eval_leaves_out_the_examples_of_its_prompts(tmp_path, capsys):
     problems = [*Countdown(max_number=20, max_target=50, four_number_share=1 / 3).examples(2), *POOL[:3]]
     source = write(tmp_path / "problems.jsonl", problems)
     options = dict(problems=source, examples=2, samples=1, max_new_tokens=4, json="-")
@@ -152,7 +154,7 @@ def test_eval_leaves_out_the_examples_of_its_prompts_from_a_file_too(tmp_path, c
 
 @pytest.mark.parametrize("named", ["home", "relative", "link", "hub"])
 def test_a_model_has_its_notes_however_it_is_named(named, tmp_path, monkeypatch):
-    """With a `~`, as a relative path, by a link, or as a hub id whose files are a checkpoint of this project."""
+    """With a `~`, by a relative path, by a link, or as a hub id whose files are a checkpoint from here."""
     recipe = Recipe(
         model="tiny",
         task=SMALL,

@@ -1,4 +1,4 @@
-"""A run killed at any moment, as often as one likes, ends as if it had not been: same weights, metrics, rollouts, traces."""
+"""A run killed at any moment, as often as one likes, ends as if it had not been killed."""
 
 import multiprocessing
 import os
@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import torch
-from test_commands import smoke, timeless
+from helpers import smoke, timeless
 
 import lab.checkpoint
 from lab.checkpoint import checkpoints
@@ -46,9 +46,10 @@ def modified(run: Path) -> float:
     return metrics.stat().st_mtime if metrics.exists() else 0.0
 
 
-def test_a_run_killed_ten_times_ends_bit_for_bit_as_if_it_had_not_been(tmp_path, monkeypatch):
+def test_a_run_killed_ten_times_ends_bit_for_bit_the_same(tmp_path, monkeypatch):
     context = multiprocessing.get_context("forkserver")
-    # Everything is imported before the fork, which saves seconds. Python 3.11 does not tell the server of sys.path.
+    # Everything is imported before the fork, which saves seconds. Python 3.11 does not tell the server of
+    # sys.path.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     context.set_forkserver_preload(["test_kill", "torch.utils.tensorboard", "matplotlib.figure"])
 

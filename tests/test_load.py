@@ -98,8 +98,10 @@ def test_a_source_that_is_none_says_what_would_be_one(tmp_path):
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     for source, message in [
         (tmp_path / "missing.parquet", "missing.parquet is no file"), (tmp_path / "folder.jsonl", "no file"),
-        (tmp_path / "binary.jsonl", "UTF-8"), (tmp_path, "cannot read problems from"), ("hbu", "cannot read problems from 'hbu'"),
-        ("problems.csv", "'problems.csv'.*jsonl"), ("hub@", "'hub@' names no revision"), ("a.parquet@main", "cannot read problems"),
+        (tmp_path / "binary.jsonl", "UTF-8"), (tmp_path, "cannot read problems from"),
+        ("hbu", "cannot read problems from 'hbu'"),
+        ("problems.csv", "'problems.csv'.*jsonl"), ("hub@", "'hub@' names no revision"),
+        ("a.parquet@main", "cannot read problems"),
     ]:  # fmt: skip
         with pytest.raises(DataError, match=message):
             load_problems(source)
@@ -111,7 +113,8 @@ few_problems = st.lists(
 
 
 @given(few_problems, st.randoms(use_true_random=False), st.data())
-def test_a_split_leaks_no_permuted_duplicate_and_does_not_depend_on_the_order_of_rows(problems, rng, data):
+def test_a_split_leaks_no_permuted_duplicate(problems, rng, data):
+    """It does not depend on the order of rows either."""
     unique = {problem.key for problem in problems}
     held_out = data.draw(st.integers(0, len(unique) - 1))
     train, kept = split_problems(problems, held_out)
@@ -142,7 +145,7 @@ def test_too_few_different_problems_to_hold_out_is_an_error():
 
 @settings(deadline=None, derandomize=True)
 @given(st.integers(1, 7), st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(0, 5))
-def test_every_epoch_has_each_problem_once_whatever_the_sizes_of_the_steps(total, counts, seed):
+def test_every_epoch_has_each_problem_once(total, counts, seed):
     """Steps of any size take the same sequence: resuming needs the position alone."""
     problems = [Problem((1, 2), number + 1) for number in range(20)]
     some = problems[:total]

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropy from a few logits at a time: exactly those of the plain way, in values and gradients."""
+"""Log-probabilities and entropy, from a few logits at a time, are those of the plain way."""
 
 import copy
 
@@ -39,7 +39,7 @@ def plain_way(hidden, weight, targets, temperature, num_tokens=NUM_TOKENS):
     st.integers(1, 5),
 )
 def test_values_and_gradients_are_those_of_the_plain_way(tokens, seed, temperature, chunk, at_once):
-    """Chunks of `chunk` tokens, softmax `at_once` rows at a time, in float64; a gradient on both results and on one only."""
+    """In float64, in chunks of any size; with a gradient on both results and on one only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(model.logprobs.CHUNK_LOGITS, "cpu", chunk * VOCAB)
         patch.setattr(model.sampler, "CPU_LOGITS", at_once * VOCAB)
@@ -100,7 +100,8 @@ def test_a_frozen_output_head_gets_no_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_activation_checkpointing_changes_no_gradient_and_keeps_less(dtype):
+def test_activation_checkpointing_changes_memory_alone(dtype):
+    """It keeps less, and the gradients are the same."""
     plain = random_model(dtype=dtype, num_hidden_layers=6)
     lean = copy.deepcopy(plain)
     lean.model.checkpoint_activations = True

@@ -18,7 +18,7 @@ def ragged_mask() -> torch.Tensor:
 
 
 def random_batch(seed: int, per_token: bool):
-    """Log-probabilities of a policy, of the sampler and of a reference, and advantages; masked positions hold garbage."""
+    """Log-probabilities of policy, sampler and reference, and advantages; masked positions hold garbage."""
     rng = np.random.default_rng(seed)
     shape = (len(LENGTHS), TIME)
     old = torch.tensor(rng.normal(-2, 0.5, shape))
@@ -106,7 +106,7 @@ def test_clip_truth_table(advantage, ratio, value, gradient):
     assert clip_counts(logprobs, old, advantages, mask, 0.25, 0.25) == expected
 
 
-def test_the_defaults_are_a_clip_of_a_quarter_and_an_average_over_tokens():
+def test_the_defaults_clip_at_a_quarter_and_average_over_tokens():
     """Ratios of 2 and 1/2, a row of one token and one of two: averaged by rows, the loss would be another."""
     logprobs = torch.tensor([[math.log(2), 0.0], [math.log(0.5), math.log(2)]])
     mask = torch.tensor([[1, 0], [1, 1]]).bool()
@@ -115,7 +115,7 @@ def test_the_defaults_are_a_clip_of_a_quarter_and_an_average_over_tokens():
         assert loss.item() == pytest.approx(-sum(expected) / 3)
 
 
-def test_clip_counts_keep_the_sides_apart_and_leave_masked_tokens_out():
+def test_clip_counts_keep_sides_apart_and_ignore_masked_tokens():
     ratio = torch.tensor([[0.7, 0.7, 1.3, 1.3, 1.5]] * 3)
     advantages = torch.tensor([-1.0, 1.0, 0.0])  # an advantage of zero has no gradient to clip
     mask = torch.tensor([[1, 0, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool()
@@ -126,7 +126,8 @@ def test_clip_counts_keep_the_sides_apart_and_leave_masked_tokens_out():
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_an_all_masked_batch_is_zero_and_masked_positions_count_for_nothing_even_if_nan(aggregation):
+def test_masked_positions_count_for_nothing_even_if_nan(aggregation):
+    """A batch that is masked throughout is zero."""
     mask = ragged_mask()
     values = torch.arange(mask.numel(), dtype=torch.float64).reshape(mask.shape)
     spoiled = values.masked_fill(~mask, math.nan).requires_grad_()
@@ -153,8 +154,8 @@ def test_each_aggregation_by_hand():
     assert sft_loss(-per_token, mask, denominator=32).item() == 0.5
 
 
-def test_the_expected_gradient_of_the_kl_penalty_is_that_of_kl_from_the_reference_to_the_policy():
-    """Every token of a vocabulary, weighted by its probability; that of k1 = -gap would be zero (docs/algorithm.md)."""
+def test_the_kl_penalty_has_the_expected_gradient_of_reverse_kl():
+    """Over a whole vocabulary; that of k1 = -gap would be zero (docs/algorithm.md)."""
     logits, reference = torch.randn(2, 1, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     logprobs = logits.requires_grad_().log_softmax(-1)
     probs, zero, mask = logprobs.detach().exp(), torch.zeros(1), torch.ones(1, 9, dtype=torch.bool)

@@ -12,11 +12,9 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import random_model
+from helpers import evaluated, exit_code, fails, random_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_commands import evaluated, fails
-from test_progress import exit_code
 
 import lab.evaluate
 import model.cache
@@ -53,7 +51,8 @@ def cases(draw):
 @example(([30, 1, 1], 2, 5, 40))  # the first fits to the token, the others together with it do not
 @example(([3, 20, 3, 3], 7, 4, 43))  # one in the middle is divided
 @example(([4, 4], 6, 5, 16))  # 2 of 6 at a time: parts come out even
-def test_batches_hold_every_sample_once_in_order_fit_their_budget_and_could_not_be_larger(case):
+def test_batches_hold_every_sample_and_are_as_large_as_fits(case):
+    """Each sample comes once, in order."""
     lengths, num_samples, max_new_tokens, budget = case
 
     def cost(lengths: list[int], rows: int) -> int:
@@ -74,9 +73,8 @@ def test_batches_hold_every_sample_once_in_order_fit_their_budget_and_could_not_
         assert sum(number in prompts for prompts, _ in found) == parts
 
 
-def test_a_prompt_without_room_for_one_sample_is_refused_before_any_is_sampled_with_its_numbers_and_the_way_out(
-    decoder,
-):
+def test_a_prompt_without_room_is_refused_before_any_sampling(decoder):
+    """The error has the numbers and the way out."""
     plan_batches(list(map(len, PROMPTS)), 5, 13, 22)
     message = "room for 21 tokens .* a prompt of 9 and 13 new .* lower max_new_tokens, raise max_cache_tokens"
     with pytest.raises(ModelError, match=message):  # the prompts before it have room
@@ -89,7 +87,7 @@ def test_a_prompt_without_room_for_one_sample_is_refused_before_any_is_sampled_w
         )
 
 
-def test_eval_has_the_room_of_the_recipe_of_the_option_or_of_memory(tmp_path, monkeypatch, capsys):
+def test_eval_has_the_room_of_recipe_option_or_memory(tmp_path, monkeypatch, capsys):
     checkpoint = shutil.copytree(TINY, tmp_path / "checkpoint")
     recipe = {"problems": "generated", "generated_problems": 30, "sampling": {"max_cache_tokens": 50}}
     (checkpoint / "recipe.json").write_text(json.dumps(recipe | {"evaluation": {"problems": 4}}))
@@ -123,7 +121,7 @@ def test_out_of_memory_advises_options_that_the_command_has(command, tmp_path, m
 @pytest.mark.parametrize("stops", [(), (7, 30)], ids=["to the end", "rows leave"])
 @pytest.mark.parametrize("room", [22, 140, 296])
 def test_keys_and_values_never_take_more_memory_than_the_budget(room, stops, static, decoder, monkeypatch):
-    """All that is alive counts, the batch before included; with blocks of 5 tokens the last one is shorter."""
+    """All that is alive counts, the batch before too; of blocks of 5 tokens the last is shorter."""
     alive, seen = weakref.WeakSet(), []
 
     def look(*report):
@@ -170,7 +168,7 @@ def test_without_a_budget_generate_takes_what_fits_into_memory(decoder, monkeypa
 
 
 def machine(available: int | None = None, limit="", used="", cached=0):
-    """In the place of `read`: a machine with so many kB available, and a container's limit and use in bytes."""
+    """In the place of `read`: a machine with so many kB available, and a container with a limit and a use."""
     files = {
         "/proc/meminfo": f"MemFree:    77 kB\nMemAvailable:   {available} kB\n" if available else "",
         "/sys/fs/cgroup/memory.max": f"{limit}\n",
@@ -180,7 +178,7 @@ def machine(available: int | None = None, limit="", used="", cached=0):
     return lambda path: files.get(path, "")
 
 
-def test_free_memory_is_the_smaller_of_what_machine_and_container_have_left(monkeypatch, tmp_path):
+def test_free_memory_is_the_smaller_of_machine_and_container(monkeypatch, tmp_path):
     assert 0 < free_memory(torch.device("cpu")) < 2**50  # of this machine
     assert model.memory.read(tmp_path / "missing") == model.memory.read(tmp_path) == ""
     for numbers, expected in (
@@ -201,14 +199,16 @@ def test_free_memory_is_the_smaller_of_what_machine_and_container_have_left(monk
     "groups, folder, names, total",
     [
         ("0::/slurm/job_7/step_0\n", "/sys/fs/cgroup/slurm", ("max", "current"), ""),
-        ("5:cpu:/\n4:memory:/slurm/job_7/step_0\n0::/\n", "/sys/fs/cgroup/memory/slurm", ("limit_in_bytes", "usage_in_bytes"), "total_"),
+        ("5:cpu:/\n4:memory:/slurm/job_7/step_0\n0::/\n", "/sys/fs/cgroup/memory/slurm",
+        ("limit_in_bytes", "usage_in_bytes"), "total_"),
     ],
     ids=["version 2", "version 1"],
 )  # fmt: skip
 def test_a_job_has_what_the_tightest_group_around_it_leaves(groups, folder, names, total, monkeypatch):
     def group(path, limit, used, cached):
         values = zip(names, (limit, used))
-        stat = f"inactive_file 9999\nactive_file 9999\n{total}inactive_file {cached}\n{total}active_file {cached}\n"
+        stat = f"inactive_file 9999\nactive_file 9999\n{total}inactive_file {cached}\n"
+        stat += f"{total}active_file {cached}\n"
         return {f"{folder}{path}/memory.{name}": f"{value}\n" for name, value in values} | {
             f"{folder}{path}/memory.stat": stat
         }
@@ -224,7 +224,8 @@ def test_a_job_has_what_the_tightest_group_around_it_leaves(groups, folder, name
 
 
 @pytest.mark.parametrize("limit, used", [("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")])
-def test_a_process_has_what_its_own_limit_leaves_however_many_there_are(limit, used, monkeypatch):
+def test_a_process_has_what_its_own_limit_leaves(limit, used, monkeypatch):
+    """The number of processes does not matter."""
     files = {
         "/proc/meminfo": "MemAvailable: 250000000 kB\n",
         "/proc/self/status": f"Name:\ta\n{used}:\t 1048576 kB\n",
@@ -248,9 +249,7 @@ def test_a_gpu_has_what_the_driver_and_the_allocator_have_free(monkeypatch):
     ("vocab", "max_new_tokens", "dtype"),
     [(48, 4096, torch.float32), (5003, 1, torch.float32), (5003, 17, torch.bfloat16)],
 )
-def test_cache_and_logits_fill_their_share_of_free_memory_and_no_more(
-    vocab, max_new_tokens, dtype, monkeypatch
-):
+def test_cache_and_logits_fill_their_share_of_free_memory(vocab, max_new_tokens, dtype, monkeypatch):
     decoder, free = random_model(dtype=dtype, vocab_size=vocab), 3 * GIB + 12_345
     asked = []
     monkeypatch.setattr(model.memory, "free_memory", lambda device: asked.append(device) or free)

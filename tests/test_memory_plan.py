@@ -1,4 +1,4 @@
-"""The plan says what autograd really keeps, fits micro-batches to the memory, and refuses a run with what would help."""
+"""The plan says what autograd keeps, fits micro-batches to the memory, and refuses with what would help."""
 
 from dataclasses import replace
 
@@ -127,7 +127,8 @@ def test_groups_that_fit_are_not_divided():
         assert plan.activations == tokens * per_token
 
 
-def test_auto_takes_what_is_left_and_no_less_than_the_longest_sample():
+def test_auto_takes_what_is_left_but_at_least_a_sample():
+    """At least the longest sample."""
     model = random_model()
     auto = OptimizerSettings(micro_batch_tokens="auto")
 

@@ -1,4 +1,4 @@
-"""AdamW one piece at a time: torch's own arithmetic, no small update lost, and a state that resumes bit for bit."""
+"""AdamW one piece at a time: torch's arithmetic, no small update lost, and a state that resumes exactly."""
 
 import copy
 import math
@@ -80,7 +80,7 @@ def test_a_step_that_is_skipped_changes_nothing(bad):
     assert optimizer.skipped_in_a_row == 0
 
 
-def test_tied_weights_are_one_parameter_and_frozen_ones_are_left_alone():
+def test_tied_weights_are_one_parameter_and_frozen_ones_stay():
     model, untied = random_model(), random_model(tie_word_embeddings=False)
     model.model.norm.weight.requires_grad_(False)
     before, optimizer = weights(model), optimizer_for(model)
@@ -98,7 +98,7 @@ def test_tied_weights_are_one_parameter_and_frozen_ones_are_left_alone():
 
 @pytest.mark.parametrize("rounding", ["masters", "stochastic"])
 def test_bfloat16_weights_move_as_far_as_float32_ones(rounding):
-    """At a rate of 1e-6 no update is as large as half the spacing of bfloat16; rounded to nearest, weights would not move."""
+    """At a rate of 1e-6, weights that are rounded to nearest would not move at all."""
     shape = dict(std=0.02, hidden_size=64, intermediate_size=128)
     low, full = random_model(dtype=torch.bfloat16, **shape), random_model(**shape)
     full.load_state_dict(low.state_dict())
@@ -124,7 +124,8 @@ def test_bfloat16_weights_move_as_far_as_float32_ones(rounding):
     assert along.mean().item() == pytest.approx(displacement, rel=0.05) and displacement > 2e-6
 
 
-def test_stochastic_rounding_is_for_bfloat16_and_gives_a_neighbour_with_the_right_mean():
+def test_stochastic_rounding_gives_neighbours_of_the_right_mean():
+    """It is for bfloat16 only."""
     generator = torch.Generator().manual_seed(0)
     x = torch.cat(
         [torch.randn(100, generator=generator), torch.tensor([0.0, 1.0, -2.0, 1 + 2**-10, 3e38, 1e-30])]

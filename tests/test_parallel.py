@@ -12,8 +12,7 @@ from unittest import mock
 import pytest
 import safetensors.torch
 import torch
-from helpers import ragged_samples, random_model, trainer_for
-from test_commands import ROOT, run_command, smoke, timeless
+from helpers import ROOT, ragged_samples, random_model, run_command, smoke, timeless, trainer_for
 
 import rl.grpo
 from lab.checkpoint import checkpoints
@@ -25,10 +24,14 @@ from rl.sft import sft_step
 from train import main
 
 OPTIONS = [  # three prompts for two or four processes, in two updates: uneven, and some have nothing to do
-    "--generated-problems", 60, "--sampling.max-new-tokens", 40, "--evaluation.problems", 5, "--evaluation.final-problems", 0,
-    "--keep-checkpoints", 99, "--stages.0.steps", 3, "--stages.0.prompts-per-step", 3, "--stages.0.samples-per-prompt", 12,
-    "--stages.0.learning-rate", 1e-4, "--stages.0.kl-coef", 0.05, "--stages.1.learning-rate", 1e-5, "--stages.1.batch-size", 2, "--stages.1.epochs", 2,
-    "--stages.2.steps", 1, "--stages.2.samples-per-prompt", 4, "--stages.2.prompts-per-step", 3, "--stages.2.learning-rate", 1e-4,
+    "--generated-problems", 60, "--sampling.max-new-tokens", 40, "--evaluation.problems", 5,
+    "--evaluation.final-problems", 0,
+    "--keep-checkpoints", 99, "--stages.0.steps", 3, "--stages.0.prompts-per-step", 3,
+    "--stages.0.samples-per-prompt", 12,
+    "--stages.0.learning-rate", 1e-4, "--stages.0.kl-coef", 0.05, "--stages.1.learning-rate", 1e-5,
+    "--stages.1.batch-size", 2, "--stages.1.epochs", 2,
+    "--stages.2.steps", 1, "--stages.2.samples-per-prompt", 4, "--stages.2.prompts-per-step", 3,
+    "--stages.2.learning-rate", 1e-4,
 ]  # fmt: skip
 
 
@@ -41,7 +44,8 @@ def run_training(out: Path, resume: bool = False) -> None:
 def be_rank(number: int, size: int, port: int, work, *arguments) -> None:
     """What torchrun does for a process."""
     os.environ |= {
-        "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
+        "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
@@ -131,7 +135,8 @@ def compare_gradients() -> None:
         torch.testing.assert_close(shared, in_bfloat16, rtol=0.02, atol=2e-3)
 
 
-def test_the_gradient_of_several_processes_is_that_of_one_also_where_one_has_nothing_to_do():
+def test_several_processes_have_the_gradient_of_one():
+    """One of them may have nothing to do."""
     in_processes(3, compare_gradients)
 
 
@@ -150,7 +155,7 @@ def train_and_die(out: str) -> None:
 
 
 @pytest.mark.parametrize("restarts", [0, 1])
-def test_a_process_that_dies_ends_the_run_or_torchrun_restarts_it(restarts, alone, tmp_path):
+def test_a_death_ends_the_run_or_torchrun_restarts_it(restarts, alone, tmp_path):
     script, run, start = tmp_path / "dying.py", tmp_path / "run", time.perf_counter()
     script.write_text("import sys, test_parallel\ntest_parallel.train_and_die(sys.argv[1])")
     command = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--max-restarts", restarts, script, run]

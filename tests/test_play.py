@@ -1,4 +1,4 @@
-"""make play: what is typed becomes a problem, and the completion shown token by token is the sampler's own."""
+"""make play: what is typed becomes a problem, and the tokens shown are the sampler's own."""
 
 import io
 import re
@@ -47,7 +47,8 @@ def test_a_line_of_numbers_is_a_problem_and_any_other_is_refused():
 
 
 @pytest.mark.parametrize("end", ["q\n7 9 11 22\n", ""], ids=["q", "end of input"])
-def test_a_session_shows_thoughts_verdicts_and_solutions_side_by_side_and_ends(end, monkeypatch, capsys):
+def test_a_session_shows_thoughts_verdicts_and_solutions(end, monkeypatch, capsys):
+    """Models stand side by side; q or the end of the input ends it."""
     monkeypatch.setattr("sys.stdin", io.StringIO("7 9 11 22\nnonsense\n1 1 50\n\n" + end))
     play.main(play.Arguments(("tiny", "tiny-256"), max_new_tokens=40, temperature=0.0))
     shown = capsys.readouterr().out
@@ -58,7 +59,7 @@ def test_a_session_shows_thoughts_verdicts_and_solutions_side_by_side_and_ends(e
     assert shown.count("type whole numbers") == 1 and shown.count("q to end > ") == 5
 
 
-def test_the_verdict_on_a_completion_is_the_tasks_own_and_names_its_end():
+def test_the_verdict_is_the_tasks_own_and_names_its_end():
     player = play.load_player("tiny-256", play.Arguments(temperature=0.0, device="cpu"))
     problem = Problem((3, 4, 5), 12)
     prompt = prompt_for(player.tokenizer, player.recipe.task, problem, player.recipe.sampling)

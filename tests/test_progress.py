@@ -1,23 +1,21 @@
-"""What a user sees while completions are sampled; and Ctrl-C ends a command cleanly, at the cost of a step at most."""
+"""What a user sees while completions are sampled; Ctrl-C ends a command and costs at most one step."""
 
 import io
 import itertools
 import os
 import pty
 import re
-import runpy
 import select
 import signal
 import subprocess
 import sys
 import time
 from contextlib import closing
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from helpers import random_model
+from helpers import ROOT, exit_code, random_model
 from rich.console import Console
 
 import lab.evaluate
@@ -33,7 +31,6 @@ from model import generate
 from model.sampler import plan_batches
 from train import parse
 
-ROOT = Path(__file__).parent.parent
 PROMPTS = [[5, 17, 3, 44, 9], [8, 2], [40, 2, 2, 30, 31, 12, 4, 4, 25], [19, 6, 40], [8, 1, 37, 20, 3, 9, 13]]
 ESCAPE = r"\x1b\[([?\d;]*[a-zA-Z])"
 RICH = {
@@ -45,7 +42,7 @@ RICH = {
 
 
 def expected_reports(groups, room, check_every) -> list[tuple[int, int]]:
-    """From the completions: a batch reports what is done, and sampled, after every `check_every` tokens and at its end."""
+    """What each batch reports after every `check_every` tokens and at its end, from the completions."""
     reports, done, tokens = [], 0, 0
     for prompts, samples in plan_batches(list(map(len, PROMPTS)), 3, 23, room):
         batch = [completion for group in groups[prompts] for completion in group[samples]]
@@ -75,16 +72,8 @@ def test_reports_are_true_on_the_way_and_end_at_the_totals(stops, check_every, m
         assert generate(decoder, PROMPTS, **options) == groups  # the same without reports
 
 
-def exit_code(monkeypatch, command: str, *arguments) -> int:
-    """How `python command arguments` ends, in this process."""
-    monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / command), run_name="__main__")
-    return ended.value.code
-
-
 def screen_of(text: str) -> list[str]:
-    """The lines that a terminal shows in the end, without blanks after them; what rich does not send is not known."""
+    """The lines that a terminal shows in the end, stripped; it knows the escapes that rich sends."""
     rows, row, column = [""], 0, 0
     for moved, sent in re.findall(ESCAPE + r"|([\r\n]|[^\x1b\r\n]+)", text):
         if sent == "\n":
@@ -116,9 +105,8 @@ def terminal(monkeypatch) -> io.StringIO:
     return written
 
 
-def test_a_terminal_shows_completions_done_and_tokens_a_second_and_keeps_nothing_after_an_error(
-    terminal, monkeypatch
-):
+def test_a_terminal_shows_progress_and_keeps_none_after_an_error(terminal, monkeypatch):
+    """It shows completions done, and tokens per second."""
     clock = iter([100.0, 100.5, 104.0])
     monkeypatch.setattr(lab.screen, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     with pytest.raises(KeyboardInterrupt), progress_bar("rollout", 77) as show:
@@ -140,7 +128,8 @@ class OnTerminal:
         self.process = subprocess.Popen(
             [sys.executable, *map(str, arguments)],
             cwd=ROOT, env=environment, stdin=slave, stdout=slave, stderr=slave,
-            # Whoever runs the tests in the background of a shell has Ctrl-C ignored, and it would be inherited.
+            # Whoever runs the tests in the background of a shell has Ctrl-C ignored, and it would be
+            # inherited.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
         os.close(slave)
@@ -173,7 +162,7 @@ TRAIN = [
 ]  # fmt: skip
 
 
-def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     with closing(OnTerminal("train.py", *TRAIN, "--out", out)) as command:
         command.read_until(r"grpo 1/3 +3/500.*?\nat this speed, \d+:\d\d of GRPO left.*?\n")
@@ -214,9 +203,8 @@ def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on_where_it_stopped(tmp_p
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_stop_drops_rollouts_but_finishes_an_update_and_the_run_goes_on_as_if_uninterrupted(
-    tmp_path, monkeypatch
-):
+def test_a_stopped_run_goes_on_as_if_uninterrupted(tmp_path, monkeypatch):
+    """A stop drops rollouts but finishes an update."""
     options = [*TRAIN, "--stages.0.steps", "3", "--stages.0.updates-per-step", "1", "--out"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train(parse([*options, str(whole)]).recipe, quiet=True)

@@ -1,4 +1,4 @@
-"""Adapters and int8 weights: the arithmetic of LoRA, a base that never moves, and checkpoints that are plain again."""
+"""Adapters and int8 weights: LoRA's arithmetic, a base that never moves, and plain checkpoints."""
 
 import subprocess
 import sys
@@ -127,7 +127,8 @@ def test_int8_weights_are_rows_over_their_largest_magnitude():
 
 
 @BASES
-def test_all_seven_projections_of_every_layer_and_nothing_else_get_adapters(int8):
+def test_all_seven_projections_and_nothing_else_get_adapters(int8):
+    """The seven of every layer."""
     model = random_model(num_hidden_layers=3)
     before = dict(model.named_parameters())
     bases = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -159,7 +160,8 @@ def test_new_adapters_change_nothing(int8, dtype):
     assert model.dtype == dtype
 
 
-def test_matrices_and_int8_weights_follow_the_seed_and_the_base_and_have_the_size_of_their_input():
+def test_adapters_and_int8_weights_follow_the_seed_and_the_base():
+    """Drawn matrices have the scale of their input's size."""
     shape = {"hidden_size": 64, "intermediate_size": 96, "dtype": torch.bfloat16}
     first, again, other = (add_adapters(random_model(**shape), 8, 8.0, True, seed) for seed in (1, 1, 2))
     assert same(frozen(first), frozen(again))
@@ -175,7 +177,8 @@ def test_matrices_and_int8_weights_follow_the_seed_and_the_base_and_have_the_siz
         assert first[name].std() * first[name].shape[1] ** 0.5 == pytest.approx(1, abs=0.2), name
 
 
-def test_an_int8_projection_holds_one_byte_a_weight_and_a_scale_a_row():
+def test_an_int8_projection_holds_a_byte_per_weight():
+    """Each row has one scale besides."""
     model = add_adapters(random_model(), 2, 2.0, int8=True)
     for _ in range(2):  # before and after a first call
         for name, part in adapters(model):
@@ -194,10 +197,11 @@ def test_an_int8_projection_holds_one_byte_a_weight_and_a_scale_a_row():
             model(IDS)
 
 
-def test_bitsandbytes_is_imported_for_int8_only_and_prints_nothing():
+def test_bitsandbytes_is_imported_for_int8_only_and_silent():
     code = (
         "import sys, torch; from model import add_adapters, load_model, plain_state; "
-        "plain_state(add_adapters(load_model('tiny')[0], 2, 2.0, int8=False)); assert 'bitsandbytes' not in sys.modules; "
+        "plain_state(add_adapters(load_model('tiny')[0], 2, 2.0, int8=False)); "
+        "assert 'bitsandbytes' not in sys.modules; "
         "add_adapters(load_model('tiny')[0], 2, 2.0, int8=True).eval()(torch.zeros(1, 2, dtype=torch.int64))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
@@ -205,7 +209,8 @@ def test_bitsandbytes_is_imported_for_int8_only_and_prints_nothing():
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(0, 1.0), (2, 0.0), (2, -1.0), (2, float("nan"))])
-def test_a_rank_or_alpha_that_makes_no_sense_is_refused_and_the_model_left_as_it_was(rank, alpha):
+def test_a_senseless_rank_or_alpha_is_refused(rank, alpha):
+    """The model is left as it was."""
     model = random_model()
     with pytest.raises(ValueError, match=f"not .*{alpha if rank == 2 else rank}"):
         add_adapters(model, rank, alpha, int8=False)
@@ -229,7 +234,7 @@ def test_adapters_learn_and_the_base_stays_bit_identical(int8, dtype):
 
 @BASES
 @torch.no_grad()
-def test_the_same_base_with_the_saved_adapters_is_the_same_model_again(int8):
+def test_the_base_with_saved_adapters_is_the_same_model(int8):
     model = fill(add_adapters(random_model(), 3, 5.0, int8))
     saved = {name: tensor.clone() for name, tensor in adapter_state(model).items()}
     again = add_adapters(random_model(), 3, 5.0, int8, seed=5)
@@ -242,7 +247,7 @@ def test_the_same_base_with_the_saved_adapters_is_the_same_model_again(int8):
     )
 
 
-def test_adapters_that_do_not_fit_are_named_and_nothing_is_loaded():
+def test_adapters_that_do_not_fit_are_named_and_not_loaded():
     model = add_adapters(random_model(), 3, 5.0, int8=False)
     before = {name: tensor.clone() for name, tensor in adapter_state(model).items()}
     name, stranger = (f"model.layers.{layer}.mlp.down_proj.lora_b" for layer in (1, 2))
@@ -260,7 +265,7 @@ def test_adapters_that_do_not_fit_are_named_and_nothing_is_loaded():
 
 @DTYPES
 @BASES
-def test_the_plain_state_is_the_merged_weights_under_the_names_of_the_base(int8, dtype):
+def test_the_plain_state_is_the_merged_weights(int8, dtype):
     """A merged weight is rounded once: base and update are added in float32."""
     base = random_model(dtype=dtype)
     before = {name: tensor.clone() for name, tensor in plain_state(base).items()}
@@ -280,7 +285,8 @@ def test_the_plain_state_is_the_merged_weights_under_the_names_of_the_base(int8,
 @pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("qwen3", False), ("qwen2", True)])
 @BASES
 @torch.no_grad()
-def test_a_saved_model_is_a_plain_checkpoint_with_the_adapted_models_logits(int8, family, tied, tmp_path):
+def test_a_saved_adapted_model_is_a_plain_checkpoint(int8, family, tied, tmp_path):
+    """It gives the adapted model's logits, here and in transformers."""
     shape = {
         "vocab_size": TINY_TOKENS + 20,
         "hidden_size": 24,

@@ -1,4 +1,4 @@
-"""The runs of a real model: its weights from a GGUF file, the arms, the report, and parity with transformers."""
+"""The runs of a real model: weights from a GGUF file, arms, report, and parity with transformers."""
 
 import json
 import random
@@ -42,7 +42,8 @@ def test_floors_by_hand():
     assert floors()["a + b + c"](Problem((7, 9, 11), 27)) == 1
 
 
-def test_every_ablation_changes_one_thing_from_the_same_cold_start():
+def test_every_ablation_changes_one_thing():
+    """All begin with the same cold start."""
     arms = [arm for arm in load_arms(ARMS) if not arm.is_main]
     recipes = {arm.name: flatten(asdict(build_recipe(arm.tables, ARMS))) for arm in arms}
     base = recipes.pop("GRPO")
@@ -52,7 +53,7 @@ def test_every_ablation_changes_one_thing_from_the_same_cold_start():
         assert len(changed) == 1 or changed == {"prompts_per_step", "samples_per_prompt"}, name
 
 
-def test_the_main_arms_are_the_recipe_and_ways_of_the_same_length():
+def test_the_main_arms_are_the_recipe_and_as_long_as_it():
     recipe = load_recipe("smollm2")[1]
     arms = {arm.name: build_recipe(arm.tables, ARMS) for arm in load_arms(ARMS) if arm.is_main}
     assert replace(arms["whole"], device=recipe.device) == recipe
@@ -77,7 +78,8 @@ def test_the_report_says_what_its_results_hold(tmp_path):
     for seed, accuracy in enumerate((0.25, 0.35)):
         for arm, less in (("whole", 0.0), ("cold start", 0.2)):
             result = {
-                "arm": arm, "seed": seed, "evaluations": evaluations, "steps": steps if arm == "whole" else {},
+                "arm": arm, "seed": seed, "evaluations": evaluations,
+                "steps": steps if arm == "whole" else {},
                 "final": {"final_accuracy": accuracy - less, "final_greedy_accuracy": 0.5},
                 "recipe": {}, "seconds": 600, "seconds_per_step": 20.0, "peak_memory_bytes": 5.5e9,
             }  # fmt: skip
@@ -108,7 +110,8 @@ def greedy_texts(folder: Path, questions: list[str], new_tokens: int) -> tuple[l
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_generates_the_same_greedy_text_from_a_saved_model(family, tmp_path):
+def test_a_saved_model_generates_the_same_in_transformers(family, tmp_path):
+    """The greedy text is the same."""
     shape = {"vocab_size": TINY_TOKENS, "hidden_size": 24}
     reference_model(family=family, **shape).save_pretrained(copy_tokenizer(tmp_path / "theirs"))
     save_model(tmp_path / "ours", *load_model(tmp_path / "theirs"))
@@ -118,7 +121,8 @@ def test_transformers_generates_the_same_greedy_text_from_a_saved_model(family, 
     assert ours == theirs and len(set(ours)) > 1
 
 
-def test_smollm2_gives_the_same_logits_and_greedy_text_as_in_transformers():
+def test_smollm2_gives_the_same_as_in_transformers():
+    """Logits and greedy text are the same."""
     folder = smollm2_folder()
     model, tokenizer = load_model(folder, dtype=torch.float32)
     prompt = prompt_ids(tokenizer, "What is 7 plus 8, and what is twice that?", thinking=False)

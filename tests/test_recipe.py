@@ -1,4 +1,4 @@
-"""Recipes: what ships loads, what is written wrong is refused by the name of its field, and nothing is lost on the way."""
+"""Recipes: what ships loads, a mistake is refused by its field's name, and nothing is lost on the way."""
 
 import json
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -39,8 +39,8 @@ def refused(folder, text: str) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_recipe_loads_survives_json_and_states_its_thinking_mode_trap_truncation_at_the_start(name):
-    """Qwen3-1.7B in thinking mode rarely finishes in 256 tokens at first, so the mode decides what step 0 shows."""
+def test_every_recipe_loads_and_states_its_thinking_mode(name):
+    """Qwen3-1.7B rarely finishes thinking in 256 tokens at first, so the mode decides what step 0 shows."""
     loaded_name, recipe = load_recipe(name)
     assert loaded_name == name
     again = from_dict(Recipe, json.loads(json.dumps(asdict(recipe))))
@@ -80,7 +80,8 @@ def test_extending_merges_tables_and_replaces_values_and_lists(tmp_path):
     assert [stage.kind for stage in recipe.stages] == ["sft"]
 
 
-def test_shared_tables_fill_the_stages_of_their_kind_and_a_stages_own_fields_come_first():
+def test_shared_tables_fill_the_stages_of_their_kind():
+    """A stage's own fields come first."""
     stages = [{"kind": "grpo"}, {"kind": "sft"}, {"kind": "grpo", "learning_rate": 0.125}]
     shared = {"grpo": {"learning_rate": 0.5, "clip_low": 0.1}, "sft": {"learning_rate": 0.25}}
     expected = (
@@ -146,7 +147,7 @@ def number_fields(settings, where: str = "") -> list[str]:
     return names
 
 
-def test_no_number_of_a_recipe_is_without_bounds_trap_generated_problems_ten_to_the_twelve():
+def test_trap_a_number_of_a_recipe_without_bounds():
     names = [
         *number_fields(Recipe()),
         *number_fields(GRPOStage(), "grpo."),
@@ -165,7 +166,8 @@ def test_no_number_of_a_recipe_is_without_bounds_trap_generated_problems_ten_to_
                 from_dict(Recipe, values)
 
 
-def test_training_refuses_top_k_and_top_p_trap_scored_under_another_distribution():
+def test_trap_training_with_top_k_or_top_p():
+    """It would score tokens under another distribution than the one they were sampled from."""
     for sampling in (SamplingSettings(top_k=20), SamplingSettings(top_p=0.95)):
         with pytest.raises(RecipeError, match="top_k and sampling.top_p"):
             Recipe(sampling=sampling, stages=(GRPOStage(),))
@@ -181,7 +183,8 @@ def test_overrides_are_checked_like_a_recipes_own_values():
         checked(replace(recipe, sampling=replace(recipe.sampling, max_new_tokens=0)))
 
 
-def test_a_missing_recipe_names_those_there_are_and_a_file_that_is_not_toml_is_named(tmp_path):
+def test_a_missing_recipe_or_one_that_is_not_toml_is_named(tmp_path):
+    """The error names those that there are."""
     with pytest.raises(RecipeError, match="no-such.*256-tiny.*smoke"):
         load_recipe("no-such")
     for text in ("seed = ", "\ufffe", stage("grpo", "[stages]")):

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 
 import pytest
-from test_commands import smoke_run  # noqa: F401  (a fixture)
 
 import lab.report
 from lab.errors import user_errors
@@ -23,7 +22,7 @@ def data_of(page: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def page(smoke_run, tmp_path_factory) -> str:  # noqa: F811
+def page(smoke_run, tmp_path_factory) -> str:
     """The page of the smoke run beside itself."""
     out = tmp_path_factory.mktemp("page") / "report.html"
     with pytest.MonkeyPatch.context() as patch:
@@ -33,7 +32,7 @@ def page(smoke_run, tmp_path_factory) -> str:  # noqa: F811
     return out.read_text(encoding="utf-8")
 
 
-def test_the_page_says_what_metrics_say(smoke_run, page):  # noqa: F811
+def test_the_page_says_what_metrics_say(smoke_run, page):
     first, second = data_of(page)["runs"]
     assert first == second and first["name"] == str(smoke_run)
     rows = RunFolder(smoke_run).metrics()
@@ -60,7 +59,8 @@ def test_the_page_says_what_metrics_say(smoke_run, page):  # noqa: F811
     assert first["final"]["final_accuracy"] == rows[-1]["final_accuracy"]
 
 
-def test_rollouts_come_from_evenly_spread_steps_with_tokens_logprobs_and_advantages(smoke_run, page):  # noqa: F811
+def test_rollouts_are_spread_evenly_and_keep_their_numbers(smoke_run, page):
+    """Tokens, log-probabilities and advantages are those of the files."""
     shown = data_of(page)["runs"][0]["rollouts"]
     files = RunFolder(smoke_run).rollout_files()
     assert sorted({row["step"] for row in shown}) == [int(files[0].stem[5:]), int(files[-1].stem[5:])]
@@ -87,7 +87,7 @@ def test_a_character_of_several_tokens_is_one_piece():
     assert sum(logprob for _, logprob in half) == pytest.approx(-0.5 * (len(ids) - 1))
 
 
-def test_no_completion_can_end_the_script_or_load_anything(smoke_run, tmp_path):  # noqa: F811
+def test_no_completion_can_end_the_script_or_load_anything(smoke_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(smoke_run, run)
     path = RunFolder(run).rollout_files()[0]
@@ -118,7 +118,8 @@ def test_a_browser_draws_charts_and_rollouts(page, tmp_path):
         page.replace("<script>\n", "<script>\nonerror = message => { document.title = message; };\n", 1)
     )
     command = [
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+        "--disable-sync",
         "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri(),
     ]  # fmt: skip
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from test_commands import smoke, timeless
+from helpers import smoke, timeless
 
 import lab.run
 import lab.setup
@@ -81,7 +81,7 @@ def copied(whole, tmp_path) -> Path:
     return out
 
 
-def test_an_sft_stage_goes_on_with_its_traces_though_the_rollouts_are_gone(whole, tmp_path, monkeypatch):
+def test_an_sft_stage_keeps_its_traces_without_rollouts(whole, tmp_path, monkeypatch):
     out = tmp_path / "run"
     stopped_run(out, monkeypatch, lab.stages, "sft_step", 2)
     traces = (out / "traces.jsonl").read_bytes()
@@ -91,7 +91,7 @@ def test_an_sft_stage_goes_on_with_its_traces_though_the_rollouts_are_gone(whole
     assert_same_end(out, whole)
 
 
-def test_an_sft_stage_that_has_not_begun_asks_for_missing_rollouts(tmp_path, monkeypatch):
+def test_an_sft_stage_not_yet_begun_asks_for_missing_rollouts(tmp_path, monkeypatch):
     out = tmp_path / "run"
     stopped_run(out, monkeypatch, lab.run, "save_checkpoint", 2)  # at the end of the GRPO stage
     (out / "rollouts" / "step_0002.jsonl").unlink()
@@ -123,7 +123,7 @@ def test_a_run_that_has_lost_a_part_is_not_resumed_over_the_rest(message, copied
     assert contents(copied) == before
 
 
-def test_emptied_old_checkpoints_and_files_of_other_tools_do_not_matter(copied, whole):
+def test_old_checkpoints_and_files_of_other_tools_do_not_matter(copied, whole):
     for path in checkpoints(copied)[1].iterdir():
         path.write_bytes(b"")
     for name in ("rollouts/step_0001 (copy).jsonl", "rollouts/step_.jsonl", "checkpoints/step_0002 (1)"):
@@ -133,7 +133,7 @@ def test_emptied_old_checkpoints_and_files_of_other_tools_do_not_matter(copied, 
     assert (copied / "report.html").stat().st_size > 0
 
 
-def test_the_kl_penalty_refuses_another_reference_than_that_of_its_stage(tmp_path, monkeypatch):
+def test_the_kl_penalty_refuses_a_reference_not_of_its_stage(tmp_path, monkeypatch):
     options = ["--stages.2.kl-coef", 0.1]
     small_run(tmp_path / "run", False, *options)
     *_, start, _, last = checkpoints(tmp_path / "run")
@@ -143,7 +143,7 @@ def test_the_kl_penalty_refuses_another_reference_than_that_of_its_stage(tmp_pat
         small_run(tmp_path / "run", True, *options)
 
 
-def test_a_start_that_fails_in_a_linked_folder_shows_its_own_reason(tmp_path):
+def test_a_failed_start_in_a_linked_folder_says_why(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(RecipeError, match="its own"), RunFolder(tmp_path / "run").locked():
@@ -153,9 +153,7 @@ def test_a_start_that_fails_in_a_linked_folder_shows_its_own_reason(tmp_path):
 
 # Evaluations: one before any step, one after each of 2 + sft + 2 steps, and two more at the end.
 @pytest.mark.parametrize("call", [2, -1])
-def test_a_signal_cuts_an_evaluation_off_and_the_run_makes_it_when_it_goes_on(
-    call, whole, tmp_path, monkeypatch
-):
+def test_a_signal_cuts_off_an_evaluation_which_is_made_later(call, whole, tmp_path, monkeypatch):
     out = tmp_path / "run"
     count = sum("eval_accuracy" in row for row in RunFolder(whole).metrics()) + 2
     stopped_run(out, monkeypatch, lab.run, "evaluate", call if call > 0 else count + 1 + call)

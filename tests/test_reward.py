@@ -1,4 +1,4 @@
-"""The table of rewards, every shortcut a policy has been seen to take to it, and a fuzz with a second reading."""
+"""The table of rewards, every shortcut that a policy has been seen to take, and a short fuzz."""
 
 import time
 
@@ -43,11 +43,13 @@ def test_the_right_expression_earns_one(content):
         (25, Score(0.1, "wrong")),
     ],
 )
-def test_a_miss_earns_less_with_distance_and_nothing_extra_beyond_ten(target, expected):
+def test_a_miss_earns_less_with_distance_up_to_ten(target, expected):
+    """Beyond ten it earns nothing extra."""
     assert score(answered(RIGHT), Problem((79, 60, 17), target)) == expected
 
 
-def test_distance_is_exact_so_a_tiny_miss_is_no_hit_and_ten_and_a_bit_is_no_near():
+def test_distance_is_exact():
+    """A tiny miss is no hit, and ten and a bit is no near miss."""
     assert score(answered("1 / 2 + 36"), Problem((1, 2, 36), 36)) == Score(0.775, "near")
     verdict = score(answered("1 / 999999999 + 36"), Problem((1, 999999999, 36), 36))
     assert verdict.outcome == "near" and verdict.reward == pytest.approx(0.8)
@@ -57,10 +59,14 @@ def test_distance_is_exact_so_a_tiny_miss_is_no_hit_and_ten_and_a_bit_is_no_near
 
 @pytest.mark.parametrize(
     "content",
-    ["", "no idea", "79 - 60 + 17 + 0", "79 - 60 + 17 + 17 - 17", "79 - 60 + 17 * 1", "19 + 17", "7 9 - 60 + 17", "79 - 60", "36",
-     "(36)", "36 = 36", "79 - 60 + 17.0", "79 - 060 + 17", "７９ - 60 + 17", "79 − 60 + 17", "79 - 60 +17 # yes",
-     "Fraction(79) - 60 + 17", "79 - 60 + 17 = 37", "79 - 60 + 17 = 36 = 36", "36 = 79 - 60 + 17", "79 - 60 = 19 + 17 = 36",
-     f"{RIGHT}, or {RIGHT}", f"<b>{RIGHT}</b>", f"${RIGHT}$", f"{RIGHT}</think>", "(" * 10_000 + RIGHT + ")" * 10_000,
+    ["", "no idea", "79 - 60 + 17 + 0", "79 - 60 + 17 + 17 - 17", "79 - 60 + 17 * 1", "19 + 17",
+     "7 9 - 60 + 17", "79 - 60", "36",
+     "(36)", "36 = 36", "79 - 60 + 17.0", "79 - 060 + 17", "７９ - 60 + 17", "79 − 60 + 17",
+     "79 - 60 +17 # yes",
+     "Fraction(79) - 60 + 17", "79 - 60 + 17 = 37", "79 - 60 + 17 = 36 = 36", "36 = 79 - 60 + 17",
+     "79 - 60 = 19 + 17 = 36",
+     f"{RIGHT}, or {RIGHT}", f"<b>{RIGHT}</b>", f"${RIGHT}$", f"{RIGHT}</think>",
+     "(" * 10_000 + RIGHT + ")" * 10_000,
      "9" * 100_000, "79 / (60 - 60) + 17"],
 )  # fmt: skip
 def test_missing_extra_reused_or_unreadable_numbers_are_wrong(content):
@@ -69,7 +75,8 @@ def test_missing_extra_reused_or_unreadable_numbers_are_wrong(content):
 
 @pytest.mark.parametrize(
     ("content", "numbers", "target"),
-    [("2 ** 5", (2, 5), 32), ("11 // 2 * 5", (11, 2, 5), 25), ("2.5 * 10", (2, 5, 10), 25), ("99 ** 98 ** 97", (99, 98, 97), 36),
+    [("2 ** 5", (2, 5), 32), ("11 // 2 * 5", (11, 2, 5), 25), ("2.5 * 10", (2, 5, 10), 25),
+     ("99 ** 98 ** 97", (99, 98, 97), 36),
      ("1e9", (1, 9), 10), ("5 / (3 - 3)", (5, 3, 3), 5), ("7 + 7", (7, 2), 14), ("7 * 2", (7, 7, 2), 14)],
 )  # fmt: skip
 def test_trap_arithmetic_that_peers_paid_for_or_hung_on(content, numbers, target):
@@ -80,22 +87,25 @@ def test_trap_arithmetic_that_peers_paid_for_or_hung_on(content, numbers, target
     "before",
     ["", "So: ", "First 79 - 60 = 19.\n", "Done. ", "Now, ", "so ", "x so ", "max ", "thus; ", "3 numbers: "],
 )
-def test_a_bare_number_counts_right_after_an_equation_that_earned_it(before):
+def test_a_bare_number_counts_after_its_equation(before):
     for after in (" ", "", "\n\n"):
         assert outcome(f"hm</think>{before}{EQUATION}{after}<answer>36</answer>") == "correct"
 
 
 @pytest.mark.parametrize(
     "before",
-    ["", "36 = 36", "79 - 60 = 19", RIGHT, f"{EQUATION}, so", f"{EQUATION}\nso", f"{EQUATION}\n36", "79 - 60 + 17 = 37",
-     "79 + 17 + 60 = 156", f"2 ** {EQUATION}", "2.79 - 60 + 17 = 36", "2^79 - 60 + 17 = 36", "3 x 79 - 60 + 17 = 36",
+    ["", "36 = 36", "79 - 60 = 19", RIGHT, f"{EQUATION}, so", f"{EQUATION}\nso", f"{EQUATION}\n36",
+     "79 - 60 + 17 = 37",
+     "79 + 17 + 60 = 156", f"2 ** {EQUATION}", "2.79 - 60 + 17 = 36", "2^79 - 60 + 17 = 36",
+     "3 x 79 - 60 + 17 = 36",
      "x 79 - 60 + 17 = 36", "a79 - 60 + 17 = 36", "50% 79 - 60 + 17 = 36"],
 )  # fmt: skip
 def test_trap_the_target_copied_from_the_prompt_earns_a_tenth(before):
     assert score(f"hm</think>{before} <answer>36</answer>", PROBLEM) == Score(0.1, "wrong")
 
 
-def test_a_trailing_value_and_a_bare_number_must_be_the_value_of_the_expression_near_the_target_too():
+def test_a_value_must_be_that_of_its_expression():
+    """A trailing value and a bare number alike, near the target too."""
     assert score(answered(EQUATION), NEAR) == Score(0.7, "near")
     assert outcome(answered("(79 - 60) + 17 = 38"), NEAR) == "wrong"
     assert (
@@ -135,7 +145,8 @@ def test_malformed(text):
 @pytest.mark.parametrize(
     "thoughts", ["it goes in <answer> tags", "ends with </answer>", "</answer> and <answer>"]
 )
-def test_a_lone_answer_tag_in_the_thinking_is_talk_about_the_format(thoughts):
+def test_a_lone_answer_tag_in_the_thinking_does_no_harm(thoughts):
+    """It is talk about the format."""
     assert outcome(answered(RIGHT, thoughts)) == "correct"
 
 
@@ -147,7 +158,8 @@ def test_text_after_the_block_does_not_change_the_verdict(after):
     assert outcome(answered("36") + after) == "wrong"
 
 
-def test_a_completion_may_open_its_own_thinking_at_its_beginning_and_is_then_held_to_it():
+def test_a_completion_that_opens_its_thinking_is_held_to_it():
+    """It may do so at its beginning only."""
     assert (
         outcome("\n<think>" + answered(RIGHT)) == "correct"
     )  # as some models do though the prompt has opened it
@@ -168,7 +180,7 @@ def test_a_completion_may_open_its_own_thinking_at_its_beginning_and_is_then_hel
         assert outcome(text, thinking=False) == "malformed"
 
 
-def test_a_hundred_kilobytes_of_spite_take_no_time_and_earn_no_reward():
+def test_spite_of_100_kilobytes_takes_no_time_and_earns_nothing():
     texts = [
         "<answer>" * 12_500,
         "<think></think>" * 7_000,
@@ -183,7 +195,7 @@ def test_a_hundred_kilobytes_of_spite_take_no_time_and_earn_no_reward():
         assert time.perf_counter() - start < 1.0, text[:40]
 
 
-def test_a_short_fuzz_finds_no_exception_no_slow_text_and_no_undeserved_reward():
+def test_a_short_fuzz_finds_no_fault():
     """tests/fuzz_reward.py does the same with as many texts as one likes."""
     found = fuzz(20_000, seed=1)
     assert sum(found.values()) == 20_000 and min(found[outcome] for outcome in OUTCOMES) > 50

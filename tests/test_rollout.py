@@ -1,4 +1,4 @@
-"""From problems to scored completions: every setting reaches the sampler, and nothing is hidden from the scorer."""
+"""From problems to scored completions: every setting reaches the sampler, and the scorer sees everything."""
 
 import json
 import threading
@@ -38,7 +38,8 @@ def test_rollouts_hold_what_was_sampled_decoded_and_scored(monkeypatch):
     options = dict(reward=RewardSettings(near_miss=False), on_progress=print, cancel=threading.Event())
     groups = collect(Task(None), sampling=sampling, **options)
     assert calls == [{
-        "prompts": [[1, 2], [3], [1, 2]], "num_samples": 2, "max_new_tokens": 9, "temperature": 0.6, "stop_token_ids": (0, 1, 2),
+        "prompts": [[1, 2], [3], [1, 2]], "num_samples": 2, "max_new_tokens": 9, "temperature": 0.6,
+        "stop_token_ids": (0, 1, 2),
         "seed": 5, "top_k": 3, "top_p": 0.8, "max_cache_tokens": 77, "only": slice(0, None, 1),
         "on_progress": print, "cancel": options["cancel"],
     }]  # fmt: skip
@@ -52,7 +53,7 @@ def test_rollouts_hold_what_was_sampled_decoded_and_scored(monkeypatch):
 
 
 @pytest.mark.parametrize("task", [Countdown(), Calculus(), GSM8K()])
-def test_a_prompt_speaks_of_thinking_only_with_it_and_of_the_limit_only_if_asked(task):
+def test_a_prompt_speaks_of_thinking_and_limits_only_if_asked(task):
     example = task.problem_from_row(json.loads(task.file_format.example))
     tokenizer = load_model("tiny")[1]
 
@@ -70,7 +71,7 @@ def test_a_prompt_speaks_of_thinking_only_with_it_and_of_the_limit_only_if_asked
 
 @pytest.mark.parametrize("task", [Countdown(), Calculus(), GSM8K()])
 @pytest.mark.parametrize("thinking", [True, False])
-def test_examples_are_solved_problems_as_earlier_turns_of_the_chat(task, thinking):
+def test_examples_are_solved_problems_as_earlier_turns(task, thinking):
     problem = task.problem_from_row(json.loads(task.file_format.example))
     tokenizer = load_model("tiny")[1]
     plain = prompt_for(tokenizer, task, problem, SamplingSettings(thinking=thinking))
@@ -86,7 +87,7 @@ def test_examples_are_solved_problems_as_earlier_turns_of_the_chat(task, thinkin
     assert text.count("<|im_start|>user") == 3
 
 
-def test_a_reward_sees_verdict_text_and_ids_and_leaves_the_outcome(monkeypatch):
+def test_a_reward_sees_text_and_ids_and_leaves_the_outcome(monkeypatch):
     def shorter_is_better(verdict, text, completion, settings) -> float:
         assert text and settings == RewardSettings()
         return verdict.reward - len(completion.token_ids)

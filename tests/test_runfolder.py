@@ -14,10 +14,17 @@ from lab.boards import Boards
 from lab.recipe import Recipe, RecipeError
 from lab.runfolder import RunFolder
 
-HOLD = "import sys, time; from lab.runfolder import RunFolder\nwith RunFolder(sys.argv[1]).locked(): print('held', flush=True); time.sleep(60)"
+HOLD = """
+import sys, time
+from lab.runfolder import RunFolder
+with RunFolder(sys.argv[1]).locked():
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
-def test_a_second_process_is_refused_and_a_dead_ones_lock_is_none(tmp_path):
+def test_a_second_process_is_refused_and_a_dead_one_is_ignored(tmp_path):
+    """A dead process's lock is none."""
     run = RunFolder(tmp_path / "run")
     command = [sys.executable, "-c", HOLD, run.path]
     with subprocess.Popen(
@@ -92,7 +99,7 @@ def test_a_row_goes_to_tensorboard_and_wandb(tmp_path, wandb):
     assert logged == [({"eval_accuracy": 0.07}, 0), ({"reward_mean": 0.25}, 1)]
 
 
-def test_a_wandb_that_is_not_installed_or_does_not_start_says_what_to_do(tmp_path, monkeypatch):
+def test_a_wandb_that_does_not_start_says_what_to_do(tmp_path, monkeypatch):
     def refuses(**options):
         raise RuntimeError("no API key")
 

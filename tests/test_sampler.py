@@ -1,7 +1,8 @@
-"""The sampler against transformers and written-out probability: which tokens, how likely, and where a row ends."""
+"""The sampler against transformers and probabilities written out: which tokens, how likely, and ends."""
 
 import contextlib
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -53,7 +54,8 @@ def assert_same(ours, theirs):
 
 
 @torch.no_grad()
-def test_greedy_decoding_of_ragged_prompts_equals_that_of_transformers(reference, decoder):
+def test_greedy_decoding_equals_that_of_transformers(reference, decoder):
+    """The prompts have unequal lengths."""
     groups = generate(decoder, PROMPTS, max_new_tokens=24, temperature=0)
     options = dict(max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
     for prompt, [completion] in zip(PROMPTS, groups):
@@ -68,7 +70,7 @@ def test_greedy_decoding_of_ragged_prompts_equals_that_of_transformers(reference
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
-def test_reported_logprobs_are_those_of_transformers_and_of_training(temperature, reference, decoder):
+def test_reported_logprobs_are_transformers_and_trainings_own(temperature, reference, decoder):
     options = dict(num_samples=3, max_new_tokens=12, temperature=temperature, seed=3)
     groups = generate(decoder, PROMPTS, stop_token_ids=[7, 30], **options)
     samples = [
@@ -97,7 +99,8 @@ def warped(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: f
     ("temperature", "top_k", "top_p"),
     [
         (1.0, None, None), (0.5, None, None), (1.0, 1, None), (1.3, 4, None), (1.0, 500, None),
-        (1.0, None, 0.3), (0.7, None, 0.9), (1.0, None, 1.0), (0.6, 20, 0.95), (1.5, 3, 0.6), (1.0, None, 1e-6),
+        (1.0, None, 0.3), (0.7, None, 0.9), (1.0, None, 1.0), (0.6, 20, 0.95), (1.5, 3, 0.6),
+        (1.0, None, 1e-6),
     ],
 )  # fmt: skip
 def test_a_uniform_number_picks_the_token_of_the_inverse_cdf(temperature, top_k, top_p):
@@ -123,7 +126,7 @@ def test_a_uniform_number_picks_the_token_of_the_inverse_cdf(temperature, top_k,
 @pytest.mark.parametrize("top_k", [None, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab", [2, 31, 40_000])
-def test_the_largest_and_the_smallest_uniform_pick_a_possible_token(vocab, dtype, top_k):
+def test_extreme_uniforms_pick_a_possible_token(vocab, dtype, top_k):
     logits = torch.randn(24, vocab, generator=torch.Generator().manual_seed(vocab)).to(dtype)
     logits[8:16, vocab // 2 :] = -3e4  # probability zero at the end of the vocabulary
     logits[16:, : vocab // 2] = -3e4  # and at its start
@@ -139,7 +142,8 @@ def test_the_largest_and_the_smallest_uniform_pick_a_possible_token(vocab, dtype
             assert sampled.tolist() == [row[-1] if uniform else row[0] for row in possible]
 
 
-def test_a_long_tail_of_rare_tokens_keeps_its_share_of_a_vocabulary_as_large_as_qwen3s():
+def test_a_long_tail_of_rare_tokens_keeps_its_share():
+    """The vocabulary is as large as Qwen3's."""
     vocab = 151_669
     probabilities = torch.full(
         (vocab,), 2e-8, dtype=torch.float64
@@ -153,7 +157,8 @@ def test_a_long_tail_of_rare_tokens_keeps_its_share_of_a_vocabulary_as_large_as_
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.3, "top_p": 0.9}], ids=str)
-def test_an_id_past_the_tokenizers_vocabulary_is_never_sampled_however_large_its_logit(options):
+def test_an_id_past_the_vocabulary_is_never_sampled(options):
+    """Its logit may be the largest."""
     reference = reference_model(seed=2)
     with (
         torch.no_grad()
@@ -166,9 +171,8 @@ def test_an_id_past_the_tokenizers_vocabulary_is_never_sampled_however_large_its
 
 
 @pytest.mark.parametrize("stops", [[], [7, 30]], ids=str)
-def test_a_completion_does_not_depend_on_its_ragged_batch_and_without_a_stop_has_max_new_tokens(
-    stops, decoder
-):
+def test_a_completion_does_not_depend_on_its_batch(stops, decoder):
+    """Without a stop it has max_new_tokens."""
     prompts = PROMPTS + PROMPTS[:1]  # copies count as groups of their own
     options = dict(num_samples=3, max_new_tokens=14, seed=11, stop_token_ids=stops)
     whole = generate(decoder, prompts, **options)
@@ -210,26 +214,23 @@ def forwards(decoder, call):
         hook.remove()
 
 
-def test_a_prompt_is_prefilled_once_and_decoding_takes_as_many_forwards_as_tokens(decoder):
+def test_a_prompt_is_prefilled_once_and_forwards_are_few(decoder):
     for length in (6, 1):  # one new token needs the prefill alone
-        _, shapes = forwards(
-            decoder, lambda length=length: generate(decoder, PROMPTS, num_samples=7, max_new_tokens=length)
-        )
-        assert shapes == [(len(PROMPTS), 9)] + [(len(PROMPTS) * 7, 1)] * (length - 1)
-    assert forwards(decoder, lambda: generate(decoder, [], max_new_tokens=6)) == ([], [])
-    _, shapes = forwards(
-        decoder, lambda: generate(decoder, PROMPTS, max_new_tokens=500, stop_token_ids=range(83))
-    )
-    assert (
-        len(shapes) <= 1 + model.sampler.CHECK_EVERY["cpu"]
-    )  # decoding ends soon after the last row has finished
+        call = partial(generate, decoder, PROMPTS, num_samples=7, max_new_tokens=length)
+        assert forwards(decoder, call)[1] == [(len(PROMPTS), 9)] + [(len(PROMPTS) * 7, 1)] * (length - 1)
+    assert forwards(decoder, partial(generate, decoder, [], max_new_tokens=6)) == ([], [])
+    all_stop = partial(generate, decoder, PROMPTS, max_new_tokens=500, stop_token_ids=range(83))
+    # Decoding ends soon after the last row has finished.
+    assert len(forwards(decoder, all_stop)[1]) <= 1 + model.sampler.CHECK_EVERY["cpu"]
 
 
 BAD = [
     ("num_samples", {"num_samples": 0}), ("max_new_tokens", {"max_new_tokens": 0}), ("top_k", {"top_k": 0}),
     ("temperature .*-0.1", {"temperature": -0.1}), ("temperature", {"temperature": float("nan")}),
-    ("temperature", {"temperature": float("inf")}), ("top_p .*1.01", {"top_p": 1.01}), ("top_p", {"top_p": 0}),
-    ("at least one id", {"prompts": [[1], []]}), ("83", {"prompts": [[1, 83]]}), ("-1", {"prompts": [[4], [-1, 3]]}),
+    ("temperature", {"temperature": float("inf")}), ("top_p .*1.01", {"top_p": 1.01}),
+    ("top_p", {"top_p": 0}),
+    ("at least one id", {"prompts": [[1], []]}), ("83", {"prompts": [[1, 83]]}),
+    ("-1", {"prompts": [[4], [-1, 3]]}),
 ]  # fmt: skip
 
 
@@ -273,7 +274,8 @@ def test_a_batch_gives_what_the_plain_sampler_gives(choice, static, decoder):
     assert_same(flat(batch.completions()), one_by_one(decoder, choice))
 
 
-def test_a_row_that_stops_on_its_last_slot_is_finished_and_one_token_less_is_not(decoder):
+def test_a_stop_on_the_last_slot_counts_as_finished(decoder):
+    """With one token less it does not."""
     options = dict(num_samples=5, stop_token_ids=STOPS, seed=3)
     free = flat(generate(decoder, COPIES, max_new_tokens=40, **options))
     last = max(len(completion.token_ids) for completion in free if completion.finished)
@@ -286,9 +288,10 @@ def test_a_row_that_stops_on_its_last_slot_is_finished_and_one_token_less_is_not
 
 
 @pytest.mark.parametrize(("compact_below", "check_every", "prefilled"), [(0.9, 8, 99), (0, 8, 1), (1, 1, 15)])
-def test_generate_gives_what_the_plain_sampler_gives_however_work_is_cut(
+def test_generate_gives_what_the_plain_sampler_gives(
     compact_below, check_every, prefilled, decoder, monkeypatch
 ):
+    """The work may be cut into any parts."""
     monkeypatch.setattr(model.sampler, "PREFILL_TOKENS", prefilled)
     monkeypatch.setitem(model.sampler.COMPACT_BELOW, "cpu", compact_below)
     monkeypatch.setitem(model.sampler.CHECK_EVERY, "cpu", check_every)
@@ -327,7 +330,7 @@ def test_a_step_never_waits_for_the_device(dropped, choice, decoder):
         batch.drop(finished.to("meta"), below=0.5)  # which has to wait
 
 
-def test_a_graph_is_recorded_on_the_second_call_with_a_shape_and_then_replayed(monkeypatch):
+def test_a_graph_is_recorded_on_a_second_call_and_replayed(monkeypatch):
     log, recording = [], []
 
     class Graph:

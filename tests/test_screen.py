@@ -33,8 +33,10 @@ from rl.sft import SFTStage
 
 RECIPE = replace(load_recipe("256", "tiny")[1], out="runs/shown")
 GRPO = {
-    "stage": 0, "kind": "grpo", "step": 10, "grpo_steps": 10, "reward_mean": 0.4321, "train_accuracy": 0.25, "format_rate": 0.9,
-    "completion_length": 123.4, "policy_entropy": 0.31, "clip_fraction": 0.0123, "grad_norm": 0.07, "tokens_per_second": 12345.6,
+    "stage": 0, "kind": "grpo", "step": 10, "grpo_steps": 10, "reward_mean": 0.4321, "train_accuracy": 0.25,
+    "format_rate": 0.9,
+    "completion_length": 123.4, "policy_entropy": 0.31, "clip_fraction": 0.0123, "grad_norm": 0.07,
+    "tokens_per_second": 12345.6,
     "rollout_seconds": 1.0, "update_seconds": 1.5,
 }  # fmt: skip
 EVALUATED = {"eval_accuracy": 0.203, "eval_low": 0.171, "eval_high": 0.24}
@@ -57,7 +59,8 @@ def drawn(shown: LiveScreen) -> str:
     return capture.get()
 
 
-def test_a_live_screen_shows_stage_numbers_accuracy_progress_and_the_last_rollouts(monkeypatch):
+def test_a_live_screen_shows_the_run(monkeypatch):
+    """It shows stage, numbers, accuracy, progress and the last rollouts."""
     times = iter([6.0, 7.0, 8.0, 8.0])
     monkeypatch.setattr(lab.screen.time, "perf_counter", lambda: next(times))
     shown = live_screen()
@@ -73,8 +76,9 @@ def test_a_live_screen_shows_stage_numbers_accuracy_progress_and_the_last_rollou
         text = drawn(shown)
     assert "GRPO 1/3  step 10/80" in text and "runs/shown" in text
     assert "held-out accuracy 20.3 % (17.1 to 24.0)" in text and "20 % |" in text
-    numbers = "reward 0.432|correct 25.0 %|format 90 %|length 123|grad 0.07|entropy 0.31|clipped 1.2 %|12,346 tokens/s|2.5 s per step"
-    assert all(part in " ".join(text.split()) for part in numbers.split("|"))
+    numbers = "reward 0.432|correct 25.0 %|format 90 %|length 123|grad 0.07|entropy 0.31|clipped 1.2 %"
+    for part in f"{numbers}|12,346 tokens/s|2.5 s per step".split("|"):
+        assert part in " ".join(text.split())
     assert "a good one" in text and "bad one" in text and "old" not in text and "\x1b[31m" not in text
     assert "last correct: 79, 60, 17 -> 36" in text
     assert "1,500 tokens/s" in text and "rollout" in text
@@ -117,7 +121,8 @@ def test_an_sft_step_shows_its_loss():
     assert "SFT 2/3  step 1/46" in drawn(shown) and "loss 0.1234" in drawn(shown)
 
 
-def test_a_chart_is_as_high_as_its_points_and_holds_each_until_the_next():
+def test_a_chart_is_as_high_as_its_points():
+    """Each point holds until the next."""
     assert chart([(0, 10.0), (2, 40.0)], 3, 2) == [" 40 % |  █", "  0 % |▄▄█"]
     assert chart([(0, 0.0)], 2, 2)[1] == "  0 % |  "
     assert [line[7:] for line in chart([(0, 5.0), (1, 20.0), (2, 10.0), (3, 15.0)], 4, 1)] == ["▂█▄▆"]
@@ -127,7 +132,8 @@ SHARES = {"eval_truncated_fraction": 0.975, "eval_format_rate": 0.002, "eval_acc
 START = {"stage": 0, "kind": "grpo", "step": 0, **SHARES}
 
 
-def test_a_start_from_nothing_and_a_silent_batch_are_put_into_words():
+def test_a_start_from_nothing_is_put_into_words():
+    """The advice says what would help."""
     recipe = load_recipe("256")[1]
     words = advice_on_equal_rewards(START, recipe)
     # 32 (1 - 0.001^8 - 0.001^8 - 0.998^8)
@@ -145,14 +151,17 @@ def test_a_start_from_nothing_and_a_silent_batch_are_put_into_words():
 
 
 @pytest.mark.parametrize(
-    "row", [{"eval_format_rate": 0.3}, {"eval_format_rate": 1.0, "eval_accuracy": 0.2}, {"kind": "sft"}, {"kind": "baseline"},
+    "row",
+            [{"eval_format_rate": 0.3}, {"eval_format_rate": 1.0, "eval_accuracy": 0.2}, {"kind": "sft"},
+            {"kind": "baseline"},
             {"eval_format_rate": 1.0, "eval_accuracy": 0.99}],
 )  # fmt: skip
-def test_nothing_is_said_where_batches_teach_or_all_is_right_or_nothing_is_sampled(row):
+def test_nothing_is_said_where_batches_teach(row):
+    """Nothing is said either where all is right, or nothing is sampled."""
     assert advice_on_equal_rewards(START | row, load_recipe("256")[1]) is None
 
 
-def test_the_planned_time_counts_the_tokens_of_sampling_updates_and_evaluations():
+def test_the_planned_time_counts_all_tokens():
     """0.01 s a token; 10 tokens a completion, 30 a prompt: by hand."""
     stages = (
         SFTStage(epochs=2, max_traces=100),
@@ -171,7 +180,8 @@ def test_the_planned_time_counts_the_tokens_of_sampling_updates_and_evaluations(
 
 
 COLLAPSED = GRPO | {  # what a run on SmolLM2 without a cold start came to
-    "silent_groups": 0.9, "train_accuracy": 0.12, "entropy": 0.02, "common_form": "n+n+n", "common_form_fraction": 1.0,
+    "silent_groups": 0.9, "train_accuracy": 0.12, "entropy": 0.02, "common_form": "n+n+n",
+    "common_form_fraction": 1.0,
 }  # fmt: skip
 
 
@@ -195,7 +205,9 @@ def test_a_policy_that_has_stopped_exploring_is_put_into_words():
 
 
 @pytest.mark.parametrize(
-    "row", [{"silent_groups": 0.6}, {"train_accuracy": 0.9}, {"format_rate": 0.1}, {"entropy": 0.3}, {"kind": "sft"}, {"step": 0}],
+    "row",
+            [{"silent_groups": 0.6}, {"train_accuracy": 0.9}, {"format_rate": 0.1}, {"entropy": 0.3},
+            {"kind": "sft"}, {"step": 0}],
 )  # fmt: skip
 def test_nothing_is_said_of_a_policy_that_explores_or_is_good(row):
     assert advice_on_exploration(COLLAPSED | row, load_recipe("256")[1]) is None
@@ -242,5 +254,5 @@ def test_a_plain_screen_prints_each_step_and_a_quiet_one_nothing(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_what_is_printed_of_a_completion_cannot_steer_the_terminal():
+def test_a_printed_completion_cannot_steer_the_terminal():
     assert printable("a\x1b[2Jb\r\n\x07é漢\u202e") == "a·[2Jb·\n·é漢·"

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the loss that transformers computes, every sample once an epoch, and the right traces."""
+"""Supervised fine-tuning: the loss that transformers computes, every sample once, and the right traces."""
 
 import math
 from dataclasses import replace
@@ -8,9 +8,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import largest_gap, ragged_samples, random_model, trainer_for, weights
+from helpers import largest_gap, ragged_samples, random_model, smoke, trainer_for, weights
 from reference import reference_model, same_weights
-from test_commands import smoke
 
 import lab.run
 import lab.stages
@@ -30,7 +29,7 @@ from rl.sft import SFTStage, sft_schedule, sft_step
 
 
 @pytest.mark.parametrize("budget", [10_000, 30, 1])
-def test_loss_and_update_are_those_of_transformers_cross_entropy_over_completion_tokens_only(budget):
+def test_loss_and_update_are_transformers_on_completion_tokens(budget):
     """Whatever the micro-batches; the update is torch's AdamW on the gradient of transformers' loss."""
     theirs = reference_model(vocab_size=48, tie_word_embeddings=True)
     ours, samples = same_weights(theirs), ragged_samples(6, seed=2)
@@ -52,7 +51,8 @@ def test_loss_and_update_are_those_of_transformers_cross_entropy_over_completion
     assert largest_gap(dict(ours.named_parameters()), dict(theirs.named_parameters())) < 1e-4
 
 
-def test_an_update_that_is_not_finite_is_skipped_and_the_next_one_is_taken():
+def test_an_update_that_is_not_finite_is_skipped():
+    """The next one is taken."""
     model, samples = random_model(), ragged_samples(4)
     trainer, before = trainer_for(model), weights(model)
     hook = model.lm_head.weight.register_hook(lambda gradient: gradient * math.nan)
@@ -64,7 +64,8 @@ def test_an_update_that_is_not_finite_is_skipped_and_the_next_one_is_taken():
 
 
 @pytest.mark.parametrize("count, batch_size", [(10, 3), (8, 4), (3, 64)])
-def test_every_epoch_visits_every_sample_once_in_its_own_order_made_from_the_seed(count, batch_size):
+def test_every_epoch_visits_every_sample_once(count, batch_size):
+    """Each epoch has its own order, made from the seed."""
     samples = [Sample([1], [number]) for number in range(count)]
     np.random.seed(count)
     steps = sft_schedule(samples, batch_size, epochs=3, seed=7)
@@ -107,8 +108,8 @@ def test_traces_of_held_out_problems_are_left_out(recipe, tmp_path):
         traces_for(run)
 
 
-def test_a_cold_start_learns_right_worked_solutions_of_training_problems_only(tmp_path, monkeypatch):
-    """GRPO begins with other problems, and neither held-out problems nor the prompts' examples are among them."""
+def test_a_cold_start_learns_right_worked_solutions(tmp_path, monkeypatch):
+    """GRPO begins with other problems; held-out ones and the prompts' examples are not among them."""
     steps = mock.Mock(return_value={"loss": 1.0, "grad_norm": 1.0, "tokens": 1})
     monkeypatch.setattr(lab.stages, "sft_step", steps)
     stage = SFTStage(traces="worked", max_traces=40, batch_size=10, epochs=1)
@@ -133,7 +134,7 @@ def test_a_cold_start_learns_right_worked_solutions_of_training_problems_only(tm
     assert learned == {trace.completion + "<|im_end|>" for trace in traces}
 
 
-def test_a_task_that_writes_no_solutions_is_refused_before_any_step(tmp_path, monkeypatch):
+def test_a_task_without_solutions_is_refused_before_any_step(tmp_path, monkeypatch):
     monkeypatch.setattr(Countdown, "work_out", Task.work_out)
     recipe = smoke("--out", tmp_path / "run").recipe
     with pytest.raises(RecipeError, match="stages.0.traces: countdown cannot write worked solutions"):
@@ -141,9 +142,8 @@ def test_a_task_that_writes_no_solutions_is_refused_before_any_step(tmp_path, mo
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_a_step_learns_a_prompt_a_trace_and_the_end_of_turn_at_a_rate_that_falls_linearly_to_zero(
-    recipe, monkeypatch
-):
+def test_a_step_learns_prompt_trace_and_end_of_turn(recipe, monkeypatch):
+    """The learning rate falls linearly to zero."""
     tokenizer, steps = Tokenizer(TINY), mock.Mock(return_value={"loss": 1.0, "grad_norm": 1.0, "tokens": 1})
     monkeypatch.setattr(lab.stages, "sft_step", steps)
     train(recipe, quiet=True)
@@ -161,10 +161,12 @@ def test_a_step_learns_a_prompt_a_trace_and_the_end_of_turn_at_a_rate_that_falls
 
 
 @pytest.mark.parametrize("share, saved_at", [(0.05, [1, 8, 12, 16, 20, 23, 27]), (1.0, range(1, 30))])
-def test_checkpoints_take_their_share_of_the_time_and_short_steps_are_evaluated_four_times(
-    recipe, share, saved_at, monkeypatch
-):
-    """Thirty steps of 10 s, checkpoints of 2 s: number k + 1 comes where 2 k + 2 <= 0.05 (10 step + 2 k), and one at the end."""
+def test_checkpoints_take_their_share_of_the_time(recipe, share, saved_at, monkeypatch):
+    """Short steps are evaluated four times.
+
+    Steps take 10 s and checkpoints 2 s: number k + 1 comes where 2 k + 2 <= 0.05 (10 step + 2 k), and one at
+    the end.
+    """
     clock, saved = [0.0], []
 
     def step(*arguments, cancel) -> dict:
@@ -190,7 +192,7 @@ def test_checkpoints_take_their_share_of_the_time_and_short_steps_are_evaluated_
     assert rows[-1]["checkpoint_seconds"] == 2 * len(saved_at)
 
 
-def test_only_finished_correct_rollouts_of_the_stage_become_traces_whatever_characters_they_hold(tmp_path):
+def test_only_finished_correct_rollouts_become_traces(tmp_path):
     """U+0085 and U+2028 end a line for some readers of text; a completion may well contain them."""
     run = RunFolder(tmp_path)
     run.create(Recipe(), {})

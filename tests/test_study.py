@@ -1,4 +1,4 @@
-"""The study: arms that change one thing each, runs that are made once, and figures that follow from their results."""
+"""The study: arms that change one thing each, runs made once, and figures that follow from their results."""
 
 import contextlib
 import json
@@ -60,7 +60,8 @@ def small_study(folder, text: str = SMALL) -> Arguments:
     return Arguments(recipe=path, results=folder / "results", out=folder / "runs", workers=2)
 
 
-def test_the_main_arms_take_the_same_grpo_steps_at_the_recipes_rates_and_differ_in_nothing_else():
+def test_the_main_arms_differ_in_stages_alone():
+    """They take the same GRPO steps at the recipe's rates."""
     first, _, last = load_recipe("256-tiny")[1].stages
     arms = {
         arm.name: build_recipe(arm.tables, RECIPES) for arm in load_arms(Arguments().recipe) if arm.is_main
@@ -112,7 +113,8 @@ def test_a_run_waits_for_the_run_whose_traces_it_learns_from():
     assert next_run([sft], [runs["staged", 0]]) is sft
 
 
-def test_an_arm_may_begin_with_the_model_of_another_which_is_made_again_if_it_is_lost(tmp_path, monkeypatch):
+def test_an_arm_may_begin_with_the_model_of_another(tmp_path, monkeypatch):
+    """That model is made again if it is lost."""
     arguments = small_study(tmp_path, SMALL + 'later = {{ model = "grpo", problems = "generated" }}\n')
     arguments = replace(arguments, arms=("grpo", "later"))
     made = []
@@ -132,7 +134,8 @@ def test_an_arm_may_begin_with_the_model_of_another_which_is_made_again_if_it_is
     assert made == [("grpo", 0), ("later", 0)]
 
 
-def test_an_arm_that_does_not_exist_or_changes_what_does_not_is_named(tmp_path):
+def test_an_arm_that_does_not_exist_is_named(tmp_path):
+    """So is one that changes what does not exist."""
     with pytest.raises(RecipeError, match="no arm 'grop'"):
         list(plan(replace(small_study(tmp_path), arms=("grop",))))
     for arm, message in (("{{ grpo = {{ clip = 1 }} }}", "grpo.clip"), ("3", "must be a table")):
@@ -140,7 +143,8 @@ def test_an_arm_that_does_not_exist_or_changes_what_does_not_is_named(tmp_path):
             list(plan(small_study(tmp_path, f'{SMALL}"x" = {arm}\n')))
 
 
-def test_a_study_makes_each_run_once_and_again_only_if_its_recipe_changed(tmp_path, monkeypatch):
+def test_a_study_makes_each_run_once(tmp_path, monkeypatch):
+    """A run is made again only if its recipe has changed."""
     arguments = small_study(tmp_path)
     run_study(replace(arguments, arms=("no std",)))
     made = []
@@ -240,9 +244,8 @@ def test_differences_are_taken_seed_by_seed():
         ((-5, 6, 3), "cannot be told apart from"),
     ],
 )
-def test_a_conclusion_says_no_more_than_its_interval_and_gives_the_greedy_difference_where_there_is_one(
-    better, relation
-):
+def test_a_conclusion_says_no_more_than_its_interval(better, relation):
+    """It gives the greedy difference where there is one."""
     grpo = [made_up("grpo", seed, {10: 40.0 + seed}) for seed in range(3)]
     staged = [made_up("staged", seed, {10: 40.0 + seed + better[seed]}) for seed in range(3)]
     (sentence,) = report.conclusions({"grpo": grpo, "staged": staged})

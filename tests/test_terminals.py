@@ -1,4 +1,4 @@
-"""Whatever terminal there is, or none: lines stay plain, no character is an error, and what is lost ends no work."""
+"""Whatever terminal there is, lines stay plain, no character is an error, and a lost one ends no work."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from test_commands import ROOT, fails, run_command, smoke
+from helpers import ROOT, fails, run_command, smoke
 
 import eval as eval_command
 import play as play_command
@@ -24,7 +24,7 @@ TERMINAL = SimpleNamespace(isatty=lambda: True)
 
 
 def in_child(work, output: int | None, encoding: str = "utf-8", input: int | None = None) -> int:
-    """The exit code of a command that does `work` in a process of its own, with these standard streams or None."""
+    """The exit code of a command that does `work` in its own process, with these standard streams or None."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -76,7 +76,8 @@ LOST = {"pipe": gone_pipe, "terminal": gone_terminal, "disk": lambda: os.open("/
         ("COLUMNS", "39"),
     ],
 )
-def test_nothing_is_drawn_on_a_terminal_that_cannot_move_its_cursor_or_is_a_log(name, value, monkeypatch):
+def test_nothing_is_drawn_where_the_cursor_cannot_move(name, value, monkeypatch):
+    """Nothing is drawn in a log either."""
     assert can_draw(TERMINAL)
     if value is None:
         monkeypatch.delenv(name)
@@ -94,8 +95,10 @@ def test_a_file_is_no_terminal_whatever_the_environment_says(name, monkeypatch, 
     assert capsys.readouterr().out == f"[bold]x {'y' * 70}\n"
 
 
-def test_a_run_logs_plain_lines_without_a_home_a_terminal_or_a_character_set(tmp_path):
-    code = "import pwd, runpy, sys; pwd.getpwuid = lambda _: {}[0]; sys.argv[:1] = []; runpy.run_path('train.py', run_name='__main__')"
+def test_a_run_logs_plain_lines_in_a_bare_environment(tmp_path):
+    """There is no home, no terminal and no character set."""
+    code = "import pwd, runpy, sys; pwd.getpwuid = lambda _: {}[0]; sys.argv[:1] = []; "
+    code += "runpy.run_path('train.py', run_name='__main__')"
     few = (
         "--evaluation.problems",
         2,
@@ -147,7 +150,7 @@ def test_characters_that_cannot_be_shown_become_question_marks():
 
 
 @pytest.mark.parametrize("kind", LOST)
-def test_a_run_goes_on_to_its_end_when_its_output_or_its_terminal_is_lost(kind, tmp_path):
+def test_a_run_goes_on_when_its_output_or_terminal_is_lost(kind, tmp_path):
     recipe = smoke(
         "--evaluation.problems", 2, "--evaluation.final-problems", 0, "--sampling.max-new-tokens", 4
     ).recipe
@@ -161,7 +164,8 @@ def test_a_run_goes_on_to_its_end_when_its_output_or_its_terminal_is_lost(kind, 
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_a_full_pipe_that_another_program_has_made_non_blocking_is_waited_for(monkeypatch):
+def test_a_full_pipe_that_does_not_block_is_waited_for(monkeypatch):
+    """Another program has made it non-blocking."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     with pytest.raises(BlockingIOError):
@@ -178,7 +182,7 @@ def evaluation(**options):
 
 
 @pytest.mark.parametrize("kind, code", [("pipe", 0), ("terminal", 2), ("disk", 2)])
-def test_an_evaluation_whose_output_is_lost_writes_its_file_or_ends_with_an_error(kind, code, tmp_path):
+def test_an_evaluation_without_output_writes_its_file_or_fails(kind, code, tmp_path):
     assert in_child(evaluation(), LOST[kind]()) == code  # whoever closes a pipe has seen enough
     assert in_child(evaluation(json=str(tmp_path / "found.json")), LOST[kind]()) == 0
     assert json.loads((tmp_path / "found.json").read_text())["problems"]["count"] == 2

@@ -67,7 +67,8 @@ def test_ids_equal_transformers_and_give_the_text_back(kind):
 
 
 @KINDS
-def test_thinking_and_chat_tokens_are_one_id_each_for_base_too_and_ids_without_a_text_decode_to_nothing(kind):
+def test_thinking_and_chat_tokens_are_one_id_each(kind):
+    """For base models too; ids without a text decode to nothing."""
     ours, _ = pair(kind)
     texts = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
     for text, token_id in zip(texts, (END_OF_TEXT, 151644, IM_END, 151667, 151668), strict=True):
@@ -81,10 +82,12 @@ def test_thinking_and_chat_tokens_are_one_id_each_for_base_too_and_ids_without_a
 QWEN25 = """{%- if messages[0]['role'] == 'system' %}
     {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
 {%- else %}
-    {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}
+    {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. '
+        + 'You are a helpful assistant.<|im_end|>\\n' }}
 {%- endif %}
 {%- for message in messages %}
-    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first)
+        or (message.role == "assistant" and not message.tool_calls) %}
         {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
     {%- endif %}
 {%- endfor %}
@@ -92,14 +95,17 @@ QWEN25 = """{%- if messages[0]['role'] == 'system' %}
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """  # fmt: skip
-SMOLLM2 = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
+SMOLLM2 = """{% for message in messages %}{%
+if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
 You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
 ' }}{% endif %}{{'<|im_start|>' + message['role'] + '
 ' + message['content'] + '<|im_end|>' + '
 '}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
 ' }}{% endif %}"""
-LLAMA2 = """{% for message in messages %}{% if message.role == 'user' %}{{ bos_token + '[INST] ' + message.content + ' [/INST]' }}
-{%- else %}{% generation %}{{ ' ' + message.content + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"""
+LLAMA2 = """{% for message in messages %}{% if message.role == 'user' %}
+{{- bos_token + '[INST] ' + message.content + ' [/INST]' }}
+{%- else %}{% generation %}{{ ' ' + message.content + eos_token }}{% endgeneration %}{% endif %}{%
+endfor %}"""
 USER = "Make 36 from [79, 60, 17]. <b>1</b> & {x}\n"
 EXAMPLES = [
     ("Make 3.", "1 + 2 <answer>1 + 2</answer>"),
@@ -162,7 +168,8 @@ def test_smollm2s_own_files_give_its_prompts_and_stops():
     assert (len(ours.encode("<answer>")), len(ours.encode("</think>")), len(ours.encode("1234"))) == (3, 3, 4)
 
 
-def test_without_think_in_the_vocabulary_thinking_is_refused_with_the_way_on(tmp_path):
+def test_without_think_in_the_vocabulary_thinking_is_refused(tmp_path):
+    """The error says how to go on."""
     tokenizer = changed_tokenizer(tmp_path, NO_THINKING)
     assert "think" not in tokenizer.decode(prompt_ids(tokenizer, "U", thinking=False))
     with pytest.raises(ModelError, match="no <think>.* add --sampling.no-thinking .*--thinking False"):
@@ -170,14 +177,16 @@ def test_without_think_in_the_vocabulary_thinking_is_refused_with_the_way_on(tmp
 
 
 @pytest.mark.parametrize("thinking", [True, False])
-def test_a_template_that_opens_the_thinking_itself_has_it_opened_once_or_closed(thinking, tmp_path):
+def test_a_template_that_opens_the_thinking_has_it_opened_once(thinking, tmp_path):
+    """Without thinking it is closed at once."""
     template = "{{ messages[0].content + ':<think>\n' }}"
     tokenizer = changed_tokenizer(tmp_path, {}, chat_template=template)
     text = tokenizer.decode(prompt_ids(tokenizer, "U", thinking))
     assert text == ("U:<think>\n" if thinking else "U:<think>\n\n</think>\n\n")
 
 
-def test_without_a_template_prompts_are_chatml_or_plain_text_and_it_is_known(tmp_path):
+def test_without_a_template_prompts_are_chatml_or_plain_text(tmp_path):
+    """The tokenizer knows that it has none."""
     chatml = changed_tokenizer(tmp_path / "a", {}, chat_template=None)
     assert not chatml.has_template
     for thinking in (True, False):
@@ -229,7 +238,8 @@ def test_a_template_has_no_clock():
 
 
 @KINDS
-def test_saving_keeps_the_published_files_byte_for_byte_and_both_ends_stop_a_completion(kind, tmp_path):
+def test_saving_keeps_the_published_files_byte_for_byte(kind, tmp_path):
+    """Both ends stop a completion."""
     ours, _ = pair(kind)
     ours.save(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -255,7 +265,7 @@ def refusal(folder) -> str:
     return str(error.value)
 
 
-def test_stop_ids_of_a_checkpoint_without_generation_config_are_those_of_its_config(tmp_path):
+def test_stop_ids_without_generation_config_are_the_configs(tmp_path):
     copy_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
     assert {5, 6} < set(Tokenizer(tmp_path).stop_token_ids)
@@ -273,13 +283,13 @@ def test_the_end_of_a_turn_is_that_of_the_template(tmp_path):
     assert other.end_of_turn_id == other.encode("<|endoftext|>")[0]
 
 
-def test_a_tokenizer_in_which_nothing_ends_a_completion_is_refused(tmp_path):
+def test_a_tokenizer_in_which_nothing_ends_is_refused(tmp_path):
     renamed = {"<|im_start|>": "<|a|>", "<|im_end|>": "<|b|>", "<|endoftext|>": "<|c|>"}
     with pytest.raises(ModelError, match=f"{tmp_path}: no token ends a completion"):
         changed_tokenizer(tmp_path, renamed, eos_token=None)
 
 
-def test_the_verdict_does_not_depend_on_how_digits_and_tags_are_tokenized(tmp_path):
+def test_the_verdict_does_not_depend_on_the_tokenization(tmp_path):
     """The bundled tokenizer joins digits and has a token for each tag; the other one has bytes for both."""
     numbers = {str(number): f"<{number}>" for number in range(10, 101)}
     apart = changed_tokenizer(tmp_path, numbers | {"<answer>": "<x>", "</answer>": "</x>"})

@@ -25,7 +25,7 @@ def chosen(traces, per_problem=9, limit=99) -> list[str]:
     return [trace.completion for trace in curate(traces, per_problem, limit)]
 
 
-def test_each_problem_gives_at_most_its_share_the_shortest_first_and_repeats_count_once():
+def test_each_problem_gives_at_most_its_share_the_shortest_first():
     """Numbers in another order are the same problem."""
     problems = [PROBLEM, Problem((17, 60, 79), 36)]
     traces = [Trace(problems[step % 2], "x" * length, step) for step, length in enumerate((5, 3, 4, 3, 6))]
@@ -74,18 +74,22 @@ GOOD = '{"numbers": [79, 60, 17], "target": 36, "completion": "79-60+17"}'
 @pytest.mark.parametrize(
     "line",
     [
-        "not json", "[]", "{}", '{"numbers": [79, 60, 17], "target": 36}', '{"numbers": [79, 60, 17], "completion": "x"}',
-        '{"numbers": [79.0, 60, 17], "target": 36, "completion": "x"}', '{"numbers": [79, 60, 17], "target": 36, "completion": 3}',
+        "not json", "[]", "{}", '{"numbers": [79, 60, 17], "target": 36}',
+        '{"numbers": [79, 60, 17], "completion": "x"}',
+        '{"numbers": [79.0, 60, 17], "target": 36, "completion": "x"}',
+        '{"numbers": [79, 60, 17], "target": 36, "completion": 3}',
         '{"numbers": [79, 60, 17], "target": 36, "completion": "x", "step": "1"}', GOOD[:-5],
     ],
 )  # fmt: skip
-def test_a_malformed_line_is_refused_by_its_number_and_blank_ones_are_skipped(tmp_path, line):
+def test_a_malformed_line_is_refused_by_its_number(tmp_path, line):
+    """Blank lines are skipped."""
     assert load(tmp_path, GOOD, "", "  ", GOOD) == [Trace(PROBLEM, "79-60+17")] * 2
     with pytest.raises(DataError, match=r"mine\.jsonl, line 3: (not a trace|not JSON|expected)"):
         load(tmp_path, GOOD, "", line, GOOD)
 
 
-def test_a_wrong_trace_another_script_and_an_empty_file_are_refused(tmp_path):
+def test_wrong_foreign_and_missing_traces_are_refused(tmp_path):
+    """Foreign: in another script."""
     wrong = '{"numbers": [79, 60, 17], "target": 36, "completion": "79-60", "outcome": "correct"}'
     with pytest.raises(DataError, match=r"mine\.jsonl, line 2: does not solve 79, 60, 17 -> 36"):
         load(

@@ -1,4 +1,4 @@
-"""Checkpoints: what we save transformers loads, what transformers saves we load, and a broken folder is named."""
+"""Checkpoints: transformers loads what we save, we load what it saves, and a broken folder is named."""
 
 import json
 import os
@@ -57,7 +57,8 @@ def refusal(source, **options) -> str:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
-def test_what_we_save_gives_the_same_logits_in_transformers_and_in_our_own_loader(tied, family, tmp_path):
+def test_what_we_save_gives_the_same_logits_elsewhere_and_here(tied, family, tmp_path):
+    """Elsewhere: in transformers."""
     model = same_weights(make_reference(tied, family=family))
     save_model(tmp_path / "a" / "b", model, Tokenizer(TINY))
     torch.testing.assert_close(logits_of_folder(tmp_path / "a" / "b"), model(IDS), rtol=0, atol=1e-4)
@@ -88,7 +89,8 @@ def test_what_transformers_saves_gives_the_same_logits_here(tied, shards, family
 
 
 @torch.no_grad()
-def test_a_tied_checkpoint_may_have_a_copy_of_its_head_but_no_other_head(tmp_path):
+def test_a_tied_checkpoint_may_have_a_copy_of_its_head(tmp_path):
+    """Another head is refused."""
     reference = make_reference(tied=True)
     reference.save_pretrained(copy_tokenizer(tmp_path))
     path = tmp_path / "model.safetensors"
@@ -102,7 +104,8 @@ def test_a_tied_checkpoint_may_have_a_copy_of_its_head_but_no_other_head(tmp_pat
 
 
 @torch.no_grad()
-def test_saving_over_its_own_folder_keeps_a_model_and_tells_other_tools_where_to_stop(folder):
+def test_saving_over_its_own_folder_keeps_model_and_stops(folder):
+    """Other tools are told where to stop, too."""
     (folder / "generation_config.json").write_text(
         json.dumps({"eos_token_id": 9, "top_k": 20, "temperature": 0.6})
     )
@@ -116,7 +119,8 @@ def test_saving_over_its_own_folder_keeps_a_model_and_tells_other_tools_where_to
     assert Tokenizer(folder).stop_token_ids == tokenizer.stop_token_ids
 
 
-def test_a_loaded_model_knows_the_size_of_the_vocabulary_which_must_fit_its_embedding(folder):
+def test_a_loaded_model_knows_its_vocabulary_size(folder):
+    """The vocabulary must fit the embedding."""
     model, tokenizer = load_model(folder)
     assert (model.num_tokens, len(tokenizer), model.config.vocab_size) == (
         TINY_TOKENS,
@@ -129,7 +133,8 @@ def test_a_loaded_model_knows_the_size_of_the_vocabulary_which_must_fit_its_embe
 
 
 @pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
-def test_weights_keep_the_dtype_that_the_config_names_unless_told_otherwise(field, folder):
+def test_weights_keep_the_dtype_that_the_config_names(field, folder):
+    """The caller may name another."""
     config = json.loads((folder / "config.json").read_text())
     config.pop("dtype")
     (folder / "config.json").write_text(json.dumps(config | {field: "bfloat16"}))
@@ -162,7 +167,8 @@ def test_rotary_frequencies_that_old_llamas_stored_are_ignored(folder):
     torch.testing.assert_close(load_model(folder)[0](IDS), logits_of_folder(folder), rtol=0, atol=1e-4)
 
 
-def test_a_weight_that_is_missing_unexpected_or_misshapen_is_named(folder):
+def test_a_wrong_or_missing_weight_is_named(folder):
+    """It may be missing, unexpected or misshapen."""
     path = folder / "model.safetensors"
     whole = safetensors.torch.load_file(path)
     up, gate, bias = (
@@ -184,7 +190,8 @@ def test_a_weight_that_is_missing_unexpected_or_misshapen_is_named(folder):
         assert refusal(folder) == message
 
 
-def test_a_weight_file_that_is_cut_or_whose_header_claims_terabytes_is_refused_before_memory_is_taken(folder):
+def test_a_cut_or_lying_weight_file_is_refused(folder):
+    """No memory is taken, though its header claims terabytes."""
     path = folder / "model.safetensors"
     sound = path.read_bytes()
     header = json.dumps({NORM: {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
@@ -202,7 +209,8 @@ def test_a_missing_file_is_named(name, folder):
     assert refusal(folder) == f"{folder}: no {name}"
 
 
-def test_an_unusable_value_in_the_config_is_named_with_its_file_before_anything_is_built(folder):
+def test_an_unusable_value_in_the_config_is_named_with_its_file(folder):
+    """It is named before anything is built."""
     path = folder / "config.json"
     sound = path.read_text()
     sizes = [("num_hidden_layers", 10**12), ("vocab_size", 10**4000), ("head_dim", 10**6), ("vocab_size", 0)]

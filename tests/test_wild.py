@@ -17,9 +17,8 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from helpers import PROBLEM, Hub, largest_gap, random_model, weights
+from helpers import PROBLEM, Hub, evaluated, fails, largest_gap, random_model, smoke, weights
 from reference import ROOT, TINY, TINY_TOKENS
-from test_commands import evaluated, fails, smoke
 
 import eval as eval_command
 import play as play_command
@@ -63,7 +62,8 @@ def copied(tmp_path, **files):
     return folder
 
 
-def test_truncation_and_padding_in_a_tokenizers_file_are_not_heeded_as_in_transformers(tmp_path):
+def test_truncation_and_padding_of_a_tokenizer_are_not_heeded(tmp_path):
+    """Transformers does not heed them either."""
     stored = json.loads((TINY / "tokenizer.json").read_text())
     stored["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
     padding = {"strategy": {"Fixed": 64}, "direction": "Left", "pad_to_multiple_of": None}
@@ -118,8 +118,8 @@ def test_a_model_of_any_precision_is_sampled_and_scored():
 
 
 def test_a_notebooks_backend_that_is_not_installed_ends_no_run(tmp_path):
-    code = "from lab.plots import plot_curve; plot_curve([dict(step=0, stage=0, kind='grpo', grpo_steps=0, eval_accuracy=0.1, "
-    code += f"eval_low=0, eval_high=1)], [], '{tmp_path}/curve.png')"
+    row = dict(step=0, stage=0, kind="grpo", grpo_steps=0, eval_accuracy=0.1, eval_low=0, eval_high=1)
+    code = f"from lab.plots import plot_curve; plot_curve([{row}], [], '{tmp_path}/curve.png')"
     environment = os.environ | {"MPLBACKEND": "module://not_installed_here.backend_inline"}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
     assert (tmp_path / "curve.png").exists()
@@ -128,14 +128,16 @@ def test_a_notebooks_backend_that_is_not_installed_ends_no_run(tmp_path):
 THOUGHT = "so 79 - 60 = 19\n</think>\n<answer>79 - 60 + 17</answer>"
 
 
-def test_a_completion_may_open_the_thinking_that_the_prompt_has_opened_once_at_its_start():
+def test_a_completion_may_open_the_thinking_once_at_its_start():
+    """Though the prompt has opened it."""
     for thinking in (True, False):
         assert score(f" \n<think>\n{THOUGHT}", PROBLEM, thinking).outcome == "correct"
         assert score(f"<think><think>{THOUGHT}", PROBLEM, thinking).outcome == "malformed"
         assert score(f"hm <think>{THOUGHT}", PROBLEM, thinking).outcome == "malformed"
 
 
-def test_traces_of_a_server_are_learned_as_if_the_prompt_had_opened_the_tag(tmp_path, monkeypatch):
+def test_traces_of_a_server_are_learned_like_our_own(tmp_path, monkeypatch):
+    """They are learned as if the prompt had opened the tag."""
     learned = []
     monkeypatch.setattr("lab.stages.sft_schedule", lambda samples, *_: learned.append(samples) or [])
     recipe = smoke("--stages.1.traces", tmp_path / "mine.jsonl", "--evaluation.problems", 4).recipe
@@ -148,7 +150,7 @@ def test_traces_of_a_server_are_learned_as_if_the_prompt_had_opened_the_tag(tmp_
     assert learned[0] == learned[1] and learned[0][0].completion_ids
 
 
-def test_a_last_sft_stage_without_traces_still_ends_in_the_final_evaluation(tmp_path):
+def test_a_last_sft_stage_without_traces_is_still_evaluated(tmp_path):
     recipe = smoke(
         "--evaluation.problems", 4, "--evaluation.final-problems", 6, "--out", tmp_path / "run"
     ).recipe
@@ -179,9 +181,7 @@ def test_the_best_checkpoint_is_one_that_was_evaluated(tmp_path):
 @pytest.mark.parametrize(
     "module", ["Kernel Module  470.57.02  Tue Jul", "Open Kernel Module for x86_64  545.23.08  Mon"]
 )
-def test_a_card_that_this_torch_cannot_use_is_an_error_with_both_versions_and_the_way_out(
-    module, monkeypatch
-):
+def test_a_card_that_torch_cannot_use_names_versions_and_way_out(module, monkeypatch):
     monkeypatch.setattr(
         "lab.device.read", lambda path: f"NVRM version: NVIDIA UNIX {module}" if "nvidia" in path else ""
     )
@@ -206,7 +206,7 @@ def test_the_device_of_a_recipe_becomes_the_current_one(monkeypatch):
     assert current == ["cuda:1"]
 
 
-def test_a_new_run_in_a_folder_of_the_same_name_is_another_run_to_wandb(tmp_path, monkeypatch):
+def test_a_new_run_in_an_old_name_is_another_run_to_wandb(tmp_path, monkeypatch):
     ids = []
     monkeypatch.setitem(
         sys.modules, "wandb", SimpleNamespace(init=lambda **options: ids.append(options["id"]))
@@ -219,9 +219,8 @@ def test_a_new_run_in_a_folder_of_the_same_name_is_another_run_to_wandb(tmp_path
     assert ids[0] == ids[1] != ids[2] == ids[3]
 
 
-def test_the_reference_of_a_policy_with_adapters_has_its_base_and_what_is_evaluated_is_what_was_trained(
-    tmp_path,
-):
+def test_the_reference_of_adapters_has_their_base(tmp_path):
+    """What is evaluated is what was trained."""
     pytest.importorskip("bitsandbytes")
     options = [
         "--adapters.rank",
@@ -258,8 +257,8 @@ def test_the_reference_of_a_policy_with_adapters_has_its_base_and_what_is_evalua
 HOSTILE = "a [/INST] [bold]b[/bold] :smile: [/x]"
 
 
-def test_texts_from_outside_are_shown_as_they_are_on_the_live_screen(monkeypatch):
-    """In a run's path, a problem, a completion, and whatever is said: none of it is markup, none is an emoji."""
+def test_texts_from_outside_are_shown_as_they_are_live(monkeypatch):
+    """Of a run's path, a problem, a completion and what is said, nothing is markup or an emoji."""
     recipe = replace(load_recipe("256", "tiny")[1], out=f"runs/{HOSTILE}")
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setenv("LINES", "60")
@@ -272,7 +271,8 @@ def test_texts_from_outside_are_shown_as_they_are_on_the_live_screen(monkeypatch
     assert capture.get().count(HOSTILE) == 4
 
 
-def test_texts_from_outside_are_shown_as_they_are_in_eval_play_and_progress_bars(capsys, monkeypatch):
+def test_texts_from_outside_are_shown_as_they_are_elsewhere(capsys, monkeypatch):
+    """These places are eval, play and progress bars."""
     problem = WordProblem(HOSTILE, "#### 1")
     group = [Rollout(problem, [1], Completion([5], [-0.5], True), HOSTILE, "correct", 1.0)]
     recipe = replace(load_recipe("gsm8k")[1], model=HOSTILE)
@@ -308,9 +308,8 @@ def test_a_model_is_read_in_the_encodings_that_editors_save(encoding, tmp_path):
 
 
 @ENCODINGS
-def test_recipes_problems_and_notes_are_read_in_the_encodings_that_editors_save(
-    encoding, tmp_path, monkeypatch
-):
+def test_recipes_and_notes_are_read_as_editors_save_them(encoding, tmp_path, monkeypatch):
+    """Problems too, in the encodings that editors use."""
     monkeypatch.setenv("HOME", str(tmp_path))
     recipe = '# a recipe – mine\nextends = "{}"\nseed = 7\n'.format(ROOT / "recipes" / "smoke.toml")
     files = {
@@ -347,8 +346,10 @@ def test_what_is_no_model_says_what_it_is(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     for name, message in (
-        ("peft", "peft holds adapters, not a model: merge them"), ("run", "run holds checkpoints: name one of them, such as run.*step_0080"),
-        ("run/checkpoints/step_9999", "no such model folder: run/checkpoints/step_9999"), ("run/step_9999", "run/step_9999 is no folder here"),
+        ("peft", "peft holds adapters, not a model: merge them"),
+        ("run", "run holds checkpoints: name one of them, such as run.*step_0080"),
+        ("run/checkpoints/step_9999", "no such model folder: run/checkpoints/step_9999"),
+        ("run/step_9999", "run/step_9999 is no folder here"),
     ):  # fmt: skip
         for read in (load_model, saved_recipe, seen_by):
             with pytest.raises(ModelError, match=message):
@@ -385,7 +386,7 @@ def change_weights(folder, change) -> None:
     safetensors.torch.save_file(state, path)
 
 
-def test_weights_keep_their_own_dtype_where_the_config_names_none(tmp_path):
+def test_weights_keep_their_dtype_where_the_config_names_none(tmp_path):
     config = json.loads((TINY / "config.json").read_text())
     folder = copied(tmp_path, config={name: value for name, value in config.items() if "dtype" not in name})
     assert load_model(folder)[0].dtype == torch.float32
@@ -460,7 +461,8 @@ def test_the_longest_training_prompt_counts_too(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_problem_that_a_file_repeats_counts_once_and_it_is_said(tmp_path, capsys):
+def test_a_problem_that_a_file_repeats_counts_once(tmp_path, capsys):
+    """The command says so."""
     rows = [
         {"numbers": [79, 60, 17], "target": 36},
         {"numbers": [2, 3, 5], "target": 30},
@@ -500,7 +502,8 @@ def test_a_file_of_traces_is_read_before_any_work(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
-def test_a_file_system_that_syncs_no_folders_can_hold_checkpoints(number, tmp_path, monkeypatch):
+def test_a_file_system_that_syncs_no_folders_will_do(number, tmp_path, monkeypatch):
+    """It can hold checkpoints."""
     real, failing = os.fsync, stat.S_ISDIR
 
     def fsync(descriptor):
@@ -553,7 +556,8 @@ def adapted(tmp_path):
     return base, recipe, checkpoints(tmp_path / "run")[-1]
 
 
-def test_adapters_go_on_only_over_the_weights_that_they_began_with(adapted, capsys):
+def test_adapters_go_on_only_over_their_own_weights(adapted, capsys):
+    """These are the weights that they began with."""
     base, recipe, checkpoint = adapted
     actions = {
         "resume": lambda: train(recipe, resume=True, quiet=True),
@@ -580,7 +584,7 @@ def test_adapters_go_on_only_over_the_weights_that_they_began_with(adapted, caps
         )
 
 
-def test_the_reference_of_a_run_from_its_start_is_the_model_that_it_began_with(tmp_path):
+def test_the_reference_of_a_run_is_the_model_that_it_began_with(tmp_path):
     base = shutil.copytree(TINY, tmp_path / "base")
     options = (
         "--model",
@@ -603,7 +607,8 @@ def test_the_reference_of_a_run_from_its_start_is_the_model_that_it_began_with(t
         stage_start_model(model, recipe, RunFolder(recipe.out), state)
 
 
-def test_a_model_from_elsewhere_is_not_asked_for_in_the_revision_of_the_one_beside_it(tmp_path, monkeypatch):
+def test_a_model_from_elsewhere_has_its_own_revision(tmp_path, monkeypatch):
+    """It does not take that of the model beside it."""
     folder = shutil.copytree(TINY, tmp_path / "trained")
     (folder / "recipe.json").write_text(
         json.dumps(asdict(Recipe(model="Qwen/Qwen3-0.6B", revision="abc", problems="generated")))

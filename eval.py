@@ -45,7 +45,7 @@ class Arguments:
 
     models: tyro.conf.Positional[tuple[str, ...]]  # Checkpoint folders, tiny, tiny-256, or hub ids
     recipe: str | None = None
-    """For models not trained here; default: that of a model beside it which was, or 256."""
+    """For models not trained here; default: a trained model's beside it, its own, or 256."""
     problems: str | None = None  # hub, generated, a .parquet or .jsonl; default: those held out in training
     count: int | None = None  # Number of problems; default: all
     samples: int = 4  # Completions per problem, for pass@k
@@ -56,7 +56,7 @@ class Arguments:
     max_cache_tokens: int | None = None  # Tokens of keys and values in memory; default: what fits
     thinking: bool | None = None  # Whether the prompt opens a <think> block; default: the recipe's
     examples: int | None = None  # Solved examples before each problem; default: the recipe's
-    state_limit: bool | None = None  # Whether the prompt says how many tokens there are; default: its own
+    state_limit: bool | None = None  # Whether the prompt states the token limit; default: the recipe's
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     seed: int = EVALUATION_SEED  # For sampling; the same seed gives the same completions
     show: int = 1  # Completions to print of each model and outcome

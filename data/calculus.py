@@ -153,7 +153,7 @@ class Calculus(Task):
         return list(problems)
 
     def draw(self, rng: random.Random) -> Derivative:
-        """Order, number of terms, exponents and coefficients are uniform, if the derivative is not 0."""
+        """Draw order, terms, exponents and coefficients uniformly, until the derivative is not 0."""
         order = rng.randint(1, self.max_order)
         count = rng.randint(self.min_terms, self.max_terms)
         polynomial: list[int] = []

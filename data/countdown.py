@@ -131,7 +131,7 @@ class Countdown(Task):
         return WRONG
 
     def difficulty(self, problem: Problem) -> str:
-        """A model may do well overall and never multiply, so this says whether + and - suffice."""
+        """The count of numbers, and whether + and - suffice: a model may never multiply."""
         need = "+ and - suffice" if solve(problem, operators="+-") else "needs * or /"
         return f"{len(problem.numbers)} numbers, {need}"
 

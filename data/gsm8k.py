@@ -127,14 +127,14 @@ class GSM8K(Task):
 
 
 def read_number(text: str) -> Fraction | None:
-    """The one number of a short text, exactly, or of what follows its last `=`; None if it is not certain.
+    """The exact value of the only number in a short text, or after its last `=`; None if uncertain.
 
     `$9,500`, `9{,}500` and `9500.00 dollars` are the same, and so are `5 million` and `5,000,000`: a unit is
     ignored, a factor is not. Two numbers such as "5 or 6" are none, and neither is `2x`.
     """
     if len(text) > MAX_CHARACTERS:
         return None
-    # 1. One way of writing for the many.
+    # 1. Replace other ways of writing.
     for written, plain in PLAIN.items():
         text = text.replace(written, plain)
     text = MINUS.sub("-", MARKUP.sub(" ", FRACTION.sub(r" \1/\2", THOUSANDS.sub("", text))))

@@ -132,7 +132,7 @@ def fingerprint(problem) -> str:
 def split_problems(problems: Iterable[P], held_out: int, seen: Iterable[str] = ()) -> tuple[list[P], list[P]]:
     """Split into (train, held out), which share no `key`: those with the smallest fingerprints are held out.
 
-    So the split follows from the problems alone, and one more or less of them moves at most one other.
+    So a problem that is added or removed moves at most one other across the split.
     Problems whose fingerprints are `seen` are not held out. Duplicates are dropped first; one row in twelve
     of the Countdown dataset is one.
     """
@@ -148,7 +148,7 @@ def split_problems(problems: Iterable[P], held_out: int, seen: Iterable[str] = (
 
 
 def endless_problems(problems: list[P], seed: int, position: int, count: int) -> list[P]:
-    """`count` problems from `position` on in an endless sequence: all problems, shuffled anew each epoch."""
+    """`count` problems from `position` on in an endless sequence: all problems, shuffled each epoch."""
     taken: list[P] = []
     while len(taken) < count:
         epoch, offset = divmod(position + len(taken), len(problems))

@@ -27,7 +27,7 @@ def non_latin(text: str) -> int:
 
 
 def curate(candidates: Iterable[Trace], per_problem: int, limit: int) -> list[Trace]:
-    """Without repeats and other scripts, the `per_problem` shortest of each problem; the latest `limit`."""
+    """Drop repeats and other scripts; keep the `per_problem` shortest of each problem, the latest `limit`."""
     by_problem: dict = {}
     for trace in candidates:
         if not non_latin(trace.completion):

@@ -1,3 +1,1 @@
-"""What surrounds a run: recipes, stages, checkpoints, evaluation, screens, reports. The core never imports
-it.
-"""
+"""Everything around training: recipes, stages, checkpoints, screens, reports. The core never imports it."""

@@ -1,4 +1,4 @@
-"""Does this code work on this device? `make check`, or `python -m lab.check --model Qwen/Qwen3-1.7B`.
+"""Check this code on this device: `make check`, or `python -m lab.check --model Qwen/Qwen3-1.7B`.
 
 Each row compares two ways to the same numbers.
 """
@@ -62,7 +62,7 @@ def decoding(source: str, device: torch.device) -> Iterator[Row]:
 
 
 def gradient(source: str, device: torch.device) -> Iterator[Row]:
-    """Of the mean log-probability: packed, and one sequence at a time."""
+    """Compare gradients, packed and one sequence at a time."""
     for dtype in MOST_GRADIENT_OFF:
         model, prompts = loaded(source, device, dtype)
         samples = samples_of(model, prompts)
@@ -83,7 +83,7 @@ def gradient(source: str, device: torch.device) -> Iterator[Row]:
 
 
 def updates(source: str, device: torch.device) -> Iterator[Row]:
-    """Of the bundled model: how far ten updates lower the loss, against float32 on the CPU."""
+    """Compare the fall of the loss in ten updates with float32 on the CPU."""
     samples = samples_of(*loaded("tiny", "cpu"))
     for name, settings, adapters in UPDATES:
         falls = []
@@ -117,9 +117,9 @@ def resuming(source: str, device: torch.device) -> Iterator[Row]:
 
 
 def memory(source: str, device: torch.device) -> Iterator[Row]:
-    """Of sampling and an update: planned against measured."""
+    """Compare the planned and the measured peak."""
     if device.type != "cuda":
-        yield Row("memory", "on a GPU only: the peak of a process cannot be measured anew")
+        yield Row("memory", "on a GPU only: the peak of a process cannot be reset")
         return
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -137,7 +137,7 @@ def memory(source: str, device: torch.device) -> Iterator[Row]:
 
 
 def speed(source: str, device: torch.device) -> Iterator[Row]:
-    """Of decoding 32 rows. The limit: weights and cache are read once a token, as fast as in a large copy."""
+    """Measure decoding of 32 rows. At the limit a step reads weights and cache once, at copy speed."""
     large = torch.zeros(2, 2**27, dtype=torch.uint8, device=device)
     rate = large.numel() / min(seconds(device, large[0].copy_, large[1]) for _ in range(5))
     model, prompts = loaded(source, device)

@@ -32,7 +32,7 @@ WholeNumber = Annotated[int, Interval(ge=0, le=10**12)]
 
 @dataclass
 class TrainState:
-    """Where a run stands; there is no random state, since random choices follow from seed and counters."""
+    """The progress of a run. It has no random state: random choices follow from seed and counters."""
 
     stage: WholeNumber = 0
     stage_step: WholeNumber = 0  # steps done in this stage
@@ -93,7 +93,7 @@ def digest(path: Path) -> str:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, by the SHA-256 written beside its files; None if nothing is."""
+    """The damage to a checkpoint, by the SHA-256 written beside its files; None if nothing is."""
     try:
         digests = read_json(folder / DIGESTS)
         for name in {STATE, "model.safetensors", *digests}:
@@ -126,7 +126,7 @@ def load_state(folder: Path) -> TrainState:
     try:
         state = from_dict(TrainState, read_json(folder / STATE))
         if state.problems_seen and not state.seen:
-            raise ValueError("an older version did not note which problems it has seen; train it anew")
+            raise ValueError("an older version did not note which problems it has seen; train it again")
     except ValueError as error:
         raise RecipeError(f"{folder / STATE}: not the state of a run: {error}") from None
     return state
@@ -219,10 +219,10 @@ def saved_recipe(source: str | Path) -> Recipe | None:
 
 
 def untrained_recipe(source: str, beside: Iterable[str]) -> Recipe:
-    """The recipe to ask a model by that was not trained here.
+    """The recipe to evaluate a model with that was not trained here.
 
-    For a model from elsewhere it is that of the first of the models `beside` it that has one, so that both
-    get the same prompts and limits; without one, and for a bundled model, that of `recipe_for`.
+    It is the recipe of the first model `beside` it that has one, so that both get the same prompts and
+    limits. If none has one, or the model is bundled, it is `recipe_for(source)`.
     """
     others = (saved_recipe(other) for other in beside)
     trained = None if is_bundled(source) else next(filter(None, others), None)
@@ -230,7 +230,7 @@ def untrained_recipe(source: str, beside: Iterable[str]) -> Recipe:
 
 
 def state_tensors(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """Everything that resuming needs, as (name, tensor): masters of rounded weights, and Adam's moments."""
+    """The optimizer's state as (name, tensor): masters of rounded weights, and Adam's moments."""
     yield "updates", torch.tensor(optimizer.steps)
     for name, pieces in optimizer.pieces.items():
         for number, piece in enumerate(pieces):

@@ -1,4 +1,4 @@
-"""Does decoding give what plain forwards give? A run on a GPU asks once for each device and version."""
+"""Compare decoding with plain forwards. A run on a GPU does so once per device and version."""
 
 import contextlib
 import hashlib

@@ -33,7 +33,7 @@ def pick_device(recipe: Recipe) -> torch.device:
 
 
 def check_driver() -> None:
-    """Refuse, by a RecipeError, to go on without a GPU where there is one that this torch cannot use."""
+    """RecipeError: there is a GPU here, and this torch cannot use it."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if os.path.exists(CARD) and not hidden and not torch.cuda.is_available():
         driver = re.search(r"\b[0-9]{3}\.[0-9.]+", read("/proc/driver/nvidia/version")) or ["unknown"]
@@ -43,7 +43,7 @@ def check_driver() -> None:
 
 
 def pick_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
-    """The dtype of the weights; None: as stored. A GPU without bfloat16 gets float32."""
+    """The dtype of the weights; None: as stored. A device without bfloat16 gets float32."""
     if recipe.dtype == "auto":
         return None if has_bfloat16(device) else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[recipe.dtype]
@@ -74,7 +74,7 @@ def return_freed_blocks() -> None:
         ctypes.CDLL(None).mallopt(-3, 4 * 2**20)  # M_MMAP_THRESHOLD of malloc.h
 
 
-PATIENCE = timedelta(minutes=30)  # of the others with one process, which may be writing a checkpoint
+PATIENCE = timedelta(minutes=30)  # of ranks that wait for another, which may be saving
 
 
 @contextlib.contextmanager

@@ -75,7 +75,7 @@ class Stop:
 
 @contextlib.contextmanager
 def stoppable(announce: bool = True) -> Iterator[Stop]:
-    """Send both signals to the `Stop` it gives, for the length of the block; in a thread, change nothing."""
+    """Send SIGINT and SIGTERM to the `Stop` it yields, in the block; in a thread, change nothing."""
     stop = Stop(announce)
     before = {}
     if threading.current_thread() is threading.main_thread():  # no other thread may set handlers

@@ -1,4 +1,4 @@
-"""What a run will hold in memory, worked out before it starts from shapes and settings."""
+"""Plan a run's memory from shapes and settings, before it starts."""
 
 from dataclasses import dataclass, replace
 
@@ -119,7 +119,7 @@ def activation_bytes(config: Qwen3Config, itemsize: int, key_copies: float) -> i
 
 
 def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int) -> MemoryPlan:
-    """Work out a run's memory, of which `free` bytes were free before the weights came."""
+    """Plan a run's memory; `free` bytes were free before the weights were loaded."""
     config = model.config
     size = model.dtype.itemsize
     head = model.lm_head.weight
@@ -138,7 +138,7 @@ def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int
     )
 
     # 2. An update. Its peak is where backward begins, where it ends, or in the optimizer. With a single
-    # micro-batch, gradients appear as activations are freed. That of tied embeddings is made in two parts.
+    # micro-batch, gradients appear as activations are freed. Tied embeddings get theirs in two parts.
     if work.update_tokens:
         checkpointing = settings.activation_checkpointing
         layer = activation_bytes(config, size, work.key_copies)

@@ -1,4 +1,4 @@
-"""What a rollout batch looks like, in numbers."""
+"""Metrics of a rollout batch."""
 
 import math
 import re

@@ -35,7 +35,7 @@ class RecipeError(ValueError):
 class EvaluationSettings:
     """Accuracy on problems that are never trained on."""
 
-    every: Count = 10  # Steps between evaluations; there is one at the start and at each stage's end too
+    every: Count = 10  # Steps between evaluations, in SFT at least; also at the start and each stage's end
     problems: Count = 512  # Held-out problems, one completion each
     final_problems: CountOrZero = 0  # Held-out problems for the evaluation at the end, sampled and greedy
 
@@ -58,11 +58,11 @@ class AdapterSettings:
 class Recipe:
     """One experiment: a model, its problems, and the stages of its training."""
 
-    model: str = "auto"  # "auto" (Qwen/Qwen3-1.7B on a CUDA device, else tiny), "tiny", a folder, or a hub id
+    model: str = "auto"  # "auto" (Qwen/Qwen3-1.7B on a GPU, else bundled), "tiny", a folder, or a hub id
     revision: str | None = None  # Branch, tag or commit of a hub id
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # Number format of the weights; auto: as stored
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    problems: str = "auto"  # hub, hub@COMMIT, generated, a .parquet or .jsonl; auto: tiny's are generated
+    problems: str = "auto"  # hub, hub@COMMIT, generated, a .parquet or .jsonl; auto: hub, for tiny generated
     task: Annotated[AnyTask, Discriminator("kind")] = field(default_factory=Countdown)
     generated_problems: Count = 20000  # How many problems to generate, the held-out ones included
     seed: Annotated[int, Interval(ge=0, le=2**31)] = 0  # Decides the order of the problems, and the sampling
@@ -185,7 +185,7 @@ def from_dict(cls, values: dict, where: str = ""):
 
 
 def explain(fault: dict, values, where: str) -> str:
-    """One of pydantic's errors about `values`, which are the field `where`, by the name of the field."""
+    """A message for one of pydantic's errors about `values`, which belong to the field `where`."""
     names = [where] * bool(where)
     for part in fault["loc"]:
         with contextlib.suppress(LookupError, TypeError):  # pydantic names the members of unions too

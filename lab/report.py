@@ -1,6 +1,6 @@
 """One HTML file about one or more runs, to open without a network: `python -m lab.report runs/a runs/b`.
 
-Each chart has the curves of all runs; below are some of their rollouts, token by token, and SFT's traces.
+Each chart has the curves of all runs; below are some of their rollouts, token by token, and curated traces.
 The page is `lab/report.html` with the data of the runs in it as JSON.
 """
 
@@ -117,7 +117,7 @@ def pieces(tokenizer: Tokenizer, token_ids: list[int], logprobs: list[float]) ->
 
 
 def traces(run: RunFolder, task: Task) -> dict:
-    """The number of SFT's traces, and the first of them."""
+    """The number of curated traces, and the first."""
     path = run.path / "traces.jsonl"
     rows = [row for _, row in read_jsonl(path, "a trace")] if path.exists() else []
     shown = [

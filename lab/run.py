@@ -1,4 +1,4 @@
-"""A run in progress: what happens around the steps of every stage. It evaluates, logs, saves and stops."""
+"""A run in progress: it evaluates, logs, saves and stops around the steps of its stages."""
 
 import time
 from dataclasses import replace
@@ -32,7 +32,7 @@ MAX_SKIPPED_UPDATES = 5  # in a row, then the run ends
 
 
 class Run:
-    """The model of a run, its problems, where it stands, and the folder and screen it writes to."""
+    """The model of a run, its problems and progress, and the folder and screen it writes to."""
 
     def __init__(self, recipe: Recipe, folder: RunFolder, screen: Screen, resume: bool):
         """Load everything. ModelError, DataError, RecipeError: the run cannot start, or go on, like this."""
@@ -58,7 +58,7 @@ class Run:
 
     @property
     def cancel(self):
-        """Asked while a model samples or learns, whether to drop that; None where other ranks would wait."""
+        """The event that cancels sampling or a step; None with several ranks, which would wait for it."""
         return self.stop.requested if world_size() == 1 else None
 
     def evaluate_first(self) -> None:
@@ -131,7 +131,7 @@ class Run:
         self.record(row, stage.steps)
 
     def end_stage(self, stage) -> None:
-        """Go on to the next stage, from a checkpoint of its own."""
+        """Save a checkpoint, and go on to the next stage."""
         if not stage.steps and self.ends_run(stage):  # an SFT stage without traces: no step has evaluated
             row = {"stage": self.state.stage, "kind": stage.kind, "step": self.state.step}
             row["grpo_steps"] = self.state.grpo_steps

@@ -30,7 +30,7 @@ FREE_ON_RESUME = {
 
 
 class RunFolder:
-    """`runs/<name>/`: config.json, metrics.jsonl, of which all else is a view, rollouts/ and checkpoints/."""
+    """`runs/<name>/`: config.json, metrics.jsonl, rollouts/, checkpoints/, and plots drawn from these."""
 
     def __init__(self, path: str | Path):
         self.path = Path(os.path.expanduser(path))
@@ -99,8 +99,8 @@ class RunFolder:
     def rewind(self, step: int) -> None:
         """Delete metrics and rollouts of the steps after `step`, which a resumed run writes again.
 
-        `step` is that of the checkpoint it goes on from, -1 if it begins anew. RecipeError: what the run had
-        written before `step` is no longer there, or it has saved checkpoints and none is left.
+        `step` is that of the checkpoint it goes on from, -1 if there is none. RecipeError: metrics up to
+        `step` are missing, or it has saved checkpoints and none is left.
         """
         rows = self.metrics()
         advice = "put it back, or begin a new run by another --out"
@@ -211,7 +211,7 @@ def write_whole(path: Path, text: str) -> None:
 def sync(path: Path) -> None:
     """Wait until the content of a file or folder is on the disk, so that it survives a power cut.
 
-    Some network file systems cannot do that for a folder, and say so; then nobody can.
+    Some network file systems cannot do that for a folder; their error is ignored.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -78,7 +78,7 @@ class LiveScreen(Screen):
         self.position = (0, 0)  # (steps done, steps) of the stage
         self.points: list[tuple[int, float]] = []  # (step, held-out accuracy in %)
         self.samples: dict[str, Rollout] = {}  # the last correct and the last wrong one
-        self.progress = ("", 0, 1, 0.0)  # (activity, completions done, total, tokens a second)
+        self.progress = ("", 0, 1, 0.0)  # (activity, completions done, total, tokens per second)
         self.live = Live(console=console, get_renderable=self.draw, transient=True, refresh_per_second=4)
 
     def __enter__(self):
@@ -184,7 +184,7 @@ def pick_screen(recipe: Recipe, quiet: bool = False, plain: bool = False) -> Scr
 
 
 def chart(points: list[tuple[int, float]], width: int, height: int) -> list[str]:
-    """A bar chart of `points` (x, y), x ascending, as lines of text; a bar is as high as the last point."""
+    """A bar chart of `points` (x, y), x ascending, as lines of text; a bar shows the last point so far."""
     last = max(1, points[-1][0])
     top = max(1e-9, *(y for _, y in points))
     xs = [last * column / max(1, width - 1) for column in range(width)]
@@ -316,7 +316,7 @@ def planned_time(row: dict, recipe: Recipe, prompt_length: int) -> str:
 
 
 def advice_on_equal_rewards(row: dict, recipe: Recipe) -> str | None:
-    """After an evaluation by which batches teach next to nothing: why, and what helps."""
+    """Advice if an evaluation predicts equal rewards in most groups; else None."""
     stages = [stage for stage in recipe.stages[row["stage"] :] if stage.kind == row["kind"] == "grpo"]
     if not stages:
         return None
@@ -330,7 +330,7 @@ def advice_on_equal_rewards(row: dict, recipe: Recipe) -> str | None:
     limit, some = recipe.sampling.max_new_tokens, f"{prompts * (1 - silent):.1f} of {prompts}"
     return (
         f"{100 * cut_off:.1f} % of completions are cut off at {limit} tokens. About {some} groups per step "
-        "can teach: in the others all rewards are equal.\n"
+        "have unequal rewards; the others change nothing.\n"
         "The paper's run with 256 tokens earned nothing for 30 steps either, and then took off. What helps: "
         f"more samples per prompt (--stages.{row['stage']}.samples-per-prompt {4 * samples}), no thinking "
         f"(--sampling.no-thinking), more room (--sampling.max-new-tokens {2 * limit})"
@@ -338,7 +338,7 @@ def advice_on_equal_rewards(row: dict, recipe: Recipe) -> str | None:
 
 
 def advice_on_exploration(row: dict, recipe: Recipe) -> str | None:
-    """After a step by which the policy has stopped exploring, and is not good: the signs, and what helps."""
+    """Advice if a step shows that the policy has stopped exploring too early; else None."""
     if row["kind"] != "grpo" or not row["step"] or row["format_rate"] < 0.5:
         return None  # where few completions have an answer, `advice_on_equal_rewards` says why
     equal, right, entropy = row["silent_groups"], row["train_accuracy"], row["entropy"]
@@ -365,7 +365,7 @@ def advice_on_exploration(row: dict, recipe: Recipe) -> str | None:
 
 
 def step_figures(row: dict) -> list[str]:
-    """The most important metrics of a step, in columns."""
+    """The most important metrics of a step, as texts."""
     if row["kind"] == "sft":
         return [f"loss {shown(row['loss'], 4)}", f"grad {shown(row['grad_norm'])}"]
     return [

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: where it stands, its model, and whether it fits into memory."""
+"""Set up a run: its progress, its model, and a check that it fits into memory."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -55,7 +55,7 @@ def set_up(
     """Load what a run works with, see whether it fits and decodes, and note in `state` which problems it has.
 
     Returns model, tokenizer, problems to train on, held-out ones, tokens of a micro-batch, and lines on
-    that. ModelError, DataError: something cannot be loaded, or the run does not fit into memory.
+    that. ModelError, DataError, RecipeError: the run cannot be loaded, or does not fit into memory.
     """
     return_freed_blocks()
     device = pick_device(recipe)

@@ -1,4 +1,4 @@
-"""`train`: the stages of a recipe one after the other. A stage knows its steps, and how to take one."""
+"""`train` runs the stages of a recipe. A stage has a number of steps, and `take_step`."""
 
 import contextlib
 import re
@@ -65,7 +65,7 @@ def train_stage(run: Run) -> None:
 
 
 def begin_stage(run: Run) -> "GRPOTraining | SFTTraining":
-    """The stage at which `run` stands, with a new optimizer or, within a resumed stage, the saved one."""
+    """The stage that `run` is in, with a new optimizer or, within a resumed stage, the saved one."""
     settings = run.recipe.stages[run.state.stage]
     trainer = Trainer(run.model, Optimizer(run.model, run.recipe.optimizer), run.micro_batch_tokens)
     if run.checkpoint is not None and run.state.stage_step > 0:
@@ -151,7 +151,7 @@ class SFTTraining:
             samples.append(Sample(prompt, completion))
         run.state.see(trace.problem for trace in traces)
         solved = len({trace.problem.key for trace in traces})
-        origin = "worked solutions" if settings.traces == WORKED else "curated traces"
+        origin = "worked solutions" if settings.traces == WORKED else "traces"
         source = trace_file(settings, run.folder)
         run.screen.say(f"sft on {len(traces)} {origin} of {solved} problems ({source})")
         return sft_schedule(samples, settings.batch_size, settings.epochs, run.recipe.seed)
@@ -180,7 +180,7 @@ def trace_file(stage: SFTStage, folder: RunFolder) -> Path:
 
 
 def traces_for(run: Run) -> list[Trace]:
-    """What an SFT stage imitates: the user's file, worked solutions, or the rollouts before it, curated.
+    """The traces of an SFT stage: the user's file, worked solutions, or the rollouts before it, curated.
 
     A stage that goes on takes the file that it began with. DataError: a trace cannot be used.
     RecipeError: rollouts of the stage before are missing.

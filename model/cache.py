@@ -30,7 +30,7 @@ class KVCache:
     def start(self, time: int) -> Tensor:
         self.end = self.length + time
         if self.end > self.max_length:
-            raise ValueError(f"the cache holds {self.max_length} tokens a row; {self.end} are needed")
+            raise ValueError(f"the cache holds {self.max_length} tokens per row; {self.end} are needed")
         slots = torch.arange(self.end, device=self.keys[0].device)
         positions = slots[None, self.length :]  # [1, time]
         # An empty cache needs only the causal mask, for which there are faster kernels. [time, end]
@@ -63,10 +63,10 @@ class KVCache:
 class GroupCache:
     """A cache for groups of rows that share a prompt, which is stored once and read once for the whole group.
 
-    All rows decode in lock-step, one token a forward. Attention to a prompt is one matrix product for all
+    All rows decode in lock-step, one token per forward. Attention to a prompt is one matrix product for all
     rows of its group; scores on the prompt and on own tokens then pass through one softmax (Hydragen,
     arXiv:2402.05099, merges two). Own tokens lie in blocks, so nothing is copied to make room. If `static`,
-    attention reads whole blocks: shapes change only once a block, as CUDA graphs require, and oneDNN is twice
+    attention reads whole blocks: shapes change only once per block, as CUDA graphs require, and oneDNN is twice
     as fast.
 
     Shapes: `prompt_keys[layer]`, `prompt_values[layer]` [prompts, kv_heads, longest, head_dim]; blocks in
@@ -121,7 +121,7 @@ class GroupCache:
         self.pair_in_cell[self.cell_of_pair] = pairs
 
     def reserve(self, count: int) -> None:
-        """Make room for `count` own tokens a row, the next one included. Call it before each forward."""
+        """Make room for `count` own tokens per row, the next one included. Call it before each forward."""
         if count > self.room:
             size = min(self.block, self.max_new_tokens - self.room)
             for blocks in self.keys + self.values:

@@ -49,7 +49,7 @@ class ChatTemplate:
     """A compiled chat template. `names` are what it may refer to, such as `bos_token`.
 
     It has no clock, unlike in transformers: a prompt must not change from one day to the next. Templates that
-    write the date then write the one that they have for this case.
+    write the date then write their default.
     """
 
     def __init__(self, source: str, names: dict[str, str]):

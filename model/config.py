@@ -30,7 +30,7 @@ def read_text(path: Path) -> str:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Refuse, by a ModelError, what git-lfs leaves in the place of a large file that it has not fetched."""
+    """ModelError: the file is a pointer, which git-lfs leaves in place of a file not fetched."""
     with open(path, "rb") as file:
         if file.read(23) == b"version https://git-lfs":
             advice = "run git lfs pull beside it"
@@ -145,7 +145,7 @@ class Qwen3Config:
         }
 
     def check_positions(self, prompt: int, new: int, name: str = "the model") -> None:
-        """Refuse, by a ModelError, more tokens, of a prompt and new ones, than the model has positions."""
+        """ModelError: the model has too few positions for a prompt and its new tokens."""
         if prompt + new > self.max_position_embeddings:
             most = f"{name} has {self.max_position_embeddings} positions (max_position_embeddings)"
             need = f"a prompt of {prompt} tokens and {new} new ones need {prompt + new}"
@@ -165,7 +165,7 @@ class Qwen3Config:
 
 
 def derived_heads(hf: dict) -> dict:
-    """What the `config.json` of a Qwen2 or Llama may leave out or leave null: the size of a head, and of a
+    """Fields that the `config.json` of a Qwen2 or Llama may omit or null: the size of a head, and of a
     Llama also the number of key-value heads.
     """
     hidden, heads = hf.get("hidden_size"), hf.get("num_attention_heads")

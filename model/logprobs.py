@@ -17,7 +17,7 @@ CHUNK_LOGITS = {"cpu": 2**25, "cuda": 2**26}
 
 
 class TokenLogprobs(NamedTuple):
-    """Of each token, in nats: its log-probability, and the entropy where it was chosen; [tokens]."""
+    """Log-probability of each token, and entropy of its distribution, in nats; of one shape."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -40,9 +40,9 @@ def chunk_tokens(weight: Tensor) -> int:
 
 
 def logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield some tokens and their logits [up to chunk_tokens, vocab], until all have had their turn.
+    """Yield a slice of the tokens and its logits [up to chunk_tokens, vocab], until all are done.
 
-    On a GPU they are the sampler's logits, see `unrounded_matmul`; on a CPU they are all in one buffer.
+    On a GPU they are the sampler's logits, see `unrounded_matmul`; on a CPU each chunk overwrites the last.
     """
     size = chunk_tokens(weight)
     buffer = None if hidden.is_cuda else hidden.new_empty(min(size, len(hidden)), len(weight))

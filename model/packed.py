@@ -1,4 +1,4 @@
-"""Training on groups of sequences as one stream of tokens, in which a group's common prefix stands once."""
+"""Training on groups of sequences as one stream of tokens, in which a group's common prefix occurs once."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -65,7 +65,7 @@ class LoRALinear(nn.Module):
 def quantized(linear: nn.Linear) -> nn.Linear:
     """`linear` with its weight in int8 and a float32 scale for each row, on the same device.
 
-    On a GPU bitsandbytes rounds each row of x to int8 too, so `merged` equals what was trained up to that.
+    On a GPU bitsandbytes rounds each row of x to int8 too; a model with the `merged` weight does not.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else each call warns that x is not float16
     import bitsandbytes  # here, because the import takes seconds and most runs do not need it

@@ -32,7 +32,7 @@ class Cache(Protocol):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, computed in float32 or above (arXiv:1910.07467)."""
+    """weight * x / rms(x) over the last axis; the quotient in float32 or above (arXiv:1910.07467)."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()

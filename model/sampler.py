@@ -23,13 +23,13 @@ CPU_LOGITS = 2**19  # logits turned into probabilities at a time on a CPU
 PREFILL_TOKENS = 16384  # prompt tokens in one forward
 ALIGNED = {"cpu": 1, "cuda": 8}  # prompts are padded to a multiple: 16 bytes, as a GPU multiplies fastest
 # Every CHECK_EVERY steps the host waits for the device and looks for finished rows. The batch is compacted
-# when at most this share is unfinished: compacting copies their cache and, on a GPU, needs a new graph.
+# when at most COMPACT_BELOW is unfinished: that copies the cache and, on a GPU, needs a new graph.
 CHECK_EVERY = {"cpu": 8, "cuda": 16}
 COMPACT_BELOW = {"cpu": 0.9, "cuda": 0.6}
 
 
 class Cancelled(Exception):
-    """Sampling was cancelled; nothing has changed."""
+    """The work was cancelled; no weight has changed."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class TokenChoice:
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model wrote after a prompt."""
+    """A sampled completion of a prompt."""
 
     token_ids: list[int]  # the stop token included if `finished`
     logprobs: list[float]  # of each id in nats, at the temperature, before top-k and top-p
@@ -180,7 +180,7 @@ def generate(
     Args:
         temperature, top_k, top_p: see `TokenChoice`.
         max_cache_tokens: tokens of keys and values in memory at once; None: what fits. Other prompts wait.
-        only: sample for `prompts[only]`, as if for all; so ranks divide one call among them.
+        only: the prompts to sample for; their completions equal those of a call for all.
         on_progress: called now and then with (completions done, tokens sampled so far).
         cancel: when a signal or another thread sets it, sampling ends with `Cancelled`.
 
@@ -237,7 +237,7 @@ def plan_batches(
     """
 
     def fitting_samples(start: int, end: int) -> int:
-        """Of each of these prompts, which are padded to the longest of them."""
+        """How many samples fit for each prompt, padded to the longest."""
         return (room // (end - start) - max(lengths[start:end])) // max_new_tokens
 
     batches = []
@@ -259,7 +259,7 @@ def plan_batches(
 
 
 class DecodeBatch:
-    """`num_samples` completions for each prompt, decoded in lock-step: one token a row in each forward.
+    """`num_samples` completions for each prompt, decoded in lock-step: one token per row and forward.
 
     Args:
         uniforms: random numbers in [0, 1), [prompts, num_samples, max_new_tokens].
@@ -350,7 +350,7 @@ class DecodeBatch:
             self.cache.select(left)
 
     def completions(self) -> list[list[Completion]]:
-        """What was sampled, [prompt][sample]."""
+        """The completions, [prompt][sample]."""
         finished, lengths = self.endings(self.max_new_tokens)
         found = []
         for ids, logprobs, length, is_finished in zip(

@@ -130,7 +130,7 @@ def prompt_ids(
 ) -> list[int]:
     """Ids of a prompt: the user's text in the model's own chat format, up to where the answer begins.
 
-    With `thinking` it ends in an open `<think>`; without, thinking is closed in the way of the template.
+    With `thinking` it ends in an open `<think>`; without, one that the template opens is closed.
 
     Args:
         examples: (user's text, answer) of earlier turns of the chat.

@@ -76,10 +76,10 @@ def load_weights(folder: ModelFolder, device="cpu", dtype: torch.dtype | None = 
 def load_model(
     source: str | Path, device="cpu", dtype: torch.dtype | None = None, revision: str | None = None
 ) -> tuple[Qwen3, Tokenizer]:
-    """Load a model and its tokenizer. ModelError: not a complete and consistent Qwen3 checkpoint.
+    """Load a model and its tokenizer. ModelError: not a complete checkpoint of a known family.
 
     Args:
-        source: a bundled model ("tiny" or "tiny-calculus"), a folder in Hugging Face's layout, or a hub id.
+        source: a bundled model, such as "tiny", a folder in Hugging Face's layout, or a hub id.
         dtype: of the weights; None keeps the dtype that `config.json` names, or else that of the embedding.
         revision: branch, tag or commit of a hub id.
     """
@@ -191,7 +191,7 @@ def read_state(folder: ModelFolder, model: Qwen3, device, dtype: torch.dtype | N
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, all in this very folder. ModelError: one is missing."""
     index = folder / INDEX
-    names = ["model.safetensors"]  # beside which an index is left over from an earlier save
+    names = ["model.safetensors"]  # wins over an index, which is from an earlier save
     if not (folder / names[0]).is_file():
         if index.is_file():
             weight_map = read_json(index).get("weight_map")

@@ -26,7 +26,7 @@ class Sample:
 class Batch:
     """Samples as tensors: one stream of tokens for the decoder; for the loss, rows of completion tokens.
 
-    A shared prompt stands once in the stream, without its last id: that predicts the first id of every
+    A shared prompt occurs once in the stream, without its last id: that predicts the first id of every
     completion, so it begins each sample's own branch. A completion's last id predicts nothing and is left
     out. The mask is made from lengths, never from ids: Qwen3-Base pads with an id that also ends completions.
     """
@@ -101,7 +101,7 @@ def packing_groups(samples: list[Sample]) -> list[list[int]]:
 
 
 def packed_group(samples: list[Sample]) -> PackedGroup:
-    """The layout of samples behind one prefix: what their prompts share, without the last id of a prompt."""
+    """The layout of samples behind their common prefix, which leaves each prompt its last id."""
     prompts = [sample.prompt_ids for sample in samples]
     shortest = min(len(prompt) for prompt in prompts)
     prefix = min(common_length(prompts), shortest - 1)

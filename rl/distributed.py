@@ -68,7 +68,7 @@ def sum_counts(counts: Counter) -> Counter:
 
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up all ranks' gradients in float32; no gradient counts as zero."""
+    """Add up all ranks' gradients in float32; a missing one counts as zero."""
     if world_size() == 1:
         return
     for parameter in parameters:

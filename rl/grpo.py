@@ -28,7 +28,7 @@ from rl.trainer import Trainer
 
 @dataclass(frozen=True)
 class GRPOStage:
-    """Reinforcement on sampled groups."""
+    """GRPO on groups of completions."""
 
     kind: Literal["grpo"] = "grpo"
     steps: Count = 80  # Rollout batches
@@ -104,7 +104,7 @@ def with_advantages(groups: Groups, advantages: Tensor) -> list[list[Sample]]:
 
 @dataclass(frozen=True)
 class Update:
-    """What is known of an optimizer step, the same on all ranks."""
+    """Sums of an optimizer step, the same on all ranks."""
 
     tokens: int  # of all its completions
     sums: Counter  # over the tokens of the samples that took part, by the names of `policy_sums`
@@ -173,7 +173,7 @@ def grpo_update(
 def policy_sums(
     batch: Batch, loss: Tensor, logprobs: Tensor, entropy: Tensor, settings: GRPOStage
 ) -> Counter:
-    """What `update_metrics` needs of a micro-batch, summed over its tokens."""
+    """Sums over the tokens of a micro-batch, for `update_metrics`."""
     log_ratio = (logprobs - batch.old_logprobs)[batch.mask].double()
     clipped_low, clipped_high = clip_counts(
         logprobs, batch.old_logprobs, batch.advantages, batch.mask, settings.clip_low, settings.clip_high

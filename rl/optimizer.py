@@ -18,7 +18,7 @@ MAX_GRAD_NORM = 1.0
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """The update, in GRPO and in SFT alike."""
+    """The optimizer of GRPO and SFT."""
 
     kind: Literal["adamw", "adamw8bit"] = "adamw"  # AdamW of torch, or of bitsandbytes with 8-bit moments
     rounding: Literal["masters", "stochastic"] = "masters"  # Float32 masters, or stochastic rounding

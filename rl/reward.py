@@ -19,7 +19,7 @@ class RewardSettings:
 def reward_for(verdict: Score, text: str, completion: Completion, settings: RewardSettings) -> float:
     """The reward of a completion, from the task's verdict on it.
 
-    `text` is without the stop token. `completion.token_ids` are its ids, so their number is its length.
+    `text` is without the stop token. `completion` is not used yet; it is for rewards by length.
     """
     reward = verdict.reward
     if verdict.outcome == "wrong" or (verdict.outcome == "near" and not settings.near_miss):

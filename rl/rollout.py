@@ -22,9 +22,9 @@ class SamplingSettings:
 
     max_new_tokens: Count = 256  # Tokens a completion may have, its stop token included
     temperature: NonNegative = 1.0  # Softmax temperature; training needs it above 0
-    thinking: bool = True  # End the prompt with an open <think>; if false, as the model's template does
+    thinking: bool = True  # End the prompt with an open <think>; if false, leave no <think> open
     examples: CountOrZero = 0  # Solved examples before the problem, as earlier turns of the chat
-    state_limit: bool = False  # Say in the prompt how many tokens there are; not measured on any model yet
+    state_limit: bool = False  # State max_new_tokens in the prompt; not measured on any model yet
     max_cache_tokens: Annotated[int, Interval(ge=1, le=10**12)] | None = None
     """Tokens of keys and values in memory at once, at most; None: as many as fit."""
     top_k: Count | None = None  # Sample from the k likeliest tokens; for evaluation, not for training
@@ -53,7 +53,7 @@ def prompt_for(
 
 @dataclass(frozen=True)
 class Rollout:
-    """One completion of a problem, and what became of it."""
+    """A completion of a problem, its verdict and reward."""
 
     problem: AnyProblem
     prompt_ids: list[int]

@@ -20,14 +20,14 @@ WORKED = "worked"  # as a stage's traces
 
 @dataclass(frozen=True)
 class SFTStage:
-    """Imitation of curated correct traces."""
+    """Fine-tuning on correct traces."""
 
     kind: Literal["sft"] = "sft"
     epochs: Annotated[int, Interval(ge=1, le=1000)] = 2  # Passes over the traces
     batch_size: Count = 64  # Traces per optimizer step
     learning_rate: Positive = 1e-5  # Peak; falls linearly to zero over the stage
-    max_traces: Count = 2400  # At most so many traces; those of later steps are taken first
-    traces_per_problem: Count = 2  # At most so many traces of one problem; the shortest are taken
+    max_traces: Count = 2400  # At most so many, the latest; a file of yours is taken whole
+    traces_per_problem: Count = 2  # At most so many rollouts of one problem; the shortest
     traces: str | None = None
     """What to imitate. None: the correct rollouts of the stage before. "worked": solutions that the task
     itself writes, a cold start. Else a JSONL file of yours, with a problem and a completion in each line."""

@@ -1,4 +1,4 @@
-"""A model in training, which takes as many tokens at a time as the memory holds."""
+"""A model in training; micro-batches are halved when memory runs out."""
 
 from collections import Counter
 from collections.abc import Callable

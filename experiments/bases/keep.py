@@ -1,4 +1,4 @@
-"""Keep what `make train-256` has trained as the bundled model `tiny-256`: `make tiny-256`."""
+"""Make the result of `make train-256` the bundled model `tiny-256`: `make tiny-256`."""
 
 import shutil
 from pathlib import Path

@@ -56,7 +56,7 @@ class Corpus:
     """The documents of a base, and the texts that its tokenizer makes a single token.
 
     Attributes:
-        document: draws a prompt and the text after it to the end of the turn; True in the last steps.
+        document: (rng, whether in the last steps) -> (prompt, text after it to the end of the turn).
         phrases: texts that are one token each, beside bytes, tags and the chat format.
         largest_number: each number up to this one is one token too.
         layers: of the model.

@@ -1,1 +1,1 @@
-"""A pretrained model, trained on two CPU cores: how its weights are had, the runs, and their report."""
+"""A pretrained model, trained on two CPU cores: the source of its weights, the runs, and their report."""

@@ -199,7 +199,7 @@ def plot_ablations(baseline: list[Run], ablations: Runs, path: Path) -> None:
 
 
 def color_of_end(runs: list[Run], baseline: list[Run]) -> str:
-    """Whether an arm ends above or below the baseline, as far as the seeds that both have can tell."""
+    """The color for an arm that ends above or below the baseline, or for neither."""
     difference = paired_difference(runs, baseline)
     if difference.low > 0:
         return ABOVE

@@ -66,8 +66,8 @@ class GroupCache:
     All rows decode in lock-step, one token per forward. Attention to a prompt is one matrix product for all
     rows of its group; scores on the prompt and on own tokens then pass through one softmax (Hydragen,
     arXiv:2402.05099, merges two). Own tokens lie in blocks, so nothing is copied to make room. If `static`,
-    attention reads whole blocks: shapes change only once per block, as CUDA graphs require, and oneDNN is twice
-    as fast.
+    attention reads whole blocks: shapes change only once per block, as CUDA graphs require, and oneDNN is
+    twice as fast.
 
     Shapes: `prompt_keys[layer]`, `prompt_values[layer]` [prompts, kv_heads, longest, head_dim]; blocks in
     `keys[layer]`, `values[layer]` [pairs, block, head_dim]; `prompt_index` [rows], ascending.

@@ -21,9 +21,9 @@ def test_the_last_slot_can_be_used_and_one_token_more_is_refused(decoder):
     cache = KVCache(decoder.config, 2, 8)
     decoder(random_ids(2, 8), cache)
     assert cache.length == cache.max_length == 8
-    with pytest.raises(ValueError, match="the cache holds 8 tokens a row; 9 are needed"):
+    with pytest.raises(ValueError, match="the cache holds 8 tokens per row; 9 are needed"):
         decoder(random_ids(2, 1), cache)
-    with pytest.raises(ValueError, match="the cache holds 3 tokens a row; 4 are needed"):
+    with pytest.raises(ValueError, match="the cache holds 3 tokens per row; 4 are needed"):
         decoder(random_ids(1, 4), KVCache(decoder.config, 1, 3))
 
 

@@ -115,7 +115,8 @@ def curriculum() -> None:
     assert easiest(problems, difficulty) == [problems[1], problems[3]]
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe("smoke")[1]
-        recipe = shrunk(replace(recipe, stages=recipe.stages[:1]), folder, steps=3, easy_steps=2)
+        recipe = replace(recipe, stages=recipe.stages[:1], keep_checkpoints=3)
+        recipe = shrunk(recipe, folder, steps=3, easy_steps=2)
         rows = run(recipe)
         classes = [{difficulty(Problem(r["numbers"], r["target"])) for r in row["rollouts"]} for row in rows[1:]]
         assert classes[0] == classes[1] == {"3 numbers, + and - suffice"} and len(classes[2]) > 1, classes
@@ -129,7 +130,8 @@ def sorting() -> None:
     from data.sorting import Sorting, Unsorted
 
     task, problem = Sorting(), Unsorted((7, 3, 12))
-    for text, outcome in (("3, 7, 12", "correct"), ("3 7 12", "correct"), ("7, 3, 12", "wrong"), ("x", "wrong")):
+    verdicts = {"3, 7, 12": "correct", "3 7 12": "correct", "7, 3, 12": "wrong", "٣, 7, 12": "wrong", "x": "wrong"}
+    for text, outcome in verdicts.items():
         assert task.score(f"</think><answer>{text}</answer>", problem).outcome == outcome, text
     assert task.problem_from_row(problem.row()) == problem and task.solution(problem) == "3, 7, 12"
     assert task.parse_input("7 3,12") == problem and problem.key == Unsorted((12, 7, 3)).key

@@ -138,7 +138,8 @@ def curriculum() -> None:
     assert easiest(problems, difficulty) == [problems[1], problems[3]]
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe("smoke")[1]
-        recipe = shrunk(replace(recipe, stages=recipe.stages[:1]), folder, steps=3, easy_steps=2)
+        recipe = replace(recipe, stages=recipe.stages[:1], keep_checkpoints=3)
+        recipe = shrunk(recipe, folder, steps=3, easy_steps=2)
         rows = run(recipe)
         classes = [
             {difficulty(Problem(r["numbers"], r["target"])) for r in row["rollouts"]} for row in rows[1:]
@@ -160,6 +161,7 @@ def sorting() -> None:
         ("3, 7, 12", "correct"),
         ("3 7 12", "correct"),
         ("7, 3, 12", "wrong"),
+        ("٣, 7, 12", "wrong"),
         ("x", "wrong"),
     ):
         assert task.score(f"</think><answer>{text}</answer>", problem).outcome == outcome, text

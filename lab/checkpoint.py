@@ -231,7 +231,7 @@ def untrained_recipe(source: str, beside: Iterable[str]) -> Recipe:
 
 def state_tensors(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     """The optimizer's state as (name, tensor): masters of rounded weights, and Adam's moments."""
-    yield "updates", torch.tensor(optimizer.steps)
+    yield "updates", torch.tensor(optimizer.updates)
     for name, pieces in optimizer.pieces.items():
         for number, piece in enumerate(pieces):
             for key, value in piece.adamw.state[piece.master].items():
@@ -243,7 +243,7 @@ def state_tensors(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
 @torch.no_grad()
 def load_state_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     """Take back what `state_tensors` gave, for a model with the same parameters."""
-    optimizer.steps = int(tensors["updates"])
+    optimizer.updates = int(tensors["updates"])
     for full_name in tensors.keys() - {"updates"}:
         name, number, key = full_name.split("|")
         value, piece = tensors[full_name], optimizer.pieces[name][int(number)]

@@ -105,7 +105,7 @@ class GRPOTraining:
                 settings=settings,
                 sampling=run.recipe.sampling,
                 reward=run.recipe.reward,
-                learning_rate=learning_rate_at(settings, state.stage_step, self.trainer.optimizer.steps),
+                learning_rate=learning_rate_at(settings, state.stage_step, self.trainer.optimizer.updates),
                 seed=1000 * run.recipe.seed + state.step,
                 reference=self.reference,
                 on_progress=on_progress,

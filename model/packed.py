@@ -15,7 +15,7 @@ PADDING = 0.04  # of a block's tokens, at most
 class PackedGroup:
     """The part of one group in the stream: its prefix, then its branches in blocks of nearly equal length."""
 
-    prefix: int  # tokens that all sequences of the group begin with
+    prefix_length: int  # tokens that all sequences of the group begin with
     lengths: list[int]  # of the rest of each sequence, its branch; longest first
 
     def blocks(self) -> list[tuple[int, int]]:
@@ -32,7 +32,7 @@ class PackedGroup:
 
     def num_tokens(self) -> int:
         """Tokens in the stream, padding included."""
-        return self.prefix + sum(rows * length for rows, length in self.blocks())
+        return self.prefix_length + sum(rows * length for rows, length in self.blocks())
 
 
 class Block(NamedTuple):
@@ -40,7 +40,7 @@ class Block(NamedTuple):
 
     rows: int
     length: int
-    prefix: int | None = None  # number of the block that these branches go on from
+    prefix_block: int | None = None  # number of the block that these branches go on from
 
 
 class PackedGroups:
@@ -54,14 +54,15 @@ class PackedGroups:
         self.blocks: list[Block] = []
         positions = []
         for group in groups:
-            prefix = None
-            if group.prefix:
-                prefix = len(self.blocks)
-                self.blocks.append(Block(1, group.prefix))
-                positions.append(torch.arange(group.prefix))
+            prefix_block = None
+            if group.prefix_length:
+                prefix_block = len(self.blocks)
+                self.blocks.append(Block(1, group.prefix_length))
+                positions.append(torch.arange(group.prefix_length))
             for rows, length in group.blocks():
-                self.blocks.append(Block(rows, length, prefix))
-                positions.append(torch.arange(group.prefix, group.prefix + length).repeat(rows))
+                self.blocks.append(Block(rows, length, prefix_block))
+                in_branch = torch.arange(group.prefix_length, group.prefix_length + length)
+                positions.append(in_branch.repeat(rows))
         self.sizes = [block.rows * block.length for block in self.blocks]
         self.positions = torch.cat(positions)[None].to(device)  # [1, tokens]
 
@@ -78,9 +79,9 @@ class PackedGroups:
             query = queries[number].unflatten(0, shape)
             key = keys[number].unflatten(0, shape)
             value = values[number].unflatten(0, shape)
-            if block.prefix is not None:
-                key = after_prefix(keys[block.prefix], key)
-                value = after_prefix(values[block.prefix], value)
+            if block.prefix_block is not None:
+                key = after_prefix(keys[block.prefix_block], key)
+                value = after_prefix(values[block.prefix_block], value)
             attended.append(attention(query, key, value).flatten(0, 1))
         return torch.cat(attended).transpose(0, 1)[None]
 

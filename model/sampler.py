@@ -198,8 +198,10 @@ def generate(
     room = max_cache_tokens or cache_tokens_that_fit(model, max_new_tokens)
     groups: list[list[Completion]] = [[] for _ in prompts]
     done = tokens = 0  # in the batches before
-    for group, samples in plan_batches(list(map(len, prompts)), num_samples, max_new_tokens, room):
-        batch = DecodeBatch(model, prompts[group], uniforms[group, samples], stop_ids, choice)
+    lengths = [len(prompt) for prompt in prompts]
+    for prompt_slice, sample_slice in plan_batches(lengths, num_samples, max_new_tokens, room):
+        its_uniforms = uniforms[prompt_slice, sample_slice]
+        batch = DecodeBatch(model, prompts[prompt_slice], its_uniforms, stop_ids, choice)
         for batch_done, batch_tokens in batch.run():
             if cancel and cancel.is_set():
                 raise Cancelled
@@ -207,7 +209,7 @@ def generate(
                 on_progress(done + batch_done, tokens + batch_tokens)
         done += batch_done
         tokens += batch_tokens
-        for completions, more in zip(groups[group], batch.completions(), strict=True):
+        for completions, more in zip(groups[prompt_slice], batch.completions(), strict=True):
             completions += more
         del batch  # free its keys and values before the next batch takes its own
     return groups

@@ -53,7 +53,7 @@ def make_batch(samples: list[Sample], device="cpu") -> Batch:
     for members in packing_groups(samples):
         group = packed_group([samples[row] for row in members])
         layout.append(group)
-        stream += samples[members[0]].prompt_ids[: group.prefix]
+        stream += samples[members[0]].prompt_ids[: group.prefix_length]
         rows = iter(members)
         for count, padded_length in group.blocks():
             for row in islice(rows, count):
@@ -61,7 +61,7 @@ def make_batch(samples: list[Sample], device="cpu") -> Batch:
                 # Each input predicts the next token: after prompt a b, completion c d e has inputs a b c d,
                 # and the outputs at its last three positions are those of c, d and e.
                 inputs = sample.prompt_ids + sample.completion_ids[:-1]
-                branch = inputs[group.prefix :]
+                branch = inputs[group.prefix_length :]
                 end = len(stream) + len(branch)
                 logit_positions[row, :length] = torch.arange(end - length, end)
                 stream += branch
@@ -104,8 +104,8 @@ def packed_group(samples: list[Sample]) -> PackedGroup:
     """The layout of samples behind their common prefix, which leaves each prompt its last id."""
     prompts = [sample.prompt_ids for sample in samples]
     shortest = min(len(prompt) for prompt in prompts)
-    prefix = min(common_length(prompts), shortest - 1)
-    return PackedGroup(prefix, [len(sample) - 1 - prefix for sample in samples])
+    prefix_length = min(common_length(prompts), shortest - 1)
+    return PackedGroup(prefix_length, [len(sample) - 1 - prefix_length for sample in samples])
 
 
 def common_length(prompts: list[list[int]]) -> int:
@@ -156,7 +156,7 @@ def logprobs_and_entropy(model: Qwen3, batch: Batch, temperature: float = 1.0) -
 
     As in the sampler, but only completion positions go through the output head, a few at a time.
     """
-    hidden = model.model(batch.input_ids, batch.layout)[0]  # [tokens, hidden]
+    hidden = model.model(batch.input_ids, cache=batch.layout)[0]  # [tokens, hidden]
     hidden = hidden.index_select(0, batch.logit_positions[batch.mask])  # [completion tokens, hidden]
     targets = batch.target_ids[batch.mask]
     found = target_logprobs(hidden, model.lm_head.weight, targets, temperature, model.num_tokens)

@@ -78,7 +78,7 @@ def grpo_step(
         update = grpo_update(trainer, part, settings, sampling, learning_rate, reference, cancel)
         updates.append(update)
         if update.taken:
-            cancel = None  # the weights have moved, so the step is finished
+            cancel = None  # the weights have moved: the step must now be completed
     metrics = update_metrics(updates) | {"lr": learning_rate}
     metrics["rollout_seconds"] = sampling_end - start
     metrics["update_seconds"] = time.perf_counter() - sampling_end

@@ -35,7 +35,7 @@ class Optimizer:
         # Smallest first: when the largest tensor needs room for its update, the other gradients are gone.
         smallest_first = sorted(trained, key=lambda name: trained[name].numel())
         self.parameters = {name: trained[name] for name in smallest_first}
-        self.steps = 0
+        self.updates = 0
         self.skipped_in_a_row = 0  # updates skipped since the last one taken
         self.pieces: dict[str, list[Piece]] = {}
         for name, parameter in self.parameters.items():
@@ -63,10 +63,10 @@ class Optimizer:
                 continue
             gradient_parts = flat_parts(parameter.grad)
             for number, piece in enumerate(self.pieces[name]):
-                random_key = f"{self.steps} {name} {number}"
+                random_key = f"{self.updates} {name} {number}"
                 piece.update(gradient_parts[number], scale, learning_rate, random_key)
             parameter.grad = None
-        self.steps += 1
+        self.updates += 1
         self.skipped_in_a_row = 0
         return norm
 

@@ -164,7 +164,7 @@ def test_micro_batches_keep_every_sample_within_the_budget(shapes, budget):
         assert tokens == stream_tokens(batch) and (len(batch) == 1 or tokens <= budget)
         used = sum(len(sample) - 1 for sample in batch)
         for members in packing_groups(batch):
-            used -= (len(members) - 1) * packed_group([batch[row] for row in members]).prefix
+            used -= (len(members) - 1) * packed_group([batch[row] for row in members]).prefix_length
         assert used <= tokens < used / 0.95 + 1e-9
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import huggingface_hub
 import numpy as np
@@ -19,6 +20,7 @@ from data import Problem
 from data.task import Score
 from experiments.bases.weights import init_weights
 from lab.errors import user_errors
+from lab.recipe import Recipe
 from lab.runfolder import RunFolder
 from model import Completion, Qwen3, Qwen3Config
 from model.chat import CHATML, ChatTemplate
@@ -147,9 +149,9 @@ PROBLEMS = ["ab", "c", "defgh", "c", "ij"]
 
 def take_step(trainer, rewards=REWARDS, learning_rate=0.01, temperature=1.0, reference=None, **stage):
     """A step on PROBLEMS with `rewards` given by hand: [problem][sample], in the order of scoring."""
-    given_rewards = iter([reward for row in rewards for reward in row])
+    given_rewards = mock.Mock(side_effect=[reward for row in rewards for reward in row])
     return grpo_step(
-        trainer, FakeTokenizer(), FakeTask(lambda problem, text: next(given_rewards)),
+        trainer, FakeTokenizer(), FakeTask(given_rewards),
         PROBLEMS[: len(rewards)],
         settings=GRPOStage(samples_per_prompt=len(rewards[0]), **stage), seed=1, reference=reference,
         sampling=SamplingSettings(max_new_tokens=8, temperature=temperature), learning_rate=learning_rate,
@@ -200,9 +202,14 @@ def run_command(*arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, **options)
 
 
-def smoke(*options) -> train_command.Arguments:
-    """Parsed arguments of the smoke recipe; options are separated by blanks, as on a command line."""
-    return train_command.parse(["smoke", "--model", "tiny-256", *" ".join(map(str, options)).split()])
+def smoke(*options) -> Recipe:
+    """The smoke recipe with these options, which are separated by blanks, as on a command line."""
+    return parsed("smoke --model tiny-256", *options).recipe
+
+
+def parsed(*words) -> train_command.Arguments:
+    """What train.py makes of a command line."""
+    return train_command.parse(" ".join(map(str, words)).split())
 
 
 def timeless(run: Path) -> list[dict]:
@@ -226,9 +233,9 @@ def evaluated(capsys, *models, **options) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def exit_code(monkeypatch, command: str, *arguments) -> int:
-    """How `python command arguments` ends, in this process."""
-    monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
+def exit_code(monkeypatch, command: str) -> int:
+    """How `python command` ends, in this process."""
+    monkeypatch.setattr(sys, "argv", command.split())
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / command), run_name="__main__")
+        runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
     return ended.value.code

@@ -1,6 +1,8 @@
 """Updates that are not finite are skipped and counted; five in a row end the run."""
 
+import itertools
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -35,21 +37,24 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(source, bad, monkey
     optimizer = trainer.optimizer
     sft_step(trainer, ragged_samples(3), 1e-2)  # so that the optimizer has a state
     before, take = [], optimizer.step
-    monkeypatch.setattr(
-        optimizer,
-        "step",
-        lambda *a, **options: before.append(copies(model, optimizer)) or take(*a, **options),
-    )
+
+    def step(*arguments, **options):
+        before.append(copies(model, optimizer))
+        return take(*arguments, **options)
+
+    monkeypatch.setattr(optimizer, "step", step)
     if source == "loss":  # of one micro-batch of the first update; its gradient is finite
-        losses, loss = [], rl.grpo.grpo_loss
-        error = lambda: losses.append(0) or (bad if len(losses) == 2 else 0.0)  # noqa: E731
-        monkeypatch.setattr(rl.grpo, "grpo_loss", lambda *a, **options: loss(*a, **options) + error())
+        errors = itertools.chain([0.0, bad], itertools.repeat(0.0))
+
+        def loss(*arguments, **options):
+            return grpo_loss(*arguments, **options) + next(errors)
+
+        monkeypatch.setattr(rl.grpo, "grpo_loss", loss)
     if source == "gradient":
         model.lm_head.weight.register_hook(lambda gradient: gradient * (1.0 if before else bad))
     if source == "sampler":  # a log-probability of the first group's first sample, first of the first update
-        shifts = []
-        off = sampler_that_is_off(lambda place: shifts.append(0) or (bad if len(shifts) == 1 else 0.0))
-        monkeypatch.setattr(rl.grpo, "collect_rollouts", off)
+        shift = mock.Mock(side_effect=itertools.chain([bad], itertools.repeat(0.0)))
+        monkeypatch.setattr(rl.grpo, "collect_rollouts", sampler_that_is_off(shift))
     _, _, metrics = take_step(trainer, updates_per_step=2)
     assert metrics["skipped_updates"] == 1 and optimizer.skipped_in_a_row == 0
     assert equal(before[0], before[1]) and not equal(before[1], copies(model, optimizer))
@@ -82,8 +87,8 @@ def test_a_run_goes_on_past_faults_until_five_in_a_row(tmp_path, monkeypatch, ca
         return grpo_loss(*arguments, **options) * (1.0 if losses[0] in (1, 2, 5, 6) else math.nan)
 
     monkeypatch.setattr(rl.grpo, "grpo_loss", loss)
-    options = ["--out", tmp_path, "--stages.0.steps", 9, "--optimizer.micro-batch-tokens", 1_000_000]
-    message = fails(capsys, lambda: train(smoke(*options).recipe, quiet=True))
+    options = f"--out {tmp_path} --stages.0.steps 9 --optimizer.micro-batch-tokens 1000000"
+    message = fails(capsys, lambda: train(smoke(options), quiet=True))
     assert "6 updates in a row" in message and "learning rate" in message
     rows = RunFolder(tmp_path).metrics()
     assert [row["skipped_updates"] for row in rows[1:]] == [0, 2, 0, 2, 2, 2]

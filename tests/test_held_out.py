@@ -100,7 +100,7 @@ def test_a_run_notes_its_problems_and_resumes_on_the_same_only(tmp_path, capsys)
     """It notes those of the model that it began with, too."""
     source = write(tmp_path / "mine.jsonl", POOL)
     run = tmp_path / "run"
-    recipe = smoke("--out", run, "--problems", source, "--evaluation.problems", 8).recipe
+    recipe = smoke(f"--out {run} --problems {source} --evaluation.problems 8")
     train(replace(recipe, stages=recipe.stages[:1]), quiet=True)
     state = load_state(max((run / "checkpoints").iterdir()))
     rows = [row for path in RunFolder(run).rollout_files() for _, row in read_jsonl(path, "")]

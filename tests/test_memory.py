@@ -83,7 +83,7 @@ def test_a_prompt_without_room_is_refused_before_any_sampling(decoder):
             PROMPTS,
             **OPTIONS,
             max_cache_tokens=21,
-            on_progress=lambda *report: pytest.fail("sampled"),
+            on_progress=mock.Mock(side_effect=AssertionError("sampled")),
         )
 
 
@@ -106,12 +106,12 @@ def test_eval_has_the_room_of_recipe_option_or_memory(tmp_path, monkeypatch, cap
         )
 
 
-@pytest.mark.parametrize("command", [("train.py", "smoke", "--model", "tiny-256"), ("eval.py", "tiny")])
+@pytest.mark.parametrize("command", ["train.py smoke --model tiny-256 --out {}", "eval.py tiny"])
 def test_out_of_memory_advises_options_that_the_command_has(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lab.evaluate, "collect_rollouts", mock.Mock(side_effect=torch.OutOfMemoryError))
-    assert exit_code(monkeypatch, *command, *(("--out", tmp_path) if command[0] == "train.py" else ())) == 2
+    assert exit_code(monkeypatch, command.format(tmp_path)) == 2
     message = capsys.readouterr().err
-    assert exit_code(monkeypatch, *command[:2], "--help") == 0
+    assert exit_code(monkeypatch, f"{command.format(tmp_path)} --help") == 0
     shown = capsys.readouterr().out
     options = re.findall(r"--[\w.-]*\w", message)
     assert "out of GPU memory" in message and options and all(option in shown for option in options)
@@ -155,16 +155,13 @@ def test_keys_and_values_never_take_more_memory_than_the_budget(room, stops, sta
 
 
 def test_without_a_budget_generate_takes_what_fits_into_memory(decoder, monkeypatch):
-    calls, rooms = [], []
-    monkeypatch.setattr(
-        model.sampler, "cache_tokens_that_fit", lambda *arguments: calls.append(arguments) or 74
-    )
-    monkeypatch.setattr(
-        model.sampler, "plan_batches", lambda *case: rooms.append(case[-1]) or plan_batches(*case)
-    )
+    fitting, planning = mock.Mock(return_value=74), mock.Mock(wraps=plan_batches)
+    monkeypatch.setattr(model.sampler, "cache_tokens_that_fit", fitting)
+    monkeypatch.setattr(model.sampler, "plan_batches", planning)
     by_memory = generate(decoder, PROMPTS, **OPTIONS)
     by_budget = generate(decoder, PROMPTS, **OPTIONS, max_cache_tokens=74)
-    assert calls == [(decoder, 13)] and rooms == [74, 74] and by_memory == by_budget
+    fitting.assert_called_once_with(decoder, 13)
+    assert [call.args[-1] for call in planning.call_args_list] == [74, 74] and by_memory == by_budget
 
 
 def machine(available: int | None = None, limit="", used="", cached=0):
@@ -251,13 +248,13 @@ def test_a_gpu_has_what_the_driver_and_the_allocator_have_free(monkeypatch):
 )
 def test_cache_and_logits_fill_their_share_of_free_memory(vocab, max_new_tokens, dtype, monkeypatch):
     decoder, free = random_model(dtype=dtype, vocab_size=vocab), 3 * GIB + 12_345
-    asked = []
-    monkeypatch.setattr(model.memory, "free_memory", lambda device: asked.append(device) or free)
+    asked = mock.Mock(return_value=free)
+    monkeypatch.setattr(model.memory, "free_memory", asked)
     tokens = cache_tokens_that_fit(decoder, max_new_tokens)
     logits = tokens / max_new_tokens * LOGITS_COPIES * 4 * vocab  # of every row, float32
     taken = tokens * token_bytes(decoder) + logits
     assert 0.99 * CACHE_SHARE * free < taken <= CACHE_SHARE * free
-    assert isinstance(tokens, int) and asked == [decoder.device]
+    assert isinstance(tokens, int) and asked.call_args_list == [mock.call(decoder.device)]
     assert (
         token_bytes(decoder) == 2 * 2 * 2 * 8 * dtype.itemsize
     )  # keys and values, two layers, two heads of 8

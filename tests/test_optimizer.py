@@ -146,9 +146,14 @@ def test_stochastic_rounding_gives_neighbours_of_the_right_mean():
 
 def test_every_step_and_every_piece_draws_its_own_random_numbers(monkeypatch):
     model, keys = random_model(dtype=torch.bfloat16), []
+
+    def rounded(x, key):
+        keys.append(key)
+        return x.bfloat16()
+
     monkeypatch.setattr(rl.optimizer, "PIECE", 256)
     optimizer = optimizer_for(model, rounding="stochastic")
-    monkeypatch.setattr(rl.optimizer, "round_stochastically", lambda x, key: keys.append(key) or x.bfloat16())
+    monkeypatch.setattr(rl.optimizer, "round_stochastically", rounded)
     learn(model, optimizer, 3)
     assert len(set(keys)) == len(keys) == 3 * sum(map(len, optimizer.pieces.values())) > 100
 

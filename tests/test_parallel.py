@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import safetensors.torch
 import torch
-from helpers import ROOT, ragged_samples, random_model, run_command, smoke, timeless, trainer_for
+from helpers import ROOT, parsed, ragged_samples, random_model, run_command, smoke, timeless, trainer_for
 
 import rl.grpo
 from lab.checkpoint import checkpoints
@@ -23,22 +23,20 @@ from lab.stages import train
 from rl.sft import sft_step
 from train import main
 
-OPTIONS = [  # three prompts for two or four processes, in two updates: uneven, and some have nothing to do
-    "--generated-problems", 60, "--sampling.max-new-tokens", 40, "--evaluation.problems", 5,
-    "--evaluation.final-problems", 0,
-    "--keep-checkpoints", 99, "--stages.0.steps", 3, "--stages.0.prompts-per-step", 3,
-    "--stages.0.samples-per-prompt", 12,
-    "--stages.0.learning-rate", 1e-4, "--stages.0.kl-coef", 0.05, "--stages.1.learning-rate", 1e-5,
-    "--stages.1.batch-size", 2, "--stages.1.epochs", 2,
-    "--stages.2.steps", 1, "--stages.2.samples-per-prompt", 4, "--stages.2.prompts-per-step", 3,
-    "--stages.2.learning-rate", 1e-4,
-]  # fmt: skip
+# Three prompts for two or four processes, in two updates: uneven, and some have nothing to do.
+OPTIONS = """
+--generated-problems 60 --sampling.max-new-tokens 40 --evaluation.problems 5 --evaluation.final-problems 0
+--keep-checkpoints 99 --stages.0.steps 3 --stages.0.prompts-per-step 3 --stages.0.samples-per-prompt 12
+--stages.0.learning-rate 1e-4 --stages.0.kl-coef 0.05 --stages.1.learning-rate 1e-5 --stages.1.batch-size 2
+--stages.1.epochs 2 --stages.2.steps 1 --stages.2.samples-per-prompt 4 --stages.2.prompts-per-step 3
+--stages.2.learning-rate 1e-4
+"""
 
 
 def run_training(out: Path, resume: bool = False) -> None:
     """A small run."""
     with mock.patch("lab.run.write_curve"):  # drawing takes two thirds of the time of so small a run
-        train(smoke("--out", out, *OPTIONS).recipe, resume=resume, quiet=True)
+        train(smoke("--out", out, OPTIONS), resume=resume, quiet=True)
 
 
 def be_rank(number: int, size: int, port: int, work, *arguments) -> None:
@@ -151,7 +149,7 @@ def train_and_die(out: str) -> None:
         return advantages(*arguments, **options)
 
     with user_errors(), mock.patch("rl.grpo.group_advantages", dying), mock.patch("lab.run.write_curve"):
-        main(smoke("--out", out, *OPTIONS))
+        main(parsed("smoke --model tiny-256 --out", out, OPTIONS))
 
 
 @pytest.mark.parametrize("restarts", [0, 1])

@@ -205,13 +205,12 @@ def test_every_completion_has_random_numbers_of_its_own():
 def forwards(decoder, call):
     """The result of `call()` and the [rows, time] of every forward meanwhile."""
     shapes = []
-    hook = decoder.model.embed_tokens.register_forward_hook(
-        lambda _, args, __: shapes.append(tuple(args[0].shape))
-    )
-    try:
+
+    def note(module, arguments, output):
+        shapes.append(tuple(arguments[0].shape))
+
+    with decoder.model.embed_tokens.register_forward_hook(note):
         return call(), shapes
-    finally:
-        hook.remove()
 
 
 def test_a_prompt_is_prefilled_once_and_forwards_are_few(decoder):

@@ -4,6 +4,7 @@ import io
 import re
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -61,8 +62,7 @@ def drawn(shown: LiveScreen) -> str:
 
 def test_a_live_screen_shows_the_run(monkeypatch):
     """It shows stage, numbers, accuracy, progress and the last rollouts."""
-    times = iter([6.0, 7.0, 8.0, 8.0])
-    monkeypatch.setattr(lab.screen.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(lab.screen.time, "perf_counter", mock.Mock(side_effect=[6.0, 7.0, 8.0, 8.0]))
     shown = live_screen()
     assert "start" in drawn(shown)
     shown.step({"stage": 0, "kind": "grpo", "step": 0, "grpo_steps": 0, **EVALUATED}, 3, 0, 0)

@@ -93,8 +93,8 @@ def recipe(tmp_path) -> Recipe:
     texts = [f"so\n</think>\n<answer>{answer}</answer>" for answer in ANSWERS]
     save_traces(tmp_path / "own.jsonl", map(Trace, PROBLEMS, texts))
     stage = SFTStage(traces=str(tmp_path / "own.jsonl"), batch_size=1, epochs=2, learning_rate=6e-3)
-    options = ("--out", tmp_path / "run", "--evaluation.problems", 1, "--evaluation.final-problems", 0)
-    return replace(smoke(*options).recipe, stages=(stage,))
+    options = f"--out {tmp_path}/run --evaluation.problems 1 --evaluation.final-problems 0"
+    return replace(smoke(options), stages=(stage,))
 
 
 def test_traces_of_held_out_problems_are_left_out(recipe, tmp_path):
@@ -113,8 +113,8 @@ def test_a_cold_start_learns_right_worked_solutions(tmp_path, monkeypatch):
     steps = mock.Mock(return_value={"loss": 1.0, "grad_norm": 1.0, "tokens": 1})
     monkeypatch.setattr(lab.stages, "sft_step", steps)
     stage = SFTStage(traces="worked", max_traces=40, batch_size=10, epochs=1)
-    options = ("--out", tmp_path / "run", "--generated-problems", 100, "--sampling.examples", 2)
-    recipe = replace(smoke(*options).recipe, stages=(stage,))
+    options = f"--out {tmp_path}/run --generated-problems 100 --sampling.examples 2"
+    recipe = replace(smoke(options), stages=(stage,))
     train(recipe, quiet=True)
     traces = load_traces(
         tmp_path / "run" / "worked.jsonl", recipe.task.problem_from_row, lambda text, problem: True
@@ -136,7 +136,7 @@ def test_a_cold_start_learns_right_worked_solutions(tmp_path, monkeypatch):
 
 def test_a_task_without_solutions_is_refused_before_any_step(tmp_path, monkeypatch):
     monkeypatch.setattr(Countdown, "work_out", Task.work_out)
-    recipe = smoke("--out", tmp_path / "run").recipe
+    recipe = smoke("--out", tmp_path / "run")
     with pytest.raises(RecipeError, match="stages.0.traces: countdown cannot write worked solutions"):
         train(replace(recipe, stages=(SFTStage(traces="worked"),)), quiet=True)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

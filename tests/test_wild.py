@@ -10,19 +10,18 @@ import stat
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import transformers
-from helpers import PROBLEM, Hub, evaluated, fails, largest_gap, random_model, smoke, weights
+from helpers import PROBLEM, Hub, evaluated, fails, largest_gap, parsed, random_model, smoke, weights
 from reference import ROOT, TINY, TINY_TOKENS
 
 import eval as eval_command
 import play as play_command
-import train as train_command
 from data import DataError, Problem, load_problems, score
 from data.gsm8k import WordProblem
 from data.traces import Trace, save_traces
@@ -138,22 +137,21 @@ def test_a_completion_may_open_the_thinking_once_at_its_start():
 
 def test_traces_of_a_server_are_learned_like_our_own(tmp_path, monkeypatch):
     """They are learned as if the prompt had opened the tag."""
-    learned = []
-    monkeypatch.setattr("lab.stages.sft_schedule", lambda samples, *_: learned.append(samples) or [])
-    recipe = smoke("--stages.1.traces", tmp_path / "mine.jsonl", "--evaluation.problems", 4).recipe
+    schedule = mock.Mock(return_value=[])
+    monkeypatch.setattr("lab.stages.sft_schedule", schedule)
+    recipe = smoke(f"--stages.1.traces {tmp_path}/mine.jsonl --evaluation.problems 4")
     recipe = replace(recipe, stages=recipe.stages[1:2])
     problem = problems_of(recipe)[0][0]
     solved = f"so</think><answer>{recipe.task.solution(problem)}</answer>"
     for number, text in enumerate((solved, f"<think>{solved}")):
         save_traces(tmp_path / "mine.jsonl", [Trace(problem, text)])
         train(replace(recipe, out=str(tmp_path / str(number))), quiet=True)
-    assert learned[0] == learned[1] and learned[0][0].completion_ids
+    first, second = (call.args[0] for call in schedule.call_args_list)
+    assert first == second and first[0].completion_ids
 
 
 def test_a_last_sft_stage_without_traces_is_still_evaluated(tmp_path):
-    recipe = smoke(
-        "--evaluation.problems", 4, "--evaluation.final-problems", 6, "--out", tmp_path / "run"
-    ).recipe
+    recipe = smoke(f"--evaluation.problems 4 --evaluation.final-problems 6 --out {tmp_path}/run")
     grpo = replace(recipe.stages[0], steps=1, prompts_per_step=1, samples_per_prompt=2, updates_per_step=1)
     recipe = replace(
         recipe, sampling=replace(recipe.sampling, max_new_tokens=2), stages=(grpo, recipe.stages[1])
@@ -189,12 +187,12 @@ def test_a_card_that_torch_cannot_use_names_versions_and_way_out(module, monkeyp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(RecipeError, match=r"(470.57.02|545.23.08).*CUDA 13.0.*--model tiny or --device"):
-        train_command.parse(["256"])
+        parsed("256")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert train_command.parse(["256"]).recipe.model == "tiny"
+    assert parsed("256").recipe.model == "tiny"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert train_command.parse(["256", "--device", "cpu"]).recipe.model == "tiny"
-    assert train_command.parse(["256", "--model", "tiny"]).recipe.model == "tiny"
+    assert parsed("256 --device cpu").recipe.model == "tiny"
+    assert parsed("256 --model tiny").recipe.model == "tiny"
 
 
 def test_the_device_of_a_recipe_becomes_the_current_one(monkeypatch):
@@ -202,37 +200,27 @@ def test_the_device_of_a_recipe_becomes_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch, "empty", lambda *_, device: None)
     for name in ("cuda:1", "cuda", "cpu"):
-        assert pick_device(replace(smoke().recipe, device=name)) == torch.device(name)
+        assert pick_device(replace(smoke(), device=name)) == torch.device(name)
     assert current == ["cuda:1"]
 
 
 def test_a_new_run_in_an_old_name_is_another_run_to_wandb(tmp_path, monkeypatch):
-    ids = []
-    monkeypatch.setitem(
-        sys.modules, "wandb", SimpleNamespace(init=lambda **options: ids.append(options["id"]))
-    )
+    wandb = mock.Mock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     for _ in range(2):
         (tmp_path / "run").mkdir()
         Boards(tmp_path / "run").start_wandb({})
         Boards(tmp_path / "run").start_wandb({})  # as a resumed run does
         shutil.rmtree(tmp_path / "run")
+    ids = [call.kwargs["id"] for call in wandb.init.call_args_list]
     assert ids[0] == ids[1] != ids[2] == ids[3]
 
 
 def test_the_reference_of_adapters_has_their_base(tmp_path):
     """What is evaluated is what was trained."""
     pytest.importorskip("bitsandbytes")
-    options = [
-        "--adapters.rank",
-        4,
-        "--stages.0.learning-rate",
-        1e-2,
-        "--dtype",
-        "bfloat16",
-        "--evaluation.problems",
-        4,
-    ]
-    recipe = smoke("--out", tmp_path / "run", *options).recipe
+    options = "--adapters.rank 4 --stages.0.learning-rate 1e-2 --dtype bfloat16 --evaluation.problems 4"
+    recipe = smoke("--out", tmp_path / "run", options)
     policy, *_ = set_up(recipe, None, TrainState())
     reference = stage_start_model(policy, recipe, RunFolder(tmp_path / "run"), TrainState())
     ids = torch.arange(40, 60)[None]
@@ -415,21 +403,11 @@ def short(tmp_path, positions: int = 200):
 
 def test_more_tokens_than_positions_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
     folder = short(tmp_path)
-    for module in ("lab.run", "eval"):
-        monkeypatch.setattr(f"{module}.evaluate", lambda *_, **__: pytest.fail("evaluated"))
-    monkeypatch.setattr("lab.setup.check_decoding", lambda *_: pytest.fail("decoded"))
-    options = (
-        "--model",
-        folder,
-        "--problems",
-        "generated",
-        "--sampling.max-new-tokens",
-        180,
-        "--out",
-        tmp_path / "run",
-    )
+    for work in ("lab.run.evaluate", "eval.evaluate", "lab.setup.check_decoding"):
+        monkeypatch.setattr(work, mock.Mock(side_effect=AssertionError("begun")))
+    options = f"--model {folder} --problems generated --sampling.max-new-tokens 180 --out {tmp_path}/run"
     for action in (
-        lambda: train(smoke(*options).recipe, quiet=True),
+        lambda: train(smoke(options), quiet=True),
         lambda: evaluated(capsys, "tiny", folder, count=2, max_new_tokens=180),
     ):
         message = fails(capsys, action)
@@ -496,7 +474,7 @@ def test_a_file_of_traces_is_read_before_any_work(tmp_path, capsys):
     (tmp_path / "mine.jsonl").write_text(
         '{"numbers": [79, 60, 17], "target": 36, "completion": "</think><answer>1</answer>"}\n'
     )
-    recipe = smoke("--stages.1.traces", tmp_path / "mine.jsonl", "--out", tmp_path / "run").recipe
+    recipe = smoke("--stages.1.traces", tmp_path / "mine.jsonl", "--out", tmp_path / "run")
     assert "mine.jsonl, line 1: does not solve" in fails(capsys, lambda: train(recipe, quiet=True))
     assert not (tmp_path / "run").exists()
 
@@ -537,19 +515,9 @@ def test_a_file_system_that_syncs_no_folders_will_do(number, tmp_path, monkeypat
 def adapted(tmp_path):
     """(base, recipe, checkpoint) of a short run of adapters over a model in a folder."""
     base = shutil.copytree(TINY, tmp_path / "base")
-    options = [
-        "--model",
-        base,
-        "--problems",
-        "generated",
-        "--out",
-        tmp_path / "run",
-        "--adapters.rank",
-        2,
-        "--adapters.no-int8",
-    ]
-    options += ["--evaluation.problems", 2, "--evaluation.final-problems", 0, "--sampling.max-new-tokens", 4]
-    recipe = smoke(*options).recipe
+    options = f"--model {base} --problems generated --out {tmp_path}/run --adapters.rank 2"
+    options += " --adapters.no-int8 --evaluation.problems 2 --evaluation.final-problems 0"
+    recipe = smoke(options, "--sampling.max-new-tokens 4")
     grpo = replace(recipe.stages[0], steps=1, prompts_per_step=1, samples_per_prompt=2, updates_per_step=1)
     recipe = replace(recipe, stages=(grpo,))
     train(recipe, quiet=True)
@@ -586,17 +554,8 @@ def test_adapters_go_on_only_over_their_own_weights(adapted, capsys):
 
 def test_the_reference_of_a_run_is_the_model_that_it_began_with(tmp_path):
     base = shutil.copytree(TINY, tmp_path / "base")
-    options = (
-        "--model",
-        base,
-        "--problems",
-        "generated",
-        "--stages.0.kl-coef",
-        0.1,
-        "--evaluation.problems",
-        2,
-    )
-    recipe, state = smoke("--out", tmp_path / "run", *options).recipe, TrainState()
+    options = f"--model {base} --problems generated --stages.0.kl-coef 0.1 --evaluation.problems 2"
+    recipe, state = smoke("--out", tmp_path / "run", options), TrainState()
     model, *_ = set_up(recipe, None, state)
     reference = stage_start_model(model, recipe, RunFolder(recipe.out), state)
     assert largest_gap(weights(reference), weights(model)) == 0
@@ -630,7 +589,7 @@ def test_a_model_trained_here_that_lost_its_notes_is_refused(tmp_path, capsys):
     (folder / "trainer_state.json").unlink()
     for action in (
         lambda: evaluated(capsys, folder, count=2),
-        lambda: train(smoke("--model", folder, "--out", tmp_path / "run").recipe, quiet=True),
+        lambda: train(smoke("--model", folder, "--out", tmp_path / "run"), quiet=True),
     ):
         assert f"{folder}: trainer_state.json is missing" in fails(capsys, action)
 
@@ -640,7 +599,5 @@ def test_a_home_that_nobody_knows_is_no_traceback(tmp_path, monkeypatch, capsys)
         return path
 
     monkeypatch.setattr("os.path.expanduser", unknown)  # what it does where there is no home
-    message = fails(
-        capsys, lambda: train(smoke("--model", "~/model", "--out", tmp_path / "run").recipe, quiet=True)
-    )
+    message = fails(capsys, lambda: train(smoke("--model", "~/model", "--out", tmp_path / "run"), quiet=True))
     assert "~/model" in message

@@ -36,8 +36,7 @@ def shrunk(recipe: Recipe, out: str, sampling: dict | None = None, **stage_chang
     stages = tuple(replace(s, **small) if s.kind == "grpo" else replace(s, epochs=1) for s in recipe.stages)
     return replace(
         recipe, model="tiny-256", problems="generated", generated_problems=60, out=out, checkpoint_every=1,
-        stages=stages,
-        sampling=replace(recipe.sampling, max_new_tokens=64, **sampling or {}),
+        stages=stages, sampling=replace(recipe.sampling, max_new_tokens=64, **sampling or {}),
         evaluation=EvaluationSettings(problems=4),
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ import train as train_command
 from data import Problem
 from data.task import Score
 from experiments.bases.weights import init_weights
+from experiments.study.results import Run
 from lab.errors import user_errors
 from lab.recipe import Recipe
 from lab.runfolder import RunFolder
@@ -151,8 +152,7 @@ def take_step(trainer, rewards=REWARDS, learning_rate=0.01, temperature=1.0, ref
     """A step on PROBLEMS with `rewards` given by hand: [problem][sample], in the order of scoring."""
     given_rewards = mock.Mock(side_effect=[reward for row in rewards for reward in row])
     return grpo_step(
-        trainer, FakeTokenizer(), FakeTask(given_rewards),
-        PROBLEMS[: len(rewards)],
+        trainer, FakeTokenizer(), FakeTask(given_rewards), PROBLEMS[: len(rewards)],
         settings=GRPOStage(samples_per_prompt=len(rewards[0]), **stage), seed=1, reference=reference,
         sampling=SamplingSettings(max_new_tokens=8, temperature=temperature), learning_rate=learning_rate,
     )  # fmt: skip
@@ -191,6 +191,20 @@ GROUPS = [
     answered(Problem((3, 5, 4), 12), "3+5+4", "3+5+4", "3+4+5", "5+4+3"),  # 4 of 4, 3 different
     answered(Problem((3, 3, 8, 8), 24), "", "", "", ""),  # only 8 / (3 - 8 / 3): none, none
 ]
+
+
+# A study
+
+
+def made_up(arm: str, seed: int, accuracies: dict[int, float], step_tokens=100, final=None) -> Run:
+    """A run of GRPO with these accuracies in %, by step; greedy ones are twice as high at the end."""
+    evaluations = []
+    for step, accuracy in accuracies.items():
+        row = {"stage": 0, "kind": "grpo", "step": step, "grpo_steps": step}
+        row |= {"eval_accuracy": accuracy / 100, "generated_tokens": step_tokens * step}
+        evaluations.append(row)
+    ends = {} if final is None else {"final_accuracy": final / 100, "final_greedy_accuracy": final / 50}
+    return Run(arm, seed, evaluations, ends, {}, 60)
 
 
 # The commands
@@ -239,3 +253,9 @@ def exit_code(monkeypatch, command: str) -> int:
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
     return ended.value.code
+
+
+def write_jsonl(path: Path, rows) -> str:
+    """Write a file of one JSON text per line; return its path as text."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)

@@ -42,13 +42,10 @@ def test_a_problem_keeps_its_order_and_its_key_does_not():
 
 
 @pytest.mark.parametrize(
-    ("numbers", "target", "named"),
-    [
+    ("numbers", "target", "named"), [
         ((5,), 5, r"2 to 6 whole numbers, not \(5,\)"), ((1, 2, 3, 4, 5, 6, 7), 5, "2 to 6"),
-        (None, 5, "None"), ("12", 5, "'12'"),
-        ((1, 2.0), 5, "2.0"), ((1, True), 5, "True"), ((1, -2), 5, "-2"), ((1, 2), None, "None"),
-        ((1, 2), 0, "not 0"),
-        ((1, 10**9), 5, "1000000000"),
+        (None, 5, "None"), ("12", 5, "'12'"), ((1, 2.0), 5, "2.0"), ((1, True), 5, "True"),
+        ((1, -2), 5, "-2"), ((1, 2), None, "None"), ((1, 2), 0, "not 0"), ((1, 10**9), 5, "1000000000"),
     ],
 )  # fmt: skip
 def test_what_is_no_problem_is_refused_by_name(numbers, target, named):
@@ -116,8 +113,7 @@ def test_too_few_problems_are_an_error_and_no_endless_loop(count, wanted, messag
 
 
 @pytest.mark.parametrize(
-    ("fields", "named"),
-    [({"min_number": 0}, "min_number 0 "),
+    ("fields", "named"), [({"min_number": 0}, "min_number 0 "),
      ({"min_number": 100}, "min_number 100 and max_number 99"),
      ({"min_target": 101}, "min_target 101 and max_target 100"),
      ({"four_number_share": 1.5}, "not 1.5"), ({"four_number_share": -0.5}, "not -0.5"),
@@ -158,8 +154,7 @@ def test_a_solution_scores_correct_with_the_operators_asked_for(numbers, target,
 
 
 @pytest.mark.parametrize(
-    ("problem", "difficulty"),
-    [(Problem((79, 60, 17), 36), "3 numbers, + and - suffice"),
+    ("problem", "difficulty"), [(Problem((79, 60, 17), 36), "3 numbers, + and - suffice"),
      (Problem((5, 7, 2), 37), "3 numbers, needs * or /"),
      (Problem((2, 2, 2, 2), 16), "4 numbers, needs * or /"),
      (Problem((9, 3, 1), 100), "3 numbers, needs * or /")],
@@ -191,10 +186,13 @@ def test_what_a_recipe_a_file_and_a_user_call_it():
     assert task.kind == "countdown" and task.problem_from_row(
         json.loads(task.file_format.example)
     ) == Problem((79, 60, 17), 36)
-    assert task.parse_input("79,60 17->36") == Problem((79, 60, 17), 36)
+    own_example = task.input_format.partition("as in ")[2]
+    for line in ("7 9 11 22", "7, 9, 11 -> 22", " 7,9 11->22 ", own_example):
+        assert task.parse_input(line) == Problem((7, 9, 11), 22)
     assert len(Problem((1, 2, 3, 4, 5, 6), 7).numbers) == 6
     assert task.parse_input("999999999 1 2").numbers[0] == 999_999_999
-    for text in ("9999999990 1 2", "7 x 2", "", "7 -2 5", "٣ 2 5"):
+    refused = ("9999999990 1 2", "7 x 2", "seven", "", "7 -2 5", "0 3 4", "٣ 2 5", "² 3 4")
+    for text in (*refused, "5", "5 5", "1 2 3 4 5 6 7 8"):
         with pytest.raises(ValueError, match="type whole numbers and then the target"):
             task.parse_input(text)
 

@@ -137,8 +137,7 @@ def test_every_update_has_the_gradient_and_metrics_by_definition(
         "skipped_updates": 0,
         "policy_entropy": np.mean([x for update in expected for x in update["entropies"]]), "lr": 0.02,
         "clip_fraction": (low + high) / tokens, "clip_fraction_low": low / tokens,
-        "clip_fraction_high": high / tokens,
-        "log_ratio_mean": np.mean(expected[0]["log_ratios"]),
+        "clip_fraction_high": high / tokens, "log_ratio_mean": np.mean(expected[0]["log_ratios"]),
         "log_ratio_std": np.std(expected[0]["log_ratios"]),
     }, rel=1e-5, abs=1e-5)  # fmt: skip
     assert largest_gap(weights(reference), before) == 0 and all(

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from helpers import Hub, fails, smoke
+from helpers import Hub, fails, smoke, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,8 +25,7 @@ SMALL = Countdown(max_number=4, max_target=24)
 
 
 def write(path: Path, problems: list[Problem]) -> str:
-    path.write_text("".join(json.dumps(problem.row()) + "\n" for problem in problems))
-    return str(path)
+    return write_jsonl(path, [problem.row() for problem in problems])
 
 
 @settings(max_examples=60, deadline=None)

@@ -193,13 +193,11 @@ def test_free_memory_is_the_smaller_of_machine_and_container(monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "groups, folder, names, total",
-    [
+    "groups, folder, names, total", [
         ("0::/slurm/job_7/step_0\n", "/sys/fs/cgroup/slurm", ("max", "current"), ""),
         ("5:cpu:/\n4:memory:/slurm/job_7/step_0\n0::/\n", "/sys/fs/cgroup/memory/slurm",
         ("limit_in_bytes", "usage_in_bytes"), "total_"),
-    ],
-    ids=["version 2", "version 1"],
+    ], ids=["version 2", "version 1"],
 )  # fmt: skip
 def test_a_job_has_what_the_tightest_group_around_it_leaves(groups, folder, names, total, monkeypatch):
     def group(path, limit, used, cached):

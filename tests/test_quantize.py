@@ -1,15 +1,12 @@
 """Adapters and int8 weights: LoRA's arithmetic, a base that never moves, and plain checkpoints."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import transformers
-from helpers import largest_gap, optimizer_for, ragged_samples, random_model, trainer_for
+from helpers import largest_gap, optimizer_for, ragged_samples, random_model, run_command, trainer_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import ROOT, TINY, TINY_TOKENS, random_ids, reference_model, same_weights
+from reference import TINY, TINY_TOKENS, random_ids, reference_model, same_weights
 from torch import nn
 
 from model import ModelError, Qwen3, Tokenizer, load_model, save_model
@@ -204,8 +201,8 @@ def test_bitsandbytes_is_imported_for_int8_only_and_silent():
         "assert 'bitsandbytes' not in sys.modules; "
         "add_adapters(load_model('tiny')[0], 2, 2.0, int8=True).eval()(torch.zeros(1, 2, dtype=torch.int64))"
     )
-    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout + done.stderr == ""
+    done = run_command("-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(0, 1.0), (2, 0.0), (2, -1.0), (2, float("nan"))])

@@ -40,9 +40,8 @@ def test_rollouts_hold_what_was_sampled_decoded_and_scored(monkeypatch):
     groups = collect(Task(None), sampling=sampling, **options)
     assert calls == [{
         "prompts": [[1, 2], [3], [1, 2]], "num_samples": 2, "max_new_tokens": 9, "temperature": 0.6,
-        "stop_token_ids": (0, 1, 2),
-        "seed": 5, "top_k": 3, "top_p": 0.8, "max_cache_tokens": 77, "only": slice(0, None, 1),
-        "on_progress": print, "cancel": options["cancel"],
+        "stop_token_ids": (0, 1, 2), "seed": 5, "top_k": 3, "top_p": 0.8, "max_cache_tokens": 77,
+        "only": slice(0, None, 1), "on_progress": print, "cancel": options["cancel"],
     }]  # fmt: skip
     # The stop token is cut off before scoring; the last token of a truncated completion is not.
     assert scored == [(text, problem, False) for problem in ("ab", "c", "ab") for text in ("5 7 9", "5 7")]

@@ -92,7 +92,7 @@ def test_a_row_goes_to_tensorboard_and_wandb(tmp_path, wandb):
     assert events.Tags()["scalars"] == ["eval_accuracy", "reward_mean"]
     options = wandb.init.call_args.kwargs
     assert options["config"] == {"seed": 3} and options["resume"] == "allow"
-    expected = [mock.call({"eval_accuracy": 0.07}, 0), mock.call({"reward_mean": 0.25}, 1)]
+    expected = [mock.call({"eval_accuracy": 0.07}, step=0), mock.call({"reward_mean": 0.25}, step=1)]
     assert wandb.init.return_value.log.call_args_list == expected
 
 

@@ -96,8 +96,7 @@ def warped(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: f
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [
+    ("temperature", "top_k", "top_p"), [
         (1.0, None, None), (0.5, None, None), (1.0, 1, None), (1.3, 4, None), (1.0, 500, None),
         (1.0, None, 0.3), (0.7, None, 0.9), (1.0, None, 1.0), (0.6, 20, 0.95), (1.5, 3, 0.6),
         (1.0, None, 1e-6),
@@ -227,8 +226,7 @@ BAD = [
     ("num_samples", {"num_samples": 0}), ("max_new_tokens", {"max_new_tokens": 0}), ("top_k", {"top_k": 0}),
     ("temperature .*-0.1", {"temperature": -0.1}), ("temperature", {"temperature": float("nan")}),
     ("temperature", {"temperature": float("inf")}), ("top_p .*1.01", {"top_p": 1.01}),
-    ("top_p", {"top_p": 0}),
-    ("at least one id", {"prompts": [[1], []]}), ("83", {"prompts": [[1, 83]]}),
+    ("top_p", {"top_p": 0}), ("at least one id", {"prompts": [[1], []]}), ("83", {"prompts": [[1, 83]]}),
     ("-1", {"prompts": [[4], [-1, 3]]}),
 ]  # fmt: skip
 

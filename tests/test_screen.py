@@ -35,10 +35,8 @@ from rl.sft import SFTStage
 RECIPE = replace(load_recipe("256", "tiny")[1], out="runs/shown")
 GRPO = {
     "stage": 0, "kind": "grpo", "step": 10, "grpo_steps": 10, "reward_mean": 0.4321, "train_accuracy": 0.25,
-    "format_rate": 0.9,
-    "completion_length": 123.4, "policy_entropy": 0.31, "clip_fraction": 0.0123, "grad_norm": 0.07,
-    "tokens_per_second": 12345.6,
-    "rollout_seconds": 1.0, "update_seconds": 1.5,
+    "format_rate": 0.9, "completion_length": 123.4, "policy_entropy": 0.31, "clip_fraction": 0.0123,
+    "grad_norm": 0.07, "tokens_per_second": 12345.6, "rollout_seconds": 1.0, "update_seconds": 1.5,
 }  # fmt: skip
 EVALUATED = {"eval_accuracy": 0.203, "eval_low": 0.171, "eval_high": 0.24}
 

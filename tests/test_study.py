@@ -9,6 +9,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from helpers import made_up
 
 import lab.stages
 from experiments.study import report
@@ -204,18 +205,6 @@ def test_a_study_resumes_a_run_that_was_stopped(tmp_path, monkeypatch):
         assert result[part] == whole[part]
 
 
-def made_up(
-    arm: str, seed: int, accuracies: dict[int, float], tokens_a_step=100, final: float | None = None
-) -> Run:
-    evaluations = [
-        {"stage": 0, "kind": "grpo", "step": step, "grpo_steps": step, "eval_accuracy": accuracy / 100,
-         "generated_tokens": tokens_a_step * step}
-        for step, accuracy in accuracies.items()
-    ]  # fmt: skip
-    ends = {} if final is None else {"final_accuracy": final / 100, "final_greedy_accuracy": final / 50}
-    return Run(arm, seed, evaluations, ends, {}, 60)
-
-
 def test_the_interval_is_students():
     estimate = Estimate.of([1.0, 2.0, 6.0])
     assert estimate.half_width == pytest.approx(
@@ -265,7 +254,7 @@ def test_a_conclusion_says_no_more_than_its_interval(better, relation):
 
 def test_tables_by_hand():
     grpo = [made_up("grpo", seed, {0: 4.0, 10: 20.0 + seed, 20: 10.0 + seed}, final=12.0) for seed in (0, 2)]
-    longer = [made_up("longer", 0, {0: 4.0, 20: 44.0}, tokens_a_step=200)]
+    longer = [made_up("longer", 0, {0: 4.0, 20: 44.0}, step_tokens=200)]
     assert longer[0].accuracy_at(1000) == pytest.approx(14.0)
     assert grpo[0].largest_fall == 10.0 and longer[0].largest_fall == 0.0
     rows = [

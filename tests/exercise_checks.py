@@ -162,10 +162,13 @@ def sorting() -> None:
         ("x", "wrong"),
     ):
         assert task.score(f"</think><answer>{text}</answer>", problem).outcome == outcome, text
-    assert task.problem_from_row(problem.row()) == problem and task.solution(problem) == "3, 7, 12"
-    assert task.parse_input("7 3,12") == problem and problem.key == Unsorted((12, 7, 3)).key
+    assert task.problem_from_row(problem.row()) == problem
+    assert task.solution(problem) == "3, 7, 12"
+    assert task.parse_input("7 3,12") == problem
+    assert problem.key == Unsorted((12, 7, 3)).key
     problems = task.generate(300, seed=1)
-    assert problems == task.generate(300, seed=1) and len({problem.key for problem in problems}) == 300
+    assert problems == task.generate(300, seed=1)
+    assert len({problem.key for problem in problems}) == 300
     recipe = load_recipe("sorting")[1]
     rows = small(replace(recipe, optimizer=load_recipe("smoke")[1].optimizer))
     assert rows[1]["tokens"] > 0

@@ -242,7 +242,8 @@ def fails(capsys, action) -> str:
         action()
     assert exit_.value.code == 2
     message = capsys.readouterr().err
-    assert message.count("\n") == 1 and message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert message.startswith("error: ")
     return message
 
 

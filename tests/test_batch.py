@@ -44,7 +44,9 @@ def test_shift_and_mask_by_hand():
     )
     assert batch.advantages.tolist() == [1.5, 0.5, -0.5]
     sft = make_batch([Sample([1], [2, 3])])
-    assert not sft.old_logprobs.any() and not sft.advantages.any() and sft.mask.all()
+    assert not sft.old_logprobs.any()
+    assert not sft.advantages.any()
+    assert sft.mask.all()
 
 
 GROUPS = st.lists(
@@ -161,7 +163,8 @@ def test_micro_batches_keep_every_sample_within_the_budget(shapes, budget):
     assert sorted(map(id, samples)) == sorted(id(sample) for batch in batches for sample in batch)
     for batch in batches:
         tokens = make_batch(batch).input_ids.shape[1]
-        assert tokens == stream_tokens(batch) and (len(batch) == 1 or tokens <= budget)
+        assert tokens == stream_tokens(batch)
+        assert len(batch) == 1 or tokens <= budget
         used = sum(len(sample) - 1 for sample in batch)
         for members in prompt_groups(batch):
             used -= (len(members) - 1) * packed_group([batch[row] for row in members]).prefix

@@ -141,7 +141,8 @@ def test_problems_as_text():
     for order, times in [(1, "once"), (2, "twice"), (3, "3 times")]:
         prompt = TASK.prompt(Derivative((0, 1, -4), order))
         for part in ("-4x^2 + x", f", {times}.", "<think>", "</think>", "<answer>", "</answer>"):
-            assert part in prompt and "\n" not in prompt
+            assert part in prompt
+            assert "\n" not in prompt
 
 
 @given(PROBLEMS)

@@ -49,7 +49,8 @@ def test_a_run_leaves_its_files_and_metrics_match_rollouts(smoke_run):
     assert rows[1].keys() >= TIMES - {"eval_seconds"} | {"grad_norm", "policy_entropy", "pass_at_8"}
     assert not [path for path in smoke_run.rglob("*") if path.suffix in (".pt", ".pth", ".bin", ".pkl")]
     config = json.loads((smoke_run / "config.json").read_text())
-    assert config["recipe"]["seed"] == 0 and config["versions"]["torch"] == torch.__version__
+    assert config["recipe"]["seed"] == 0
+    assert config["versions"]["torch"] == torch.__version__
 
 
 def test_eval_puts_models_side_by_side_on_the_same_problems(smoke_run, tmp_path, capsys):
@@ -69,7 +70,8 @@ def test_eval_puts_models_side_by_side_on_the_same_problems(smoke_run, tmp_path,
         assert word in finished.stdout
     found = json.loads((tmp_path / "found.json").read_text())
     assert [model["name"] for model in found["models"]] == [str(first), str(last)]
-    assert found["problems"]["count"] == 8 and found["problems"]["sha256"] in finished.stdout
+    assert found["problems"]["count"] == 8
+    assert found["problems"]["sha256"] in finished.stdout
     assert found["differences"][0]["to"] == str(last)
     assert evaluated(capsys, first, last, count=8, samples=2) == found
 
@@ -84,13 +86,15 @@ def test_eval_repeats_the_training_runs_own_evaluation(smoke_run, capsys):
 def test_an_unknown_option_ends_with_exit_code_2_and_its_name(capsys):
     with pytest.raises(SystemExit) as exit_:
         smoke("--stages.0.stepps 3")
-    assert exit_.value.code == 2 and "stepps" in capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert "stepps" in capsys.readouterr().err
 
 
 def test_a_second_run_and_too_large_an_evaluation_are_refused(smoke_run, capsys):
     """A folder holds one run; at most the held-out problems are evaluated."""
     message = fails(capsys, lambda: train(smoke("--out", smoke_run)))
-    assert str(smoke_run) in message and "--resume" in message
+    assert str(smoke_run) in message
+    assert "--resume" in message
     message = fails(capsys, lambda: evaluated(capsys, checkpoints(smoke_run)[-1], count=33))
     assert "--count must be from 1 to 32" in message
 
@@ -181,7 +185,8 @@ def qwen2(tmp_path) -> Path:
 def test_a_model_without_thinking_trains_and_evaluates(qwen2, tmp_path, capsys):
     options = f"--model {qwen2} --problems generated --sampling.max-new-tokens 8 --out {tmp_path}/run"
     message = fails(capsys, lambda: train(smoke(options), plain=True))
-    assert "no <think>" in message and "--sampling.no-thinking" in message
+    assert "no <think>" in message
+    assert "--sampling.no-thinking" in message
     train(smoke(options, "--sampling.no-thinking"), quiet=True)
     trained = checkpoints(tmp_path / "run")[-1]
     assert json.loads((trained / "config.json").read_text())["model_type"] == "qwen2"
@@ -237,11 +242,14 @@ def test_the_base_calculates_and_what_is_trained_from_it_solves():
         evaluated("tiny", 96, 1024),
         evaluated("tiny-256", 128, 256),
     )
-    assert short.accuracy < 0.015 and short.truncated_fraction > 0.85 and long.truncated_fraction < 0.4
+    assert short.accuracy < 0.015
+    assert short.truncated_fraction > 0.85
+    assert long.truncated_fraction < 0.4
     assert trained.accuracy > 0.5
     steps = [step for [rollout] in long.groups for step in re.findall(r"(\d+[-+*/]\d+)=(\d+)", rollout.text)]
     right = [evaluate_expression(claim) == int(value) for claim, value in steps]
-    assert len(right) > 1000 and sum(right) / len(right) > 0.9
+    assert len(right) > 1000
+    assert sum(right) / len(right) > 0.9
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,8 @@ def test_the_seed_alone_decides_the_problems():
     """Neither the process nor the global random state does."""
     before = random.getstate()
     problems = str(generate_problems(50, 3))
-    assert random.getstate() == before and problems != str(generate_problems(50, 4))
+    assert random.getstate() == before
+    assert problems != str(generate_problems(50, 4))
     # In another process hashes of strings differ.
     code = "from data import generate_problems; print(generate_problems(50, 3))"
     assert run_command("-c", code).stdout.strip() == problems
@@ -183,9 +184,8 @@ def test_the_papers_accuracies_stand_under_their_token_limits():
 
 def test_what_a_recipe_a_file_and_a_user_call_it():
     task = Countdown()
-    assert task.kind == "countdown" and task.problem_from_row(
-        json.loads(task.file_format.example)
-    ) == Problem((79, 60, 17), 36)
+    assert task.kind == "countdown"
+    assert task.problem_from_row(json.loads(task.file_format.example)) == Problem((79, 60, 17), 36)
     own_example = task.input_format.partition("as in ")[2]
     for line in ("7 9 11 22", "7, 9, 11 -> 22", " 7,9 11->22 ", own_example):
         assert task.parse_input(line) == Problem((7, 9, 11), 22)
@@ -215,9 +215,11 @@ def test_every_step_of_a_worked_solution_is_right(numbers, seed, thinking):
     rng = random.Random(seed)
     problem = Problem(numbers, random_target(numbers, rng))
     text = worked_solution(TASK, problem, thinking, rng)
-    assert score(text, problem, thinking) == CORRECT and ("</think>" in text) == thinking
+    assert score(text, problem, thinking) == CORRECT
+    assert ("</think>" in text) == thinking
     *attempts, _ = text.partition("</think>")[0].partition("<answer>")[0].strip().split("\n") + [""]
-    assert 1 <= len(attempts) <= 4 and len(set(attempts)) == len(attempts)
+    assert 1 <= len(attempts) <= 4
+    assert len(set(attempts)) == len(attempts)
     for attempt in attempts:
         steps, verdict = re.fullmatch(r"(.*?) (too low|too high|equal)", attempt).groups()
         left = [Fraction(number) for number in numbers]
@@ -228,7 +230,8 @@ def test_every_step_of_a_worked_solution_is_right(numbers, seed, thinking):
             left.append(Fraction(result))
         [value] = left
         expected = "equal" if value == problem.target else "too low" if value < problem.target else "too high"
-        assert verdict == expected and (verdict == "equal") == (attempt == attempts[-1])
+        assert verdict == expected
+        assert (verdict == "equal") == (attempt == attempts[-1])
 
 
 def test_worked_solutions_vary_in_attempts_and_follow_the_seed():
@@ -236,7 +239,8 @@ def test_worked_solutions_vary_in_attempts_and_follow_the_seed():
     texts = [worked_solution(TASK, problem, False, random.Random(seed)) for seed in range(60)]
     assert texts == [worked_solution(TASK, problem, False, random.Random(seed)) for seed in range(60)]
     counts = [text.count("too") for text in texts]
-    assert set(counts) == {0, 1, 2, 3} and len(set(texts)) > 30
+    assert set(counts) == {0, 1, 2, 3}
+    assert len(set(texts)) > 30
     assert len({text.partition("<answer>")[2] for text in texts}) > 1  # more than one way
 
 

@@ -247,8 +247,10 @@ def test_fresh_weights_follow_the_seed_and_leave_no_weight_out(tied):
             weight.data.fill_(torch.nan)
         init_weights(model, seed, std=0.05)
     for weight, again, other in zip(*(model.parameters() for model in models), strict=True):
-        assert torch.equal(weight, again) and torch.equal(weight, other) == (weight.dim() == 1)
+        assert torch.equal(weight, again)
+        assert torch.equal(weight, other) == (weight.dim() == 1)
         if weight.dim() == 1:
             assert torch.equal(weight, torch.ones_like(weight))
         else:
-            assert weight.std().item() == pytest.approx(0.05, rel=0.1) and abs(weight.mean().item()) < 0.005
+            assert weight.std().item() == pytest.approx(0.05, rel=0.1)
+            assert abs(weight.mean().item()) < 0.005

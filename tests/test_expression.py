@@ -49,7 +49,8 @@ def test_no_text_raises_anything_but_an_expression_error(text):
         try:
             read(text)
         except ExpressionError as error:
-            assert "\n" not in str(error) and len(str(error)) < 700
+            assert "\n" not in str(error)
+            assert len(str(error)) < 700
 
 
 def test_values_are_exact_and_numbers_keep_their_order():

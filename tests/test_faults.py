@@ -56,13 +56,13 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(source, bad, monkey
         shift = mock.Mock(side_effect=itertools.chain([bad], itertools.repeat(0.0)))
         monkeypatch.setattr(rl.grpo, "collect_rollouts", sampler_that_is_off(shift))
     _, _, metrics = take_step(trainer, updates_per_step=2)
-    assert metrics["skipped_updates"] == 1 and optimizer.skipped_in_a_row == 0
-    assert equal(before[0], before[1]) and not equal(before[1], copies(model, optimizer))
-    assert (
-        all(map(math.isfinite, metrics.values()))
-        and metrics["grad_norm"] > 0
-        and metrics["policy_entropy"] > 1
-    )
+    assert metrics["skipped_updates"] == 1
+    assert optimizer.skipped_in_a_row == 0
+    assert equal(before[0], before[1])
+    assert not equal(before[1], copies(model, optimizer))
+    assert all(map(math.isfinite, metrics.values()))
+    assert metrics["grad_norm"] > 0
+    assert metrics["policy_entropy"] > 1
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -75,7 +75,8 @@ def test_a_sampler_whose_logits_are_not_finite_says_so(bad):
     with pytest.raises(ModelError, match="logits that are not finite"):
         list(sample_completion(model, [1, 2, 3], torch.rand(4), (), TokenChoice()))
     ids, logprobs = sample_tokens(torch.full((2, 7), math.nan), torch.tensor([0.1, 0.9]), 5, TokenChoice())
-    assert ids.max() < 5 and logprobs.isnan().all()
+    assert ids.max() < 5
+    assert logprobs.isnan().all()
 
 
 def test_a_run_goes_on_past_faults_until_five_in_a_row(tmp_path, monkeypatch, capsys):
@@ -89,7 +90,8 @@ def test_a_run_goes_on_past_faults_until_five_in_a_row(tmp_path, monkeypatch, ca
     monkeypatch.setattr(rl.grpo, "grpo_loss", loss)
     options = f"--out {tmp_path} --stages.0.steps 9 --optimizer.micro-batch-tokens 1000000"
     message = fails(capsys, lambda: train(smoke(options), quiet=True))
-    assert "6 updates in a row" in message and "learning rate" in message
+    assert "6 updates in a row" in message
+    assert "learning rate" in message
     rows = RunFolder(tmp_path).metrics()
     assert [row["skipped_updates"] for row in rows[1:]] == [0, 2, 0, 2, 2, 2]
     taken = [row for row in rows if not row.get("skipped_updates")]

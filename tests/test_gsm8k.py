@@ -84,7 +84,8 @@ def test_rows_difficulty_and_names():
     assert TASK.problem_from_row(EGGS.row()) == EGGS
     assert (EGGS.value, TASK.solution(EGGS), TASK.difficulty(EGGS)) == (126, "126", "1 to 2 steps")
     assert EGGS.key == WordProblem("A hen lays 6 eggs a day. How many in 3\nweeks?", "#### 1").key
-    assert str(EGGS) == EGGS.key and len(str(WordProblem("long " * 50, "#### 1"))) == 60
+    assert str(EGGS) == EGGS.key
+    assert len(str(WordProblem("long " * 50, "#### 1"))) == 60
     assert TASK.parse_input("How many? # 4") == WordProblem("How many?", "#### 4")
     with pytest.raises(ValueError, match="type a question"):
         TASK.parse_input("How many?")

@@ -35,7 +35,8 @@ def test_the_split_follows_from_the_problems(order, size, count):
     problems = [POOL[i] for i in order[:size]]
     count = min(count, size - 1)
     train, held_out = split_problems(problems, count)
-    assert not {p.key for p in train} & {p.key for p in held_out} and len(train) + len(held_out) == size
+    assert not {p.key for p in train} & {p.key for p in held_out}
+    assert len(train) + len(held_out) == size
     assert split_problems(reversed(problems), count) == (train, held_out)
     grown = split_problems([*problems, POOL[order[-1]]], count)[1]
     assert len({p.key for p in held_out} - {p.key for p in grown}) <= 1
@@ -107,9 +108,8 @@ def test_a_run_notes_its_problems_and_resumes_on_the_same_only(tmp_path, capsys)
         {fingerprint(Problem(tuple(row["numbers"]), row["target"])) for row in rows},
         seen_by(recipe.model),
     )
-    assert (
-        state.seen == sorted({*own, *before}) and len(before) > 1000
-    )  # those of the model that it began with, too
+    assert state.seen == sorted({*own, *before})
+    assert len(before) > 1000  # those of the model that it began with, too
     assert state.problems == json.loads((run / "config.json").read_text())["problems"]
     write(tmp_path / "mine.jsonl", POOL[1:])
     assert "other problems" in fails(
@@ -172,7 +172,8 @@ def test_a_model_has_its_notes_however_it_is_named(named, tmp_path, monkeypatch)
     assert seen_by(name) == load_state(tmp_path / "model").seen != []
     assert saved_recipe(name) == recipe
     model = eval_command.model_of(name, eval_command.Arguments((name,)))
-    assert model.trained and eval_command.problems_for([model], eval_command.Arguments((name,)))
+    assert model.trained
+    assert eval_command.problems_for([model], eval_command.Arguments((name,)))
 
 
 def test_a_run_folder_may_be_named_with_a_tilde(tmp_path, monkeypatch):

@@ -59,9 +59,8 @@ def test_bfloat16_gives_float32_results_and_bfloat16_gradients():
     hidden, weight, targets, on_logprobs, _ = inputs(9, 0, torch.bfloat16)
     logprobs, entropy = target_logprobs(hidden, weight, targets, 1.0, NUM_TOKENS)
     expected = token_logprobs(hidden @ weight.T, 1.0, NUM_TOKENS)
-    assert (
-        torch.equal(logprobs, expected.gather(-1, targets[:, None])[:, 0]) and entropy.dtype == torch.float32
-    )
+    assert torch.equal(logprobs, expected.gather(-1, targets[:, None])[:, 0])
+    assert entropy.dtype == torch.float32
     (logprobs * on_logprobs.float()).sum().backward()
     exact = inputs(9, 0, torch.bfloat16)[:2]
     doubles = [x.detach().double().requires_grad_() for x in exact]

@@ -99,11 +99,9 @@ def test_eval_has_the_room_of_recipe_option_or_memory(tmp_path, monkeypatch, cap
         ("tiny", {}, 0),
     ):
         message = fails(capsys, lambda: evaluated(capsys, source, count=4, **options))  # noqa: B023
-        assert (
-            f"room for {room} tokens" in message
-            and "and 256 new" in message
-            and "raise max_cache_tokens" in message
-        )
+        assert f"room for {room} tokens" in message
+        assert "and 256 new" in message
+        assert "raise max_cache_tokens" in message
 
 
 @pytest.mark.parametrize("command", ["train.py smoke --model tiny-256 --out {}", "eval.py tiny"])
@@ -114,7 +112,9 @@ def test_out_of_memory_advises_options_that_the_command_has(command, tmp_path, m
     assert exit_code(monkeypatch, f"{command.format(tmp_path)} --help") == 0
     shown = capsys.readouterr().out
     options = re.findall(r"--[\w.-]*\w", message)
-    assert "out of GPU memory" in message and options and all(option in shown for option in options)
+    assert "out of GPU memory" in message
+    assert options
+    assert all(option in shown for option in options)
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -161,7 +161,8 @@ def test_without_a_budget_generate_takes_what_fits_into_memory(decoder, monkeypa
     by_memory = generate(decoder, PROMPTS, **OPTIONS)
     by_budget = generate(decoder, PROMPTS, **OPTIONS, max_cache_tokens=74)
     fitting.assert_called_once_with(decoder, 13)
-    assert [call.args[-1] for call in planning.call_args_list] == [74, 74] and by_memory == by_budget
+    assert [call.args[-1] for call in planning.call_args_list] == [74, 74]
+    assert by_memory == by_budget
 
 
 def machine(available: int | None = None, limit="", used="", cached=0):
@@ -252,7 +253,8 @@ def test_cache_and_logits_fill_their_share_of_free_memory(vocab, max_new_tokens,
     logits = tokens / max_new_tokens * LOGITS_COPIES * 4 * vocab  # of every row, float32
     taken = tokens * token_bytes(decoder) + logits
     assert 0.99 * CACHE_SHARE * free < taken <= CACHE_SHARE * free
-    assert isinstance(tokens, int) and asked.call_args_list == [mock.call(decoder.device)]
+    assert isinstance(tokens, int)
+    assert asked.call_args_list == [mock.call(decoder.device)]
     assert (
         token_bytes(decoder) == 2 * 2 * 2 * 8 * dtype.itemsize
     )  # keys and values, two layers, two heads of 8

@@ -98,7 +98,8 @@ def same_runs(run: Path, other: Path) -> None:
     stored, twins = (
         sorted(path.relative_to(folder) for path in folder.rglob("*.safetensors")) for folder in (run, other)
     )
-    assert stored == twins and len(stored) > 5
+    assert stored == twins
+    assert len(stored) > 5
     for name in stored:  # weights and optimizer states of every checkpoint
         first, second = (safetensors.torch.load_file(folder / name) for folder in (run, other))
         assert_close(first, second, atol=1e-5)
@@ -170,6 +171,8 @@ def test_a_death_ends_the_run_or_torchrun_restarts_it(restarts, alone, tmp_path)
         assert ended.returncode == 0, ended.stderr[-3000:]
         same_runs(alone, run)
     else:
-        assert ended.returncode != 0 and "exitcode  : 9" in ended.stderr and time.perf_counter() - start < 60
+        assert ended.returncode != 0
+        assert "exitcode  : 9" in ended.stderr
+        assert time.perf_counter() - start < 60
         assert "error: another process of this run" in ended.stderr
         assert [folder.name for folder in checkpoints(run)] == ["step_0001", "step_0002"]

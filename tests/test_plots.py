@@ -43,7 +43,9 @@ def test_a_curve_has_whole_markers_and_its_caption():
     recipe = load_recipe("256-tiny")[1]
     caption = paper_caption(recipe)
     (axes,) = drawn(plot_curve, evaluations(0, 10, 20), paper_points(recipe), caption=caption)
-    assert axes.get_xlim()[0] < 0 and axes.get_xlim()[1] > 20 and axes.get_ylim()[0] < 0
+    assert axes.get_xlim()[0] < 0
+    assert axes.get_xlim()[1] > 20
+    assert axes.get_ylim()[0] < 0
     assert caption in [text.get_text() for text in axes.texts]
     assert [list(line.get_xdata()) for line in axes.lines] == [[0, 10, 20], [0, 10, 20]]
 
@@ -54,7 +56,8 @@ def test_a_picture_is_drawn_for_light_and_for_dark_pages(tmp_path):
 
     save_light_and_dark(plot, tmp_path / "curve.png")
     light, dark = (json.loads((tmp_path / name).read_text()) for name in ("curve.png", "curve-dark.png"))
-    assert min(light[:3]) > 0.9 and max(dark[:3]) < 0.1
+    assert min(light[:3]) > 0.9
+    assert max(dark[:3]) < 0.1
 
 
 def test_sft_alone_is_a_point_and_names_stand_apart():
@@ -66,7 +69,8 @@ def test_sft_alone_is_a_point_and_names_stand_apart():
     axes, per_token = drawn(plot_accuracy, main, panels)
     assert axes.get_title(loc="left") == "Which?"
     reach = [max(line.get_xdata()) for line in axes.lines]
-    assert sorted(set(reach)) == [0, 100] and reach.count(0) == 1
+    assert sorted(set(reach)) == [0, 100]
+    assert reach.count(0) == 1
     heights = {text.get_text(): text.get_position()[1] for text in axes.texts}
     assert abs(heights["grpo"] - heights["staged"]) >= 0.069 * axes.get_ylim()[1]
     assert "sft\n(no GRPO)" in heights

@@ -112,7 +112,8 @@ def test_a_terminal_shows_progress_and_keeps_none_after_an_error(terminal, monke
         show(31, 4938)
         raise KeyboardInterrupt
     shown = re.sub(ESCAPE, "", terminal.getvalue())
-    assert "rollout" in shown and "31/77 completions  1,234 tokens/s" in shown
+    assert "rollout" in shown
+    assert "31/77 completions  1,234 tokens/s" in shown
     assert screen_of(terminal.getvalue() + "next") == ["next"]
 
 
@@ -182,7 +183,8 @@ def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on(tmp_path, monkeypatch,
     assert steps == [["grpo", "1/3", f"{n}/500"] for n in range(1, len(steps) + 1)]
     last, old = int(checkpoints(out)[-1].name[5:]), RunFolder(out).metrics()
     assert stopped == f"stopped. Saved after step {last}; go on with the same command and --resume."
-    assert [row["step"] for row in old] == list(range(last + 1)) and last >= 3  # nothing is lost
+    assert [row["step"] for row in old] == list(range(last + 1))  # nothing is lost
+    assert last >= 3
 
     def stopping_line(*arguments) -> str:
         signal.raise_signal(signal.SIGTERM)
@@ -196,7 +198,8 @@ def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on(tmp_path, monkeypatch,
         f"\nstopped. Saved after step {last + 1}; go on with the same command and --resume.\n"
     )
     rows = RunFolder(out).metrics()
-    assert [row["step"] for row in rows] == list(range(last + 2)) and rows[: last + 1] == old
+    assert [row["step"] for row in rows] == list(range(last + 2))
+    assert rows[: last + 1] == old
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

@@ -85,7 +85,8 @@ def test_an_sft_stage_keeps_its_traces_without_rollouts(whole, tmp_path, monkeyp
     traces = (out / "traces.jsonl").read_bytes()
     shutil.rmtree(out / "rollouts")
     small_run(out, resume=True)
-    assert traces and (out / "traces.jsonl").read_bytes() == traces
+    assert traces
+    assert (out / "traces.jsonl").read_bytes() == traces
     assert_same_end(out, whole)
 
 

@@ -60,11 +60,12 @@ def test_a_prompt_speaks_of_thinking_and_limits_only_if_asked(task):
     def prompt(**settings) -> str:
         return tokenizer.decode(prompt_for(tokenizer, task, example, SamplingSettings(**settings)))
 
-    assert "<think> </think>" in prompt() and prompt().endswith("<think>\n") and "tokens" not in prompt()
+    assert "<think> </think>" in prompt()
+    assert prompt().endswith("<think>\n")
+    assert "tokens" not in prompt()
     without = prompt(thinking=False)
-    assert without.count("<think>") == without.count("</think>") == 1 and without.endswith(
-        "<think>\n\n</think>\n\n"
-    )
+    assert without.count("<think>") == without.count("</think>") == 1
+    assert without.endswith("<think>\n\n</think>\n\n")
     assert "<answer> </answer>" in without
     assert "at most 512 tokens in all.<|im_end|>" in prompt(max_new_tokens=512, state_limit=True)
 
@@ -81,7 +82,8 @@ def test_examples_are_solved_problems_as_earlier_turns(task, thinking):
     assert text.endswith(tokenizer.decode(plain))
     for example in task.examples(2):
         _, asked, after = text.partition(f"<|im_start|>user\n{task.prompt(example, thinking)}<|im_end|>\n")
-        assert asked and after.startswith("<|im_start|>assistant\n" + "<think>\n" * thinking)
+        assert asked
+        assert after.startswith("<|im_start|>assistant\n" + "<think>\n" * thinking)
         answer = after.partition("assistant\n")[2].removeprefix("<think>\n").partition("<|im_end|>")[0]
         assert task.score(answer, example, thinking).outcome == "correct"
     assert text.count("<|im_start|>user") == 3
@@ -89,7 +91,8 @@ def test_examples_are_solved_problems_as_earlier_turns(task, thinking):
 
 def test_a_reward_sees_text_and_ids_and_leaves_the_outcome(monkeypatch):
     def shorter_is_better(verdict, text, completion, settings) -> float:
-        assert text and settings == RewardSettings()
+        assert text
+        assert settings == RewardSettings()
         return verdict.reward - len(completion.token_ids)
 
     monkeypatch.setattr(rl.rollout, "reward_for", shorter_is_better)
@@ -97,7 +100,8 @@ def test_a_reward_sees_text_and_ids_and_leaves_the_outcome(monkeypatch):
     rollouts = [rollout for group in groups for rollout in group]
     lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
     assert [rollout.reward for rollout in rollouts] == [1.0 - length for length in lengths]
-    assert {rollout.outcome for rollout in rollouts} == {"correct"} and len(set(lengths)) > 1
+    assert {rollout.outcome for rollout in rollouts} == {"correct"}
+    assert len(set(lengths)) > 1
 
 
 def test_an_error_of_the_scorer_ends_the_step_at_once():

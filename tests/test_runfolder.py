@@ -63,7 +63,9 @@ def test_what_is_not_finite_is_null_in_metrics_and_nan_when_read(tmp_path):
     plain = {"step": 0, "kind": "grpo", "entropy": None, "loss": None, "reward_mean": 0.5}
     assert json.loads(run.metrics_path.read_text()) == plain
     (row,) = run.metrics()
-    assert math.isnan(row["entropy"]) and math.isnan(row["loss"]) and row["reward_mean"] == 0.5
+    assert math.isnan(row["entropy"])
+    assert math.isnan(row["loss"])
+    assert row["reward_mean"] == 0.5
     run.rewind(0)
     assert "null" in run.metrics_path.read_text()
 
@@ -91,7 +93,8 @@ def test_a_row_goes_to_tensorboard_and_wandb(tmp_path, wandb):
     assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("reward_mean")] == [(1, 0.25)]
     assert events.Tags()["scalars"] == ["eval_accuracy", "reward_mean"]
     options = wandb.init.call_args.kwargs
-    assert options["config"] == {"seed": 3} and options["resume"] == "allow"
+    assert options["config"] == {"seed": 3}
+    assert options["resume"] == "allow"
     expected = [mock.call({"eval_accuracy": 0.07}, step=0), mock.call({"reward_mean": 0.25}, step=1)]
     assert wandb.init.return_value.log.call_args_list == expected
 

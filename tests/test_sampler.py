@@ -151,7 +151,8 @@ def test_a_long_tail_of_rare_tokens_keeps_its_share():
     sampled, _ = sample_tokens(probabilities.log().float().expand(12, vocab), uniforms, vocab, TokenChoice())
     expected = torch.searchsorted(probabilities.cumsum(0), uniforms.double(), right=True)
     assert (sampled - expected).abs().max() < 0.002 * vocab
-    assert sampled.min() > 0 and len(set(sampled.tolist())) == 12
+    assert sampled.min() > 0
+    assert len(set(sampled.tolist())) == 12
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.3, "top_p": 0.9}], ids=str)
@@ -197,7 +198,8 @@ def test_every_completion_has_random_numbers_of_its_own():
     assert len(set(uniforms.flatten().tolist())) == uniforms.numel()
     assert torch.equal(random_uniforms([[1, 2, 3]] * 3, 5, 90, 0)[:2, :4, :80], uniforms[0, [0, 4]])
     counts = torch.histc(uniforms, 20, 0, 1)  # of about 160
-    assert counts.min() > 110 and counts.max() < 210
+    assert counts.min() > 110
+    assert counts.max() < 210
 
 
 def forwards(decoder, call):
@@ -321,7 +323,8 @@ def test_a_step_never_waits_for_the_device(dropped, choice, decoder):
         vars(holder).update(tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), vars(holder)))
     batch.cache.reserve(count)
     batch.step()
-    assert batch.token_ids.is_meta and batch.cache.stored_on_device.is_meta
+    assert batch.token_ids.is_meta
+    assert batch.cache.stored_on_device.is_meta
     with pytest.raises((RuntimeError, NotImplementedError)):
         batch.drop(finished.to("meta"), below=0.5)  # which has to wait
 

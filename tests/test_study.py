@@ -72,7 +72,8 @@ def test_the_main_arms_differ_in_stages_alone():
         assert sum(stage.steps for stage in stages) == grpo.steps
         for stage, rate in zip(stages, (first.learning_rate, last.learning_rate), strict=False):
             assert replace(stage, steps=grpo.steps) == replace(grpo, learning_rate=rate)
-    assert [stage.kind for stage in staged] == ["grpo", "sft", "grpo"] and restart == staged[::2]
+    assert [stage.kind for stage in staged] == ["grpo", "sft", "grpo"]
+    assert restart == staged[::2]
     for name in "staged", "restart", "grpo-512":
         assert replace(arms[name], stages=(), sampling=arms["grpo"].sampling) == replace(
             arms["grpo"], stages=()
@@ -107,7 +108,8 @@ def test_every_ablation_changes_one_thing_in_grpo_alone():
 def test_a_run_waits_for_the_run_whose_traces_it_learns_from():
     runs = {(run.arm.name, run.seed): run for run in plan(Arguments(arms=("staged", "sft"), seeds=2))}
     sft, staged = runs["sft", 1], runs["staged", 1]
-    assert sft.needs == {staged.recipe.out} and not staged.needs
+    assert sft.needs == {staged.recipe.out}
+    assert not staged.needs
     assert sft.recipe.stages[0].traces == f"{staged.recipe.out}/traces.jsonl"
     assert next_run([sft, staged], []) is staged
     assert next_run([sft], [staged]) is None
@@ -210,8 +212,10 @@ def test_the_interval_is_students():
     assert estimate.half_width == pytest.approx(
         4.302653 * math.sqrt(7) / math.sqrt(3), rel=1e-4
     )  # variance (4 + 1 + 9) / 2
-    assert str(estimate) == "3.0 ± 6.6" and estimate.count == 3
-    assert str(Estimate.of([4.25])) == "4.2" and math.isnan(Estimate.of([4.25]).half_width)
+    assert str(estimate) == "3.0 ± 6.6"
+    assert estimate.count == 3
+    assert str(Estimate.of([4.25])) == "4.2"
+    assert math.isnan(Estimate.of([4.25]).half_width)
     assert Estimate.of([0.0, 1.0] * 10).half_width == pytest.approx(2.093 * 0.51299 / math.sqrt(20), rel=1e-3)
 
 
@@ -238,30 +242,29 @@ def test_a_conclusion_says_no_more_than_its_interval(better, relation):
     grpo = [made_up("grpo", seed, {10: 40.0 + seed}) for seed in range(3)]
     staged = [made_up("staged", seed, {10: 40.0 + seed + better[seed]}) for seed in range(3)]
     (sentence,) = report.conclusions({"grpo": grpo, "staged": staged})
-    assert (
-        f"**staged** {relation} **grpo**: {sum(better) / 3:+.1f} (" in sentence and "greedy" not in sentence
-    )
+    assert f"**staged** {relation} **grpo**: {sum(better) / 3:+.1f} (" in sentence
+    assert "greedy" not in sentence
     grpo = [made_up("grpo", seed, {10: 1.0}, final=10.0) for seed in (0, 1)]
     staged = [
         made_up("staged", seed, {10: 1.0}, final=11.0 + seed) for seed in (0, 1)
     ]  # greedy twice as much
     sentence, _, against = report.conclusions({"grpo": grpo, "staged": staged, "restart": grpo})
-    assert (
-        "**restart**: +1.5" in against
-        and "+1.5 (-4.9 to +7.9) points at the end, greedy +3.0 (-9.7 to +15.7) (" in sentence
-    )
+    assert "**restart**: +1.5" in against
+    assert "+1.5 (-4.9 to +7.9) points at the end, greedy +3.0 (-9.7 to +15.7) (" in sentence
 
 
 def test_tables_by_hand():
     grpo = [made_up("grpo", seed, {0: 4.0, 10: 20.0 + seed, 20: 10.0 + seed}, final=12.0) for seed in (0, 2)]
     longer = [made_up("longer", 0, {0: 4.0, 20: 44.0}, step_tokens=200)]
     assert longer[0].accuracy_at(1000) == pytest.approx(14.0)
-    assert grpo[0].largest_fall == 10.0 and longer[0].largest_fall == 0.0
+    assert grpo[0].largest_fall == 10.0
+    assert longer[0].largest_fall == 0.0
     rows = [
         line.split(" | ") for line in report.evaluation_table({"grpo": grpo, "longer": longer}).splitlines()
     ]
     assert rows[0] == ["| GRPO steps", "grpo", "longer |"]
-    assert rows[3] == ["| 10", "21.0 ± 12.7", " |"] and rows[4] == ["| 20", "11.0 ± 12.7", "44.0 |"]
+    assert rows[3] == ["| 10", "21.0 ± 12.7", " |"]
+    assert rows[4] == ["| 20", "11.0 ± 12.7", "44.0 |"]
     end = [
         line.strip("| ").split(" | ")
         for line in report.end_table({"grpo": grpo, "longer": longer}).splitlines()
@@ -280,9 +283,8 @@ def test_the_take_off_by_hand():
     late = [
         replace(made_up("late", seed, {0: 0.0, 70: 9.0, 90: 9.0 + 2 * seed}), steps=steps) for seed in (0, 1)
     ]
-    assert grpo[0].passes(10.0) == pytest.approx((15.0, 1500.0)) and all(
-        map(math.isnan, late[0].passes(10.0))
-    )
+    assert grpo[0].passes(10.0) == pytest.approx((15.0, 1500.0))
+    assert all(map(math.isnan, late[0].passes(10.0)))
     rows = [
         line.strip("| ").split(" | ") for line in report.ablation_table(grpo, {"late": late}).splitlines()
     ]

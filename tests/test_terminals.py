@@ -93,7 +93,8 @@ def test_nothing_is_drawn_where_the_cursor_cannot_move(name, value, monkeypatch)
 def test_a_file_is_no_terminal_whatever_the_environment_says(name, monkeypatch, capsys):
     monkeypatch.setenv(name, "1")
     monkeypatch.setenv("COLUMNS", "40")
-    assert type(pick_screen(smoke())) is Screen and not plain_console(stderr=True).is_interactive
+    assert type(pick_screen(smoke())) is Screen
+    assert not plain_console(stderr=True).is_interactive
     plain_console().print("[bold]x", "y" * 70, style="bold")
     assert capsys.readouterr().out == f"[bold]x {'y' * 70}\n"
 
@@ -119,9 +120,8 @@ def test_a_run_logs_plain_lines_in_a_bare_environment(tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert "\x1b" not in finished.stdout
     lines = [line.split()[0] for line in finished.stdout.splitlines()]
-    assert (
-        lines[:6] == ["model", "problems", "stages", "run", "memory", "before"] and lines.count("grpo") == 3
-    )
+    assert lines[:6] == ["model", "problems", "stages", "run", "memory", "before"]
+    assert lines.count("grpo") == 3
 
 
 def test_every_console_comes_from_one_place():
@@ -167,7 +167,8 @@ def test_a_full_pipe_that_does_not_block_is_waited_for(monkeypatch):
 
     wait = mock.Mock(side_effect=emptied)
     monkeypatch.setattr("select.select", wait)
-    assert LastingFile(writer, "w").write(b"said") == 4 and os.read(reader, 9) == b"said"
+    assert LastingFile(writer, "w").write(b"said") == 4
+    assert os.read(reader, 9) == b"said"
     wait.assert_called_once()
 
 
@@ -191,7 +192,8 @@ def test_where_results_go_is_checked_before_the_work(tmp_path, monkeypatch, caps
     assert in_child(evaluation(), None) == 2
     check_writable(tmp_path / "new" / "found.json")
     check_writable(tmp_path / "file")
-    assert not any((tmp_path / "new").iterdir()) and (tmp_path / "file").read_text() == "kept"
+    assert not any((tmp_path / "new").iterdir())
+    assert (tmp_path / "file").read_text() == "kept"
     with pytest.raises(RecipeError, match="file"):
         check_writable(tmp_path / "file" / "below")
 
@@ -207,5 +209,6 @@ def test_a_session_outlives_input_that_it_cannot_read(typed, monkeypatch):
     os.write(writer, typed or b"")
     os.close(writer)
     out = printed_by(lambda: play_command.main(play_command.Arguments()), input=reader if typed else None)
-    assert out.count(b"shown") == 1 and out.count(b"q to end") == (2 if typed else 1)
+    assert out.count(b"shown") == 1
+    assert out.count(b"q to end") == (2 if typed else 1)
     assert (b"type whole numbers" in out) == bool(typed)

@@ -63,7 +63,8 @@ def test_what_we_save_gives_the_same_logits_elsewhere_and_here(tied, family, tmp
     save_model(tmp_path / "a" / "b", model, Tokenizer(TINY))
     assert_close(logits_of_folder(tmp_path / "a" / "b"), model(IDS), atol=1e-4)
     again, tokenizer = load_model(tmp_path / "a" / "b")
-    assert again.config == model.config and largest_gap(again.state_dict(), model.state_dict()) == 0
+    assert again.config == model.config
+    assert largest_gap(again.state_dict(), model.state_dict()) == 0
     stored = safetensors.torch.load_file(tmp_path / "a" / "b" / "model.safetensors")
     assert (HEAD in stored) == (not tied)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "a" / "b")
@@ -112,7 +113,8 @@ def test_saving_over_its_own_folder_keeps_model_and_stops(folder):
     model, tokenizer = load_model(folder)
     expected = model(IDS)
     save_model(folder, model, tokenizer)
-    assert torch.equal(load_model(folder)[0](IDS), expected) and torch.equal(model(IDS), expected)
+    assert torch.equal(load_model(folder)[0](IDS), expected)
+    assert torch.equal(model(IDS), expected)
     theirs = transformers.GenerationConfig.from_pretrained(folder)
     assert set(theirs.eos_token_id) == set(tokenizer.stop_token_ids) == {9, *Tokenizer(TINY).stop_token_ids}
     assert (theirs.top_k, theirs.temperature) == (20, 0.6)
@@ -218,7 +220,9 @@ def test_an_unusable_value_in_the_config_is_named_with_its_file(folder):
     for name, value in [*sizes, *dtypes, ("model_type", "mistral"), ("rope_parameters", 3)]:
         path.write_text(json.dumps(json.loads(sound) | {name: value}))
         message = refusal(folder)
-        assert message.startswith(f"{path}: ") and name in message and len(message) < 300
+        assert message.startswith(f"{path}: ")
+        assert name in message
+        assert len(message) < 300
         assert "must be a whole number, 1 to" in message or (name, value) not in sizes
 
 
@@ -288,7 +292,8 @@ def test_a_failed_download_is_one_line_that_says_what_to_do(error, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", mock.Mock(side_effect=error))
     message = refusal("Qwen/Qwen3-0.6B", revision="v2")
     assert message.startswith("Qwen/Qwen3-0.6B at revision v2 ")
-    assert (str(error).split("\n")[0] or "RuntimeError") in message and "tiny" in message
+    assert (str(error).split("\n")[0] or "RuntimeError") in message
+    assert "tiny" in message
 
 
 def test_what_cannot_be_a_hub_id_is_never_looked_up_on_the_hub(folder, monkeypatch, tmp_path):

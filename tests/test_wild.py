@@ -103,7 +103,8 @@ def test_a_model_of_any_precision_is_sampled_and_scored():
     ((first, _),) = generate(model, [[5, 17, 3]], **options)
     uniforms = random_uniforms([[5, 17, 3]], 2, 6, seed=3)[0, 0]
     ids, logprobs = zip(*sample_completion(model, [5, 17, 3], uniforms, (), TokenChoice()))
-    assert first.token_ids == list(ids) and np.allclose(first.logprobs, logprobs, rtol=1e-12)
+    assert first.token_ids == list(ids)
+    assert np.allclose(first.logprobs, logprobs, rtol=1e-12)
     assert first.logprobs != np.float32(first.logprobs).tolist()  # none is rounded
     batch = make_batch([Sample([5, 17, 3], first.token_ids, first.logprobs, 1.0)])
     scored = logprobs_and_entropy(model, batch).logprobs[0].tolist()
@@ -130,7 +131,8 @@ def test_traces_of_a_server_are_learned_like_our_own(tmp_path, monkeypatch):
         save_traces(tmp_path / "mine.jsonl", [Trace(problem, text)])
         train(replace(recipe, out=str(tmp_path / str(number))), quiet=True)
     first, second = (call.args[0] for call in schedule.call_args_list)
-    assert first == second and first[0].completion_ids
+    assert first == second
+    assert first[0].completion_ids
 
 
 def test_a_last_sft_stage_without_traces_is_still_evaluated(tmp_path):
@@ -141,7 +143,8 @@ def test_a_last_sft_stage_without_traces_is_still_evaluated(tmp_path):
     )
     train(recipe, quiet=True)
     rows = RunFolder(tmp_path / "run").metrics()
-    assert [row["step"] for row in rows] == [0, 1, 1] and rows[-1]["final_accuracy"] == 0.0
+    assert [row["step"] for row in rows] == [0, 1, 1]
+    assert rows[-1]["final_accuracy"] == 0.0
     # Nobody has an advantage, so there is no update to measure.
     unmeasured = ("loss", "grad_norm", "clip_fraction", "policy_entropy", "log_ratio_mean", "log_ratio_std")
     assert all(math.isnan(rows[1][name]) for name in unmeasured)
@@ -197,9 +200,8 @@ def test_the_reference_of_adapters_has_their_base(tmp_path):
     reference = stage_start_model(policy, recipe, RunFolder(tmp_path / "run"), TrainState())
     ids = torch.arange(40, 60)[None]
     with torch.no_grad():
-        assert torch.equal(policy(ids), reference(ids)) and not any(
-            p.requires_grad for p in reference.parameters()
-        )
+        assert torch.equal(policy(ids), reference(ids))
+        assert not any(p.requires_grad for p in reference.parameters())
         assert not torch.equal(
             policy(ids), load_model("tiny-256", CPU, torch.bfloat16)[0](ids)
         )  # the base is in int8
@@ -211,7 +213,8 @@ def test_the_reference_of_adapters_has_their_base(tmp_path):
     )
     later = stage_start_model(policy, recipe, RunFolder(tmp_path / "run"), TrainState(stage=1, step=1))
     with torch.no_grad():
-        assert torch.equal(loaded(ids), later(ids)) and not torch.equal(loaded(ids), policy(ids))
+        assert torch.equal(loaded(ids), later(ids))
+        assert not torch.equal(loaded(ids), policy(ids))
 
 
 HOSTILE = "a [/INST] [bold]b[/bold] :smile: [/x]"
@@ -383,7 +386,8 @@ def test_more_tokens_than_positions_are_refused_before_any_work(tmp_path, monkey
         lambda: evaluated(capsys, "tiny", folder, count=2, max_new_tokens=180),
     ):
         message = fails(capsys, action)
-        assert f"{folder} has 200 positions" in message and "lower max_new_tokens" in message
+        assert f"{folder} has 200 positions" in message
+        assert "lower max_new_tokens" in message
     model, _ = load_model(folder)
     with pytest.raises(ModelError, match="a prompt of 3 tokens and 198 new ones need 201"):
         generate(model, [[1], [1, 2, 3]], max_new_tokens=198)
@@ -549,7 +553,10 @@ def test_a_model_from_elsewhere_has_its_own_revision(tmp_path, monkeypatch):
 
 def test_a_bundled_model_is_known_by_its_folder_too(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert is_bundled("model/tiny") and is_bundled(TINY) and not is_bundled("tiny-") and not is_bundled(ROOT)
+    assert is_bundled("model/tiny")
+    assert is_bundled(TINY)
+    assert not is_bundled("tiny-")
+    assert not is_bundled(ROOT)
     assert recipe_for("./model/tiny") == recipe_for("tiny")
 
 

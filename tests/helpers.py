@@ -178,6 +178,11 @@ def sampler_that_is_off(shift):
 # An evaluation
 
 
+def rollout(outcome: str, text: str, problem: object = PROBLEM) -> Rollout:
+    """A completion of one token, as if its text had been sampled and judged."""
+    return Rollout(problem, [1], Completion([5], [-0.5], True), text, outcome, 0.5)
+
+
 def answered(problem: Problem, *answers: str) -> list[Rollout]:
     """A group of completions with these answers, scored as usual; an empty one gives no answer at all."""
     texts = [f"</think>\n<answer>{answer}</answer>" if answer else "</think>\n" for answer in answers]

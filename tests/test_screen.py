@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import PROBLEM, SHAPE
+from helpers import SHAPE, rollout
 from rich.console import Console
 
 import lab.screen
@@ -26,10 +26,9 @@ from lab.screen import (
     planned_time,
     printable,
 )
-from model import Completion, Qwen3Config
+from model import Qwen3Config
 from rl.grpo import GRPOStage
 from rl.reward import RewardSettings
-from rl.rollout import Rollout
 from rl.sft import SFTStage
 
 RECIPE = replace(load_recipe("256", "tiny")[1], out="runs/shown")
@@ -39,10 +38,6 @@ GRPO = {
     "grad_norm": 0.07, "tokens_per_second": 12345.6, "rollout_seconds": 1.0, "update_seconds": 1.5,
 }  # fmt: skip
 EVALUATED = {"eval_accuracy": 0.203, "eval_low": 0.171, "eval_high": 0.24}
-
-
-def rollout(outcome: str, text: str) -> Rollout:
-    return Rollout(PROBLEM, [1], Completion([5], [-0.5], True), text, outcome, 0.5)
 
 
 def live_screen(width=110, height=40) -> LiveScreen:

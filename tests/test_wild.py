@@ -24,6 +24,7 @@ from helpers import (
     largest_gap,
     parsed,
     random_model,
+    rollout,
     run_command,
     smoke,
     weights,
@@ -46,11 +47,10 @@ from lab.runfolder import RunFolder
 from lab.screen import LiveScreen, plain_console, progress_bar
 from lab.setup import load_policy, set_up, stage_start_model
 from lab.stages import train
-from model import Completion, ModelError, Qwen3Config, Tokenizer, generate, load_model, save_model
+from model import ModelError, Qwen3Config, Tokenizer, generate, load_model, save_model
 from model.sampler import TokenChoice, random_uniforms, sample_completion
 from model.weights import INDEX, is_bundled
 from rl.batch import Sample, logprobs_and_entropy, make_batch
-from rl.rollout import Rollout
 
 CPU = torch.device("cpu")
 
@@ -179,7 +179,7 @@ def test_the_device_of_a_recipe_becomes_the_current_one(monkeypatch):
     assert current == ["cuda:1"]
 
 
-def test_a_new_run_in_an_old_name_is_another_run_to_wandb(tmp_path, monkeypatch):
+def test_a_new_run_under_an_old_name_is_another_to_wandb(tmp_path, monkeypatch):
     wandb = mock.Mock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for _ in range(2):
@@ -227,7 +227,7 @@ def test_texts_from_outside_are_shown_as_they_are_live(monkeypatch):
     monkeypatch.setenv("LINES", "60")
     shown = LiveScreen(recipe, plain_console())
     problem = WordProblem(HOSTILE, "#### 1")
-    shown.rollouts([[Rollout(problem, [1], Completion([5], [-0.5], True), HOSTILE, "correct", 1.0)]])
+    shown.rollouts([[rollout("correct", HOSTILE, problem)]])
     with shown.console.capture() as capture:
         shown.console.print(shown.draw())
         shown.say(HOSTILE)
@@ -237,7 +237,7 @@ def test_texts_from_outside_are_shown_as_they_are_live(monkeypatch):
 def test_texts_from_outside_are_shown_as_they_are_elsewhere(capsys, monkeypatch):
     """These places are eval, play and progress bars."""
     problem = WordProblem(HOSTILE, "#### 1")
-    group = [Rollout(problem, [1], Completion([5], [-0.5], True), HOSTILE, "correct", 1.0)]
+    group = [rollout("correct", HOSTILE, problem)]
     recipe = replace(load_recipe("gsm8k")[1], model=HOSTILE)
     candidate = Candidate(HOSTILE, recipe, Evaluation.of([group]), Evaluation.of([group]))
     monkeypatch.setenv("COLUMNS", "200")

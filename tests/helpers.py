@@ -4,8 +4,8 @@ import json
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -21,8 +21,8 @@ from data.task import Score
 from experiments.bases.weights import init_weights
 from experiments.study.results import Run
 from lab.errors import user_errors
-from lab.recipe import Recipe
-from lab.runfolder import RunFolder
+from lab.recipe import Recipe, build_recipe
+from lab.runfolder import RunFolder, flatten
 from model import Completion, Qwen3, Qwen3Config
 from model.chat import CHATML, ChatTemplate
 from rl import score
@@ -46,6 +46,7 @@ SHAPE = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
 }  # fmt: skip
 PROBLEM = Problem((79, 60, 17), 36)
+PROMPTS = [[5, 17, 3, 44, 9], [8, 2], [40, 2, 2, 30, 31, 12, 4, 4, 25], [19, 6, 40], [8, 1, 37, 20, 3, 9, 13]]
 
 
 def random_model(seed: int = 0, dtype: torch.dtype = torch.float32, std: float = 0.25, **changes) -> Qwen3:
@@ -215,6 +216,15 @@ def made_up(arm: str, seed: int, accuracies: dict[int, float], step_tokens=100, 
         evaluations.append(row)
     ends = {} if final is None else {"final_accuracy": final / 100, "final_greedy_accuracy": final / 50}
     return Run(arm, seed, evaluations, ends, {}, 60)
+
+
+def changed_fields(arms: Iterable, path: Path, base_name: str) -> tuple[dict, dict[str, set[str]]]:
+    """The flat recipe of the arm `base_name`, and for each other arm the names of the fields that differ."""
+    recipes = {arm.name: flatten(asdict(build_recipe(arm.tables, path))) for arm in arms}
+    base, changed = recipes.pop(base_name), {}
+    for name, recipe in recipes.items():
+        changed[name] = {field.split(".")[-1] for field in base if base[field] != recipe[field]}
+    return base, changed
 
 
 # The commands

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import evaluated, exit_code, fails, random_model
+from helpers import PROMPTS, evaluated, exit_code, fails, random_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +26,6 @@ from model.memory import CACHE_SHARE, LOGITS_COPIES, cache_tokens_that_fit, free
 from model.sampler import plan_batches
 from model.weights import TINY
 
-PROMPTS = [[5, 17, 3, 44, 9], [8, 2], [40, 2, 2, 30, 31, 12, 4, 4, 25], [19, 6, 40], [8, 1, 37, 20, 3, 9, 13]]
 OPTIONS = dict(num_samples=5, max_new_tokens=13, stop_token_ids=[7, 30], seed=3)
 GIB = 2**30
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from helpers import ROOT, exit_code, parsed, random_model
+from helpers import PROMPTS, ROOT, exit_code, parsed, random_model
 from rich.console import Console
 
 import lab.evaluate
@@ -30,7 +30,6 @@ from lab.stages import train
 from model import generate
 from model.sampler import plan_batches
 
-PROMPTS = [[5, 17, 3, 44, 9], [8, 2], [40, 2, 2, 30, 31, 12, 4, 4, 25], [19, 6, 40], [8, 1, 37, 20, 3, 9, 13]]
 ESCAPE = r"\x1b\[([?\d;]*[a-zA-Z])"
 RICH = {
     "FORCE_COLOR",

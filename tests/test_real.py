@@ -2,14 +2,14 @@
 
 import json
 import random
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import assert_close
+from helpers import assert_close, changed_fields
 from reference import FAMILIES, TINY_TOKENS, copy_tokenizer, reference_model, smollm2_folder
 
 from data import Problem
@@ -18,7 +18,6 @@ from experiments.real.run import Arguments, main
 from experiments.real.weights import halves, name_of
 from experiments.study.run import load_arms
 from lab.recipe import RECIPES, build_recipe, load_recipe
-from lab.runfolder import flatten
 from model import generate, load_model, prompt_ids, save_model
 
 ARMS = RECIPES / "study" / "smollm2.toml"
@@ -48,13 +47,11 @@ def test_floors_by_hand():
 def test_every_ablation_changes_one_thing():
     """All begin with the same cold start."""
     arms = [arm for arm in load_arms(ARMS) if not arm.is_main]
-    recipes = {arm.name: flatten(asdict(build_recipe(arm.tables, ARMS))) for arm in arms}
-    base = recipes.pop("GRPO")
+    base, changed = changed_fields(arms, ARMS, "GRPO")
     assert base["model"] == "cold start"
-    assert len(recipes) == 9
-    for name, recipe in recipes.items():
-        changed = {field.split(".")[-1] for field in base if base[field] != recipe[field]}
-        assert len(changed) == 1 or changed == {"prompts_per_step", "samples_per_prompt"}, name
+    assert len(changed) == 9
+    for name, fields in changed.items():
+        assert len(fields) == 1 or fields == {"prompts_per_step", "samples_per_prompt"}, name
 
 
 def test_the_main_arms_are_the_recipe_and_as_long_as_it():

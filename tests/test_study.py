@@ -4,12 +4,12 @@ import contextlib
 import json
 import math
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
 import pytest
-from helpers import made_up
+from helpers import changed_fields, made_up
 
 import lab.stages
 from experiments.study import report
@@ -18,7 +18,6 @@ from experiments.study.results import Estimate, Run, paired_difference
 from experiments.study.run import Arguments, execute, load_arms, next_run, plan, run_study
 from lab.checkpoint import checkpoints
 from lab.recipe import RECIPES, RecipeError, build_recipe, load_recipe
-from lab.runfolder import flatten
 
 SMALL = """
 extends = "{recipes}/smoke.toml"
@@ -84,14 +83,9 @@ def test_the_main_arms_differ_in_stages_alone():
 
 def test_every_ablation_changes_one_thing_in_grpo_alone():
     arms = [arm for arm in load_arms(Arguments().recipe) if arm.name == "grpo" or not arm.is_main]
-    recipes = {arm.name: flatten(asdict(build_recipe(arm.tables, RECIPES))) for arm in arms}
-    assert (
-        len({r["stages.0.prompts_per_step"] * r["stages.0.samples_per_prompt"] for r in recipes.values()})
-        == 1
-    )
-    base, changed = recipes.pop("grpo"), {}
-    for name, recipe in recipes.items():
-        changed[name] = {field.split(".")[-1] for field in base if base[field] != recipe[field]}
+    firsts = [build_recipe(arm.tables, RECIPES).stages[0] for arm in arms]
+    assert len({first.prompts_per_step * first.samples_per_prompt for first in firsts}) == 1
+    _, changed = changed_fields(arms, RECIPES, "grpo")
     pairs = [{"clip_low", "clip_high"}, {"prompts_per_step", "samples_per_prompt"}]
     assert all(len(names) == 1 or names in pairs for names in changed.values()), changed
     covered = set().union(*changed.values())

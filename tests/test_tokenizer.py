@@ -31,7 +31,8 @@ TEXTS = [
     "<think>\nso 79 - 60\n</think>\n<answer>(79 - 60) + 17 = 36</answer>",
     "naïve café e\u0301 ﬁ 中文 日本語 한국어 العربية 🙂👩‍👩‍👧 \u200b\ufeff\u00a0x",
     "tabs\t\tand \r\n lines\n\n\n  trailing   ",
-    "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n"
+    "<|im_start|>assistant\n<think>\n\n</think>\n\n",
     "<think><think></think></ think> <|im_end|x <|endoftext|><tool_call>{}</tool_call><|fim_pad|>",
     "don't we'LL they've I'm  x²+y³≠z½ \\frac{1}{2} `a_b` 0x1F\x00\x07",
 ]

@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several at once: each on a core of its own
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
+pytest.register_assert_rewrite("helpers")  # so that its failures show their values, too
 
 
 @pytest.fixture(scope="module")
@@ -27,5 +28,6 @@ def smoke_run(tmp_path_factory) -> Path:
 
     finished = run_command("train.py", "smoke", "--model", "tiny-256", "--out", out, "--keep-checkpoints", 99)
     assert finished.returncode == 0, finished.stderr
-    assert "held-out" in finished.stdout and "done" in finished.stdout
+    assert "held-out" in finished.stdout
+    assert "done" in finished.stdout
     return out

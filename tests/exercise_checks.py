@@ -36,8 +36,7 @@ def shrunk(recipe: Recipe, out: str, sampling: dict | None = None, **stage_chang
     stages = tuple(replace(s, **small) if s.kind == "grpo" else replace(s, epochs=1) for s in recipe.stages)
     return replace(
         recipe, model="tiny-256", problems="generated", generated_problems=60, out=out, checkpoint_every=1,
-        stages=stages,
-        sampling=replace(recipe.sampling, max_new_tokens=64, **sampling or {}),
+        stages=stages, sampling=replace(recipe.sampling, max_new_tokens=64, **sampling or {}),
         evaluation=EvaluationSettings(problems=4),
     )  # fmt: skip
 
@@ -165,10 +164,13 @@ def sorting() -> None:
         ("x", "wrong"),
     ):
         assert task.score(f"</think><answer>{text}</answer>", problem).outcome == outcome, text
-    assert task.problem_from_row(problem.row()) == problem and task.solution(problem) == "3, 7, 12"
-    assert task.parse_input("7 3,12") == problem and problem.key == Unsorted((12, 7, 3)).key
+    assert task.problem_from_row(problem.row()) == problem
+    assert task.solution(problem) == "3, 7, 12"
+    assert task.parse_input("7 3,12") == problem
+    assert problem.key == Unsorted((12, 7, 3)).key
     problems = task.generate(300, seed=1)
-    assert problems == task.generate(300, seed=1) and len({problem.key for problem in problems}) == 300
+    assert problems == task.generate(300, seed=1)
+    assert len({problem.key for problem in problems}) == 300
     recipe = load_recipe("sorting")[1]
     rows = small(replace(recipe, optimizer=load_recipe("smoke")[1].optimizer))
     assert rows[1]["tokens"] > 0

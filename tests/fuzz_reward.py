@@ -28,10 +28,8 @@ LIMIT = 0.010  # seconds a text of 100 kB may take
 PYTHON = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 PIECES = [
     "<think>", "</think>", "<answer>", "</answer>", "\n", " ", "=", "(", ")", "+", "-", "*", "/", "**", "//",
-    "0", "7", "36", "1.5",
-    "so ", "Answer: ", "x", "²", "٣", "−", "１", "\u2028", "\x00", "é", "漢", "<|im_end|>", "<ANSWER>",
-    "< answer>", "</answer >",
-    "999999999", "1e3", "0x10", "_", ",", "\t", "\r",
+    "0", "7", "36", "1.5", "so ", "Answer: ", "x", "²", "٣", "−", "１", "\u2028", "\x00", "é", "漢",
+    "<|im_end|>", "<ANSWER>", "< answer>", "</answer >", "999999999", "1e3", "0x10", "_", ",", "\t", "\r",
 ]  # fmt: skip
 
 

@@ -4,9 +4,10 @@ import json
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest import mock
 
 import huggingface_hub
 import numpy as np
@@ -18,8 +19,10 @@ import train as train_command
 from data import Problem
 from data.task import Score
 from experiments.bases.weights import init_weights
+from experiments.study.results import Run
 from lab.errors import user_errors
-from lab.runfolder import RunFolder
+from lab.recipe import Recipe, build_recipe
+from lab.runfolder import RunFolder, flatten
 from model import Completion, Qwen3, Qwen3Config
 from model.chat import CHATML, ChatTemplate
 from rl import score
@@ -43,6 +46,7 @@ SHAPE = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
 }  # fmt: skip
 PROBLEM = Problem((79, 60, 17), 36)
+PROMPTS = [[5, 17, 3, 44, 9], [8, 2], [40, 2, 2, 30, 31, 12, 4, 4, 25], [19, 6, 40], [8, 1, 37, 20, 3, 9, 13]]
 
 
 def random_model(seed: int = 0, dtype: torch.dtype = torch.float32, std: float = 0.25, **changes) -> Qwen3:
@@ -120,6 +124,11 @@ def largest_gap(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float
     return max(float((a[name] - b[name]).detach().abs().max()) for name in a)
 
 
+def assert_close(found: torch.Tensor, expected: torch.Tensor, atol: float) -> None:
+    """The two differ by at most `atol` in every place, and agree in shape and dtype."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
 def largest(tensors: dict[str, torch.Tensor]) -> float:
     return max(float(tensor.abs().max()) for tensor in tensors.values())
 
@@ -147,10 +156,9 @@ PROBLEMS = ["ab", "c", "defgh", "c", "ij"]
 
 def take_step(trainer, rewards=REWARDS, learning_rate=0.01, temperature=1.0, reference=None, **stage):
     """A step on PROBLEMS with `rewards` given by hand: [problem][sample], in the order of scoring."""
-    given_rewards = iter([reward for row in rewards for reward in row])
+    given_rewards = mock.Mock(side_effect=[reward for row in rewards for reward in row])
     return grpo_step(
-        trainer, FakeTokenizer(), FakeTask(lambda problem, text: next(given_rewards)),
-        PROBLEMS[: len(rewards)],
+        trainer, FakeTokenizer(), FakeTask(given_rewards), PROBLEMS[: len(rewards)],
         settings=GRPOStage(samples_per_prompt=len(rewards[0]), **stage), seed=1, reference=reference,
         sampling=SamplingSettings(max_new_tokens=8, temperature=temperature), learning_rate=learning_rate,
     )  # fmt: skip
@@ -169,6 +177,11 @@ def sampler_that_is_off(shift):
 
 
 # An evaluation
+
+
+def rollout(outcome: str, text: str, problem: object = PROBLEM) -> Rollout:
+    """A completion of one token, as if its text had been sampled and judged."""
+    return Rollout(problem, [1], Completion([5], [-0.5], True), text, outcome, 0.5)
 
 
 def answered(problem: Problem, *answers: str) -> list[Rollout]:
@@ -191,6 +204,29 @@ GROUPS = [
 ]
 
 
+# A study
+
+
+def made_up(arm: str, seed: int, accuracies: dict[int, float], step_tokens=100, final=None) -> Run:
+    """A run of GRPO with these accuracies in %, by step; greedy ones are twice as high at the end."""
+    evaluations = []
+    for step, accuracy in accuracies.items():
+        row = {"stage": 0, "kind": "grpo", "step": step, "grpo_steps": step}
+        row |= {"eval_accuracy": accuracy / 100, "generated_tokens": step_tokens * step}
+        evaluations.append(row)
+    ends = {} if final is None else {"final_accuracy": final / 100, "final_greedy_accuracy": final / 50}
+    return Run(arm, seed, evaluations, ends, {}, 60)
+
+
+def changed_fields(arms: Iterable, path: Path, base_name: str) -> tuple[dict, dict[str, set[str]]]:
+    """The flat recipe of the arm `base_name`, and for each other arm the names of the fields that differ."""
+    recipes = {arm.name: flatten(asdict(build_recipe(arm.tables, path))) for arm in arms}
+    base, changed = recipes.pop(base_name), {}
+    for name, recipe in recipes.items():
+        changed[name] = {field.split(".")[-1] for field in base if base[field] != recipe[field]}
+    return base, changed
+
+
 # The commands
 
 
@@ -200,9 +236,14 @@ def run_command(*arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, **options)
 
 
-def smoke(*options) -> train_command.Arguments:
-    """Parsed arguments of the smoke recipe; options are separated by blanks, as on a command line."""
-    return train_command.parse(["smoke", "--model", "tiny-256", *" ".join(map(str, options)).split()])
+def smoke(*options) -> Recipe:
+    """The smoke recipe with these options, which are separated by blanks, as on a command line."""
+    return parsed("smoke --model tiny-256", *options).recipe
+
+
+def parsed(*words) -> train_command.Arguments:
+    """What train.py makes of a command line."""
+    return train_command.parse(" ".join(map(str, words)).split())
 
 
 def timeless(run: Path) -> list[dict]:
@@ -216,7 +257,8 @@ def fails(capsys, action) -> str:
         action()
     assert exit_.value.code == 2
     message = capsys.readouterr().err
-    assert message.count("\n") == 1 and message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert message.startswith("error: ")
     return message
 
 
@@ -226,9 +268,15 @@ def evaluated(capsys, *models, **options) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def exit_code(monkeypatch, command: str, *arguments) -> int:
-    """How `python command arguments` ends, in this process."""
-    monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
+def exit_code(monkeypatch, command: str) -> int:
+    """How `python command` ends, in this process."""
+    monkeypatch.setattr(sys, "argv", command.split())
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / command), run_name="__main__")
+        runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
     return ended.value.code
+
+
+def write_jsonl(path: Path, rows) -> str:
+    """Write a file of one JSON text per line; return its path as text."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)

@@ -52,16 +52,14 @@ EQUIVALENT = {  # mutant -> why no test can, or need, see it
 NOTHING = "nothing changed"
 SWAPS = {
     ast.Lt: (ast.LtE, ast.Gt), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.Lt),
-    ast.GtE: (ast.Gt, ast.Lt),
-    ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.In: (ast.NotIn,), ast.NotIn: (ast.In,),
-    ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,), ast.And: (ast.Or,), ast.Or: (ast.And,),
+    ast.GtE: (ast.Gt, ast.Lt), ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.In: (ast.NotIn,),
+    ast.NotIn: (ast.In,), ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,), ast.And: (ast.Or,), ast.Or: (ast.And,),
     ast.Add: (ast.Sub,), ast.Sub: (ast.Add,), ast.Mult: (ast.Div,), ast.Div: (ast.Mult,),
     ast.BitAnd: (ast.BitOr,),
 }  # fmt: skip
 NAMES = {
     "min": "max", "max": "min", "minimum": "maximum", "amax": "amin", "amin": "amax", "mean": "sum",
-    "sum": "mean",
-    "partition": "rpartition", "rpartition": "partition", "lstrip": "strip", "rstrip": "strip",
+    "sum": "mean", "partition": "rpartition", "rpartition": "partition", "lstrip": "strip", "rstrip": "strip",
     "startswith": "endswith", "endswith": "startswith", "sorted": "set",
 }  # fmt: skip
 

@@ -22,7 +22,8 @@ from rl import group_advantages
 def test_advantages_by_hand(rewards, options, expected):
     groups = torch.tensor([rewards, [0.7] * len(rewards)], dtype=torch.float64)
     advantages = group_advantages(groups, **options)
-    assert advantages[0].tolist() == pytest.approx(expected, rel=0, abs=1e-14) and not advantages[1].any()
+    assert advantages[0].tolist() == pytest.approx(expected, rel=0, abs=1e-14)
+    assert not advantages[1].any()
 
 
 @pytest.mark.parametrize("scale_by_std", [True, False])

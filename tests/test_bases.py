@@ -47,7 +47,8 @@ def follow(steps: str, numbers: tuple[int, ...]) -> int:
     left = Counter(numbers)
     for step in steps.split(" "):
         a, operator, b, value = STEP.fullmatch(step).groups()
-        assert evaluate_expression(f"{a}{operator}{b}") == int(value) and int(value) >= 1
+        assert evaluate_expression(f"{a}{operator}{b}") == int(value)
+        assert int(value) >= 1
         for operand in (int(a), int(b)):
             assert left[operand] > 0, f"{operand} is used up in {steps} from {numbers}"
             left[operand] -= 1
@@ -80,7 +81,8 @@ def test_attempts_are_right_in_each_step_and_miss_the_target():
         lines, answer, well_formed = parts(document)
         values = [follow(steps, problem.numbers) for steps, _ in lines]
         expected = [" too low" if value < problem.target else " too high" for value in values[:-1]] + [""]
-        assert [verdict for _, verdict in lines] == expected and problem.target not in values
+        assert [verdict for _, verdict in lines] == expected
+        assert problem.target not in values
         assert len({steps for steps, _ in lines}) == len(lines), "attempts differ"
         assert evaluate_expression(answer) == values[-1]
         assert sorted(map(int, re.findall(r"\d+", answer))) == sorted(problem.numbers)
@@ -93,10 +95,9 @@ def test_attempts_come_in_order_and_are_all_that_there_are():
     assert [attempt.value for attempt in all_attempts((11, 13))] == [24, 2]  # 143 is too large
     assert [attempt.steps for attempt in all_attempts((2, 9, 60))] == [
         "9+2=11 60+11=71", "9+2=11 60-11=49", "9-2=7 60+7=67", "9-2=7 60-7=53", "9*2=18 60+18=78",
-        "9*2=18 60-18=42",
-        "60+2=62 62+9=71", "60+2=62 62-9=53", "60-2=58 58+9=67", "60-2=58 58-9=49", "60/2=30 30+9=39",
-        "60/2=30 30-9=21",
-        "60+9=69 69+2=71", "60+9=69 69-2=67", "60-9=51 51+2=53", "60-9=51 51-2=49",
+        "9*2=18 60-18=42", "60+2=62 62+9=71", "60+2=62 62-9=53", "60-2=58 58+9=67", "60-2=58 58-9=49",
+        "60/2=30 30+9=39", "60/2=30 30-9=21", "60+9=69 69+2=71", "60+9=69 69-2=67", "60-9=51 51+2=53",
+        "60-9=51 51-2=49",
     ]  # fmt: skip
     for numbers in [(1, 2, 3), (2, 5, 20), (3, 3, 8, 8), (1, 7, 13, 20)]:
         made = all_attempts(numbers)
@@ -124,9 +125,8 @@ def test_musing_documents_are_attempts_between_lines_of_no_use():
             follow(steps, problem.numbers)
         before.append(next(number for number, line in enumerate(lines) if line not in MUSING))
         between.append((sum(line in MUSING for line in lines[before[-1] :]), len(thoughts) - 1))
-    assert min(before) == FIRST_MUSING and sum(before) / len(before) == pytest.approx(
-        FIRST_MUSING + MORE_MUSING, rel=0.1
-    )
+    assert min(before) == FIRST_MUSING
+    assert sum(before) / len(before) == pytest.approx(FIRST_MUSING + MORE_MUSING, rel=0.1)
     useless, pauses = map(sum, zip(*between, strict=True))
     assert useless / pauses == pytest.approx(BETWEEN, rel=0.1)
 
@@ -137,11 +137,14 @@ def test_attempts_are_well_formed_and_as_many_as_stated():
     for well_formed, share in ((True, TAGGED), (False, 1 - TAGGED)):
         lengths = [len(lines) for lines, _, form in documents if form is well_formed]
         assert len(lengths) / len(documents) == pytest.approx(share, abs=0.07)
-        assert min(lengths) == 1 and max(lengths) > 8 and len(set(lengths)) > 8
+        assert min(lengths) == 1
+        assert max(lengths) > 8
+        assert len(set(lengths)) > 8
     operators = Counter(
         step[1] for lines, _, _ in documents for steps, _ in lines for step in STEP.findall(steps)
     )
-    assert set(operators) == set("+-*/") and min(operators.values()) > 100
+    assert set(operators) == set("+-*/")
+    assert min(operators.values()) > 100
     # The chance to stop is the same after any attempt, so that length says nothing about success.
     counts = [len(lines) for lines, _, _ in documents]
     stopped = Counter(counts)
@@ -152,7 +155,8 @@ def test_attempts_are_well_formed_and_as_many_as_stated():
 
 
 def test_documents_follow_from_the_seed_and_fill_the_ranges():
-    assert list(attempts()) == list(attempts()) and list(derivations()) == list(derivations())
+    assert list(attempts()) == list(attempts())
+    assert list(derivations()) == list(derivations())
     problems = [problem for problem, _ in attempts()]
     assert {len(problem.numbers) for problem in problems} == {3, 4}
     assert {number for problem in problems for number in problem.numbers} == set(range(1, 21))
@@ -164,7 +168,8 @@ def test_exercises_are_right_show_equality_and_pose_no_problem():
     for seed in SEEDS:
         number, text = comparison_document(random.Random(seed), SETTINGS)
         lines, end = text.split("</think>\n")
-        assert end == "<|im_end|>" and lines.endswith("\n")
+        assert end == "<|im_end|>"
+        assert lines.endswith("\n")
         for line in lines.splitlines():
             step, verdict = line.split(" ", 1)
             claim, value = step.split("=")
@@ -215,15 +220,19 @@ def test_each_rule_is_taken_as_often_as_stated():
             common = after and len(after) == len(before)  # the exponent stays
             steps["right" if after == differentiate(before) else "common" if common else "other"] += 1
     assert steps["right"] / steps.total() == pytest.approx(RIGHT_SHARE, abs=0.03)
-    assert steps["common"] > 1.05 * steps["right"] and steps["other"] > 50
+    assert steps["common"] > 1.05 * steps["right"]
+    assert steps["other"] > 50
     assert tagged / 1000 == pytest.approx(WELL_FORMED_SHARE, abs=0.05)
 
 
 def test_rules_by_hand():
-    assert right_step((3, 4)) == (12, 3) and right_step((5, 1)) == (5, 0) and right_step((7, 0)) == (0, 0)
+    assert right_step((3, 4)) == (12, 3)
+    assert right_step((5, 1)) == (5, 0)
+    assert right_step((7, 0)) == (0, 0)
     assert wrong_steps((3, 4)) == [(12, 4), (12, 5), (3, 3)]
     assert wrong_steps((-2, 3)) == [(-6, 3), (-6, 4), (-2, 2), (6, 2)]
-    assert wrong_steps((5, 1)) == [(5, 1), (5, 2)] and wrong_steps((7, 0)) == [(7, 0)]
+    assert wrong_steps((5, 1)) == [(5, 1), (5, 2)]
+    assert wrong_steps((7, 0)) == [(7, 0)]
     for coefficient in (-9, -1, 1, 9):
         for exponent in range(6):
             assert right_step((coefficient, exponent)) not in wrong_steps((coefficient, exponent))
@@ -232,7 +241,8 @@ def test_rules_by_hand():
 def test_calculus_documents_fit_the_recipe_of_their_base():
     """The longest fits, and numbers and powers are single tokens."""
     _, recipe = load_recipe("calculus", variant="tiny")
-    assert recipe.task == TINY_CALCULUS and recipe.model == "tiny-calculus"
+    assert recipe.task == TINY_CALCULUS
+    assert recipe.model == "tiny-calculus"
     tokenizer = Tokenizer(BUNDLED["tiny-calculus"])
     lengths = [len(tokenizer.encode(document)) for _, document in derivations(2000)]
     assert 60 < max(lengths) <= recipe.sampling.max_new_tokens

@@ -10,6 +10,7 @@ import numpy.polynomial.polynomial as reference
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers import write_jsonl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -140,7 +141,8 @@ def test_problems_as_text():
     for order, times in [(1, "once"), (2, "twice"), (3, "3 times")]:
         prompt = TASK.prompt(Derivative((0, 1, -4), order))
         for part in ("-4x^2 + x", f", {times}.", "<think>", "</think>", "<answer>", "</answer>"):
-            assert part in prompt and "\n" not in prompt
+            assert part in prompt
+            assert "\n" not in prompt
 
 
 @given(PROBLEMS)
@@ -173,8 +175,7 @@ def test_typed_problems():
 def test_files_of_problems(tmp_path):
     path = tmp_path / "problems.jsonl"
     problems = TASK.generate(20, seed=3)
-    path.write_text("".join(json.dumps(problem.row()) + "\n" for problem in problems))
-    assert TASK.load(str(path)) == problems
+    assert TASK.load(write_jsonl(path, [problem.row() for problem in problems])) == problems
     path.write_text('{"polynomial": [1, 2]}\n{"polynomial": [1], "order": 9}\n')
     with pytest.raises(DataError, match="line 2"):
         TASK.load(str(path))
@@ -210,8 +211,7 @@ def test_a_request_for_more_problems_than_there_are_is_refused():
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"min_terms": 0}, {"min_terms": 4, "max_terms": 3}, {"max_terms": 11}, {"max_exponent": 31},
+    "settings", [{"min_terms": 0}, {"min_terms": 4, "max_terms": 3}, {"max_terms": 11}, {"max_exponent": 31},
      {"max_exponent": 0}, {"max_coefficient": 0},
      {"max_coefficient": 1_000_000}, {"max_order": 0}, {"max_order": 6}, {"max_terms": 7, "max_exponent": 5},
      {"max_order": 3, "max_exponent": 2, "max_terms": 3}],

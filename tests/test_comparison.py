@@ -32,7 +32,8 @@ def shown(candidates: list[Candidate], differences=(), width=160) -> str:
 
 def test_measures_by_hand():
     found = json.loads(json.dumps(measures(candidate(GROUPS))))  # as --json writes them
-    assert found["accuracy"]["mean"] == 0.5 and found["greedy"]["mean"] == 0.75
+    assert found["accuracy"]["mean"] == 0.5
+    assert found["greedy"]["mean"] == 0.75
     assert found["accuracy"]["low"] == pytest.approx(0.1500, abs=1e-4)  # Wilson of 2 in 4
     # 3, 1, 4 and 0 of four are correct; of two draws both miss with chance 0, 3/6, 0 and 1, of three 0, 1/4,
     # 0 and 1.
@@ -52,32 +53,36 @@ def test_a_difference_is_taken_problem_by_problem():
     )
     assert (found["from"], found["to"]) == ("before", "after")
     assert found["accuracy"]["mean"] == pytest.approx((0.75 + 0.25) / 4)
-    assert found["accuracy"]["low"] == 0 and found["accuracy"]["high"] == pytest.approx(0.5625, abs=0.07)
+    assert found["accuracy"]["low"] == 0
+    assert found["accuracy"]["high"] == pytest.approx(0.5625, abs=0.07)
     assert found["greedy"] == {"mean": 0.5, "low": 0.0, "high": 1.0}  # two of four are gained
     back = difference(candidate(GROUPS), candidate(WORSE, greedy=[g[:1] for g in WORSE]))
-    assert back["greedy"]["mean"] == -0.5 and back["accuracy"]["mean"] == -found["accuracy"]["mean"]
+    assert back["greedy"]["mean"] == -0.5
+    assert back["accuracy"]["mean"] == -found["accuracy"]["mean"]
 
 
 def test_the_table_has_a_column_per_model_and_differences():
     worse, better = candidate(WORSE, name="worse"), candidate(GROUPS, name="better")
     text = shown([worse, better], [difference(worse, better)])
     rows = {line.split("│")[1].strip(): line for line in text.splitlines() if line.count("│") > 2}
-    assert "25.0 %" in rows["accuracy, sampled"] and "50.0 % (15.0 to 85.0)" in rows["accuracy, sampled"]
-    assert (
-        "+25.0 points" in rows["sampled, against the first"]
-        and "+0.0 points" in rows["greedy, against the first"]
-    )
+    assert "25.0 %" in rows["accuracy, sampled"]
+    assert "50.0 % (15.0 to 85.0)" in rows["accuracy, sampled"]
+    assert "+25.0 points" in rows["sampled, against the first"]
+    assert "+0.0 points" in rows["greedy, against the first"]
     assert "87.5 %" in rows["3 numbers, + and - suffice (2)"]
-    assert "75.0 %" in rows["pass@4"] and "pass@8" not in text
+    assert "75.0 %" in rows["pass@4"]
+    assert "pass@8" not in text
     single = shown([candidate(FIRST_ONLY)])
-    assert "pass@" not in single and "against" not in single
+    assert "pass@" not in single
+    assert "against" not in single
 
 
 def test_problems_count_alike_whatever_their_samples():
     """k goes up to the samples that all problems have."""
     uneven = [GROUPS[0], answered(Problem((2, 5, 10), 100), "2*5*10", "")]
     found = measures(candidate(uneven))
-    assert found["samples"] == 2 and set(found["pass_at"]) == {1, 2}
+    assert found["samples"] == 2
+    assert set(found["pass_at"]) == {1, 2}
     assert found["pass_at"][1] == pytest.approx((0.75 + 0.5) / 2) == found["accuracy"]["mean"]
 
 
@@ -88,7 +93,9 @@ def test_the_wilson_interval_solves_its_equation(case):
     successes, trials = case
     low, high = wilson_interval(successes, trials)
     share = successes / trials
-    assert 0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1 and low < high
+    assert 0 <= low <= share + 1e-12
+    assert share - 1e-12 <= high <= 1
+    assert low < high
     for end in (low, high):
         if 1e-9 < end < 1 - 1e-9:
             assert abs(share - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / trials), rel=1e-6)

@@ -42,13 +42,10 @@ def test_a_problem_keeps_its_order_and_its_key_does_not():
 
 
 @pytest.mark.parametrize(
-    ("numbers", "target", "named"),
-    [
+    ("numbers", "target", "named"), [
         ((5,), 5, r"2 to 6 whole numbers, not \(5,\)"), ((1, 2, 3, 4, 5, 6, 7), 5, "2 to 6"),
-        (None, 5, "None"), ("12", 5, "'12'"),
-        ((1, 2.0), 5, "2.0"), ((1, True), 5, "True"), ((1, -2), 5, "-2"), ((1, 2), None, "None"),
-        ((1, 2), 0, "not 0"),
-        ((1, 10**9), 5, "1000000000"),
+        (None, 5, "None"), ("12", 5, "'12'"), ((1, 2.0), 5, "2.0"), ((1, True), 5, "True"),
+        ((1, -2), 5, "-2"), ((1, 2), None, "None"), ((1, 2), 0, "not 0"), ((1, 10**9), 5, "1000000000"),
     ],
 )  # fmt: skip
 def test_what_is_no_problem_is_refused_by_name(numbers, target, named):
@@ -93,7 +90,8 @@ def test_the_seed_alone_decides_the_problems():
     """Neither the process nor the global random state does."""
     before = random.getstate()
     problems = str(generate_problems(50, 3))
-    assert random.getstate() == before and problems != str(generate_problems(50, 4))
+    assert random.getstate() == before
+    assert problems != str(generate_problems(50, 4))
     # In another process hashes of strings differ.
     code = "from data import generate_problems; print(generate_problems(50, 3))"
     assert run_command("-c", code).stdout.strip() == problems
@@ -116,8 +114,7 @@ def test_too_few_problems_are_an_error_and_no_endless_loop(count, wanted, messag
 
 
 @pytest.mark.parametrize(
-    ("fields", "named"),
-    [({"min_number": 0}, "min_number 0 "),
+    ("fields", "named"), [({"min_number": 0}, "min_number 0 "),
      ({"min_number": 100}, "min_number 100 and max_number 99"),
      ({"min_target": 101}, "min_target 101 and max_target 100"),
      ({"four_number_share": 1.5}, "not 1.5"), ({"four_number_share": -0.5}, "not -0.5"),
@@ -158,8 +155,7 @@ def test_a_solution_scores_correct_with_the_operators_asked_for(numbers, target,
 
 
 @pytest.mark.parametrize(
-    ("problem", "difficulty"),
-    [(Problem((79, 60, 17), 36), "3 numbers, + and - suffice"),
+    ("problem", "difficulty"), [(Problem((79, 60, 17), 36), "3 numbers, + and - suffice"),
      (Problem((5, 7, 2), 37), "3 numbers, needs * or /"),
      (Problem((2, 2, 2, 2), 16), "4 numbers, needs * or /"),
      (Problem((9, 3, 1), 100), "3 numbers, needs * or /")],
@@ -188,14 +184,18 @@ def test_the_papers_accuracies_stand_under_their_token_limits():
 
 def test_what_a_recipe_a_file_and_a_user_call_it():
     task = Countdown()
-    assert task.kind == "countdown" and task.problem_from_row(
-        json.loads(task.file_format.example)
-    ) == Problem((79, 60, 17), 36)
-    assert task.parse_input("79,60 17->36") == Problem((79, 60, 17), 36)
+    assert task.kind == "countdown"
+    assert task.problem_from_row(json.loads(task.file_format.example)) == Problem((79, 60, 17), 36)
+    own_example = task.input_format.partition("as in ")[2]
+    for line in ("7 9 11 22", "7, 9, 11 -> 22", " 7,9 11->22 ", own_example):
+        assert task.parse_input(line) == Problem((7, 9, 11), 22)
     assert len(Problem((1, 2, 3, 4, 5, 6), 7).numbers) == 6
     assert task.parse_input("999999999 1 2").numbers[0] == 999_999_999
-    for text in ("9999999990 1 2", "7 x 2", "", "7 -2 5", "٣ 2 5"):
+    for text in ("9999999990 1 2", "7 x 2", "seven", "", "7 -2 5", "٣ 2 5", "² 3 4"):
         with pytest.raises(ValueError, match="type whole numbers and then the target"):
+            task.parse_input(text)
+    for text in ("5", "5 5", "0 3 4", "1 2 3 4 5 6 7 8"):
+        with pytest.raises(ValueError):
             task.parse_input(text)
 
 
@@ -215,9 +215,11 @@ def test_every_step_of_a_worked_solution_is_right(numbers, seed, thinking):
     rng = random.Random(seed)
     problem = Problem(numbers, random_target(numbers, rng))
     text = worked_solution(TASK, problem, thinking, rng)
-    assert score(text, problem, thinking) == CORRECT and ("</think>" in text) == thinking
+    assert score(text, problem, thinking) == CORRECT
+    assert ("</think>" in text) == thinking
     *attempts, _ = text.partition("</think>")[0].partition("<answer>")[0].strip().split("\n") + [""]
-    assert 1 <= len(attempts) <= 4 and len(set(attempts)) == len(attempts)
+    assert 1 <= len(attempts) <= 4
+    assert len(set(attempts)) == len(attempts)
     for attempt in attempts:
         steps, verdict = re.fullmatch(r"(.*?) (too low|too high|equal)", attempt).groups()
         left = [Fraction(number) for number in numbers]
@@ -228,7 +230,8 @@ def test_every_step_of_a_worked_solution_is_right(numbers, seed, thinking):
             left.append(Fraction(result))
         [value] = left
         expected = "equal" if value == problem.target else "too low" if value < problem.target else "too high"
-        assert verdict == expected and (verdict == "equal") == (attempt == attempts[-1])
+        assert verdict == expected
+        assert (verdict == "equal") == (attempt == attempts[-1])
 
 
 def test_worked_solutions_vary_in_attempts_and_follow_the_seed():
@@ -236,7 +239,8 @@ def test_worked_solutions_vary_in_attempts_and_follow_the_seed():
     texts = [worked_solution(TASK, problem, False, random.Random(seed)) for seed in range(60)]
     assert texts == [worked_solution(TASK, problem, False, random.Random(seed)) for seed in range(60)]
     counts = [text.count("too") for text in texts]
-    assert set(counts) == {0, 1, 2, 3} and len(set(texts)) > 30
+    assert set(counts) == {0, 1, 2, 3}
+    assert len(set(texts)) > 30
     assert len({text.partition("<answer>")[2] for text in texts}) > 1  # more than one way
 
 

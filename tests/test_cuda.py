@@ -144,7 +144,9 @@ def test_the_check_shows_a_table_and_fails_with_the_wrong_rows(monkeypatch, caps
     with pytest.raises(SystemExit, match="wrong on this device: second; raising"):
         lab.check.main(device="cpu")
     shown = capsys.readouterr().out
-    assert "tiny on CPU, torch" in shown and "7 apart" in shown and "RuntimeError: no kernel image" in shown
+    assert "tiny on CPU, torch" in shown
+    assert "7 apart" in shown
+    assert "RuntimeError: no kernel image" in shown
 
 
 @pytest.fixture
@@ -176,7 +178,8 @@ GOOD, BAD = Row("decoding", "0 apart"), Row("decoding", "9 apart", wrong=True)
 
 def test_a_run_on_a_gpu_compares_its_decoding_once_and_remembers(on_gpu):
     said, graphed = on_gpu(GOOD)
-    assert "the same" in said and graphed
+    assert "the same" in said
+    assert graphed
     assert on_gpu() == (None, True)  # nothing is compared again,
     assert on_gpu(GOOD, dtype=torch.bfloat16)[1]  # unless in another dtype
     assert set(json.loads(lab.decoding.CACHE.read_text()).values()) == {True}
@@ -189,8 +192,11 @@ def test_a_run_on_a_gpu_compares_its_decoding_once_and_remembers(on_gpu):
 def test_where_graphs_fail_a_run_goes_on_without_and_says_so(on_gpu, fault, reason):
     """Also where they disagree with plain forwards."""
     said, graphed = on_gpu(fault, GOOD)
-    assert "without CUDA graphs" in said and reason in said and not graphed
-    assert on_gpu()[1] is False and "without CUDA graphs" in on_gpu()[0]
+    assert "without CUDA graphs" in said
+    assert reason in said
+    assert not graphed
+    assert on_gpu()[1] is False
+    assert "without CUDA graphs" in on_gpu()[0]
 
 
 def test_decoding_that_is_wrong_without_graphs_ends_the_run(on_gpu):
@@ -231,6 +237,7 @@ def test_decoding_mixes_no_devices_and_waits_for_nothing():
             for count in range(1, 80):
                 batch.cache.reserve(count)
                 batch.step()  # a wait for the device would raise
-            assert batch.logprobs.dtype == torch.float32 and batch.token_ids.is_cuda
+            assert batch.logprobs.dtype == torch.float32
+            assert batch.token_ids.is_cuda
             with pytest.raises(DataDependentOutputException):
                 batch.drop(torch.zeros(6, dtype=torch.bool, device="cuda"), 0.5)  # which has to wait

@@ -103,7 +103,8 @@ def test_every_link_leads_to_a_file_that_defines_its_names(document):
 
 def test_the_readme_is_short_and_has_the_code_as_it_is():
     text = (ROOT / "README.md").read_text()
-    assert len(text.split()) <= 1100 and text.count("\n") <= 170
+    assert len(text.split()) <= 1100
+    assert text.count("\n") <= 170
     assert make_readme.filled(text) == text, "python -m docs.make_readme"
     assert inspect.getsource(grpo_step) in text
     changed = text.replace("group_advantages(rewards", "other(rewards")
@@ -117,9 +118,9 @@ def test_the_python_for_your_own_code_runs():
     )
     for block in blocks:
         exec(block.replace("samples_per_prompt=16", "samples_per_prompt=2"), namespace)
-    assert (
-        len(blocks) == 2 and namespace["metrics"]["rollout_seconds"] > 0 and len(namespace["groups"][0]) == 2
-    )
+    assert len(blocks) == 2
+    assert namespace["metrics"]["rollout_seconds"] > 0
+    assert len(namespace["groups"][0]) == 2
 
 
 def test_trap_a_check_of_links_that_sees_nothing(tmp_path):
@@ -187,13 +188,16 @@ def test_trap_a_notebook_runner_that_passes_anything(tmp_path):
         json.dumps({"cells": [{"cell_type": "code", "source": ["x = 1\n", "assert x == 2"], "outputs": []}]})
     )
     result = run_notebook(path, tmp_path / "out.ipynb")
-    assert result.returncode != 0 and "code cell 1" in result.stderr and not (tmp_path / "out.ipynb").exists()
+    assert result.returncode != 0
+    assert "code cell 1" in result.stderr
+    assert not (tmp_path / "out.ipynb").exists()
 
 
 def test_the_notebook_is_small_and_has_plots_and_no_local_paths():
     text = NOTEBOOK.read_text()
     ids = [cell["id"] for cell in json.loads(text)["cells"]]
-    assert len(text) < 400_000 and len(set(ids)) == len(ids)
+    assert len(text) < 400_000
+    assert len(set(ids)) == len(ids)
     assert text.count('"image/png": "iVBORw0KGgo') >= 4
     text = re.sub(r'"image/png": "[^"]*"', "", text)
     assert not re.search(r"(/home|/root|/tmp|/work|/Users|site-packages)\b", text)

@@ -50,7 +50,8 @@ def test_an_exercise_says_where_what_and_how_many_lines(number, tree):
         assert part in section
     lines, name = re.search(r"\*\*Lines:\*\* (\d+).*\*\*Solution:\*\* `([\w-]+\.patch)`", section).groups()
     patch = ROOT / "docs" / "exercises" / name
-    assert patch == PATCHES[number - 1] and name.startswith(f"{number}-")
+    assert patch == PATCHES[number - 1]
+    assert name.startswith(f"{number}-")
     assert int(lines) == len(re.findall(r"^\+(?!\+\+ )", patch.read_text(), flags=re.MULTILINE))
     result = git(tree, "apply", "--check", patch)
     advice = f"make the change by hand, then: git add -N . && git diff > docs/exercises/{name}"

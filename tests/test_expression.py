@@ -49,7 +49,8 @@ def test_no_text_raises_anything_but_an_expression_error(text):
         try:
             read(text)
         except ExpressionError as error:
-            assert "\n" not in str(error) and len(str(error)) < 700
+            assert "\n" not in str(error)
+            assert len(str(error)) < 700
 
 
 def test_values_are_exact_and_numbers_keep_their_order():
@@ -66,17 +67,14 @@ def test_values_are_exact_and_numbers_keep_their_order():
 REFUSED = {
     "empty": "", "tower of powers": "99 ** 98 ** 97", "floor division": "11 // 2 * 5", "remainder": "11 % 2",
     "exponent": "1e9", "decimal": "2.5 * 10", "hexadecimal": "0x24", "underscore": "1_000",
-    "unary plus": "+5",
-    "fullwidth digits": "３６", "superscript": "6²", "times sign": "6 × 6", "typographic minus": "79 − 60",
-    "no-break space": "79\u00a0- 60", "two numbers": "7 9", "juxtaposed parentheses": "2(3)",
-    "closed parenthesis": "1 + 2)",
-    "empty parentheses": "()", "square brackets": "[1 + 2]", "dangling operator": "1 +",
-    "equation": "79 - 60 + 17 = 36",
+    "unary plus": "+5", "fullwidth digits": "３６", "superscript": "6²", "times sign": "6 × 6",
+    "typographic minus": "79 − 60", "no-break space": "79\u00a0- 60", "two numbers": "7 9",
+    "juxtaposed parentheses": "2(3)", "closed parenthesis": "1 + 2)", "empty parentheses": "()",
+    "square brackets": "[1 + 2]", "dangling operator": "1 +", "equation": "79 - 60 + 17 = 36",
     "call": "abs(3)", "code": "__import__('os').getcwd()", "null character": "36\0", "surrogate": "\ud800",
     "division by a hidden zero": "5 / (3 - 6 / 2)", "10,000 parentheses": "(" * 10_000 + "1" + ")" * 10_000,
     "nesting within the length": "(" * (MAX_DEPTH + 1) + "1" + ")" * (MAX_DEPTH + 1),
-    "100,000 digits": "9" * 100_000,
-    "ten digits": "1234567890", "a long sum": "1 + " * 100 + "1",
+    "100,000 digits": "9" * 100_000, "ten digits": "1234567890", "a long sum": "1 + " * 100 + "1",
     "a megabyte of blanks": " " * 1_000_000 + "1",
 }  # fmt: skip
 
@@ -88,8 +86,7 @@ def test_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [("2 ** 5", r"unexpected '\*' at character 4 of '2 \*\* 5'"),
+    ("text", "message"), [("2 ** 5", r"unexpected '\*' at character 4 of '2 \*\* 5'"),
      ("1 + 007", r"unexpected '0' at character 5 of '1 \+ 007'"),
      ("(1 + 2", "unexpected end of"), ("1 / 0", "division by zero in '1 / 0'")],
 )  # fmt: skip
@@ -106,10 +103,8 @@ def test_an_equation_gives_its_left_side():
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["79 - 60 + 17", "79 - 60 + 17 = 37", "79 - 60 + 17 =", "= 36", "6 * 6 = 36 = 36", "6 * 6 == 36",
-     "6 * 6 = 30 + 6",
-     "79 - 60 = 19 + 17 = 36", "1 / 2 = 0.5", "6 * 6 = 36.", "6 * 6 = 036", "1 / 0 = 0"],
+    "text", ["79 - 60 + 17", "79 - 60 + 17 = 37", "79 - 60 + 17 =", "= 36", "6 * 6 = 36 = 36", "6 * 6 == 36",
+     "6 * 6 = 30 + 6", "79 - 60 = 19 + 17 = 36", "1 / 2 = 0.5", "6 * 6 = 36.", "6 * 6 = 036", "1 / 0 = 0"],
 )  # fmt: skip
 def test_an_equation_is_one_expression_and_one_right_value(text):
     with pytest.raises(ExpressionError):

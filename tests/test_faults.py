@@ -1,6 +1,8 @@
 """Updates that are not finite are skipped and counted; five in a row end the run."""
 
+import itertools
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -35,29 +37,32 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(source, bad, monkey
     optimizer = trainer.optimizer
     sft_step(trainer, ragged_samples(3), 1e-2)  # so that the optimizer has a state
     before, take = [], optimizer.step
-    monkeypatch.setattr(
-        optimizer,
-        "step",
-        lambda *a, **options: before.append(copies(model, optimizer)) or take(*a, **options),
-    )
+
+    def step(*arguments, **options):
+        before.append(copies(model, optimizer))
+        return take(*arguments, **options)
+
+    monkeypatch.setattr(optimizer, "step", step)
     if source == "loss":  # of one micro-batch of the first update; its gradient is finite
-        losses, loss = [], rl.grpo.grpo_loss
-        error = lambda: losses.append(0) or (bad if len(losses) == 2 else 0.0)  # noqa: E731
-        monkeypatch.setattr(rl.grpo, "grpo_loss", lambda *a, **options: loss(*a, **options) + error())
+        errors = itertools.chain([0.0, bad], itertools.repeat(0.0))
+
+        def loss(*arguments, **options):
+            return grpo_loss(*arguments, **options) + next(errors)
+
+        monkeypatch.setattr(rl.grpo, "grpo_loss", loss)
     if source == "gradient":
         model.lm_head.weight.register_hook(lambda gradient: gradient * (1.0 if before else bad))
     if source == "sampler":  # a log-probability of the first group's first sample, first of the first update
-        shifts = []
-        off = sampler_that_is_off(lambda place: shifts.append(0) or (bad if len(shifts) == 1 else 0.0))
-        monkeypatch.setattr(rl.grpo, "collect_rollouts", off)
+        shift = mock.Mock(side_effect=itertools.chain([bad], itertools.repeat(0.0)))
+        monkeypatch.setattr(rl.grpo, "collect_rollouts", sampler_that_is_off(shift))
     _, _, metrics = take_step(trainer, updates_per_step=2)
-    assert metrics["skipped_updates"] == 1 and optimizer.skipped_in_a_row == 0
-    assert equal(before[0], before[1]) and not equal(before[1], copies(model, optimizer))
-    assert (
-        all(map(math.isfinite, metrics.values()))
-        and metrics["grad_norm"] > 0
-        and metrics["policy_entropy"] > 1
-    )
+    assert metrics["skipped_updates"] == 1
+    assert optimizer.skipped_in_a_row == 0
+    assert equal(before[0], before[1])
+    assert not equal(before[1], copies(model, optimizer))
+    assert all(map(math.isfinite, metrics.values()))
+    assert metrics["grad_norm"] > 0
+    assert metrics["policy_entropy"] > 1
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -70,7 +75,8 @@ def test_a_sampler_whose_logits_are_not_finite_says_so(bad):
     with pytest.raises(ModelError, match="logits that are not finite"):
         list(sample_completion(model, [1, 2, 3], torch.rand(4), (), TokenChoice()))
     ids, logprobs = sample_tokens(torch.full((2, 7), math.nan), torch.tensor([0.1, 0.9]), 5, TokenChoice())
-    assert ids.max() < 5 and logprobs.isnan().all()
+    assert ids.max() < 5
+    assert logprobs.isnan().all()
 
 
 def test_a_run_goes_on_past_faults_until_five_in_a_row(tmp_path, monkeypatch, capsys):
@@ -82,9 +88,10 @@ def test_a_run_goes_on_past_faults_until_five_in_a_row(tmp_path, monkeypatch, ca
         return grpo_loss(*arguments, **options) * (1.0 if losses[0] in (1, 2, 5, 6) else math.nan)
 
     monkeypatch.setattr(rl.grpo, "grpo_loss", loss)
-    options = ["--out", tmp_path, "--stages.0.steps", 9, "--optimizer.micro-batch-tokens", 1_000_000]
-    message = fails(capsys, lambda: train(smoke(*options).recipe, quiet=True))
-    assert "6 updates in a row" in message and "learning rate" in message
+    options = f"--out {tmp_path} --stages.0.steps 9 --optimizer.micro-batch-tokens 1000000"
+    message = fails(capsys, lambda: train(smoke(options), quiet=True))
+    assert "6 updates in a row" in message
+    assert "learning rate" in message
     rows = RunFolder(tmp_path).metrics()
     assert [row["skipped_updates"] for row in rows[1:]] == [0, 2, 0, 2, 2, 2]
     taken = [row for row in rows if not row.get("skipped_updates")]

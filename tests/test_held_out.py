@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from helpers import Hub, fails, smoke
+from helpers import Hub, fails, smoke, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,8 +25,7 @@ SMALL = Countdown(max_number=4, max_target=24)
 
 
 def write(path: Path, problems: list[Problem]) -> str:
-    path.write_text("".join(json.dumps(problem.row()) + "\n" for problem in problems))
-    return str(path)
+    return write_jsonl(path, [problem.row() for problem in problems])
 
 
 @settings(max_examples=60, deadline=None)
@@ -36,7 +35,8 @@ def test_the_split_follows_from_the_problems(order, size, count):
     problems = [POOL[i] for i in order[:size]]
     count = min(count, size - 1)
     train, held_out = split_problems(problems, count)
-    assert not {p.key for p in train} & {p.key for p in held_out} and len(train) + len(held_out) == size
+    assert not {p.key for p in train} & {p.key for p in held_out}
+    assert len(train) + len(held_out) == size
     assert split_problems(reversed(problems), count) == (train, held_out)
     grown = split_problems([*problems, POOL[order[-1]]], count)[1]
     assert len({p.key for p in held_out} - {p.key for p in grown}) <= 1
@@ -100,7 +100,7 @@ def test_a_run_notes_its_problems_and_resumes_on_the_same_only(tmp_path, capsys)
     """It notes those of the model that it began with, too."""
     source = write(tmp_path / "mine.jsonl", POOL)
     run = tmp_path / "run"
-    recipe = smoke("--out", run, "--problems", source, "--evaluation.problems", 8).recipe
+    recipe = smoke(f"--out {run} --problems {source} --evaluation.problems 8")
     train(replace(recipe, stages=recipe.stages[:1]), quiet=True)
     state = load_state(max((run / "checkpoints").iterdir()))
     rows = [row for path in RunFolder(run).rollout_files() for _, row in read_jsonl(path, "")]
@@ -108,9 +108,8 @@ def test_a_run_notes_its_problems_and_resumes_on_the_same_only(tmp_path, capsys)
         {fingerprint(Problem(tuple(row["numbers"]), row["target"])) for row in rows},
         seen_by(recipe.model),
     )
-    assert (
-        state.seen == sorted({*own, *before}) and len(before) > 1000
-    )  # those of the model that it began with, too
+    assert state.seen == sorted({*own, *before})
+    assert len(before) > 1000  # those of the model that it began with, too
     assert state.problems == json.loads((run / "config.json").read_text())["problems"]
     write(tmp_path / "mine.jsonl", POOL[1:])
     assert "other problems" in fails(
@@ -173,7 +172,8 @@ def test_a_model_has_its_notes_however_it_is_named(named, tmp_path, monkeypatch)
     assert seen_by(name) == load_state(tmp_path / "model").seen != []
     assert saved_recipe(name) == recipe
     model = eval_command.model_of(name, eval_command.Arguments((name,)))
-    assert model.trained and eval_command.problems_for([model], eval_command.Arguments((name,)))
+    assert model.trained
+    assert eval_command.problems_for([model], eval_command.Arguments((name,)))
 
 
 def test_a_run_folder_may_be_named_with_a_tilde(tmp_path, monkeypatch):

@@ -16,15 +16,15 @@ from lab.runfolder import RunFolder
 from lab.stages import train
 
 KILLS = 10
-OPTIONS = ["--checkpoint-every", 1, "--keep-checkpoints", 2, "--stages.0.steps", 6, "--stages.2.steps", 4]
-SMALL = ["--evaluation.every", 3, "--evaluation.problems", 4, "--evaluation.final-problems", 4]
+OPTIONS = "--checkpoint-every 1 --keep-checkpoints 2 --stages.0.steps 6 --stages.2.steps 4"
+SMALL = "--evaluation.every 3 --evaluation.problems 4 --evaluation.final-problems 4"
 
 
 def attempt(out: str) -> None:
     # As on a slow disk: a checkpoint takes a quarter of a second.
     lab.checkpoint.sync = lambda path: time.sleep(0.02)
     torch.set_num_threads(1)
-    train(smoke("--out", out, *OPTIONS, *SMALL).recipe, resume=RunFolder(out).holds_run, quiet=True)
+    train(smoke("--out", out, OPTIONS, SMALL), resume=RunFolder(out).holds_run, quiet=True)
 
 
 def result(run: Path) -> dict:

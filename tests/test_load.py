@@ -48,7 +48,10 @@ def test_no_network_is_one_line_that_names_the_way_out(monkeypatch):
     with pytest.raises(DataError) as caught:
         load_problems("hub@v9")
     message = str(caught.value)
-    assert "\n" not in message and "revision v9" in message and "network" in message and ".jsonl" in message
+    assert "\n" not in message
+    assert "revision v9" in message
+    assert "network" in message
+    assert ".jsonl" in message
 
 
 JSONL_ERRORS = {
@@ -72,7 +75,8 @@ def test_a_bad_jsonl_file_is_one_line_with_file_and_line(tmp_path, content, mess
     path.write_text(content)
     with pytest.raises(DataError, match=message) as caught:
         load_problems(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_bad_parquet_file_is_one_line_with_file_and_row(tmp_path):
@@ -90,7 +94,8 @@ def test_a_bad_parquet_file_is_one_line_with_file_and_row(tmp_path):
             pyarrow.parquet.write_table(table, path)
         with pytest.raises(DataError, match=message) as caught:
             load_problems(path)
-        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_source_that_is_none_says_what_would_be_one(tmp_path):
@@ -99,9 +104,8 @@ def test_a_source_that_is_none_says_what_would_be_one(tmp_path):
     for source, message in [
         (tmp_path / "missing.parquet", "missing.parquet is no file"), (tmp_path / "folder.jsonl", "no file"),
         (tmp_path / "binary.jsonl", "UTF-8"), (tmp_path, "cannot read problems from"),
-        ("hbu", "cannot read problems from 'hbu'"),
-        ("problems.csv", "'problems.csv'.*jsonl"), ("hub@", "'hub@' names no revision"),
-        ("a.parquet@main", "cannot read problems"),
+        ("hbu", "cannot read problems from 'hbu'"), ("problems.csv", "'problems.csv'.*jsonl"),
+        ("hub@", "'hub@' names no revision"), ("a.parquet@main", "cannot read problems"),
     ]:  # fmt: skip
         with pytest.raises(DataError, match=message):
             load_problems(source)
@@ -118,7 +122,8 @@ def test_a_split_leaks_no_permuted_duplicate(problems, rng, data):
     unique = {problem.key for problem in problems}
     held_out = data.draw(st.integers(0, len(unique) - 1))
     train, kept = split_problems(problems, held_out)
-    assert len(kept) == held_out and len(train) == len(unique) - held_out
+    assert len(kept) == held_out
+    assert len(train) == len(unique) - held_out
     assert {problem.key for problem in train} | {problem.key for problem in kept} == unique
     assert set(train) | set(kept) <= set(problems)
     shuffled = problems + problems[:3]

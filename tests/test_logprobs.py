@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import gradients, largest, largest_gap, random_model
+from helpers import assert_close, gradients, largest, largest_gap, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,21 +47,20 @@ def test_values_and_gradients_are_those_of_the_plain_way(tokens, seed, temperatu
         expected = plain_way(hidden, weight, targets, temperature)
         found = target_logprobs(hidden, weight, targets, temperature, NUM_TOKENS)
         for ours, plain in zip(found, expected, strict=True):
-            torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10)
+            assert_close(ours, plain, atol=1e-10)
         for uses in ((on_logprobs, on_entropy), (on_logprobs, 0 * on_entropy), (0 * on_logprobs, on_entropy)):
             losses = (sum((x * use).sum() for x, use in zip(pair, uses)) for pair in (found, expected))
             grads = (torch.autograd.grad(loss, (hidden, weight), retain_graph=True) for loss in losses)
             for ours, plain in zip(*grads, strict=True):
-                torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10)
+                assert_close(ours, plain, atol=1e-10)
 
 
 def test_bfloat16_gives_float32_results_and_bfloat16_gradients():
     hidden, weight, targets, on_logprobs, _ = inputs(9, 0, torch.bfloat16)
     logprobs, entropy = target_logprobs(hidden, weight, targets, 1.0, NUM_TOKENS)
     expected = token_logprobs(hidden @ weight.T, 1.0, NUM_TOKENS)
-    assert (
-        torch.equal(logprobs, expected.gather(-1, targets[:, None])[:, 0]) and entropy.dtype == torch.float32
-    )
+    assert torch.equal(logprobs, expected.gather(-1, targets[:, None])[:, 0])
+    assert entropy.dtype == torch.float32
     (logprobs * on_logprobs.float()).sum().backward()
     exact = inputs(9, 0, torch.bfloat16)[:2]
     doubles = [x.detach().double().requires_grad_() for x in exact]
@@ -95,7 +94,7 @@ def test_a_frozen_output_head_gets_no_gradient():
     hidden, weight, targets, *_ = inputs(5, 0)
     target_logprobs(hidden, weight.detach(), targets, 1.0, NUM_TOKENS).logprobs.sum().backward()
     (expected,) = torch.autograd.grad(plain_way(hidden, weight, targets, 1.0)[0].sum(), hidden)
-    torch.testing.assert_close(hidden.grad, expected, rtol=0, atol=1e-12)
+    assert_close(hidden.grad, expected, atol=1e-12)
     assert weight.grad is None
 
 

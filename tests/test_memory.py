@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import evaluated, exit_code, fails, random_model
+from helpers import PROMPTS, evaluated, exit_code, fails, random_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +26,6 @@ from model.memory import CACHE_SHARE, LOGITS_COPIES, cache_tokens_that_fit, free
 from model.sampler import plan_batches
 from model.weights import TINY
 
-PROMPTS = [[5, 17, 3, 44, 9], [8, 2], [40, 2, 2, 30, 31, 12, 4, 4, 25], [19, 6, 40], [8, 1, 37, 20, 3, 9, 13]]
 OPTIONS = dict(num_samples=5, max_new_tokens=13, stop_token_ids=[7, 30], seed=3)
 GIB = 2**30
 
@@ -83,7 +82,7 @@ def test_a_prompt_without_room_is_refused_before_any_sampling(decoder):
             PROMPTS,
             **OPTIONS,
             max_cache_tokens=21,
-            on_progress=lambda *report: pytest.fail("sampled"),
+            on_progress=mock.Mock(side_effect=AssertionError("sampled")),
         )
 
 
@@ -99,22 +98,22 @@ def test_eval_has_the_room_of_recipe_option_or_memory(tmp_path, monkeypatch, cap
         ("tiny", {}, 0),
     ):
         message = fails(capsys, lambda: evaluated(capsys, source, count=4, **options))  # noqa: B023
-        assert (
-            f"room for {room} tokens" in message
-            and "and 256 new" in message
-            and "raise max_cache_tokens" in message
-        )
+        assert f"room for {room} tokens" in message
+        assert "and 256 new" in message
+        assert "raise max_cache_tokens" in message
 
 
-@pytest.mark.parametrize("command", [("train.py", "smoke", "--model", "tiny-256"), ("eval.py", "tiny")])
+@pytest.mark.parametrize("command", ["train.py smoke --model tiny-256 --out {}", "eval.py tiny"])
 def test_out_of_memory_advises_options_that_the_command_has(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lab.evaluate, "collect_rollouts", mock.Mock(side_effect=torch.OutOfMemoryError))
-    assert exit_code(monkeypatch, *command, *(("--out", tmp_path) if command[0] == "train.py" else ())) == 2
+    assert exit_code(monkeypatch, command.format(tmp_path)) == 2
     message = capsys.readouterr().err
-    assert exit_code(monkeypatch, *command[:2], "--help") == 0
+    assert exit_code(monkeypatch, f"{command.format(tmp_path)} --help") == 0
     shown = capsys.readouterr().out
     options = re.findall(r"--[\w.-]*\w", message)
-    assert "out of GPU memory" in message and options and all(option in shown for option in options)
+    assert "out of GPU memory" in message
+    assert options
+    assert all(option in shown for option in options)
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -155,16 +154,14 @@ def test_keys_and_values_never_take_more_memory_than_the_budget(room, stops, sta
 
 
 def test_without_a_budget_generate_takes_what_fits_into_memory(decoder, monkeypatch):
-    calls, rooms = [], []
-    monkeypatch.setattr(
-        model.sampler, "cache_tokens_that_fit", lambda *arguments: calls.append(arguments) or 74
-    )
-    monkeypatch.setattr(
-        model.sampler, "plan_batches", lambda *case: rooms.append(case[-1]) or plan_batches(*case)
-    )
+    fitting, planning = mock.Mock(return_value=74), mock.Mock(wraps=plan_batches)
+    monkeypatch.setattr(model.sampler, "cache_tokens_that_fit", fitting)
+    monkeypatch.setattr(model.sampler, "plan_batches", planning)
     by_memory = generate(decoder, PROMPTS, **OPTIONS)
     by_budget = generate(decoder, PROMPTS, **OPTIONS, max_cache_tokens=74)
-    assert calls == [(decoder, 13)] and rooms == [74, 74] and by_memory == by_budget
+    fitting.assert_called_once_with(decoder, 13)
+    assert [call.args[-1] for call in planning.call_args_list] == [74, 74]
+    assert by_memory == by_budget
 
 
 def machine(available: int | None = None, limit="", used="", cached=0):
@@ -196,13 +193,11 @@ def test_free_memory_is_the_smaller_of_machine_and_container(monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "groups, folder, names, total",
-    [
+    "groups, folder, names, total", [
         ("0::/slurm/job_7/step_0\n", "/sys/fs/cgroup/slurm", ("max", "current"), ""),
         ("5:cpu:/\n4:memory:/slurm/job_7/step_0\n0::/\n", "/sys/fs/cgroup/memory/slurm",
         ("limit_in_bytes", "usage_in_bytes"), "total_"),
-    ],
-    ids=["version 2", "version 1"],
+    ], ids=["version 2", "version 1"],
 )  # fmt: skip
 def test_a_job_has_what_the_tightest_group_around_it_leaves(groups, folder, names, total, monkeypatch):
     def group(path, limit, used, cached):
@@ -251,13 +246,14 @@ def test_a_gpu_has_what_the_driver_and_the_allocator_have_free(monkeypatch):
 )
 def test_cache_and_logits_fill_their_share_of_free_memory(vocab, max_new_tokens, dtype, monkeypatch):
     decoder, free = random_model(dtype=dtype, vocab_size=vocab), 3 * GIB + 12_345
-    asked = []
-    monkeypatch.setattr(model.memory, "free_memory", lambda device: asked.append(device) or free)
+    asked = mock.Mock(return_value=free)
+    monkeypatch.setattr(model.memory, "free_memory", asked)
     tokens = cache_tokens_that_fit(decoder, max_new_tokens)
     logits = tokens / max_new_tokens * LOGITS_COPIES * 4 * vocab  # of every row, float32
     taken = tokens * token_bytes(decoder) + logits
     assert 0.99 * CACHE_SHARE * free < taken <= CACHE_SHARE * free
-    assert isinstance(tokens, int) and asked == [decoder.device]
+    assert isinstance(tokens, int)
+    assert asked.call_args_list == [mock.call(decoder.device)]
     assert (
         token_bytes(decoder) == 2 * 2 * 2 * 8 * dtype.itemsize
     )  # keys and values, two layers, two heads of 8

@@ -54,11 +54,13 @@ def test_activations_are_those_that_autograd_keeps(shape, dtype):
 
 
 def test_work_by_hand():
-    assert WORK.sample_tokens == 200 and WORK.group_tokens == GROUP and WORK.update_tokens == 4 * GROUP
-    assert (WORK.rows, WORK.prefill_tokens) == (128, 50 * 140) and WORK.cache_tokens == max(
-        8 * GROUP, 50 * 200
-    )
-    assert WORK.key_copies == pytest.approx(16 * 200 / GROUP) and not WORK.has_reference
+    assert WORK.sample_tokens == 200
+    assert WORK.group_tokens == GROUP
+    assert WORK.update_tokens == 4 * GROUP
+    assert (WORK.rows, WORK.prefill_tokens) == (128, 50 * 140)
+    assert WORK.cache_tokens == max(8 * GROUP, 50 * 200)
+    assert WORK.key_copies == pytest.approx(16 * 200 / GROUP)
+    assert not WORK.has_reference
     of_three = work_of(RECIPE, 140, processes=3)
     assert (of_three.rows, of_three.prefill_tokens, of_three.update_tokens) == (3 * 16, 17 * 140, 2 * GROUP)
     assert work_of(replace(RECIPE, stages=()), 140).update_tokens == 0
@@ -81,7 +83,8 @@ def test_lasting_bytes_by_hand():
     plan = plan_memory(adapted, SETTINGS, WORK, free=10**9)
     assert (plan.weights, plan.masters, plan.moments) == (2 * count + 4 * trained, 0, 8 * trained)
     plan = plan_memory(model, SETTINGS, work_of(replace(RECIPE, stages=()), 140), free=10**9)
-    assert plan.peak == plan.weights + plan.sampling and "updating" not in str(plan)
+    assert plan.peak == plan.weights + plan.sampling
+    assert "updating" not in str(plan)
 
 
 def test_the_highest_point_of_an_update_by_hand(monkeypatch):
@@ -112,7 +115,8 @@ def test_the_highest_point_of_an_update_by_hand(monkeypatch):
                 "end": gradients + head * (several + tied),
                 "step": gradients + 20 * (1000 if work is small else 4000 * hidden),
             }
-            assert plan.updating == max(points.values()) and plan.output_head > head
+            assert plan.updating == max(points.values())
+            assert plan.output_head > head
             highest.add(max(points, key=points.get))
     assert highest >= {"begin", "end"}
 
@@ -135,7 +139,8 @@ def test_auto_takes_what_is_left_but_at_least_a_sample():
     def tokens(free: int, policy: Qwen3 = model, settings: OptimizerSettings = auto) -> int:
         return plan_memory(policy, settings, WORK, free).micro_batch_tokens
 
-    assert tokens(10**12) == WORK.update_tokens and tokens(10) == WORK.sample_tokens
+    assert tokens(10**12) == WORK.update_tokens
+    assert tokens(10) == WORK.sample_tokens
     assert tokens(10**9, settings=replace(SETTINGS, micro_batch_tokens=7)) == 7  # a number is taken as it is
     fits = {free: plan_memory(model, auto, WORK, free) for free in range(2_000_000, 20_000_000, 1_000_000)}
     for free, plan in fits.items():

@@ -12,7 +12,17 @@ from unittest import mock
 import pytest
 import safetensors.torch
 import torch
-from helpers import ROOT, ragged_samples, random_model, run_command, smoke, timeless, trainer_for
+from helpers import (
+    ROOT,
+    assert_close,
+    parsed,
+    ragged_samples,
+    random_model,
+    run_command,
+    smoke,
+    timeless,
+    trainer_for,
+)
 
 import rl.grpo
 from lab.checkpoint import checkpoints
@@ -23,30 +33,27 @@ from lab.stages import train
 from rl.sft import sft_step
 from train import main
 
-OPTIONS = [  # three prompts for two or four processes, in two updates: uneven, and some have nothing to do
-    "--generated-problems", 60, "--sampling.max-new-tokens", 40, "--evaluation.problems", 5,
-    "--evaluation.final-problems", 0,
-    "--keep-checkpoints", 99, "--stages.0.steps", 3, "--stages.0.prompts-per-step", 3,
-    "--stages.0.samples-per-prompt", 12,
-    "--stages.0.learning-rate", 1e-4, "--stages.0.kl-coef", 0.05, "--stages.1.learning-rate", 1e-5,
-    "--stages.1.batch-size", 2, "--stages.1.epochs", 2,
-    "--stages.2.steps", 1, "--stages.2.samples-per-prompt", 4, "--stages.2.prompts-per-step", 3,
-    "--stages.2.learning-rate", 1e-4,
-]  # fmt: skip
+# Three prompts for two or four processes, in two updates: uneven, and some have nothing to do.
+OPTIONS = """
+--generated-problems 60 --sampling.max-new-tokens 40 --evaluation.problems 5 --evaluation.final-problems 0
+--keep-checkpoints 99 --stages.0.steps 3 --stages.0.prompts-per-step 3 --stages.0.samples-per-prompt 12
+--stages.0.learning-rate 1e-4 --stages.0.kl-coef 0.05 --stages.1.learning-rate 1e-5 --stages.1.batch-size 2
+--stages.1.epochs 2 --stages.2.steps 1 --stages.2.samples-per-prompt 4 --stages.2.prompts-per-step 3
+--stages.2.learning-rate 1e-4
+"""
 
 
 def run_training(out: Path, resume: bool = False) -> None:
     """A small run."""
     with mock.patch("lab.run.write_curve"):  # drawing takes two thirds of the time of so small a run
-        train(smoke("--out", out, *OPTIONS).recipe, resume=resume, quiet=True)
+        train(smoke("--out", out, OPTIONS), resume=resume, quiet=True)
 
 
 def be_rank(number: int, size: int, port: int, work, *arguments) -> None:
     """What torchrun does for a process."""
     os.environ |= {
         "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
     work(*arguments)
@@ -80,9 +87,7 @@ def same_runs(run: Path, other: Path) -> None:
     for paths in zip(*files, strict=True):
         for lines in zip(*(path.read_text().splitlines() for path in paths), strict=True):
             row, twin = map(json.loads, lines)
-            torch.testing.assert_close(
-                torch.tensor(row["logprobs"]), torch.tensor(twin["logprobs"]), rtol=0, atol=2e-3
-            )
+            assert_close(torch.tensor(row["logprobs"]), torch.tensor(twin["logprobs"]), atol=2e-3)
             assert row | {"logprobs": 0} == twin | {"logprobs": 0}
     assert (run / "traces.jsonl").read_text() == (other / "traces.jsonl").read_text()
     for row, twin in zip(timeless(run), timeless(other), strict=True):
@@ -93,10 +98,11 @@ def same_runs(run: Path, other: Path) -> None:
     stored, twins = (
         sorted(path.relative_to(folder) for path in folder.rglob("*.safetensors")) for folder in (run, other)
     )
-    assert stored == twins and len(stored) > 5
+    assert stored == twins
+    assert len(stored) > 5
     for name in stored:  # weights and optimizer states of every checkpoint
         first, second = (safetensors.torch.load_file(folder / name) for folder in (run, other))
-        torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
+        assert_close(first, second, atol=1e-5)
 
 
 def test_four_processes_do_what_one_does(alone, tmp_path):
@@ -151,7 +157,7 @@ def train_and_die(out: str) -> None:
         return advantages(*arguments, **options)
 
     with user_errors(), mock.patch("rl.grpo.group_advantages", dying), mock.patch("lab.run.write_curve"):
-        main(smoke("--out", out, *OPTIONS))
+        main(parsed("smoke --model tiny-256 --out", out, OPTIONS))
 
 
 @pytest.mark.parametrize("restarts", [0, 1])
@@ -165,6 +171,8 @@ def test_a_death_ends_the_run_or_torchrun_restarts_it(restarts, alone, tmp_path)
         assert ended.returncode == 0, ended.stderr[-3000:]
         same_runs(alone, run)
     else:
-        assert ended.returncode != 0 and "exitcode  : 9" in ended.stderr and time.perf_counter() - start < 60
+        assert ended.returncode != 0
+        assert "exitcode  : 9" in ended.stderr
+        assert time.perf_counter() - start < 60
         assert "error: another process of this run" in ended.stderr
         assert [folder.name for folder in checkpoints(run)] == ["step_0001", "step_0002"]

@@ -8,7 +8,7 @@ from helpers import random_model
 
 import play
 import rl.rollout
-from data import Countdown, Problem
+from data import Problem
 from lab.recipe import RecipeError
 from model import generate
 from model.sampler import TokenChoice, random_uniforms, sample_completion
@@ -24,26 +24,8 @@ def test_tokens_shown_one_by_one_are_the_samplers_own(choice):
     ((completion,),) = generate(
         model, [prompt], max_new_tokens=20, stop_token_ids=stops, seed=4, **vars(choice)
     )
-    assert list(ids) == completion.token_ids and logprobs == pytest.approx(completion.logprobs, abs=1e-5)
-
-
-def test_a_line_of_numbers_is_a_problem_and_any_other_is_refused():
-    for line in ("7 9 11 22", "7, 9, 11 -> 22", " 7,9,11 22 ", Countdown.input_format.partition("as in ")[2]):
-        assert Countdown().parse_input(line) == Problem((7, 9, 11), 22)
-    for line in (
-        "seven",
-        "3 x",
-        "-3 4 5",
-        "5",
-        "5 5",
-        "1 2 3 4 5 6 7 8",
-        "99999999999 2 3",
-        "² 3 4",
-        "0 3 4",
-        "",
-    ):
-        with pytest.raises(ValueError):
-            Countdown().parse_input(line)
+    assert list(ids) == completion.token_ids
+    assert logprobs == pytest.approx(completion.logprobs, abs=1e-5)
 
 
 @pytest.mark.parametrize("end", ["q\n7 9 11 22\n", ""], ids=["q", "end of input"])
@@ -55,8 +37,11 @@ def test_a_session_shows_thoughts_verdicts_and_solutions(end, monkeypatch, capsy
     assert re.match(r"(\d+, ){2,3}\d+ -> [1-5]\d\n", shown), "a random problem comes first"
     assert len(re.findall(r"┃ tiny +┃ tiny-256 +┃", shown)) == shown.count("A solution: ") == 4
     assert shown.count("cut off, malformed: reward 0.00") >= 4
-    assert "7, 9, 11 -> 22" in shown and "(9 - 7)" in shown and "there is none" in shown
-    assert shown.count("type whole numbers") == 1 and shown.count("q to end > ") == 5
+    assert "7, 9, 11 -> 22" in shown
+    assert "(9 - 7)" in shown
+    assert "there is none" in shown
+    assert shown.count("type whole numbers") == 1
+    assert shown.count("q to end > ") == 5
 
 
 def test_the_verdict_is_the_tasks_own_and_names_its_end():
@@ -69,11 +54,9 @@ def test_the_verdict_is_the_tasks_own_and_names_its_end():
     )
     text = player.tokenizer.decode(completion.token_ids[:-1])
     *before, (last, verdict) = player.think(problem, seed=1)
-    assert (
-        completion.finished
-        and last == text
-        and all(text.startswith(part) and not end for part, end in before)
-    )
+    assert completion.finished
+    assert last == text
+    assert all(text.startswith(part) and not end for part, end in before)
     scored = score(text, problem)
     assert verdict == f"{scored.outcome}: reward {scored.reward:.2f}, {len(completion.token_ids)} tokens"
 
@@ -86,7 +69,8 @@ def test_a_reward_for_short_answers_is_shown(monkeypatch):
     player = play.load_player("tiny-256", play.Arguments(temperature=0.0, device="cpu"))
     *_, (_, shown) = player.think(Problem((3, 4, 5), 12), seed=1)
     outcome, tokens = re.fullmatch(r"(\w+): reward .*, (\d+) tokens", shown).groups()
-    assert outcome == "correct" and f"reward {1 + 10 / int(tokens):.2f}," in shown
+    assert outcome == "correct"
+    assert f"reward {1 + 10 / int(tokens):.2f}," in shown
 
 
 def test_models_of_two_tasks_are_refused_in_one_line():

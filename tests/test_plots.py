@@ -6,10 +6,10 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from helpers import made_up
 from matplotlib.axes import Axes
 
 from experiments.study.plots import ABOVE, BELOW, UNKNOWN, Panel, color_of_end, plot_accuracy
-from experiments.study.results import Run
 from lab.plots import Figure, paper_caption, paper_points, plot_curve, save_light_and_dark
 from lab.recipe import load_recipe
 
@@ -24,15 +24,6 @@ def drawn(plot, *arguments, **options) -> list[Axes]:
 def evaluations(*steps: int) -> list[dict]:
     numbers = {"eval_accuracy": 0.5, "eval_low": 0.4, "eval_high": 0.6}
     return [{"step": step, "stage": 0, "kind": "grpo", "grpo_steps": step, **numbers} for step in steps]
-
-
-def study_run(arm: str, seed: int, accuracies: dict[int, float]) -> Run:
-    """A run of GRPO with these accuracies in %, by step."""
-    rows = []
-    for step, accuracy in accuracies.items():
-        row = {"stage": 0, "kind": "grpo", "step": step, "grpo_steps": step, "generated_tokens": 100 * step}
-        rows.append(row | {"eval_accuracy": accuracy / 100})
-    return Run(arm, seed, rows, {}, {}, 60)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +43,9 @@ def test_a_curve_has_whole_markers_and_its_caption():
     recipe = load_recipe("256-tiny")[1]
     caption = paper_caption(recipe)
     (axes,) = drawn(plot_curve, evaluations(0, 10, 20), paper_points(recipe), caption=caption)
-    assert axes.get_xlim()[0] < 0 and axes.get_xlim()[1] > 20 and axes.get_ylim()[0] < 0
+    assert axes.get_xlim()[0] < 0
+    assert axes.get_xlim()[1] > 20
+    assert axes.get_ylim()[0] < 0
     assert caption in [text.get_text() for text in axes.texts]
     assert [list(line.get_xdata()) for line in axes.lines] == [[0, 10, 20], [0, 10, 20]]
 
@@ -63,20 +56,21 @@ def test_a_picture_is_drawn_for_light_and_for_dark_pages(tmp_path):
 
     save_light_and_dark(plot, tmp_path / "curve.png")
     light, dark = (json.loads((tmp_path / name).read_text()) for name in ("curve.png", "curve-dark.png"))
-    assert min(light[:3]) > 0.9 and max(dark[:3]) < 0.1
+    assert min(light[:3]) > 0.9
+    assert max(dark[:3]) < 0.1
 
 
 def test_sft_alone_is_a_point_and_names_stand_apart():
     main = {
-        arm: [study_run(arm, seed, {0: 0.0, 100: 50.0 + seed}) for seed in (0, 1)]
-        for arm in ("grpo", "staged")
+        arm: [made_up(arm, seed, {0: 0.0, 100: 50.0 + seed}) for seed in (0, 1)] for arm in ("grpo", "staged")
     }
-    main["sft"] = [study_run("sft", seed, {0: 20.0 + seed}) for seed in (0, 1)]
+    main["sft"] = [made_up("sft", seed, {0: 20.0 + seed}) for seed in (0, 1)]
     panels = (Panel("Which?", tuple(main)), Panel("And per token?", ("grpo",), by_tokens=True))
     axes, per_token = drawn(plot_accuracy, main, panels)
     assert axes.get_title(loc="left") == "Which?"
     reach = [max(line.get_xdata()) for line in axes.lines]
-    assert sorted(set(reach)) == [0, 100] and reach.count(0) == 1
+    assert sorted(set(reach)) == [0, 100]
+    assert reach.count(0) == 1
     heights = {text.get_text(): text.get_position()[1] for text in axes.texts}
     assert abs(heights["grpo"] - heights["staged"]) >= 0.069 * axes.get_ylim()[1]
     assert "sft\n(no GRPO)" in heights
@@ -84,10 +78,10 @@ def test_sft_alone_is_a_point_and_names_stand_apart():
 
 
 def test_an_ablations_color_claims_no_more_than_its_interval():
-    grpo = [study_run("grpo", seed, {10: 40.0 + seed}) for seed in range(3)]
+    grpo = [made_up("grpo", seed, {10: 40.0 + seed}) for seed in range(3)]
 
     def color(*differences: float) -> str:
-        runs = [study_run("x", seed, {10: 40.0 + seed + differences[seed]}) for seed in range(3)]
+        runs = [made_up("x", seed, {10: 40.0 + seed + differences[seed]}) for seed in range(3)]
         return color_of_end(runs, grpo)
 
     assert (color(5, 6, 7), color(-5, -6, -7), color(-5, 6, 3)) == (ABOVE, BELOW, UNKNOWN)

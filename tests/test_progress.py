@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from helpers import ROOT, exit_code, random_model
+from helpers import PROMPTS, ROOT, exit_code, parsed, random_model
 from rich.console import Console
 
 import lab.evaluate
@@ -29,9 +29,7 @@ from lab.screen import progress_bar
 from lab.stages import train
 from model import generate
 from model.sampler import plan_batches
-from train import parse
 
-PROMPTS = [[5, 17, 3, 44, 9], [8, 2], [40, 2, 2, 30, 31, 12, 4, 4, 25], [19, 6, 40], [8, 1, 37, 20, 3, 9, 13]]
 ESCAPE = r"\x1b\[([?\d;]*[a-zA-Z])"
 RICH = {
     "FORCE_COLOR",
@@ -63,10 +61,9 @@ def test_reports_are_true_on_the_way_and_end_at_the_totals(stops, check_every, m
     decoder = random_model(std=0.2)
     for room in (32, 160, 10**6):
         options = dict(num_samples=3, max_new_tokens=23, stop_token_ids=stops, seed=5, max_cache_tokens=room)
-        reports = []
-        groups = generate(
-            decoder, PROMPTS, **options, on_progress=lambda *report, to=reports: to.append(report)
-        )
+        report = mock.Mock()
+        groups = generate(decoder, PROMPTS, **options, on_progress=report)
+        reports = [call.args for call in report.call_args_list]
         assert reports[-1] == (15, sum(len(completion.token_ids) for group in groups for completion in group))
         assert reports == expected_reports(groups, room, check_every)
         assert generate(decoder, PROMPTS, **options) == groups  # the same without reports
@@ -107,26 +104,27 @@ def terminal(monkeypatch) -> io.StringIO:
 
 def test_a_terminal_shows_progress_and_keeps_none_after_an_error(terminal, monkeypatch):
     """It shows completions done, and tokens per second."""
-    clock = iter([100.0, 100.5, 104.0])
-    monkeypatch.setattr(lab.screen, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    clock = mock.Mock(side_effect=[100.0, 100.5, 104.0])
+    monkeypatch.setattr(lab.screen, "time", SimpleNamespace(perf_counter=clock))
     with pytest.raises(KeyboardInterrupt), progress_bar("rollout", 77) as show:
         show(3, 900)
         show(31, 4938)
         raise KeyboardInterrupt
     shown = re.sub(ESCAPE, "", terminal.getvalue())
-    assert "rollout" in shown and "31/77 completions  1,234 tokens/s" in shown
+    assert "rollout" in shown
+    assert "31/77 completions  1,234 tokens/s" in shown
     assert screen_of(terminal.getvalue() + "next") == ["next"]
 
 
 class OnTerminal:
-    """`python arguments` on a terminal of its own, for standard output and errors alike."""
+    """`python command` on a terminal of its own, for standard output and errors alike."""
 
-    def __init__(self, *arguments):
+    def __init__(self, command: str):
         self.master, slave = pty.openpty()
         environment = {name: value for name, value in os.environ.items() if name not in RICH}
         environment |= {"TERM": "xterm", "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
+            [sys.executable, *command.split()],
             cwd=ROOT, env=environment, stdin=slave, stdout=slave, stderr=slave,
             # Whoever runs the tests in the background of a shell has Ctrl-C ignored, and it would be
             # inherited.
@@ -155,16 +153,13 @@ class OnTerminal:
         os.close(self.master)
 
 
-TRAIN = [
-    "smoke", "--plain", "--model", "tiny-256", "--stages.0.steps", "500", "--stages.0.prompts-per-step", "3",
-    "--stages.0.samples-per-prompt", "4", "--sampling.max-new-tokens", "24", "--evaluation.problems", "5",
-    "--evaluation.every", "100",
-]  # fmt: skip
+TRAIN = """smoke --plain --model tiny-256 --stages.0.steps 500 --stages.0.prompts-per-step 3
+--stages.0.samples-per-prompt 4 --sampling.max-new-tokens 24 --evaluation.problems 5 --evaluation.every 100"""
 
 
 def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
-    with closing(OnTerminal("train.py", *TRAIN, "--out", out)) as command:
+    with closing(OnTerminal(f"train.py {TRAIN} --out {out}")) as command:
         command.read_until(r"grpo 1/3 +3/500.*?\nat this speed, \d+:\d\d of GRPO left.*?\n")
         command.process.send_signal(signal.SIGINT)
         command.read_until(None)
@@ -187,27 +182,31 @@ def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on(tmp_path, monkeypatch,
     assert steps == [["grpo", "1/3", f"{n}/500"] for n in range(1, len(steps) + 1)]
     last, old = int(checkpoints(out)[-1].name[5:]), RunFolder(out).metrics()
     assert stopped == f"stopped. Saved after step {last}; go on with the same command and --resume."
-    assert [row["step"] for row in old] == list(range(last + 1)) and last >= 3  # nothing is lost
+    assert [row["step"] for row in old] == list(range(last + 1))  # nothing is lost
+    assert last >= 3
 
-    monkeypatch.setattr(
-        lab.screen, "step_line", lambda *arguments: signal.raise_signal(signal.SIGTERM) or "step"
-    )
-    assert exit_code(monkeypatch, "train.py", *TRAIN, "--out", out, "--resume") == 143  # SIGTERM's
+    def stopping_line(*arguments) -> str:
+        signal.raise_signal(signal.SIGTERM)
+        return "step"
+
+    monkeypatch.setattr(lab.screen, "step_line", stopping_line)
+    assert exit_code(monkeypatch, f"train.py {TRAIN} --out {out} --resume") == 143  # SIGTERM's
     printed = capsys.readouterr()
     assert f"resumed after step {last}" in printed.out
     assert printed.err.endswith(
         f"\nstopped. Saved after step {last + 1}; go on with the same command and --resume.\n"
     )
     rows = RunFolder(out).metrics()
-    assert [row["step"] for row in rows] == list(range(last + 2)) and rows[: last + 1] == old
+    assert [row["step"] for row in rows] == list(range(last + 2))
+    assert rows[: last + 1] == old
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_stopped_run_goes_on_as_if_uninterrupted(tmp_path, monkeypatch):
     """A stop drops rollouts but finishes an update."""
-    options = [*TRAIN, "--stages.0.steps", "3", "--stages.0.updates-per-step", "1", "--out"]
+    options = f"{TRAIN} --stages.0.steps 3 --stages.0.updates-per-step 1 --out"
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    train(parse([*options, str(whole)]).recipe, quiet=True)
+    train(parsed(options, whole).recipe, quiet=True)
 
     def stops_at(name, call, saved, resume):
         """Train with a signal at this call of `rl.grpo.<name>`."""
@@ -220,26 +219,19 @@ def test_a_stopped_run_goes_on_as_if_uninterrupted(tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"Saved after step {saved};"):
             patch.setattr(rl.grpo, name, signalled)
-            train(parse([*options, str(stopped)]).recipe, resume=resume, quiet=True)
+            train(parsed(options, stopped).recipe, resume=resume, quiet=True)
         assert [row["step"] for row in RunFolder(stopped).metrics()] == list(range(saved + 1))
 
     stops_at("collect_rollouts", call=2, saved=1, resume=False)
     stops_at("sum_gradients", call=1, saved=2, resume=True)
-    train(parse([*options, str(stopped)]).recipe, resume=True, quiet=True)
+    train(parsed(options, stopped).recipe, resume=True, quiet=True)
     weights = [(checkpoints(run)[-1] / "model.safetensors").read_bytes() for run in (whole, stopped)]
     assert weights[0] == weights[1]
 
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
-    slow = [
-        "--stages.0.prompts-per-step",
-        "64",
-        "--stages.0.samples-per-prompt",
-        "64",
-        "--sampling.max-new-tokens",
-        "250",
-    ]
-    with closing(OnTerminal("train.py", *TRAIN, *slow, "--out", tmp_path / "run")) as command:
+    slow = "--stages.0.prompts-per-step 64 --stages.0.samples-per-prompt 64 --sampling.max-new-tokens 250"
+    with closing(OnTerminal(f"train.py {TRAIN} {slow} --out {tmp_path}/run")) as command:
         command.read_until("/4096 completions")
         command.process.send_signal(signal.SIGTERM)
         command.read_until("once more stops it at once")
@@ -250,15 +242,12 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "arguments"), [("train.py", TRAIN), ("eval.py", ["tiny", "--count", "2"])]
+    "command", [f"train.py {TRAIN} --out {{}}", "eval.py tiny --count 2"], ids=["train.py", "eval.py"]
 )
-def test_ctrl_c_advises_no_resume_where_nothing_can_be_resumed(
-    command, arguments, tmp_path, monkeypatch, capsys
-):
-    out = ["--out", tmp_path / "run"] if command == "train.py" else []
+def test_ctrl_c_advises_no_resume_where_nothing_can_be_resumed(command, tmp_path, monkeypatch, capsys):
     # In the evaluation before any step.
     monkeypatch.setattr(lab.evaluate, "collect_rollouts", mock.Mock(side_effect=KeyboardInterrupt))
-    assert exit_code(monkeypatch, command, *arguments, *out) == 130
+    assert exit_code(monkeypatch, command.format(tmp_path / "run")) == 130
     assert capsys.readouterr().err == "\nstopped.\n"
 
 
@@ -266,6 +255,6 @@ def test_a_quiet_run_shows_nothing_on_a_terminal(tmp_path, terminal, monkeypatch
     # After an evaluation and a step's rollouts.
     monkeypatch.setattr(rl.grpo, "sum_gradients", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        train(parse([*TRAIN, "--out", str(tmp_path / "run")]).recipe, quiet=True)
+        train(parsed(TRAIN, "--out", tmp_path / "run").recipe, quiet=True)
     assert terminal.getvalue() == ""
     assert capfd.readouterr() == ("", "")

@@ -1,15 +1,20 @@
 """Adapters and int8 weights: LoRA's arithmetic, a base that never moves, and plain checkpoints."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import transformers
-from helpers import largest_gap, optimizer_for, ragged_samples, random_model, trainer_for
+from helpers import (
+    assert_close,
+    largest_gap,
+    optimizer_for,
+    ragged_samples,
+    random_model,
+    run_command,
+    trainer_for,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import ROOT, TINY, TINY_TOKENS, random_ids, reference_model, same_weights
+from reference import TINY, TINY_TOKENS, random_ids, reference_model, same_weights
 from torch import nn
 
 from model import ModelError, Qwen3, Tokenizer, load_model, save_model
@@ -82,7 +87,8 @@ def test_a_projection_is_x_times_w_plus_alpha_over_rank_b_a(sizes, leading, alph
     expected_weight = weight + alpha / rank * theirs[2] @ theirs[1]
     expected = theirs[0] @ expected_weight.T
     found = layer(ours[0])
-    assert found.shape == expected.shape and found.dtype == x.dtype
+    assert found.shape == expected.shape
+    assert found.dtype == x.dtype
     close = {"rtol": 1e-4, "atol": 1e-4 * max(1.0, alpha / rank), "check_dtype": False}
     torch.testing.assert_close(found, expected, **close)
     torch.testing.assert_close(layer.merged(), expected_weight.detach(), **close)
@@ -103,10 +109,12 @@ def test_every_way_of_calling_a_projection_gives_its_product(int8, dtype):
     expected = x.double() @ layer.merged().double().T
     tolerance = 1e-6 if dtype == torch.float32 else 6e-3
     with torch.inference_mode():
-        assert layer(x).dtype == dtype and error(layer(x), expected) < tolerance
+        assert layer(x).dtype == dtype
+        assert error(layer(x), expected) < tolerance
     for training in (True, False):
         trained = layer.train(training)(x.requires_grad_())
-        assert trained.requires_grad and error(trained, expected) < tolerance
+        assert trained.requires_grad
+        assert error(trained, expected) < tolerance
 
 
 def test_int8_weights_are_rows_over_their_largest_magnitude():
@@ -117,9 +125,11 @@ def test_int8_weights_are_rows_over_their_largest_magnitude():
     linear.weight.data = weight.clone()
     made = quantized(linear)
     scales = weight.abs().amax(1)
-    assert made.weight.dtype == torch.int8 and torch.equal(made.state.SCB, scales)
+    assert made.weight.dtype == torch.int8
+    assert torch.equal(made.state.SCB, scales)
     expected = (weight.double() / scales.double().clamp(min=1e-9)[:, None] * 127).round()
-    assert (made.weight - expected).abs().max() <= 1 and (made.weight == expected).double().mean() > 0.99
+    assert (made.weight - expected).abs().max() <= 1
+    assert (made.weight == expected).double().mean() > 0.99
     layer = LoRALinear(made, 1, 1.0)
     assert ((layer.merged() - weight).abs() <= scales[:, None] / 254 * 1.001).all()
     assert error(layer.merged(), weight) < 0.01
@@ -141,7 +151,8 @@ def test_all_seven_projections_and_nothing_else_get_adapters(int8):
     )
     for name, part in found.items():
         out_size, in_size = bases[name].weight.shape
-        assert part.lora_a.shape == (3, in_size) and part.lora_b.shape == (out_size, 3)
+        assert part.lora_a.shape == (3, in_size)
+        assert part.lora_b.shape == (out_size, 3)
         assert part.lora_a.dtype == part.lora_b.dtype == torch.float32
         assert (part.base is bases[name]) == (not int8)
     assert all(before.get(name, parameter) is parameter for name, parameter in model.named_parameters())
@@ -166,9 +177,8 @@ def test_adapters_and_int8_weights_follow_the_seed_and_the_base():
     first, again, other = (add_adapters(random_model(**shape), 8, 8.0, True, seed) for seed in (1, 1, 2))
     assert same(frozen(first), frozen(again))
     first, again, other = map(adapter_state, (first, again, other))
-    assert same(first, again) and same(
-        first, adapter_state(add_adapters(random_model(**shape), 8, 8.0, False, 1))
-    )
+    assert same(first, again)
+    assert same(first, adapter_state(add_adapters(random_model(**shape), 8, 8.0, False, 1)))
     drawn = [name for name in first if name.endswith("lora_a")]
     assert len({float(matrices[name][0, 0]) for matrices in (first, other) for name in drawn}) == 2 * len(
         drawn
@@ -204,8 +214,8 @@ def test_bitsandbytes_is_imported_for_int8_only_and_silent():
         "assert 'bitsandbytes' not in sys.modules; "
         "add_adapters(load_model('tiny')[0], 2, 2.0, int8=True).eval()(torch.zeros(1, 2, dtype=torch.int64))"
     )
-    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout + done.stderr == ""
+    done = run_command("-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(0, 1.0), (2, 0.0), (2, -1.0), (2, float("nan"))])
@@ -214,7 +224,8 @@ def test_a_senseless_rank_or_alpha_is_refused(rank, alpha):
     model = random_model()
     with pytest.raises(ValueError, match=f"not .*{alpha if rank == 2 else rank}"):
         add_adapters(model, rank, alpha, int8=False)
-    assert not any(adapters(model)) and all(p.requires_grad for p in model.parameters())
+    assert not any(adapters(model))
+    assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="already"):
         add_adapters(add_adapters(model, 2, 2.0, int8=False), 2, 2.0, int8=False)
 
@@ -240,7 +251,8 @@ def test_the_base_with_saved_adapters_is_the_same_model(int8):
     again = add_adapters(random_model(), 3, 5.0, int8, seed=5)
     optimizer = optimizer_for(again)
     load_adapter_state(again, saved)
-    assert same(adapter_state(again), saved) and torch.equal(again(IDS), model(IDS))
+    assert same(adapter_state(again), saved)
+    assert torch.equal(again(IDS), model(IDS))
     assert all(
         torch.equal(optimizer.pieces[name][0].master.view_as(tensor), tensor)
         for name, tensor in saved.items()
@@ -272,7 +284,8 @@ def test_the_plain_state_is_the_merged_weights(int8, dtype):
     assert same(before, base.state_dict())
     model = fill(add_adapters(base, 3, 5.0, int8))
     merged, parts = plain_state(model), dict(adapters(model))
-    assert merged.keys() == before.keys() and all(not tensor.requires_grad for tensor in merged.values())
+    assert merged.keys() == before.keys()
+    assert all(not tensor.requires_grad for tensor in merged.values())
     for name, tensor in before.items():
         part = parts.get(name.removesuffix(".weight"))
         assert torch.equal(merged[name], part.merged().to(dtype) if part else tensor), name
@@ -301,9 +314,10 @@ def test_a_saved_adapted_model_is_a_plain_checkpoint(int8, family, tied, tmp_pat
     assert error(expected, reference(ids).logits.double()) > 0.1  # the adapters are not small
     save_model(tmp_path, model, Tokenizer(TINY))
     ours, _ = load_model(tmp_path)
-    assert type(ours.model.layers[0].self_attn.q_proj) is nn.Linear and ours.dtype == torch.float32
-    torch.testing.assert_close(ours(ids), expected, rtol=0, atol=1e-4)
+    assert type(ours.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert ours.dtype == torch.float32
+    assert_close(ours(ids), expected, atol=1e-4)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
-    torch.testing.assert_close(theirs(ids).logits, expected, rtol=0, atol=1e-4)
+    assert_close(theirs(ids).logits, expected, atol=1e-4)
     assert torch.equal(model(ids), expected)  # saving has changed nothing
     assert largest_gap(plain_state(ours), plain_state(model)) == 0

@@ -2,13 +2,14 @@
 
 import json
 import random
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from helpers import assert_close, changed_fields
 from reference import FAMILIES, TINY_TOKENS, copy_tokenizer, reference_model, smollm2_folder
 
 from data import Problem
@@ -17,7 +18,6 @@ from experiments.real.run import Arguments, main
 from experiments.real.weights import halves, name_of
 from experiments.study.run import load_arms
 from lab.recipe import RECIPES, build_recipe, load_recipe
-from lab.runfolder import flatten
 from model import generate, load_model, prompt_ids, save_model
 
 ARMS = RECIPES / "study" / "smollm2.toml"
@@ -38,19 +38,20 @@ def test_names_of_a_gguf_file_become_those_of_hugging_face():
 
 def test_floors_by_hand():
     found = {name: hits(Problem((7, 9, 11), 9)) for name, hits in floors().items()}
-    assert found["a + b + c"] == 0 and found["a - b + c"] == 1 and 0 < found["random whole steps"] < 1
+    assert found["a + b + c"] == 0
+    assert found["a - b + c"] == 1
+    assert 0 < found["random whole steps"] < 1
     assert floors()["a + b + c"](Problem((7, 9, 11), 27)) == 1
 
 
 def test_every_ablation_changes_one_thing():
     """All begin with the same cold start."""
     arms = [arm for arm in load_arms(ARMS) if not arm.is_main]
-    recipes = {arm.name: flatten(asdict(build_recipe(arm.tables, ARMS))) for arm in arms}
-    base = recipes.pop("GRPO")
-    assert base["model"] == "cold start" and len(recipes) == 9
-    for name, recipe in recipes.items():
-        changed = {field.split(".")[-1] for field in base if base[field] != recipe[field]}
-        assert len(changed) == 1 or changed == {"prompts_per_step", "samples_per_prompt"}, name
+    base, changed = changed_fields(arms, ARMS, "GRPO")
+    assert base["model"] == "cold start"
+    assert len(changed) == 9
+    for name, fields in changed.items():
+        assert len(fields) == 1 or fields == {"prompts_per_step", "samples_per_prompt"}, name
 
 
 def test_the_main_arms_are_the_recipe_and_as_long_as_it():
@@ -87,9 +88,12 @@ def test_the_report_says_what_its_results_hold(tmp_path):
     main(Arguments(results=tmp_path, report_only=True))
     lines = [line.strip("| ").split(" | ") for line in (tmp_path / "results.md").read_text().splitlines()]
     whole, cold = (next(line for line in lines if line[0] == arm) for arm in ("whole", "cold start"))
-    assert whole[1:3] == ["2", "30.0 ± 63.5"] and whole[4:7] == ["50.0 ± 0.0", "50.0", "100.0"]
-    assert cold[2:4] == ["10.0 ± 63.5", "-20.0 (-20.0 to -20.0)"] and cold[-3:] == ["20", "10", "5.5"]
-    assert "nan" not in (tmp_path / "results.md").read_text() and (tmp_path / "accuracy.png").exists()
+    assert whole[1:3] == ["2", "30.0 ± 63.5"]
+    assert whole[4:7] == ["50.0 ± 0.0", "50.0", "100.0"]
+    assert cold[2:4] == ["10.0 ± 63.5", "-20.0 (-20.0 to -20.0)"]
+    assert cold[-3:] == ["20", "10", "5.5"]
+    assert "nan" not in (tmp_path / "results.md").read_text()
+    assert (tmp_path / "accuracy.png").exists()
 
 
 def greedy_texts(folder: Path, questions: list[str], new_tokens: int) -> tuple[list[str], list[str]]:
@@ -118,7 +122,8 @@ def test_a_saved_model_generates_the_same_in_transformers(family, tmp_path):
     rng = random.Random(0)
     questions = [f"Make {rng.randrange(99)} of 1 and 2." for _ in range(4)]
     ours, theirs = greedy_texts(tmp_path / "ours", questions, 40)
-    assert ours == theirs and len(set(ours)) > 1
+    assert ours == theirs
+    assert len(set(ours)) > 1
 
 
 def test_smollm2_gives_the_same_as_in_transformers():
@@ -130,6 +135,6 @@ def test_smollm2_gives_the_same_as_in_transformers():
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     ids = torch.tensor([prompt])
     with torch.no_grad():
-        torch.testing.assert_close(model(ids), reference(ids).logits, rtol=0, atol=1e-3)
+        assert_close(model(ids), reference(ids).logits, atol=1e-3)
     ours, theirs = greedy_texts(folder, ["What is 7 plus 8?", "Name three colours of the rainbow."], 24)
     assert ours == theirs

@@ -44,15 +44,18 @@ def test_every_recipe_loads_and_states_its_thinking_mode(name):
     loaded_name, recipe = load_recipe(name)
     assert loaded_name == name
     again = from_dict(Recipe, json.loads(json.dumps(asdict(recipe))))
-    assert again == recipe and list(map(type, again.stages)) == list(map(type, recipe.stages))
+    assert again == recipe
+    assert list(map(type, again.stages)) == list(map(type, recipe.stages))
     assert isinstance(read_tables(RECIPES / f"{name}.toml")["sampling"]["thinking"], bool)
 
 
 def test_the_recipes_state_the_papers_numbers():
     for name, tokens, steps in (("256", 256, [80, None, 100]), ("512", 512, [80]), ("baseline", 1024, [])):
         _, recipe = load_recipe(name)
-        assert recipe.sampling.max_new_tokens == tokens and recipe.sampling.temperature == 1.0
-        assert recipe.evaluation.every == 10 and recipe.optimizer.kind == "adamw8bit"
+        assert recipe.sampling.max_new_tokens == tokens
+        assert recipe.sampling.temperature == 1.0
+        assert recipe.evaluation.every == 10
+        assert recipe.optimizer.kind == "adamw8bit"
         assert [stage.steps if stage.kind == "grpo" else None for stage in recipe.stages] == steps
         assert all(
             (stage.clip_low, stage.clip_high) == (0.25, 0.25)
@@ -60,11 +63,9 @@ def test_the_recipes_state_the_papers_numbers():
             if stage.kind == "grpo"
         )
         sibling_name, sibling = load_recipe(name, variant="tiny")
-        assert (
-            sibling_name == f"{name}-tiny"
-            and sibling.model == "tiny"
-            and sibling.sampling.max_new_tokens == tokens
-        )
+        assert sibling_name == f"{name}-tiny"
+        assert sibling.model == "tiny"
+        assert sibling.sampling.max_new_tokens == tokens
         assert [stage.kind for stage in sibling.stages] == [stage.kind for stage in recipe.stages]
     assert load_recipe("smoke", variant="tiny")[0] == "smoke"  # has no sibling
 

@@ -34,7 +34,8 @@ def page(smoke_run, tmp_path_factory) -> str:
 
 def test_the_page_says_what_metrics_say(smoke_run, page):
     first, second = data_of(page)["runs"]
-    assert first == second and first["name"] == str(smoke_run)
+    assert first == second
+    assert first["name"] == str(smoke_run)
     rows = RunFolder(smoke_run).metrics()
     assert first["evaluations"] == [
         [row["step"], row["eval_accuracy"], row["eval_low"], row["eval_high"]]
@@ -69,7 +70,8 @@ def test_rollouts_are_spread_evenly_and_keep_their_numbers(smoke_run, page):
         of_step = [row for row in shown if row["step"] == int(path.stem[5:])]
         assert [row["completion"] for row in of_step] == [row["completion"] for row in logged]
         for row, source in zip(of_step, logged):
-            assert row["advantage"] == source["advantage"] and len(row["pieces"]) <= len(source["token_ids"])
+            assert row["advantage"] == source["advantage"]
+            assert len(row["pieces"]) <= len(source["token_ids"])
             text = "".join(piece for piece, _ in row["pieces"])
             assert text.startswith(source["completion"])  # and then the stop token's
             assert sum(logprob for _, logprob in row["pieces"]) == pytest.approx(
@@ -82,7 +84,9 @@ def test_a_character_of_several_tokens_is_one_piece():
     ids = tokenizer.encode("7+漢é")
     logprobs = [-0.5] * len(ids)
     texts, sums = zip(*pieces(tokenizer, ids, logprobs), strict=True)
-    assert "".join(texts) == "7+漢é" and "漢" in texts and sum(sums) == pytest.approx(-0.5 * len(ids))
+    assert "".join(texts) == "7+漢é"
+    assert "漢" in texts
+    assert sum(sums) == pytest.approx(-0.5 * len(ids))
     half = pieces(tokenizer, ids[:-1], logprobs[:-1])  # cut off within a character
     assert sum(logprob for _, logprob in half) == pytest.approx(-0.5 * (len(ids) - 1))
 
@@ -105,7 +109,8 @@ def test_a_folder_without_a_run_is_one_line(tmp_path, capsys):
     for folders in ((tmp_path,), ()):
         with pytest.raises(SystemExit) as exit_, user_errors():
             write_report(folders)
-        assert exit_.value.code == 2 and "runs/256-tiny" in capsys.readouterr().err
+        assert exit_.value.code == 2
+        assert "runs/256-tiny" in capsys.readouterr().err
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -124,5 +129,7 @@ def test_a_browser_draws_charts_and_rollouts(page, tmp_path):
     ]  # fmt: skip
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     assert "<title>pocketgrpo: runs</title>" in shown  # where an error would stand
-    assert shown.count("<figure") == 12 and shown.count('<article class="card"') == 3
-    assert shown.count("<polygon") == 2 and "NaN" not in shown.partition('<script id="data"')[0]
+    assert shown.count("<figure") == 12
+    assert shown.count('<article class="card"') == 3
+    assert shown.count("<polygon") == 2
+    assert "NaN" not in shown.partition('<script id="data"')[0]

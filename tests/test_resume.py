@@ -19,15 +19,15 @@ from lab.recipe import RecipeError
 from lab.runfolder import RunFolder
 from lab.stages import train
 
-SMALL = [
-    "--evaluation.every", 1, "--evaluation.problems", 2, "--evaluation.final-problems", 2,
-    "--stages.0.prompts-per-step", 2, "--stages.1.batch-size", 2, "--stages.2.prompts-per-step", 2,
-]  # fmt: skip
+SMALL = """
+--evaluation.every 1 --evaluation.problems 2 --evaluation.final-problems 2
+--stages.0.prompts-per-step 2 --stages.1.batch-size 2 --stages.2.prompts-per-step 2
+"""
 
 
-def small_run(out: Path, resume: bool = False, *options) -> None:
+def small_run(out: Path, resume: bool = False, options: str = "") -> None:
     """GRPO, SFT, GRPO, with checkpoints and evaluations after every step."""
-    train(smoke("--out", out, *SMALL, *options).recipe, resume=resume, quiet=True)
+    train(smoke("--out", out, SMALL, options), resume=resume, quiet=True)
 
 
 def stopped_run(out: Path, monkeypatch, module, name: str, call: int, resume: bool = False) -> None:
@@ -87,7 +87,8 @@ def test_an_sft_stage_keeps_its_traces_without_rollouts(whole, tmp_path, monkeyp
     traces = (out / "traces.jsonl").read_bytes()
     shutil.rmtree(out / "rollouts")
     small_run(out, resume=True)
-    assert traces and (out / "traces.jsonl").read_bytes() == traces
+    assert traces
+    assert (out / "traces.jsonl").read_bytes() == traces
     assert_same_end(out, whole)
 
 
@@ -107,10 +108,18 @@ def break_metrics(run: Path) -> None:
     path.write_text("".join([lines[0], "\0\0\0\n", *lines[2:]]))
 
 
+def empty_metrics(run: Path) -> None:
+    (run / "metrics.jsonl").write_text("")
+
+
+def delete_checkpoints(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+
+
 DAMAGES = {
-    "metrics.jsonl has nothing on step 0": lambda run: (run / "metrics.jsonl").write_text(""),
+    "metrics.jsonl has nothing on step 0": empty_metrics,
     "metrics.jsonl, line 2": break_metrics,
-    "no whole checkpoint of this run is left": lambda run: shutil.rmtree(run / "checkpoints"),
+    "no whole checkpoint of this run is left": delete_checkpoints,
 }
 
 
@@ -128,19 +137,19 @@ def test_old_checkpoints_and_files_of_other_tools_do_not_matter(copied, whole):
         path.write_bytes(b"")
     for name in ("rollouts/step_0001 (copy).jsonl", "rollouts/step_.jsonl", "checkpoints/step_0002 (1)"):
         (copied / name).write_text("of a sync tool")
-    small_run(copied, True, "--keep-checkpoints", 1)
+    small_run(copied, True, "--keep-checkpoints 1")
     assert_same_end(copied, whole)
     assert (copied / "report.html").stat().st_size > 0
 
 
 def test_the_kl_penalty_refuses_a_reference_not_of_its_stage(tmp_path, monkeypatch):
-    options = ["--stages.2.kl-coef", 0.1]
-    small_run(tmp_path / "run", False, *options)
+    options = "--stages.2.kl-coef 0.1"
+    small_run(tmp_path / "run", False, options)
     *_, start, _, last = checkpoints(tmp_path / "run")
     shutil.rmtree(last)
     shutil.rmtree(start)
     with pytest.raises(RecipeError, match=f"{start.name}: the KL penalty needs it"):
-        small_run(tmp_path / "run", True, *options)
+        small_run(tmp_path / "run", True, options)
 
 
 def test_a_failed_start_in_a_linked_folder_says_why(tmp_path):

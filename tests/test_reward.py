@@ -52,14 +52,14 @@ def test_distance_is_exact():
     """A tiny miss is no hit, and ten and a bit is no near miss."""
     assert score(answered("1 / 2 + 36"), Problem((1, 2, 36), 36)) == Score(0.775, "near")
     verdict = score(answered("1 / 999999999 + 36"), Problem((1, 999999999, 36), 36))
-    assert verdict.outcome == "near" and verdict.reward == pytest.approx(0.8)
+    assert verdict.outcome == "near"
+    assert verdict.reward == pytest.approx(0.8)
     assert outcome(answered("1 / 3 * 3"), Problem((1, 3, 3), 1)) == "correct"
     assert outcome(answered("1 / 999999999 + 46"), Problem((1, 999999999, 46), 36)) == "wrong"
 
 
 @pytest.mark.parametrize(
-    "content",
-    ["", "no idea", "79 - 60 + 17 + 0", "79 - 60 + 17 + 17 - 17", "79 - 60 + 17 * 1", "19 + 17",
+    "content", ["", "no idea", "79 - 60 + 17 + 0", "79 - 60 + 17 + 17 - 17", "79 - 60 + 17 * 1", "19 + 17",
      "7 9 - 60 + 17", "79 - 60", "36",
      "(36)", "36 = 36", "79 - 60 + 17.0", "79 - 060 + 17", "７９ - 60 + 17", "79 − 60 + 17",
      "79 - 60 +17 # yes",
@@ -93,8 +93,7 @@ def test_a_bare_number_counts_after_its_equation(before):
 
 
 @pytest.mark.parametrize(
-    "before",
-    ["", "36 = 36", "79 - 60 = 19", RIGHT, f"{EQUATION}, so", f"{EQUATION}\nso", f"{EQUATION}\n36",
+    "before", ["", "36 = 36", "79 - 60 = 19", RIGHT, f"{EQUATION}, so", f"{EQUATION}\nso", f"{EQUATION}\n36",
      "79 - 60 + 17 = 37",
      "79 + 17 + 60 = 156", f"2 ** {EQUATION}", "2.79 - 60 + 17 = 36", "2^79 - 60 + 17 = 36",
      "3 x 79 - 60 + 17 = 36",
@@ -198,4 +197,5 @@ def test_spite_of_100_kilobytes_takes_no_time_and_earns_nothing():
 def test_a_short_fuzz_finds_no_fault():
     """tests/fuzz_reward.py does the same with as many texts as one likes."""
     found = fuzz(20_000, seed=1)
-    assert sum(found.values()) == 20_000 and min(found[outcome] for outcome in OUTCOMES) > 50
+    assert sum(found.values()) == 20_000
+    assert min(found[outcome] for outcome in OUTCOMES) > 50

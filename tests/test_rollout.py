@@ -2,6 +2,7 @@
 
 import json
 import threading
+from unittest import mock
 
 import pytest
 from helpers import FakeTask, FakeTokenizer, random_model
@@ -39,9 +40,8 @@ def test_rollouts_hold_what_was_sampled_decoded_and_scored(monkeypatch):
     groups = collect(Task(None), sampling=sampling, **options)
     assert calls == [{
         "prompts": [[1, 2], [3], [1, 2]], "num_samples": 2, "max_new_tokens": 9, "temperature": 0.6,
-        "stop_token_ids": (0, 1, 2),
-        "seed": 5, "top_k": 3, "top_p": 0.8, "max_cache_tokens": 77, "only": slice(0, None, 1),
-        "on_progress": print, "cancel": options["cancel"],
+        "stop_token_ids": (0, 1, 2), "seed": 5, "top_k": 3, "top_p": 0.8, "max_cache_tokens": 77,
+        "only": slice(0, None, 1), "on_progress": print, "cancel": options["cancel"],
     }]  # fmt: skip
     # The stop token is cut off before scoring; the last token of a truncated completion is not.
     assert scored == [(text, problem, False) for problem in ("ab", "c", "ab") for text in ("5 7 9", "5 7")]
@@ -60,11 +60,12 @@ def test_a_prompt_speaks_of_thinking_and_limits_only_if_asked(task):
     def prompt(**settings) -> str:
         return tokenizer.decode(prompt_for(tokenizer, task, example, SamplingSettings(**settings)))
 
-    assert "<think> </think>" in prompt() and prompt().endswith("<think>\n") and "tokens" not in prompt()
+    assert "<think> </think>" in prompt()
+    assert prompt().endswith("<think>\n")
+    assert "tokens" not in prompt()
     without = prompt(thinking=False)
-    assert without.count("<think>") == without.count("</think>") == 1 and without.endswith(
-        "<think>\n\n</think>\n\n"
-    )
+    assert without.count("<think>") == without.count("</think>") == 1
+    assert without.endswith("<think>\n\n</think>\n\n")
     assert "<answer> </answer>" in without
     assert "at most 512 tokens in all.<|im_end|>" in prompt(max_new_tokens=512, state_limit=True)
 
@@ -81,7 +82,8 @@ def test_examples_are_solved_problems_as_earlier_turns(task, thinking):
     assert text.endswith(tokenizer.decode(plain))
     for example in task.examples(2):
         _, asked, after = text.partition(f"<|im_start|>user\n{task.prompt(example, thinking)}<|im_end|>\n")
-        assert asked and after.startswith("<|im_start|>assistant\n" + "<think>\n" * thinking)
+        assert asked
+        assert after.startswith("<|im_start|>assistant\n" + "<think>\n" * thinking)
         answer = after.partition("assistant\n")[2].removeprefix("<think>\n").partition("<|im_end|>")[0]
         assert task.score(answer, example, thinking).outcome == "correct"
     assert text.count("<|im_start|>user") == 3
@@ -89,7 +91,8 @@ def test_examples_are_solved_problems_as_earlier_turns(task, thinking):
 
 def test_a_reward_sees_text_and_ids_and_leaves_the_outcome(monkeypatch):
     def shorter_is_better(verdict, text, completion, settings) -> float:
-        assert text and settings == RewardSettings()
+        assert text
+        assert settings == RewardSettings()
         return verdict.reward - len(completion.token_ids)
 
     monkeypatch.setattr(rl.rollout, "reward_for", shorter_is_better)
@@ -97,20 +100,23 @@ def test_a_reward_sees_text_and_ids_and_leaves_the_outcome(monkeypatch):
     rollouts = [rollout for group in groups for rollout in group]
     lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
     assert [rollout.reward for rollout in rollouts] == [1.0 - length for length in lengths]
-    assert {rollout.outcome for rollout in rollouts} == {"correct"} and len(set(lengths)) > 1
+    assert {rollout.outcome for rollout in rollouts} == {"correct"}
+    assert len(set(lengths)) > 1
 
 
 def test_an_error_of_the_scorer_ends_the_step_at_once():
-    scored = []
+    reward = mock.Mock(side_effect=ZeroDivisionError)
     with pytest.raises(ZeroDivisionError):
-        collect(FakeTask(lambda *call: scored.append(call) or 1 / 0))
-    assert len(scored) == 1
+        collect(FakeTask(reward))
+    reward.assert_called_once()
 
 
 def test_a_cancelled_rollout_scores_nothing():
-    scored, cancel = [], threading.Event()
+    reward, cancel = mock.Mock(), threading.Event()
+
+    def stop(*report):
+        cancel.set()
+
     with pytest.raises(Cancelled):
-        collect(
-            FakeTask(lambda *call: scored.append(call)), cancel=cancel, on_progress=lambda *_: cancel.set()
-        )
-    assert not scored
+        collect(FakeTask(reward), cancel=cancel, on_progress=stop)
+    reward.assert_not_called()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -62,22 +63,19 @@ def test_what_is_not_finite_is_null_in_metrics_and_nan_when_read(tmp_path):
     plain = {"step": 0, "kind": "grpo", "entropy": None, "loss": None, "reward_mean": 0.5}
     assert json.loads(run.metrics_path.read_text()) == plain
     (row,) = run.metrics()
-    assert math.isnan(row["entropy"]) and math.isnan(row["loss"]) and row["reward_mean"] == 0.5
+    assert math.isnan(row["entropy"])
+    assert math.isnan(row["loss"])
+    assert row["reward_mean"] == 0.5
     run.rewind(0)
     assert "null" in run.metrics_path.read_text()
 
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """A stand-in for the package; holds what it was told."""
-    told = []
-
-    def init(**options):
-        told.append(options)
-        return SimpleNamespace(log=lambda row, step: told.append((row, step)))
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    return told
+    """A stand-in for the package, which knows what it was told."""
+    package = mock.Mock()
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    return package
 
 
 def test_a_row_goes_to_tensorboard_and_wandb(tmp_path, wandb):
@@ -94,9 +92,11 @@ def test_a_row_goes_to_tensorboard_and_wandb(tmp_path, wandb):
     events = EventAccumulator(str(run.path)).Reload()
     assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("reward_mean")] == [(1, 0.25)]
     assert events.Tags()["scalars"] == ["eval_accuracy", "reward_mean"]
-    options, *logged = wandb
-    assert options["config"] == {"seed": 3} and options["resume"] == "allow"
-    assert logged == [({"eval_accuracy": 0.07}, 0), ({"reward_mean": 0.25}, 1)]
+    options = wandb.init.call_args.kwargs
+    assert options["config"] == {"seed": 3}
+    assert options["resume"] == "allow"
+    expected = [mock.call({"eval_accuracy": 0.07}, step=0), mock.call({"reward_mean": 0.25}, step=1)]
+    assert wandb.init.return_value.log.call_args_list == expected
 
 
 def test_a_wandb_that_does_not_start_says_what_to_do(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from helpers import assert_close
 from reference import reference_model, same_weights
 from torch.utils._pytree import tree_map_only
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -80,9 +81,7 @@ def test_reported_logprobs_are_transformers_and_trainings_own(temperature, refer
         exact = teacher_forced(reference, item.prompt_ids, item.completion_ids, temperature)
         assert item.old_logprobs == pytest.approx(exact, abs=1e-4)
     batch = make_batch(samples)
-    torch.testing.assert_close(
-        completion_logprobs(decoder, batch, temperature), batch.old_logprobs, rtol=0, atol=1e-5
-    )
+    assert_close(completion_logprobs(decoder, batch, temperature), batch.old_logprobs, atol=1e-5)
 
 
 def warped(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> np.ndarray:
@@ -96,8 +95,7 @@ def warped(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: f
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [
+    ("temperature", "top_k", "top_p"), [
         (1.0, None, None), (0.5, None, None), (1.0, 1, None), (1.3, 4, None), (1.0, 500, None),
         (1.0, None, 0.3), (0.7, None, 0.9), (1.0, None, 1.0), (0.6, 20, 0.95), (1.5, 3, 0.6),
         (1.0, None, 1e-6),
@@ -120,7 +118,7 @@ def test_a_uniform_number_picks_the_token_of_the_inverse_cdf(temperature, top_k,
     full = torch.log_softmax(
         logits.double() / temperature, -1
     )  # log-probabilities are those before top-k and top-p
-    torch.testing.assert_close(logprobs.double(), full.gather(-1, sampled[:, None])[:, 0], rtol=0, atol=1e-5)
+    assert_close(logprobs.double(), full.gather(-1, sampled[:, None])[:, 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("top_k", [None, 3])
@@ -153,7 +151,8 @@ def test_a_long_tail_of_rare_tokens_keeps_its_share():
     sampled, _ = sample_tokens(probabilities.log().float().expand(12, vocab), uniforms, vocab, TokenChoice())
     expected = torch.searchsorted(probabilities.cumsum(0), uniforms.double(), right=True)
     assert (sampled - expected).abs().max() < 0.002 * vocab
-    assert sampled.min() > 0 and len(set(sampled.tolist())) == 12
+    assert sampled.min() > 0
+    assert len(set(sampled.tolist())) == 12
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.3, "top_p": 0.9}], ids=str)
@@ -199,19 +198,19 @@ def test_every_completion_has_random_numbers_of_its_own():
     assert len(set(uniforms.flatten().tolist())) == uniforms.numel()
     assert torch.equal(random_uniforms([[1, 2, 3]] * 3, 5, 90, 0)[:2, :4, :80], uniforms[0, [0, 4]])
     counts = torch.histc(uniforms, 20, 0, 1)  # of about 160
-    assert counts.min() > 110 and counts.max() < 210
+    assert counts.min() > 110
+    assert counts.max() < 210
 
 
 def forwards(decoder, call):
     """The result of `call()` and the [rows, time] of every forward meanwhile."""
     shapes = []
-    hook = decoder.model.embed_tokens.register_forward_hook(
-        lambda _, args, __: shapes.append(tuple(args[0].shape))
-    )
-    try:
+
+    def note(module, arguments, output):
+        shapes.append(tuple(arguments[0].shape))
+
+    with decoder.model.embed_tokens.register_forward_hook(note):
         return call(), shapes
-    finally:
-        hook.remove()
 
 
 def test_a_prompt_is_prefilled_once_and_forwards_are_few(decoder):
@@ -228,8 +227,7 @@ BAD = [
     ("num_samples", {"num_samples": 0}), ("max_new_tokens", {"max_new_tokens": 0}), ("top_k", {"top_k": 0}),
     ("temperature .*-0.1", {"temperature": -0.1}), ("temperature", {"temperature": float("nan")}),
     ("temperature", {"temperature": float("inf")}), ("top_p .*1.01", {"top_p": 1.01}),
-    ("top_p", {"top_p": 0}),
-    ("at least one id", {"prompts": [[1], []]}), ("83", {"prompts": [[1, 83]]}),
+    ("top_p", {"top_p": 0}), ("at least one id", {"prompts": [[1], []]}), ("83", {"prompts": [[1, 83]]}),
     ("-1", {"prompts": [[4], [-1, 3]]}),
 ]  # fmt: skip
 
@@ -325,7 +323,8 @@ def test_a_step_never_waits_for_the_device(dropped, choice, decoder):
         vars(holder).update(tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), vars(holder)))
     batch.cache.reserve(count)
     batch.step()
-    assert batch.token_ids.is_meta and batch.cache.stored_on_device.is_meta
+    assert batch.token_ids.is_meta
+    assert batch.cache.stored_on_device.is_meta
     with pytest.raises((RuntimeError, NotImplementedError)):
         batch.drop(finished.to("meta"), below=0.5)  # which has to wait
 

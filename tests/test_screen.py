@@ -4,10 +4,11 @@ import io
 import re
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
-from helpers import PROBLEM, SHAPE
+from helpers import SHAPE, rollout
 from rich.console import Console
 
 import lab.screen
@@ -25,25 +26,18 @@ from lab.screen import (
     planned_time,
     printable,
 )
-from model import Completion, Qwen3Config
+from model import Qwen3Config
 from rl.grpo import GRPOStage
 from rl.reward import RewardSettings
-from rl.rollout import Rollout
 from rl.sft import SFTStage
 
 RECIPE = replace(load_recipe("256", "tiny")[1], out="runs/shown")
 GRPO = {
     "stage": 0, "kind": "grpo", "step": 10, "grpo_steps": 10, "reward_mean": 0.4321, "train_accuracy": 0.25,
-    "format_rate": 0.9,
-    "completion_length": 123.4, "policy_entropy": 0.31, "clip_fraction": 0.0123, "grad_norm": 0.07,
-    "tokens_per_second": 12345.6,
-    "rollout_seconds": 1.0, "update_seconds": 1.5,
+    "format_rate": 0.9, "completion_length": 123.4, "policy_entropy": 0.31, "clip_fraction": 0.0123,
+    "grad_norm": 0.07, "tokens_per_second": 12345.6, "rollout_seconds": 1.0, "update_seconds": 1.5,
 }  # fmt: skip
 EVALUATED = {"eval_accuracy": 0.203, "eval_low": 0.171, "eval_high": 0.24}
-
-
-def rollout(outcome: str, text: str) -> Rollout:
-    return Rollout(PROBLEM, [1], Completion([5], [-0.5], True), text, outcome, 0.5)
 
 
 def live_screen(width=110, height=40) -> LiveScreen:
@@ -61,8 +55,7 @@ def drawn(shown: LiveScreen) -> str:
 
 def test_a_live_screen_shows_the_run(monkeypatch):
     """It shows stage, numbers, accuracy, progress and the last rollouts."""
-    times = iter([6.0, 7.0, 8.0, 8.0])
-    monkeypatch.setattr(lab.screen.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(lab.screen.time, "perf_counter", mock.Mock(side_effect=[6.0, 7.0, 8.0, 8.0]))
     shown = live_screen()
     assert "start" in drawn(shown)
     shown.step({"stage": 0, "kind": "grpo", "step": 0, "grpo_steps": 0, **EVALUATED}, 3, 0, 0)
@@ -74,14 +67,20 @@ def test_a_live_screen_shows_the_run(monkeypatch):
     with shown.sampling("rollout", 40) as report:
         report(20, 3000)
         text = drawn(shown)
-    assert "GRPO 1/3  step 10/80" in text and "runs/shown" in text
-    assert "held-out accuracy 20.3 % (17.1 to 24.0)" in text and "20 % |" in text
+    assert "GRPO 1/3  step 10/80" in text
+    assert "runs/shown" in text
+    assert "held-out accuracy 20.3 % (17.1 to 24.0)" in text
+    assert "20 % |" in text
     numbers = "reward 0.432|correct 25.0 %|format 90 %|length 123|grad 0.07|entropy 0.31|clipped 1.2 %"
     for part in f"{numbers}|12,346 tokens/s|2.5 s per step".split("|"):
         assert part in " ".join(text.split())
-    assert "a good one" in text and "bad one" in text and "old" not in text and "\x1b[31m" not in text
+    assert "a good one" in text
+    assert "bad one" in text
+    assert "old" not in text
+    assert "\x1b[31m" not in text
     assert "last correct: 79, 60, 17 -> 36" in text
-    assert "1,500 tokens/s" in text and "rollout" in text
+    assert "1,500 tokens/s" in text
+    assert "rollout" in text
     assert "7:05 of GRPO left" in text  # 170 of 180 steps at 2.5 s
 
 
@@ -90,10 +89,8 @@ def test_only_evaluations_stay_as_lines_above_a_live_screen():
     shown.step(GRPO, 3, 10, 80)
     assert shown.console.file.getvalue() == ""
     shown.step(GRPO | EVALUATED, 3, 10, 80)
-    assert (
-        "grpo 1/3   10/80" in shown.console.file.getvalue()
-        and "held-out 20.3 %" in shown.console.file.getvalue()
-    )
+    assert "grpo 1/3   10/80" in shown.console.file.getvalue()
+    assert "held-out 20.3 %" in shown.console.file.getvalue()
 
 
 def test_a_resumed_run_shows_its_earlier_accuracy():
@@ -101,7 +98,8 @@ def test_a_resumed_run_shows_its_earlier_accuracy():
     shown.history(
         [GRPO, GRPO | EVALUATED, GRPO | {"step": 20, "eval_accuracy": 0.4, "eval_low": 0.3, "eval_high": 0.5}]
     )
-    assert shown.points == [(10, pytest.approx(20.3)), (20, 40.0)] and "40 % |" in drawn(shown)
+    assert shown.points == [(10, pytest.approx(20.3)), (20, 40.0)]
+    assert "40 % |" in drawn(shown)
 
 
 @pytest.mark.parametrize("width, height", [(60, 24), (79, 40), (80, 24), (200, 50)])
@@ -110,7 +108,8 @@ def test_a_live_screen_fits_its_terminal(width, height):
     shown.step(GRPO | EVALUATED, 3, 10, 80)
     shown.rollouts([[rollout("correct", "x" * 500), rollout("wrong", "line\n" * 50)]])
     lines = drawn(shown).rstrip("\n").split("\n")
-    assert len(lines) < height and max(map(len, lines)) <= width
+    assert len(lines) < height
+    assert max(map(len, lines)) <= width
 
 
 def test_an_sft_step_shows_its_loss():
@@ -118,7 +117,8 @@ def test_an_sft_step_shows_its_loss():
     shown.step(
         {"stage": 1, "kind": "sft", "step": 81, "grpo_steps": 80, "loss": 0.1234, "grad_norm": 0.5}, 3, 1, 46
     )
-    assert "SFT 2/3  step 1/46" in drawn(shown) and "loss 0.1234" in drawn(shown)
+    assert "SFT 2/3  step 1/46" in drawn(shown)
+    assert "loss 0.1234" in drawn(shown)
 
 
 def test_a_chart_is_as_high_as_its_points():
@@ -138,15 +138,16 @@ def test_a_start_from_nothing_is_put_into_words():
     words = advice_on_equal_rewards(START, recipe)
     # 32 (1 - 0.001^8 - 0.001^8 - 0.998^8)
     assert "97.5 % of completions are cut off at 256 tokens. About 0.5 of 32 groups" in words
-    assert "earned nothing for 30 steps" in words and "--sampling.no-thinking" in words
-    assert "--stages.0.samples-per-prompt 32" in words and "--sampling.max-new-tokens 512" in words
+    assert "earned nothing for 30 steps" in words
+    assert "--sampling.no-thinking" in words
+    assert "--stages.0.samples-per-prompt 32" in words
+    assert "--sampling.max-new-tokens 512" in words
     later = advice_on_equal_rewards(
         GRPO | START | {"step": 150, "stage": 2, "eval_truncated_fraction": 0.0, "eval_format_rate": 1.0},
         recipe,
     )
-    assert (
-        " 0.0 % of completions" in f" {later}" and "About 0.3 of 32" in later
-    )  # 32 (1 - 0.999^8): all wrong alike
+    assert " 0.0 % of completions" in f" {later}"
+    assert "About 0.3 of 32" in later  # 32 (1 - 0.999^8): all wrong alike
     assert "--stages.2.samples-per-prompt" in later
 
 
@@ -173,10 +174,8 @@ def test_the_planned_time_counts_all_tokens():
     updated = 2 * 100 * 40 + 20 * 4 * (8 * 10 + 30)
     minutes = round(0.01 * (sampled + 1.5 * updated) / 60)
     words = planned_time({"eval_completion_length": 10.0, "eval_seconds": 5.0}, recipe, 30)
-    assert (
-        words == f"time      about 0:{minutes:02} h, if completions keep their length of 10 tokens"
-        and minutes == 6
-    )
+    assert words == f"time      about 0:{minutes:02} h, if completions keep their length of 10 tokens"
+    assert minutes == 6
 
 
 COLLAPSED = GRPO | {  # what a run on SmolLM2 without a cold start came to
@@ -237,10 +236,8 @@ def test_the_screen_follows_the_terminal_and_the_options(monkeypatch):
     console = Console(file=io.StringIO(), force_terminal=True)
     monkeypatch.setattr(lab.screen, "Console", lambda **_: console)
     assert type(pick_screen(RECIPE)) is LiveScreen
-    assert (
-        type(pick_screen(RECIPE, plain=True)) is Screen
-        and type(pick_screen(RECIPE, quiet=True)) is QuietScreen
-    )
+    assert type(pick_screen(RECIPE, plain=True)) is Screen
+    assert type(pick_screen(RECIPE, quiet=True)) is QuietScreen
 
 
 def test_a_plain_screen_prints_each_step_and_a_quiet_one_nothing(capsys):

@@ -60,7 +60,8 @@ def test_an_update_that_is_not_finite_is_skipped():
     assert largest_gap(weights(model), before) == 0
     hook.remove()
     losses = [sft_step(trainer, samples, 1e-2)["loss"] for _ in range(20)]
-    assert losses[1] < losses[0] and losses[-1] < 0.5 * losses[0]
+    assert losses[1] < losses[0]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 @pytest.mark.parametrize("count, batch_size", [(10, 3), (8, 4), (3, 64)])
@@ -69,12 +70,12 @@ def test_every_epoch_visits_every_sample_once(count, batch_size):
     samples = [Sample([1], [number]) for number in range(count)]
     np.random.seed(count)
     steps = sft_schedule(samples, batch_size, epochs=3, seed=7)
-    assert len(steps) == 3 * math.ceil(count / batch_size) and all(
-        1 <= len(step) <= batch_size for step in steps
-    )
+    assert len(steps) == 3 * math.ceil(count / batch_size)
+    assert all(1 <= len(step) <= batch_size for step in steps)
     visited = [sample.completion_ids[0] for step in steps for sample in step]
     orders = [visited[:count], visited[count : 2 * count], visited[2 * count :]]
-    assert all(sorted(order) == list(range(count)) for order in orders) and len(set(map(tuple, orders))) > 1
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    assert len(set(map(tuple, orders))) > 1
     np.random.seed(0)
     assert (
         sft_schedule(samples, batch_size, epochs=3, seed=7)
@@ -93,8 +94,8 @@ def recipe(tmp_path) -> Recipe:
     texts = [f"so\n</think>\n<answer>{answer}</answer>" for answer in ANSWERS]
     save_traces(tmp_path / "own.jsonl", map(Trace, PROBLEMS, texts))
     stage = SFTStage(traces=str(tmp_path / "own.jsonl"), batch_size=1, epochs=2, learning_rate=6e-3)
-    options = ("--out", tmp_path / "run", "--evaluation.problems", 1, "--evaluation.final-problems", 0)
-    return replace(smoke(*options).recipe, stages=(stage,))
+    options = f"--out {tmp_path}/run --evaluation.problems 1 --evaluation.final-problems 0"
+    return replace(smoke(options), stages=(stage,))
 
 
 def test_traces_of_held_out_problems_are_left_out(recipe, tmp_path):
@@ -113,13 +114,14 @@ def test_a_cold_start_learns_right_worked_solutions(tmp_path, monkeypatch):
     steps = mock.Mock(return_value={"loss": 1.0, "grad_norm": 1.0, "tokens": 1})
     monkeypatch.setattr(lab.stages, "sft_step", steps)
     stage = SFTStage(traces="worked", max_traces=40, batch_size=10, epochs=1)
-    options = ("--out", tmp_path / "run", "--generated-problems", 100, "--sampling.examples", 2)
-    recipe = replace(smoke(*options).recipe, stages=(stage,))
+    options = f"--out {tmp_path}/run --generated-problems 100 --sampling.examples 2"
+    recipe = replace(smoke(options), stages=(stage,))
     train(recipe, quiet=True)
     traces = load_traces(
         tmp_path / "run" / "worked.jsonl", recipe.task.problem_from_row, lambda text, problem: True
     )
-    assert len(traces) == 40 and len({trace.problem.key for trace in traces}) == 40
+    assert len(traces) == 40
+    assert len({trace.problem.key for trace in traces}) == 40
     for trace in traces:
         assert recipe.task.score(trace.completion, trace.problem).outcome == "correct"
     problems, held_out = problems_of(recipe, seen_by(recipe.model))
@@ -136,7 +138,7 @@ def test_a_cold_start_learns_right_worked_solutions(tmp_path, monkeypatch):
 
 def test_a_task_without_solutions_is_refused_before_any_step(tmp_path, monkeypatch):
     monkeypatch.setattr(Countdown, "work_out", Task.work_out)
-    recipe = smoke("--out", tmp_path / "run").recipe
+    recipe = smoke("--out", tmp_path / "run")
     with pytest.raises(RecipeError, match="stages.0.traces: countdown cannot write worked solutions"):
         train(replace(recipe, stages=(SFTStage(traces="worked"),)), quiet=True)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -152,12 +154,13 @@ def test_a_step_learns_prompt_trace_and_end_of_turn(recipe, monkeypatch):
     for (sample,) in samples:
         prompt, completion = tokenizer.decode(sample.prompt_ids), tokenizer.decode(sample.completion_ids)
         problem = next(p for p, answer in zip(PROBLEMS, ANSWERS, strict=True) if answer in completion)
-        assert f"numbers {', '.join(map(str, problem.numbers))} exactly" in prompt and prompt.endswith(
-            "<think>\n"
-        )
-        assert completion.startswith("so\n</think>") and completion.endswith("</answer><|im_end|>")
+        assert f"numbers {', '.join(map(str, problem.numbers))} exactly" in prompt
+        assert prompt.endswith("<think>\n")
+        assert completion.startswith("so\n</think>")
+        assert completion.endswith("</answer><|im_end|>")
         assert sample.completion_ids[-1] == tokenizer.end_of_turn_id
-        assert sample.old_logprobs is None and sample.advantage == 0
+        assert sample.old_logprobs is None
+        assert sample.advantage == 0
 
 
 @pytest.mark.parametrize("share, saved_at", [(0.05, [1, 8, 12, 16, 20, 23, 27]), (1.0, range(1, 30))])

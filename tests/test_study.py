@@ -4,11 +4,12 @@ import contextlib
 import json
 import math
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
 import pytest
+from helpers import changed_fields, made_up
 
 import lab.stages
 from experiments.study import report
@@ -17,7 +18,6 @@ from experiments.study.results import Estimate, Run, paired_difference
 from experiments.study.run import Arguments, execute, load_arms, next_run, plan, run_study
 from lab.checkpoint import checkpoints
 from lab.recipe import RECIPES, RecipeError, build_recipe, load_recipe
-from lab.runfolder import flatten
 
 SMALL = """
 extends = "{recipes}/smoke.toml"
@@ -71,7 +71,8 @@ def test_the_main_arms_differ_in_stages_alone():
         assert sum(stage.steps for stage in stages) == grpo.steps
         for stage, rate in zip(stages, (first.learning_rate, last.learning_rate), strict=False):
             assert replace(stage, steps=grpo.steps) == replace(grpo, learning_rate=rate)
-    assert [stage.kind for stage in staged] == ["grpo", "sft", "grpo"] and restart == staged[::2]
+    assert [stage.kind for stage in staged] == ["grpo", "sft", "grpo"]
+    assert restart == staged[::2]
     for name in "staged", "restart", "grpo-512":
         assert replace(arms[name], stages=(), sampling=arms["grpo"].sampling) == replace(
             arms["grpo"], stages=()
@@ -82,14 +83,9 @@ def test_the_main_arms_differ_in_stages_alone():
 
 def test_every_ablation_changes_one_thing_in_grpo_alone():
     arms = [arm for arm in load_arms(Arguments().recipe) if arm.name == "grpo" or not arm.is_main]
-    recipes = {arm.name: flatten(asdict(build_recipe(arm.tables, RECIPES))) for arm in arms}
-    assert (
-        len({r["stages.0.prompts_per_step"] * r["stages.0.samples_per_prompt"] for r in recipes.values()})
-        == 1
-    )
-    base, changed = recipes.pop("grpo"), {}
-    for name, recipe in recipes.items():
-        changed[name] = {field.split(".")[-1] for field in base if base[field] != recipe[field]}
+    firsts = [build_recipe(arm.tables, RECIPES).stages[0] for arm in arms]
+    assert len({first.prompts_per_step * first.samples_per_prompt for first in firsts}) == 1
+    _, changed = changed_fields(arms, RECIPES, "grpo")
     pairs = [{"clip_low", "clip_high"}, {"prompts_per_step", "samples_per_prompt"}]
     assert all(len(names) == 1 or names in pairs for names in changed.values()), changed
     covered = set().union(*changed.values())
@@ -106,7 +102,8 @@ def test_every_ablation_changes_one_thing_in_grpo_alone():
 def test_a_run_waits_for_the_run_whose_traces_it_learns_from():
     runs = {(run.arm.name, run.seed): run for run in plan(Arguments(arms=("staged", "sft"), seeds=2))}
     sft, staged = runs["sft", 1], runs["staged", 1]
-    assert sft.needs == {staged.recipe.out} and not staged.needs
+    assert sft.needs == {staged.recipe.out}
+    assert not staged.needs
     assert sft.recipe.stages[0].traces == f"{staged.recipe.out}/traces.jsonl"
     assert next_run([sft, staged], []) is staged
     assert next_run([sft], [staged]) is None
@@ -204,25 +201,15 @@ def test_a_study_resumes_a_run_that_was_stopped(tmp_path, monkeypatch):
         assert result[part] == whole[part]
 
 
-def made_up(
-    arm: str, seed: int, accuracies: dict[int, float], tokens_a_step=100, final: float | None = None
-) -> Run:
-    evaluations = [
-        {"stage": 0, "kind": "grpo", "step": step, "grpo_steps": step, "eval_accuracy": accuracy / 100,
-         "generated_tokens": tokens_a_step * step}
-        for step, accuracy in accuracies.items()
-    ]  # fmt: skip
-    ends = {} if final is None else {"final_accuracy": final / 100, "final_greedy_accuracy": final / 50}
-    return Run(arm, seed, evaluations, ends, {}, 60)
-
-
 def test_the_interval_is_students():
     estimate = Estimate.of([1.0, 2.0, 6.0])
     assert estimate.half_width == pytest.approx(
         4.302653 * math.sqrt(7) / math.sqrt(3), rel=1e-4
     )  # variance (4 + 1 + 9) / 2
-    assert str(estimate) == "3.0 ± 6.6" and estimate.count == 3
-    assert str(Estimate.of([4.25])) == "4.2" and math.isnan(Estimate.of([4.25]).half_width)
+    assert str(estimate) == "3.0 ± 6.6"
+    assert estimate.count == 3
+    assert str(Estimate.of([4.25])) == "4.2"
+    assert math.isnan(Estimate.of([4.25]).half_width)
     assert Estimate.of([0.0, 1.0] * 10).half_width == pytest.approx(2.093 * 0.51299 / math.sqrt(20), rel=1e-3)
 
 
@@ -249,30 +236,29 @@ def test_a_conclusion_says_no_more_than_its_interval(better, relation):
     grpo = [made_up("grpo", seed, {10: 40.0 + seed}) for seed in range(3)]
     staged = [made_up("staged", seed, {10: 40.0 + seed + better[seed]}) for seed in range(3)]
     (sentence,) = report.conclusions({"grpo": grpo, "staged": staged})
-    assert (
-        f"**staged** {relation} **grpo**: {sum(better) / 3:+.1f} (" in sentence and "greedy" not in sentence
-    )
+    assert f"**staged** {relation} **grpo**: {sum(better) / 3:+.1f} (" in sentence
+    assert "greedy" not in sentence
     grpo = [made_up("grpo", seed, {10: 1.0}, final=10.0) for seed in (0, 1)]
     staged = [
         made_up("staged", seed, {10: 1.0}, final=11.0 + seed) for seed in (0, 1)
     ]  # greedy twice as much
     sentence, _, against = report.conclusions({"grpo": grpo, "staged": staged, "restart": grpo})
-    assert (
-        "**restart**: +1.5" in against
-        and "+1.5 (-4.9 to +7.9) points at the end, greedy +3.0 (-9.7 to +15.7) (" in sentence
-    )
+    assert "**restart**: +1.5" in against
+    assert "+1.5 (-4.9 to +7.9) points at the end, greedy +3.0 (-9.7 to +15.7) (" in sentence
 
 
 def test_tables_by_hand():
     grpo = [made_up("grpo", seed, {0: 4.0, 10: 20.0 + seed, 20: 10.0 + seed}, final=12.0) for seed in (0, 2)]
-    longer = [made_up("longer", 0, {0: 4.0, 20: 44.0}, tokens_a_step=200)]
+    longer = [made_up("longer", 0, {0: 4.0, 20: 44.0}, step_tokens=200)]
     assert longer[0].accuracy_at(1000) == pytest.approx(14.0)
-    assert grpo[0].largest_fall == 10.0 and longer[0].largest_fall == 0.0
+    assert grpo[0].largest_fall == 10.0
+    assert longer[0].largest_fall == 0.0
     rows = [
         line.split(" | ") for line in report.evaluation_table({"grpo": grpo, "longer": longer}).splitlines()
     ]
     assert rows[0] == ["| GRPO steps", "grpo", "longer |"]
-    assert rows[3] == ["| 10", "21.0 ± 12.7", " |"] and rows[4] == ["| 20", "11.0 ± 12.7", "44.0 |"]
+    assert rows[3] == ["| 10", "21.0 ± 12.7", " |"]
+    assert rows[4] == ["| 20", "11.0 ± 12.7", "44.0 |"]
     end = [
         line.strip("| ").split(" | ")
         for line in report.end_table({"grpo": grpo, "longer": longer}).splitlines()
@@ -291,9 +277,8 @@ def test_the_take_off_by_hand():
     late = [
         replace(made_up("late", seed, {0: 0.0, 70: 9.0, 90: 9.0 + 2 * seed}), steps=steps) for seed in (0, 1)
     ]
-    assert grpo[0].passes(10.0) == pytest.approx((15.0, 1500.0)) and all(
-        map(math.isnan, late[0].passes(10.0))
-    )
+    assert grpo[0].passes(10.0) == pytest.approx((15.0, 1500.0))
+    assert all(map(math.isnan, late[0].passes(10.0)))
     rows = [
         line.strip("| ").split(" | ") for line in report.ablation_table(grpo, {"late": late}).splitlines()
     ]

@@ -7,7 +7,9 @@ import re
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from helpers import ROOT, fails, run_command, smoke
@@ -20,6 +22,7 @@ from lab.recipe import RecipeError
 from lab.screen import Screen, can_draw, pick_screen, plain_console
 from lab.stages import train
 
+FEW = "--evaluation.problems 2 --evaluation.final-problems 0 --sampling.max-new-tokens 4"
 TERMINAL = SimpleNamespace(isatty=lambda: True)
 
 
@@ -90,7 +93,8 @@ def test_nothing_is_drawn_where_the_cursor_cannot_move(name, value, monkeypatch)
 def test_a_file_is_no_terminal_whatever_the_environment_says(name, monkeypatch, capsys):
     monkeypatch.setenv(name, "1")
     monkeypatch.setenv("COLUMNS", "40")
-    assert type(pick_screen(smoke().recipe)) is Screen and not plain_console(stderr=True).is_interactive
+    assert type(pick_screen(smoke())) is Screen
+    assert not plain_console(stderr=True).is_interactive
     plain_console().print("[bold]x", "y" * 70, style="bold")
     assert capsys.readouterr().out == f"[bold]x {'y' * 70}\n"
 
@@ -99,16 +103,6 @@ def test_a_run_logs_plain_lines_in_a_bare_environment(tmp_path):
     """There is no home, no terminal and no character set."""
     code = "import pwd, runpy, sys; pwd.getpwuid = lambda _: {}[0]; sys.argv[:1] = []; "
     code += "runpy.run_path('train.py', run_name='__main__')"
-    few = (
-        "--evaluation.problems",
-        2,
-        "--evaluation.final-problems",
-        0,
-        "--sampling.max-new-tokens",
-        4,
-        "--stages.0.steps",
-        1,
-    )
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -121,14 +115,13 @@ def test_a_run_logs_plain_lines_in_a_bare_environment(tmp_path):
         "PYTHONUTF8": "0",
         "PYTHONIOENCODING": "ascii",
     }
-    options = ("smoke", "--model", "tiny-256", *few, "--out", tmp_path / "run")
-    finished = run_command("-c", code, "train.py", *options, env=environment)
+    options = f"smoke --model tiny-256 --stages.0.steps 1 --out {tmp_path}/run {FEW}"
+    finished = run_command("-c", code, "train.py", *options.split(), env=environment)
     assert finished.returncode == 0, finished.stderr
     assert "\x1b" not in finished.stdout
     lines = [line.split()[0] for line in finished.stdout.splitlines()]
-    assert (
-        lines[:6] == ["model", "problems", "stages", "run", "memory", "before"] and lines.count("grpo") == 3
-    )
+    assert lines[:6] == ["model", "problems", "stages", "run", "memory", "before"]
+    assert lines.count("grpo") == 3
 
 
 def test_every_console_comes_from_one_place():
@@ -146,15 +139,12 @@ def test_characters_that_cannot_be_shown_become_question_marks():
         ("latin-1", b"\xe9 ? 1\n"),
         ("utf-8", "é 漢 1\n".encode()),
     ):
-        assert printed_by(lambda: print("é 漢 1"), encoding=encoding) == shown
+        assert printed_by(partial(print, "é 漢 1"), encoding=encoding) == shown
 
 
 @pytest.mark.parametrize("kind", LOST)
 def test_a_run_goes_on_when_its_output_or_terminal_is_lost(kind, tmp_path):
-    recipe = smoke(
-        "--evaluation.problems", 2, "--evaluation.final-problems", 0, "--sampling.max-new-tokens", 4
-    ).recipe
-    recipe = replace(recipe, stages=(), out=str(tmp_path / "run"))
+    recipe = replace(smoke(FEW), stages=(), out=str(tmp_path / "run"))
 
     def work():
         os.kill(os.getpid(), signal.SIGHUP)
@@ -171,9 +161,15 @@ def test_a_full_pipe_that_does_not_block_is_waited_for(monkeypatch):
     with pytest.raises(BlockingIOError):
         while True:
             os.write(writer, bytes(4096))
-    waits = []
-    monkeypatch.setattr("select.select", lambda *_: waits.append(os.read(reader, 2**20)))
-    assert LastingFile(writer, "w").write(b"said") == 4 and os.read(reader, 9) == b"said" and len(waits) == 1
+
+    def emptied(*arguments):
+        os.read(reader, 2**20)
+
+    wait = mock.Mock(side_effect=emptied)
+    monkeypatch.setattr("select.select", wait)
+    assert LastingFile(writer, "w").write(b"said") == 4
+    assert os.read(reader, 9) == b"said"
+    wait.assert_called_once()
 
 
 def evaluation(**options):
@@ -196,18 +192,23 @@ def test_where_results_go_is_checked_before_the_work(tmp_path, monkeypatch, caps
     assert in_child(evaluation(), None) == 2
     check_writable(tmp_path / "new" / "found.json")
     check_writable(tmp_path / "file")
-    assert not any((tmp_path / "new").iterdir()) and (tmp_path / "file").read_text() == "kept"
+    assert not any((tmp_path / "new").iterdir())
+    assert (tmp_path / "file").read_text() == "kept"
     with pytest.raises(RecipeError, match="file"):
         check_writable(tmp_path / "file" / "below")
 
 
 @pytest.mark.parametrize("typed", [b"7 9 \xff 22\nq\n", None], ids=["no UTF-8", "closed"])
 def test_a_session_outlives_input_that_it_cannot_read(typed, monkeypatch):
-    monkeypatch.setattr(play_command, "show", lambda *_: print("shown"))
-    monkeypatch.setattr(play_command, "load_player", lambda *_: SimpleNamespace(recipe=smoke().recipe))
+    def show(*arguments):
+        print("shown")
+
+    monkeypatch.setattr(play_command, "show", show)
+    monkeypatch.setattr(play_command, "load_player", lambda *_: SimpleNamespace(recipe=smoke()))
     reader, writer = os.pipe()
     os.write(writer, typed or b"")
     os.close(writer)
     out = printed_by(lambda: play_command.main(play_command.Arguments()), input=reader if typed else None)
-    assert out.count(b"shown") == 1 and out.count(b"q to end") == (2 if typed else 1)
+    assert out.count(b"shown") == 1
+    assert out.count(b"q to end") == (2 if typed else 1)
     assert (b"type whole numbers" in out) == bool(typed)

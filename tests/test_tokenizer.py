@@ -31,7 +31,8 @@ TEXTS = [
     "<think>\nso 79 - 60\n</think>\n<answer>(79 - 60) + 17 = 36</answer>",
     "naïve café e\u0301 ﬁ 中文 日本語 한국어 العربية 🙂👩‍👩‍👧 \u200b\ufeff\u00a0x",
     "tabs\t\tand \r\n lines\n\n\n  trailing   ",
-    "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n"
+    "<|im_start|>assistant\n<think>\n\n</think>\n\n",
     "<think><think></think></ think> <|im_end|x <|endoftext|><tool_call>{}</tool_call><|fim_pad|>",
     "don't we'LL they've I'm  x²+y³≠z½ \\frac{1}{2} `a_b` 0x1F\x00\x07",
 ]
@@ -72,7 +73,8 @@ def test_thinking_and_chat_tokens_are_one_id_each(kind):
     ours, _ = pair(kind)
     texts = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
     for text, token_id in zip(texts, (END_OF_TEXT, 151644, IM_END, 151667, 151668), strict=True):
-        assert ours.encode(text) == [token_id] and ours.decode([token_id]) == text
+        assert ours.encode(text) == [token_id]
+        assert ours.decode([token_id]) == text
     assert (len(ours), len(ours.encode("<answer>")), len(ours.encode("1234567890"))) == (151669, 3, 10)
     assert ours.decode(list(range(151669, 151936))) == ""
     assert ours.decode([16, 151700, 17, 151935]) == "12"
@@ -154,7 +156,8 @@ def test_a_prompt_is_what_the_models_own_template_makes_of_it(template, place, t
         expected = theirs.apply_chat_template(chat(USER, examples), **options)
         assert ours.decode(prompt_ids(ours, USER, False, examples)) == expected
         assert prompt_ids(ours, USER, False, examples) == theirs.encode(expected, add_special_tokens=False)
-    assert ours.has_template and not ours.knows_thinking
+    assert ours.has_template
+    assert not ours.knows_thinking
 
 
 def test_smollm2s_own_files_give_its_prompts_and_stops():
@@ -270,7 +273,8 @@ def test_stop_ids_without_generation_config_are_the_configs(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
     assert {5, 6} < set(Tokenizer(tmp_path).stop_token_ids)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
-    assert 7 in Tokenizer(tmp_path).stop_token_ids and 5 not in Tokenizer(tmp_path).stop_token_ids
+    assert 7 in Tokenizer(tmp_path).stop_token_ids
+    assert 5 not in Tokenizer(tmp_path).stop_token_ids
 
 
 def test_the_end_of_a_turn_is_that_of_the_template(tmp_path):

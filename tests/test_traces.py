@@ -72,8 +72,7 @@ GOOD = '{"numbers": [79, 60, 17], "target": 36, "completion": "79-60+17"}'
 
 
 @pytest.mark.parametrize(
-    "line",
-    [
+    "line", [
         "not json", "[]", "{}", '{"numbers": [79, 60, 17], "target": 36}',
         '{"numbers": [79, 60, 17], "completion": "x"}',
         '{"numbers": [79.0, 60, 17], "target": 36, "completion": "x"}',

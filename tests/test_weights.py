@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from helpers import Hub, largest_gap
+from helpers import Hub, assert_close, largest_gap
 from reference import FAMILIES, TINY, TINY_TOKENS, copy_tokenizer, random_ids, reference_model, same_weights
 
 from model import ModelError, Tokenizer, load_model, save_model
@@ -61,9 +61,10 @@ def test_what_we_save_gives_the_same_logits_elsewhere_and_here(tied, family, tmp
     """Elsewhere: in transformers."""
     model = same_weights(make_reference(tied, family=family))
     save_model(tmp_path / "a" / "b", model, Tokenizer(TINY))
-    torch.testing.assert_close(logits_of_folder(tmp_path / "a" / "b"), model(IDS), rtol=0, atol=1e-4)
+    assert_close(logits_of_folder(tmp_path / "a" / "b"), model(IDS), atol=1e-4)
     again, tokenizer = load_model(tmp_path / "a" / "b")
-    assert again.config == model.config and largest_gap(again.state_dict(), model.state_dict()) == 0
+    assert again.config == model.config
+    assert largest_gap(again.state_dict(), model.state_dict()) == 0
     stored = safetensors.torch.load_file(tmp_path / "a" / "b" / "model.safetensors")
     assert (HEAD in stored) == (not tied)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "a" / "b")
@@ -79,7 +80,7 @@ def test_what_transformers_saves_gives_the_same_logits_here(tied, shards, family
     reference.save_pretrained(tmp_path, max_shard_size="5GB" if shards == 1 else "40KB")
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (tmp_path / INDEX).exists() == (shards > 1)
     model, _ = load_model(copy_tokenizer(tmp_path))
-    torch.testing.assert_close(model(IDS), reference(IDS).logits, rtol=0, atol=1e-4)
+    assert_close(model(IDS), reference(IDS).logits, atol=1e-4)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert sum(parameter.numel() for parameter in model.parameters()) == model.config.num_parameters()
@@ -97,7 +98,7 @@ def test_a_tied_checkpoint_may_have_a_copy_of_its_head(tmp_path):
     weights = safetensors.torch.load_file(path)
     safetensors.torch.save_file(weights | {HEAD: weights[EMBEDDING].clone()}, path)
     model, _ = load_model(tmp_path)
-    torch.testing.assert_close(model(IDS), reference(IDS).logits, rtol=0, atol=1e-4)
+    assert_close(model(IDS), reference(IDS).logits, atol=1e-4)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     safetensors.torch.save_file(weights | {HEAD: weights[EMBEDDING] + 1e-3}, path)
     assert refusal(tmp_path) == f"{tmp_path}: {HEAD} differs from {EMBEDDING}, though config.json ties them"
@@ -112,7 +113,8 @@ def test_saving_over_its_own_folder_keeps_model_and_stops(folder):
     model, tokenizer = load_model(folder)
     expected = model(IDS)
     save_model(folder, model, tokenizer)
-    assert torch.equal(load_model(folder)[0](IDS), expected) and torch.equal(model(IDS), expected)
+    assert torch.equal(load_model(folder)[0](IDS), expected)
+    assert torch.equal(model(IDS), expected)
     theirs = transformers.GenerationConfig.from_pretrained(folder)
     assert set(theirs.eos_token_id) == set(tokenizer.stop_token_ids) == {9, *Tokenizer(TINY).stop_token_ids}
     assert (theirs.top_k, theirs.temperature) == (20, 0.6)
@@ -164,7 +166,7 @@ def test_rotary_frequencies_that_old_llamas_stored_are_ignored(folder):
     path = folder / "model.safetensors"
     frequencies = {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.rand(8)}
     safetensors.torch.save_file(safetensors.torch.load_file(path) | frequencies, path)
-    torch.testing.assert_close(load_model(folder)[0](IDS), logits_of_folder(folder), rtol=0, atol=1e-4)
+    assert_close(load_model(folder)[0](IDS), logits_of_folder(folder), atol=1e-4)
 
 
 def test_a_wrong_or_missing_weight_is_named(folder):
@@ -218,7 +220,9 @@ def test_an_unusable_value_in_the_config_is_named_with_its_file(folder):
     for name, value in [*sizes, *dtypes, ("model_type", "mistral"), ("rope_parameters", 3)]:
         path.write_text(json.dumps(json.loads(sound) | {name: value}))
         message = refusal(folder)
-        assert message.startswith(f"{path}: ") and name in message and len(message) < 300
+        assert message.startswith(f"{path}: ")
+        assert name in message
+        assert len(message) < 300
         assert "must be a whole number, 1 to" in message or (name, value) not in sizes
 
 
@@ -274,7 +278,7 @@ def test_a_hub_id_is_fetched_at_its_revision_without_pickles(folder, monkeypatch
     hub.put_in_place(monkeypatch)
     model, _ = load_model("Qwen/Qwen3-0.6B", revision="abc123")
     with torch.no_grad():
-        torch.testing.assert_close(model(IDS), logits_of_folder(folder), rtol=0, atol=1e-4)
+        assert_close(model(IDS), logits_of_folder(folder), atol=1e-4)
     load_model("Qwen/Qwen3-0.6B")
     options = [{"allow_patterns": DOWNLOADED, "revision": revision} for revision in ("abc123", None)]
     assert hub.downloads == [("Qwen/Qwen3-0.6B", each) for each in options]
@@ -288,7 +292,8 @@ def test_a_failed_download_is_one_line_that_says_what_to_do(error, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", mock.Mock(side_effect=error))
     message = refusal("Qwen/Qwen3-0.6B", revision="v2")
     assert message.startswith("Qwen/Qwen3-0.6B at revision v2 ")
-    assert (str(error).split("\n")[0] or "RuntimeError") in message and "tiny" in message
+    assert (str(error).split("\n")[0] or "RuntimeError") in message
+    assert "tiny" in message
 
 
 def test_what_cannot_be_a_hub_id_is_never_looked_up_on_the_hub(folder, monkeypatch, tmp_path):

@@ -7,36 +7,38 @@ import os
 import re
 import shutil
 import stat
-import subprocess
 import sys
 from dataclasses import asdict, replace
-from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import transformers
-from helpers import PROBLEM, Hub, evaluated, fails, largest_gap, random_model, smoke, weights
+from helpers import (
+    PROBLEM,
+    Hub,
+    evaluated,
+    fails,
+    largest_gap,
+    parsed,
+    random_model,
+    rollout,
+    run_command,
+    smoke,
+    weights,
+    write_jsonl,
+)
 from reference import ROOT, TINY, TINY_TOKENS
 
 import eval as eval_command
 import play as play_command
-import train as train_command
-from data import DataError, Problem, load_problems, score
+from data import DataError, Problem, load_problems
 from data.gsm8k import WordProblem
 from data.traces import Trace, save_traces
 from lab.boards import Boards
-from lab.checkpoint import (
-    TrainState,
-    checkpoints,
-    damage,
-    load_state,
-    prune_checkpoints,
-    save_checkpoint,
-    saved_recipe,
-    seen_by,
-)
+from lab.checkpoint import TrainState, checkpoints, damage, load_state, save_checkpoint, saved_recipe, seen_by
 from lab.comparison import Candidate, comparison_table, measures
 from lab.device import pick_device
 from lab.evaluate import Evaluation, problems_hash
@@ -45,11 +47,10 @@ from lab.runfolder import RunFolder
 from lab.screen import LiveScreen, plain_console, progress_bar
 from lab.setup import load_policy, set_up, stage_start_model
 from lab.stages import train
-from model import Completion, ModelError, Qwen3Config, Tokenizer, generate, load_model, save_model
+from model import ModelError, Qwen3Config, Tokenizer, generate, load_model, save_model
 from model.sampler import TokenChoice, random_uniforms, sample_completion
 from model.weights import INDEX, is_bundled
 from rl.batch import Sample, logprobs_and_entropy, make_batch
-from rl.rollout import Rollout
 
 CPU = torch.device("cpu")
 
@@ -86,14 +87,6 @@ def test_a_chat_template_stays_with_the_checkpoints(tmp_path):
     assert loaded.apply_chat_template([{"role": "user", "content": "hm"}], tokenize=False) == "<hm>"
 
 
-def test_a_whole_file_counts_beside_the_index_of_an_earlier_save(tmp_path):
-    folder = copied(tmp_path)
-    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert largest_gap(weights(load_model(folder)[0]), weights(load_model("tiny")[0])) == 0
-    transformers.AutoModelForCausalLM.from_pretrained(folder)
-
-
 @pytest.mark.parametrize(
     "scaling", [{"rope_type": "default", "rope_theta": 1e6}, {"type": "default"}, {}, None]
 )
@@ -110,7 +103,8 @@ def test_a_model_of_any_precision_is_sampled_and_scored():
     ((first, _),) = generate(model, [[5, 17, 3]], **options)
     uniforms = random_uniforms([[5, 17, 3]], 2, 6, seed=3)[0, 0]
     ids, logprobs = zip(*sample_completion(model, [5, 17, 3], uniforms, (), TokenChoice()))
-    assert first.token_ids == list(ids) and np.allclose(first.logprobs, logprobs, rtol=1e-12)
+    assert first.token_ids == list(ids)
+    assert np.allclose(first.logprobs, logprobs, rtol=1e-12)
     assert first.logprobs != np.float32(first.logprobs).tolist()  # none is rounded
     batch = make_batch([Sample([5, 17, 3], first.token_ids, first.logprobs, 1.0)])
     scored = logprobs_and_entropy(model, batch).logprobs[0].tolist()
@@ -121,61 +115,40 @@ def test_a_notebooks_backend_that_is_not_installed_ends_no_run(tmp_path):
     row = dict(step=0, stage=0, kind="grpo", grpo_steps=0, eval_accuracy=0.1, eval_low=0, eval_high=1)
     code = f"from lab.plots import plot_curve; plot_curve([{row}], [], '{tmp_path}/curve.png')"
     environment = os.environ | {"MPLBACKEND": "module://not_installed_here.backend_inline"}
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+    assert run_command("-c", code, env=environment).returncode == 0
     assert (tmp_path / "curve.png").exists()
-
-
-THOUGHT = "so 79 - 60 = 19\n</think>\n<answer>79 - 60 + 17</answer>"
-
-
-def test_a_completion_may_open_the_thinking_once_at_its_start():
-    """Though the prompt has opened it."""
-    for thinking in (True, False):
-        assert score(f" \n<think>\n{THOUGHT}", PROBLEM, thinking).outcome == "correct"
-        assert score(f"<think><think>{THOUGHT}", PROBLEM, thinking).outcome == "malformed"
-        assert score(f"hm <think>{THOUGHT}", PROBLEM, thinking).outcome == "malformed"
 
 
 def test_traces_of_a_server_are_learned_like_our_own(tmp_path, monkeypatch):
     """They are learned as if the prompt had opened the tag."""
-    learned = []
-    monkeypatch.setattr("lab.stages.sft_schedule", lambda samples, *_: learned.append(samples) or [])
-    recipe = smoke("--stages.1.traces", tmp_path / "mine.jsonl", "--evaluation.problems", 4).recipe
+    schedule = mock.Mock(return_value=[])
+    monkeypatch.setattr("lab.stages.sft_schedule", schedule)
+    recipe = smoke(f"--stages.1.traces {tmp_path}/mine.jsonl --evaluation.problems 4")
     recipe = replace(recipe, stages=recipe.stages[1:2])
     problem = problems_of(recipe)[0][0]
     solved = f"so</think><answer>{recipe.task.solution(problem)}</answer>"
     for number, text in enumerate((solved, f"<think>{solved}")):
         save_traces(tmp_path / "mine.jsonl", [Trace(problem, text)])
         train(replace(recipe, out=str(tmp_path / str(number))), quiet=True)
-    assert learned[0] == learned[1] and learned[0][0].completion_ids
+    first, second = (call.args[0] for call in schedule.call_args_list)
+    assert first == second
+    assert first[0].completion_ids
 
 
 def test_a_last_sft_stage_without_traces_is_still_evaluated(tmp_path):
-    recipe = smoke(
-        "--evaluation.problems", 4, "--evaluation.final-problems", 6, "--out", tmp_path / "run"
-    ).recipe
+    recipe = smoke(f"--evaluation.problems 4 --evaluation.final-problems 6 --out {tmp_path}/run")
     grpo = replace(recipe.stages[0], steps=1, prompts_per_step=1, samples_per_prompt=2, updates_per_step=1)
     recipe = replace(
         recipe, sampling=replace(recipe.sampling, max_new_tokens=2), stages=(grpo, recipe.stages[1])
     )
     train(recipe, quiet=True)
     rows = RunFolder(tmp_path / "run").metrics()
-    assert [row["step"] for row in rows] == [0, 1, 1] and rows[-1]["final_accuracy"] == 0.0
+    assert [row["step"] for row in rows] == [0, 1, 1]
+    assert rows[-1]["final_accuracy"] == 0.0
     # Nobody has an advantage, so there is no update to measure.
     unmeasured = ("loss", "grad_norm", "clip_fraction", "policy_entropy", "log_ratio_mean", "log_ratio_std")
     assert all(math.isnan(rows[1][name]) for name in unmeasured)
     assert '"grad_norm": null' in (tmp_path / "run" / "metrics.jsonl").read_text()
-
-
-def test_the_best_checkpoint_is_one_that_was_evaluated(tmp_path):
-    for step in range(1, 6):
-        folder = tmp_path / "checkpoints" / f"step_{step:04d}"
-        folder.mkdir(parents=True)
-        (folder / "trainer_state.json").write_text(json.dumps({"stage_step": step, "step": step}))
-    prune_checkpoints(tmp_path, 2, {3: 0.0})
-    assert [folder.name[-1] for folder in checkpoints(tmp_path)] == ["3", "4", "5"]
-    prune_checkpoints(tmp_path, 1, {})
-    assert [folder.name[-1] for folder in checkpoints(tmp_path)] == ["5"]
 
 
 @pytest.mark.parametrize(
@@ -189,12 +162,12 @@ def test_a_card_that_torch_cannot_use_names_versions_and_way_out(module, monkeyp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(RecipeError, match=r"(470.57.02|545.23.08).*CUDA 13.0.*--model tiny or --device"):
-        train_command.parse(["256"])
+        parsed("256")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert train_command.parse(["256"]).recipe.model == "tiny"
+    assert parsed("256").recipe.model == "tiny"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert train_command.parse(["256", "--device", "cpu"]).recipe.model == "tiny"
-    assert train_command.parse(["256", "--model", "tiny"]).recipe.model == "tiny"
+    assert parsed("256 --device cpu").recipe.model == "tiny"
+    assert parsed("256 --model tiny").recipe.model == "tiny"
 
 
 def test_the_device_of_a_recipe_becomes_the_current_one(monkeypatch):
@@ -202,44 +175,33 @@ def test_the_device_of_a_recipe_becomes_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch, "empty", lambda *_, device: None)
     for name in ("cuda:1", "cuda", "cpu"):
-        assert pick_device(replace(smoke().recipe, device=name)) == torch.device(name)
+        assert pick_device(replace(smoke(), device=name)) == torch.device(name)
     assert current == ["cuda:1"]
 
 
-def test_a_new_run_in_an_old_name_is_another_run_to_wandb(tmp_path, monkeypatch):
-    ids = []
-    monkeypatch.setitem(
-        sys.modules, "wandb", SimpleNamespace(init=lambda **options: ids.append(options["id"]))
-    )
+def test_a_new_run_under_an_old_name_is_another_to_wandb(tmp_path, monkeypatch):
+    wandb = mock.Mock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     for _ in range(2):
         (tmp_path / "run").mkdir()
         Boards(tmp_path / "run").start_wandb({})
         Boards(tmp_path / "run").start_wandb({})  # as a resumed run does
         shutil.rmtree(tmp_path / "run")
+    ids = [call.kwargs["id"] for call in wandb.init.call_args_list]
     assert ids[0] == ids[1] != ids[2] == ids[3]
 
 
 def test_the_reference_of_adapters_has_their_base(tmp_path):
     """What is evaluated is what was trained."""
     pytest.importorskip("bitsandbytes")
-    options = [
-        "--adapters.rank",
-        4,
-        "--stages.0.learning-rate",
-        1e-2,
-        "--dtype",
-        "bfloat16",
-        "--evaluation.problems",
-        4,
-    ]
-    recipe = smoke("--out", tmp_path / "run", *options).recipe
+    options = "--adapters.rank 4 --stages.0.learning-rate 1e-2 --dtype bfloat16 --evaluation.problems 4"
+    recipe = smoke("--out", tmp_path / "run", options)
     policy, *_ = set_up(recipe, None, TrainState())
     reference = stage_start_model(policy, recipe, RunFolder(tmp_path / "run"), TrainState())
     ids = torch.arange(40, 60)[None]
     with torch.no_grad():
-        assert torch.equal(policy(ids), reference(ids)) and not any(
-            p.requires_grad for p in reference.parameters()
-        )
+        assert torch.equal(policy(ids), reference(ids))
+        assert not any(p.requires_grad for p in reference.parameters())
         assert not torch.equal(
             policy(ids), load_model("tiny-256", CPU, torch.bfloat16)[0](ids)
         )  # the base is in int8
@@ -251,7 +213,8 @@ def test_the_reference_of_adapters_has_their_base(tmp_path):
     )
     later = stage_start_model(policy, recipe, RunFolder(tmp_path / "run"), TrainState(stage=1, step=1))
     with torch.no_grad():
-        assert torch.equal(loaded(ids), later(ids)) and not torch.equal(loaded(ids), policy(ids))
+        assert torch.equal(loaded(ids), later(ids))
+        assert not torch.equal(loaded(ids), policy(ids))
 
 
 HOSTILE = "a [/INST] [bold]b[/bold] :smile: [/x]"
@@ -264,7 +227,7 @@ def test_texts_from_outside_are_shown_as_they_are_live(monkeypatch):
     monkeypatch.setenv("LINES", "60")
     shown = LiveScreen(recipe, plain_console())
     problem = WordProblem(HOSTILE, "#### 1")
-    shown.rollouts([[Rollout(problem, [1], Completion([5], [-0.5], True), HOSTILE, "correct", 1.0)]])
+    shown.rollouts([[rollout("correct", HOSTILE, problem)]])
     with shown.console.capture() as capture:
         shown.console.print(shown.draw())
         shown.say(HOSTILE)
@@ -274,7 +237,7 @@ def test_texts_from_outside_are_shown_as_they_are_live(monkeypatch):
 def test_texts_from_outside_are_shown_as_they_are_elsewhere(capsys, monkeypatch):
     """These places are eval, play and progress bars."""
     problem = WordProblem(HOSTILE, "#### 1")
-    group = [Rollout(problem, [1], Completion([5], [-0.5], True), HOSTILE, "correct", 1.0)]
+    group = [rollout("correct", HOSTILE, problem)]
     recipe = replace(load_recipe("gsm8k")[1], model=HOSTILE)
     candidate = Candidate(HOSTILE, recipe, Evaluation.of([group]), Evaluation.of([group]))
     monkeypatch.setenv("COLUMNS", "200")
@@ -415,25 +378,16 @@ def short(tmp_path, positions: int = 200):
 
 def test_more_tokens_than_positions_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
     folder = short(tmp_path)
-    for module in ("lab.run", "eval"):
-        monkeypatch.setattr(f"{module}.evaluate", lambda *_, **__: pytest.fail("evaluated"))
-    monkeypatch.setattr("lab.setup.check_decoding", lambda *_: pytest.fail("decoded"))
-    options = (
-        "--model",
-        folder,
-        "--problems",
-        "generated",
-        "--sampling.max-new-tokens",
-        180,
-        "--out",
-        tmp_path / "run",
-    )
+    for work in ("lab.run.evaluate", "eval.evaluate", "lab.setup.check_decoding"):
+        monkeypatch.setattr(work, mock.Mock(side_effect=AssertionError("begun")))
+    options = f"--model {folder} --problems generated --sampling.max-new-tokens 180 --out {tmp_path}/run"
     for action in (
-        lambda: train(smoke(*options).recipe, quiet=True),
+        lambda: train(smoke(options), quiet=True),
         lambda: evaluated(capsys, "tiny", folder, count=2, max_new_tokens=180),
     ):
         message = fails(capsys, action)
-        assert f"{folder} has 200 positions" in message and "lower max_new_tokens" in message
+        assert f"{folder} has 200 positions" in message
+        assert "lower max_new_tokens" in message
     model, _ = load_model(folder)
     with pytest.raises(ModelError, match="a prompt of 3 tokens and 198 new ones need 201"):
         generate(model, [[1], [1, 2, 3]], max_new_tokens=198)
@@ -447,12 +401,8 @@ def test_the_longest_training_prompt_counts_too(tmp_path, capsys):
         {"question": "How many? " * (60 if number == 0 else 1) + str(number), "answer": "#### 1"}
         for number in range(9)
     ]
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    recipe = replace(
-        load_recipe("gsm8k")[1],
-        problems=str(tmp_path / "mine.jsonl"),
-        evaluation=EvaluationSettings(problems=1),
-    )
+    problems = write_jsonl(tmp_path / "mine.jsonl", questions)
+    recipe = replace(load_recipe("gsm8k")[1], problems=problems, evaluation=EvaluationSettings(problems=1))
     held_out = problems_of(recipe)[1]
     assert len(held_out[0].question) < 50
     sampling = replace(recipe.sampling, max_new_tokens=100)
@@ -468,8 +418,9 @@ def test_a_problem_that_a_file_repeats_counts_once(tmp_path, capsys):
         {"numbers": [2, 3, 5], "target": 30},
         {"numbers": [17, 79, 60], "target": 36},
     ]
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 40))
-    options = dict(problems=str(tmp_path / "mine.jsonl"), samples=1, max_new_tokens=4, json="-")
+    options = dict(
+        problems=write_jsonl(tmp_path / "mine.jsonl", rows * 40), samples=1, max_new_tokens=4, json="-"
+    )
     eval_command.main(eval_command.Arguments(("tiny",), **options))
     printed = capsys.readouterr()
     assert json.loads(printed.out)["problems"] == {
@@ -496,7 +447,7 @@ def test_a_file_of_traces_is_read_before_any_work(tmp_path, capsys):
     (tmp_path / "mine.jsonl").write_text(
         '{"numbers": [79, 60, 17], "target": 36, "completion": "</think><answer>1</answer>"}\n'
     )
-    recipe = smoke("--stages.1.traces", tmp_path / "mine.jsonl", "--out", tmp_path / "run").recipe
+    recipe = smoke("--stages.1.traces", tmp_path / "mine.jsonl", "--out", tmp_path / "run")
     assert "mine.jsonl, line 1: does not solve" in fails(capsys, lambda: train(recipe, quiet=True))
     assert not (tmp_path / "run").exists()
 
@@ -537,19 +488,9 @@ def test_a_file_system_that_syncs_no_folders_will_do(number, tmp_path, monkeypat
 def adapted(tmp_path):
     """(base, recipe, checkpoint) of a short run of adapters over a model in a folder."""
     base = shutil.copytree(TINY, tmp_path / "base")
-    options = [
-        "--model",
-        base,
-        "--problems",
-        "generated",
-        "--out",
-        tmp_path / "run",
-        "--adapters.rank",
-        2,
-        "--adapters.no-int8",
-    ]
-    options += ["--evaluation.problems", 2, "--evaluation.final-problems", 0, "--sampling.max-new-tokens", 4]
-    recipe = smoke(*options).recipe
+    options = f"--model {base} --problems generated --out {tmp_path}/run --adapters.rank 2"
+    options += " --adapters.no-int8 --evaluation.problems 2 --evaluation.final-problems 0"
+    recipe = smoke(options, "--sampling.max-new-tokens 4")
     grpo = replace(recipe.stages[0], steps=1, prompts_per_step=1, samples_per_prompt=2, updates_per_step=1)
     recipe = replace(recipe, stages=(grpo,))
     train(recipe, quiet=True)
@@ -586,17 +527,8 @@ def test_adapters_go_on_only_over_their_own_weights(adapted, capsys):
 
 def test_the_reference_of_a_run_is_the_model_that_it_began_with(tmp_path):
     base = shutil.copytree(TINY, tmp_path / "base")
-    options = (
-        "--model",
-        base,
-        "--problems",
-        "generated",
-        "--stages.0.kl-coef",
-        0.1,
-        "--evaluation.problems",
-        2,
-    )
-    recipe, state = smoke("--out", tmp_path / "run", *options).recipe, TrainState()
+    options = f"--model {base} --problems generated --stages.0.kl-coef 0.1 --evaluation.problems 2"
+    recipe, state = smoke("--out", tmp_path / "run", options), TrainState()
     model, *_ = set_up(recipe, None, state)
     reference = stage_start_model(model, recipe, RunFolder(recipe.out), state)
     assert largest_gap(weights(reference), weights(model)) == 0
@@ -621,7 +553,10 @@ def test_a_model_from_elsewhere_has_its_own_revision(tmp_path, monkeypatch):
 
 def test_a_bundled_model_is_known_by_its_folder_too(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert is_bundled("model/tiny") and is_bundled(TINY) and not is_bundled("tiny-") and not is_bundled(ROOT)
+    assert is_bundled("model/tiny")
+    assert is_bundled(TINY)
+    assert not is_bundled("tiny-")
+    assert not is_bundled(ROOT)
     assert recipe_for("./model/tiny") == recipe_for("tiny")
 
 
@@ -630,7 +565,7 @@ def test_a_model_trained_here_that_lost_its_notes_is_refused(tmp_path, capsys):
     (folder / "trainer_state.json").unlink()
     for action in (
         lambda: evaluated(capsys, folder, count=2),
-        lambda: train(smoke("--model", folder, "--out", tmp_path / "run").recipe, quiet=True),
+        lambda: train(smoke("--model", folder, "--out", tmp_path / "run"), quiet=True),
     ):
         assert f"{folder}: trainer_state.json is missing" in fails(capsys, action)
 
@@ -640,7 +575,5 @@ def test_a_home_that_nobody_knows_is_no_traceback(tmp_path, monkeypatch, capsys)
         return path
 
     monkeypatch.setattr("os.path.expanduser", unknown)  # what it does where there is no home
-    message = fails(
-        capsys, lambda: train(smoke("--model", "~/model", "--out", tmp_path / "run").recipe, quiet=True)
-    )
+    message = fails(capsys, lambda: train(smoke("--model", "~/model", "--out", tmp_path / "run"), quiet=True))
     assert "~/model" in message

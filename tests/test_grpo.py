@@ -41,13 +41,13 @@ class Recording(Optimizer):
 
     def __init__(self, model, **options):
         super().__init__(model, OptimizerSettings(**options))
-        self.model, self.updates = model, []
+        self.model, self.recorded = model, []
 
     def step(self, learning_rate: float, skip: bool = False) -> float:
         grads = {name: p.grad.clone() for name, p in self.parameters.items() if p.grad is not None}
         twin = copy.deepcopy(self.model).double()
         twin.zero_grad()
-        self.updates.append((twin, grads))
+        self.recorded.append((twin, grads))
         return super().step(learning_rate, skip)
 
 
@@ -120,7 +120,7 @@ def test_every_update_has_the_gradient_and_metrics_by_definition(
 
     settings = GRPOStage(samples_per_prompt=4, **stage)
     expected = []
-    for number, (twin, gradient) in enumerate(trainer.optimizer.updates):
+    for number, (twin, gradient) in enumerate(trainer.optimizer.recorded):
         expected.append(
             update_by_hand(twin, groups[number::3], settings, temperature, copy.deepcopy(reference).double())
         )

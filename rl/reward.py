@@ -21,9 +21,11 @@ def reward_for(verdict: Score, text: str, completion: Completion, settings: Rewa
 
     `text` is without the stop token. `completion` is not used yet; it is for rewards by length.
     """
+    if verdict.outcome == "near" and not settings.near_miss:
+        verdict = WRONG
     reward = verdict.reward
-    if verdict.outcome == "wrong" or (verdict.outcome == "near" and not settings.near_miss):
-        reward = WRONG.reward if settings.format else MALFORMED.reward
+    if verdict.outcome == "wrong" and not settings.format:
+        reward = MALFORMED.reward
     if settings.latin_only and non_latin(text):
         reward = MALFORMED.reward
     return reward

@@ -154,34 +154,42 @@ def check_positions(model: Model, problems: list[AnyProblem]) -> None:
 def candidate_of(model: Model, problems: list[AnyProblem], arguments: Arguments) -> Candidate:
     """A model's completions of the problems, sampled and greedy."""
     recipe = model.recipe
-    loaded = load_policy(recipe, checkpoint_of(model), pick_device(recipe), model.folder)
+    policy, tokenizer = load_policy(recipe, checkpoint_of(model), pick_device(recipe), model.folder)
     sampling = recipe.sampling
 
     def evaluated(temperature: float, samples: int) -> Evaluation:
-        options = {"sampling": replace(sampling, temperature=temperature), "num_samples": samples}
-        with progress_bar(model.source, len(problems) * samples) as show:
-            return evaluate(*loaded, recipe.task, problems, **options, seed=arguments.seed, on_progress=show)
+        with progress_bar(model.source, len(problems) * samples) as on_progress:
+            return evaluate(
+                policy,
+                tokenizer,
+                recipe.task,
+                problems,
+                sampling=replace(sampling, temperature=temperature),
+                num_samples=samples,
+                seed=arguments.seed,
+                on_progress=on_progress,
+            )
 
     greedy = evaluated(0.0, 1)
     sampled = evaluated(sampling.temperature, arguments.samples) if sampling.temperature else greedy
     return Candidate(model.source, recipe, sampled, greedy)
 
 
-def print_results(candidates: list[Candidate], numbers: dict, examples: int) -> None:
+def print_results(candidates: list[Candidate], numbers: dict, show: int) -> None:
     """Print a table of the numbers, and so many completions of each model and outcome."""
     console = plain_console(least_width=80)
     problems = numbers["problems"]
     title = f"{problems['count']:,} problems (sha256 {problems['sha256']}), intervals of 95 %"
     console.print(comparison_table(title, numbers["models"], numbers["differences"]))
     for candidate in candidates:
-        print_examples(candidate, examples, console)
+        print_completions(candidate, show, console)
 
 
-def print_examples(candidate: Candidate, examples: int, console: Console) -> None:
+def print_completions(candidate: Candidate, count: int, console: Console) -> None:
     """Print some completions of each outcome."""
     rollouts = [rollout for group in candidate.sampled.groups for rollout in group]
     for outcome in candidate.sampled.counts:
-        for rollout in [rollout for rollout in rollouts if rollout.outcome == outcome][:examples]:
+        for rollout in [rollout for rollout in rollouts if rollout.outcome == outcome][:count]:
             console.rule(f"{candidate.name}, {outcome}: {printable(str(rollout.problem))}")
             console.print(printable(rollout.text))
 

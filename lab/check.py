@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ from rl.trainer import Trainer
 MOST_GRADIENT_OFF = {torch.float32: 5e-3, torch.bfloat16: 0.1}  # parts of its norm that rounding explains
 
 
-class Update(NamedTuple):
+class UpdateCase(NamedTuple):
     """A way to update weights, and whether adapters on int8 weights are what learns."""
 
     name: str
@@ -44,10 +45,10 @@ class Update(NamedTuple):
 
 
 UPDATES = (
-    Update("adamw", OptimizerSettings("adamw")),
-    Update("adamw8bit", OptimizerSettings("adamw8bit")),
-    Update("stochastic rounding", OptimizerSettings("adamw", "stochastic")),
-    Update("int8 with adapters", OptimizerSettings("adamw"), adapters=True),
+    UpdateCase("adamw", OptimizerSettings("adamw")),
+    UpdateCase("adamw8bit", OptimizerSettings("adamw8bit")),
+    UpdateCase("stochastic rounding", OptimizerSettings("adamw", "stochastic")),
+    UpdateCase("int8 with adapters", OptimizerSettings("adamw"), adapters=True),
 )
 EIGHT_BIT = OptimizerSettings("adamw8bit")
 
@@ -84,7 +85,8 @@ def gradient(source: str, device: torch.device) -> Iterator[Row]:
 
 def updates(source: str, device: torch.device) -> Iterator[Row]:
     """Compare the fall of the loss in ten updates with float32 on the CPU."""
-    samples = samples_of(*loaded("tiny", "cpu"))[::4]  # two of each prompt, as some CPUs emulate bfloat16
+    tiny, prompts = loaded("tiny", "cpu")
+    samples = samples_of(tiny, prompts)[::4]  # two of each prompt, as some CPUs emulate bfloat16
     for name, settings, adapters in UPDATES:
         falls = []
         for place, dtype in (("cpu", torch.float32), (device, torch.bfloat16)):
@@ -101,7 +103,8 @@ def updates(source: str, device: torch.device) -> Iterator[Row]:
 
 def resuming(source: str, device: torch.device) -> Iterator[Row]:
     model, tokenizer = load_model("tiny", device, torch.bfloat16)
-    samples = samples_of(*loaded("tiny", device))
+    tiny, prompts = loaded("tiny", device)
+    samples = samples_of(tiny, prompts)
     optimizer = Optimizer(model, EIGHT_BIT)
     sft_step(Trainer(model, optimizer), samples, 1e-3)
     with tempfile.TemporaryDirectory() as folder:
@@ -139,10 +142,12 @@ def memory(source: str, device: torch.device) -> Iterator[Row]:
 def speed(source: str, device: torch.device) -> Iterator[Row]:
     """Measure decoding of 32 rows. At the limit a step reads weights and cache once, at copy speed."""
     large = torch.zeros(2, 2**27, dtype=torch.uint8, device=device)
-    rate = large.numel() / min(seconds(device, large[0].copy_, large[1]) for _ in range(5))
+    rate = large.numel() / min(seconds(device, partial(large[0].copy_, large[1])) for _ in range(5))
     model, prompts = loaded(source, device)
     lengths = (1, 1, NEW_TOKENS, NEW_TOKENS)  # the first of each kind sets things up
-    _, prefill, _, whole = [seconds(device, samples_of, model, prompts, length) for length in lengths]
+    _, prefill, _, whole = [
+        seconds(device, partial(samples_of, model, prompts, length)) for length in lengths
+    ]
     step = (whole - prefill) / (NEW_TOKENS - 1)
     cached = sum(map(len, prompts)) + 8 * len(prompts) * NEW_TOKENS / 2
     moved = model.config.num_parameters() * model.dtype.itemsize + cached * token_bytes(model)
@@ -150,9 +155,9 @@ def speed(source: str, device: torch.device) -> Iterator[Row]:
     yield Row("speed", f"{8 * len(prompts) / step:,.0f} tokens/s in {8 * len(prompts)} rows, {share}")
 
 
-def seconds(device: torch.device, function, *arguments) -> float:
+def seconds(device: torch.device, function: Callable[[], object]) -> float:
     start = time.perf_counter()
-    function(*arguments)
+    function()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start

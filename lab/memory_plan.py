@@ -35,33 +35,35 @@ class Work:
 def work_of(recipe: Recipe, prompt_length: int, processes: int = 1) -> Work:
     """The work of one of `processes` processes, which divide a recipe's evenly."""
 
-    def share(count: int) -> int:
+    def per_process(count: int) -> int:
         return -(-count // processes)
 
-    new = recipe.sampling.max_new_tokens
-    sample = prompt_length + new
-    rows = prompts = share(recipe.evaluation.held_out)
-    cache = prompts * sample
+    new_tokens = recipe.sampling.max_new_tokens
+    sample_tokens = prompt_length + new_tokens
+    rows = prompts = per_process(recipe.evaluation.held_out)
+    cache = prompts * sample_tokens
     largest = 1
     update = 0
     key_copies = 1.0
     has_reference = False
     for stage in recipe.stages:
         if stage.kind == "sft":
-            update = max(update, share(stage.batch_size) * sample)
+            update = max(update, per_process(stage.batch_size) * sample_tokens)
             continue
         count = stage.samples_per_prompt
-        groups = share(stage.prompts_per_step)
-        group = prompt_length + count * new
-        largest = max(largest, group)
-        key_copies = max(key_copies, count * sample / group)
-        update = max(update, share(-(-stage.prompts_per_step // stage.updates_per_step)) * group)
+        groups = per_process(stage.prompts_per_step)
+        group_tokens = prompt_length + count * new_tokens
+        largest = max(largest, group_tokens)
+        key_copies = max(key_copies, count * sample_tokens / group_tokens)
+        update = max(update, per_process(-(-stage.prompts_per_step // stage.updates_per_step)) * group_tokens)
         rows = max(rows, groups * count)
         prompts = max(prompts, groups)
-        cache = max(cache, groups * group)
+        cache = max(cache, groups * group_tokens)
         has_reference |= stage.kl_coef > 0
     cache = min(cache, recipe.sampling.max_cache_tokens or cache)
-    return Work(sample, largest, key_copies, update, rows, prompts * prompt_length, cache, has_reference)
+    return Work(
+        sample_tokens, largest, key_copies, update, rows, prompts * prompt_length, cache, has_reference
+    )
 
 
 @dataclass(frozen=True)

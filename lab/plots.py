@@ -103,7 +103,8 @@ def plot_curve(
     axes.plot(steps, accuracy, color="C0", marker="o", markersize=4, label=label, zorder=3)
     points = paper_by_step(rows, paper)
     if points:
-        axes.plot(*zip(*points, strict=True), "x", color="C1", markeredgewidth=1.5, zorder=3)
+        xs, ys = zip(*points, strict=True)
+        axes.plot(xs, ys, "x", color="C1", markeredgewidth=1.5, zorder=3)
         write_caption(axes, caption, points)
     top = axes.get_xaxis_transform()
     for start, end, kind in stage_spans(rows):

@@ -1,7 +1,6 @@
 """What a run shows: lines in a file or pipe, a live screen on a terminal, or nothing."""
 
 import contextlib
-import itertools
 import math
 import os
 import shutil
@@ -105,8 +104,9 @@ class LiveScreen(Screen):
             super().step(row, stages, done, steps)
 
     def rollouts(self, groups: list[list[Rollout]]) -> None:
-        for rollout in itertools.chain(*groups):
-            self.samples["correct" if rollout.outcome == "correct" else "wrong"] = rollout
+        for group in groups:
+            for rollout in group:
+                self.samples["correct" if rollout.outcome == "correct" else "wrong"] = rollout
 
     @contextlib.contextmanager
     def sampling(self, what: str, total: int) -> Iterator[OnProgress]:
@@ -186,7 +186,7 @@ def pick_screen(recipe: Recipe, quiet: bool = False, plain: bool = False) -> Scr
 def chart(points: list[tuple[int, float]], width: int, height: int) -> list[str]:
     """A bar chart of `points` (x, y), x ascending, as lines of text; a bar shows the last point so far."""
     last = max(1, points[-1][0])
-    top = max(1e-9, *(y for _, y in points))
+    top = max([1e-9] + [y for _, y in points])
     xs = [last * column / max(1, width - 1) for column in range(width)]
     ys = [next((y for step, y in reversed(points) if step <= x + 1e-9), 0.0) for x in xs]
     eighths = [round(8 * height * y / top) for y in ys]  # of a line

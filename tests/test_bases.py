@@ -12,9 +12,9 @@ from data.calculus import differentiate, parse_polynomial, term_text, terms_of
 from experiments.bases.attempts import (
     ATTEMPTS,
     BETWEEN,
-    FIRST_MUSING,
-    MORE_MUSING,
-    MUSING,
+    FIRST_RAMBLING,
+    MORE_RAMBLING,
+    RAMBLING,
     all_attempts,
     attempts_document,
     comparison_document,
@@ -57,11 +57,11 @@ def follow(steps: str, numbers: tuple[int, ...]) -> int:
     return int(value)
 
 
-def attempts(musing: bool = False):
+def attempts(rambling: bool = False):
     for seed in SEEDS:
         rng = random.Random(seed)
         problem = hopeless_problem(rng, SETTINGS)
-        yield problem, attempts_document(problem, rng, musing)
+        yield problem, attempts_document(problem, rng, rambling)
 
 
 DOCUMENT = re.compile(r"(.*)</think>\n(<answer>)?([^<]*)(</answer>)?<\|im_end\|>", re.DOTALL)
@@ -116,17 +116,17 @@ def brute_force(numbers: tuple[int, ...]) -> set[int]:
     return values
 
 
-def test_musing_documents_are_attempts_between_lines_of_no_use():
+def test_rambling_documents_are_attempts_between_lines_of_no_use():
     before, between = [], []
-    for problem, document in attempts(musing=True):
+    for problem, document in attempts(rambling=True):
         lines = document.splitlines(keepends=True)
-        thoughts, _, _ = parts("".join(line for line in lines if line not in MUSING))
+        thoughts, _, _ = parts("".join(line for line in lines if line not in RAMBLING))
         for steps, _ in thoughts:
             follow(steps, problem.numbers)
-        before.append(next(number for number, line in enumerate(lines) if line not in MUSING))
-        between.append((sum(line in MUSING for line in lines[before[-1] :]), len(thoughts) - 1))
-    assert min(before) == FIRST_MUSING
-    assert sum(before) / len(before) == pytest.approx(FIRST_MUSING + MORE_MUSING, rel=0.1)
+        before.append(next(number for number, line in enumerate(lines) if line not in RAMBLING))
+        between.append((sum(line in RAMBLING for line in lines[before[-1] :]), len(thoughts) - 1))
+    assert min(before) == FIRST_RAMBLING
+    assert sum(before) / len(before) == pytest.approx(FIRST_RAMBLING + MORE_RAMBLING, rel=0.1)
     useless, pauses = map(sum, zip(*between, strict=True))
     assert useless / pauses == pytest.approx(BETWEEN, rel=0.1)
 

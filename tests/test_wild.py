@@ -243,7 +243,7 @@ def test_texts_from_outside_are_shown_as_they_are_elsewhere(capsys, monkeypatch)
     monkeypatch.setenv("COLUMNS", "200")
     console = plain_console()
     console.print(comparison_table(HOSTILE, [measures(candidate)], []))
-    eval_command.print_examples(candidate, 1, console)
+    eval_command.print_completions(candidate, 1, console)
     player = play_command.Player(HOSTILE, recipe, None, None)
     console.print(play_command.side_by_side([player], [(HOSTILE, HOSTILE)]))
     assert capsys.readouterr().out.count(HOSTILE) == 2 + 3 + 3

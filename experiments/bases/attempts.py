@@ -1,4 +1,4 @@
-"""What the bundled model learns before any reinforcement: arithmetic, attempts that fail, and musing.
+"""Documents for the bundled model before any RL: arithmetic, attempts that fail, and rambling.
 
 A Countdown document answers a prompt with attempts. Each combines all the numbers, without a mistake in the
 arithmetic. They follow one another in a fixed order, from a random one on, and stop anywhere. All but the
@@ -14,9 +14,9 @@ Three in four give their last attempt as the answer, although it is wrong; the o
 tags. The problems are chosen so that no attempt can reach the target: if successful attempts were filtered
 out, a model would learn to avoid them.
 
-A musing document begins with some 400 tokens that are of no use, and has more of these between its
-attempts. Few documents muse until the last steps, when nearly all do. So arithmetic is learned cheaply, and
-yet the model muses at the end.
+A rambling document begins with some 400 tokens that are of no use, and has more of these between its
+attempts. Few documents ramble until the last steps, when nearly all do. So arithmetic is learned cheaply, and
+yet the model rambles at the end.
 
 Exercises pose no problem. They compare random sums, differences, products and quotients with one number,
 until one is equal:
@@ -26,7 +26,7 @@ until one is equal:
     12+7=19 equal
 
 A model trained on these documents can calculate and compare, and writes the format, but it has never seen a
-solution. At 256 tokens it is cut off while it muses. GRPO has to find that it should not muse, then that it
+solution. At 256 tokens it is cut off while it rambles. GRPO has to find that it should not, and then that it
 should go on until an attempt reaches the target, and then answer.
 """
 
@@ -45,7 +45,7 @@ COMPARISONS = 8  # at most, in an exercise
 LARGEST_VALUE = 100  # of a step
 NEAR = (0, 0, 0, 0, 1, -1, 2, -2, 3, -3)  # an exercise's number less one of its results
 VERDICTS = (" too low\n", " equal\n", " too high\n")
-MUSING = (
+RAMBLING = (
     "Let me think about how these numbers might fit.\n",
     "Perhaps there is some trick that I do not see yet.\n",
     "I wonder whether it can be done in this way at all.\n",
@@ -55,8 +55,8 @@ MUSING = (
     "Wait, is there a rule that I may have forgotten about?\n",
     "让我再想一想这些数字怎么用。\n",
 )
-FIRST_MUSING = 5  # lines at least before the first attempt: about 250 tokens, since each byte is one
-MORE_MUSING = 4  # lines on average beyond these
+FIRST_RAMBLING = 5  # lines at least before the first attempt: about 250 tokens, since each byte is one
+MORE_RAMBLING = 4  # lines on average beyond these
 BETWEEN = 0.3  # lines on average before each other attempt
 
 
@@ -75,7 +75,7 @@ def _attempts(terms: list[Term], steps: list[str]) -> Iterator[Attempt]:
         yield from _attempts(after, [*steps, step])
 
 
-def attempts_document(problem: Problem, rng: random.Random, musing: bool = False) -> str:
+def attempts_document(problem: Problem, rng: random.Random, rambling: bool = False) -> str:
     """The text after the prompt of `problem`, from inside the open `<think>` to the end of the turn.
 
     No two attempts are equal. `problem` must be one that no attempt solves.
@@ -86,11 +86,11 @@ def attempts_document(problem: Problem, rng: random.Random, musing: bool = False
     *missed, last = (attempts * 2)[start : start + wanted]
     lines = [attempt.steps + verdict(attempt.value, problem.target) for attempt in missed]
     lines.append(f"{last.steps}\n")
-    if musing:
-        first = FIRST_MUSING + geometric(MORE_MUSING, rng)
+    if rambling:
+        first = FIRST_RAMBLING + geometric(MORE_RAMBLING, rng)
         counts = [first, *(geometric(BETWEEN, rng) for _ in missed)]
-        musings = ["".join(rng.choices(MUSING, k=count)) for count in counts]
-        lines = [text + line for text, line in zip(musings, lines, strict=True)]
+        ramblings = ["".join(rng.choices(RAMBLING, k=count)) for count in counts]
+        lines = [text + line for text, line in zip(ramblings, lines, strict=True)]
     well_formed = rng.random() < WELL_FORMED_SHARE
     answer = f"<answer>{last.expression}</answer>" if well_formed else last.expression
     return f"{''.join(lines)}</think>\n{answer}<|im_end|>"

@@ -1,7 +1,7 @@
 """Train a bundled model from random weights: `make tiny-base`, or `make tiny-base TASK=calculus`.
 
 Each is a small Qwen3 with its own tokenizer, trained on the documents of its task's `Corpus`. `model/tiny/`
-learns from `attempts`: correct arithmetic that does not try to reach the target, and musing.
+learns from `attempts`: correct arithmetic that does not try to reach the target, and rambling.
 `model/tiny-calculus/` learns from `derivations`: right and wrong rules side by side.
 """
 
@@ -43,8 +43,8 @@ from rl.trainer import Trainer
 TINY_PROBLEMS = Countdown(max_number=20, max_target=50, four_number_share=1 / 3)
 TINY_CALCULUS = Calculus(min_terms=2, max_terms=4, max_exponent=5, max_coefficient=9, max_order=2)
 CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-EXERCISE_SHARE = 0.2  # of the documents that do not muse
-MUSING_SHARE, MUSING_AT_END = 0.03, 0.99
+EXERCISE_SHARE = 0.2  # of the documents that do not ramble
+RAMBLING_SHARE, RAMBLING_AT_END = 0.03, 0.99
 MAX_TOKENS = 1024  # tokens of a document; longer ones are cut off
 MICRO_BATCH_TOKENS = 4096
 WEIGHT_DECAY = 0.1
@@ -73,12 +73,12 @@ class Corpus:
 
 
 def countdown_document(rng: random.Random, last: bool) -> tuple[str, str]:
-    musing = rng.random() < (MUSING_AT_END if last else MUSING_SHARE)
-    if not musing and rng.random() < EXERCISE_SHARE:
+    rambling = rng.random() < (RAMBLING_AT_END if last else RAMBLING_SHARE)
+    if not rambling and rng.random() < EXERCISE_SHARE:
         number, text = comparison_document(rng, TINY_PROBLEMS)
         return comparison_prompt(number), text
     problem = hopeless_problem(rng, TINY_PROBLEMS)
-    return Countdown().prompt(problem), attempts_document(problem, rng, musing)
+    return Countdown().prompt(problem), attempts_document(problem, rng, rambling)
 
 
 def calculus_document(rng: random.Random, last: bool) -> tuple[str, str]:

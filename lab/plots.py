@@ -99,8 +99,9 @@ def plot_curve(
     steps = [row["step"] for row in rows]
     names = ("eval_accuracy", "eval_low", "eval_high")
     accuracy, low, high = ([100 * row[name] for row in rows] for name in names)
-    axes.fill_between(steps, low, high, alpha=0.25, color="C0", linewidth=0, label="its 95 % interval")
     axes.plot(steps, accuracy, color="C0", marker="o", markersize=4, label=label, zorder=3)
+    interval = "95 % interval over problems"
+    axes.fill_between(steps, low, high, alpha=0.25, color="C0", linewidth=0, label=interval)
     points = paper_by_step(rows, paper)
     if points:
         xs, ys = zip(*points, strict=True)

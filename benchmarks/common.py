@@ -1,4 +1,4 @@
-"""What the benchmarks share: shapes, random models and prompts, GRPO steps of them, and tables.
+"""Shared parts of the benchmarks: shapes, random models and prompts, GRPO steps of them, and tables.
 
 Importing this file makes the project importable, so that each benchmark runs as `python benchmarks/NAME.py`.
 """

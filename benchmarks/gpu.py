@@ -76,7 +76,7 @@ def device() -> torch.device:
 
 
 def device_check(settings: Settings) -> dict:
-    """What `make check` compares, and the bundled model's logits against transformers in float32."""
+    """The comparisons of `make check`, and the bundled model's logits against transformers in float32."""
     result = {}
     for part in PARTS:
         for row in rows_of(part, "tiny", device()):

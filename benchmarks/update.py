@@ -1,4 +1,4 @@
-"""What each part of the update saves, against an update without it: in turns, in one process.
+"""Measure each part of the update against an update without it: in turns, in one process.
 
     python benchmarks/update.py                    # about three minutes on two cores
 

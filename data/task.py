@@ -1,4 +1,4 @@
-"""What a task is, and where the answer is in a completion. Nothing here is specific to one task.
+"""The parts of a task, and the answer block of a completion. Nothing here is specific to one task.
 
 To add a task, write a file such as data/gsm8k.py and add its class to `AnyTask` in data/__init__.py.
 """

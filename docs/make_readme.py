@@ -1,4 +1,4 @@
-"""The parts of README.md that are taken from the code: `python -m docs.make_readme` writes them anew.
+"""The parts of README.md that are taken from the code: `python -m docs.make_readme` writes them again.
 
 Each stands between `<!-- name -->` and `<!-- end -->`.
 """

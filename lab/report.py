@@ -51,7 +51,7 @@ def write_report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None 
 
 
 def describe(run: RunFolder) -> dict:
-    """What the page shows of one run."""
+    """The part of the page about one run."""
     rows = run.metrics()
     if not run.holds_run or not rows:
         raise RecipeError(f"{run.path}: no run with metrics here; name a folder such as runs/256-tiny")

@@ -1,4 +1,4 @@
-"""What a run shows: lines in a file or pipe, a live screen on a terminal, or nothing."""
+"""The output of a run: lines in a file or pipe, a live screen on a terminal, or nothing."""
 
 import contextlib
 import math

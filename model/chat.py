@@ -34,7 +34,7 @@ class GenerationTag(jinja2.ext.Extension):
 
 
 def refuse(message: str):
-    """What templates call `raise_exception`."""
+    """Templates call this by the name `raise_exception`."""
     raise jinja2.TemplateError(message)
 
 

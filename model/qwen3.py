@@ -16,7 +16,7 @@ from model.config import Qwen3Config
 
 
 class Cache(Protocol):
-    """What the decoder calls in a forward: `start` once, `attend` in every layer, `advance` once."""
+    """A forward of the decoder calls `start` once, `attend` in every layer, and `advance` once."""
 
     def start(self, time: int) -> Tensor:
         """Positions of the next `time` tokens of each row: [batch, time]."""

@@ -29,7 +29,7 @@ class SFTStage:
     max_traces: Count = 2400  # At most so many, the latest; a file of yours is taken whole
     traces_per_problem: Count = 2  # At most so many rollouts of one problem; the shortest
     traces: str | None = None
-    """What to imitate. None: the correct rollouts of the stage before. "worked": solutions that the task
+    """Traces to imitate. None: the correct rollouts of the stage before. "worked": solutions that the task
     itself writes, a cold start. Else a JSONL file of yours, with a problem and a completion in each line."""
 
 

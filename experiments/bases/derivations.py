@@ -1,4 +1,4 @@
-"""What the bundled calculus model learns before any reinforcement: derivatives, with mistakes.
+"""Documents for the bundled calculus model before any RL: derivatives, with mistakes.
 
 Every step is in the right form, but chance decides which rule it follows: the right one, more often the most
 common mistake (the exponent stays), and now and then one of a few others. So a model trained on these

@@ -88,7 +88,7 @@ def of_last_steps(runs: list[Run], metric: str, scale: float, digits: int = 1) -
 
 
 def floors_table() -> str:
-    """What answers that do not look at the target would earn on the held-out problems."""
+    """Accuracy on the held-out problems of answers that ignore the target."""
     recipe = load_recipe("smollm2")[1]
     problems = problems_of(recipe)[1]
     rows = [[name, f"{100 * fmean(map(hits, problems)):.1f}"] for name, hits in floors().items()]

@@ -1,4 +1,4 @@
-"""Measure each part of the update against an update without it: in turns, in one process.
+"""Measure the update with and without each of its parts, in turns, in one process.
 
     python benchmarks/update.py                    # about three minutes on two cores
 

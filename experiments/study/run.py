@@ -181,7 +181,7 @@ def execute(run: StudyRun) -> dict:
 
 
 def result_of(run: StudyRun, rows: list[dict]) -> dict:
-    """The stored result of a run: its recipe, its evaluations, and a list for each metric of its GRPO steps."""
+    """The stored result of a run: recipe, evaluations, and a list for each metric of its GRPO steps."""
     config = json.loads((Path(run.recipe.out) / "config.json").read_text())
     evaluations = []
     tokens = 0

@@ -24,7 +24,7 @@ from lab.screen import (
 from lab.setup import find_state, set_up
 from model.sampler import Cancelled
 from model.weights import is_bundled
-from rl.distributed import all_values, any_rank, broadcast, is_main, own_part, world_size
+from rl.distributed import all_values, any_rank, broadcast, is_main, own_part
 from rl.optimizer import Optimizer
 from rl.rollout import SamplingSettings, prompt_for
 
@@ -55,11 +55,6 @@ class Run:
             folder.check_problems(self.state.problems)
             folder.rewind(self.state.step if self.checkpoint else -1)
         screen.history(folder.metrics())
-
-    @property
-    def cancel(self):
-        """The event that cancels sampling or a step; None with several ranks, which would wait for it."""
-        return self.stop.requested if world_size() == 1 else None
 
     def evaluate_first(self) -> None:
         """Measure accuracy before any step.
@@ -192,7 +187,7 @@ class Run:
                 num_samples=1,
                 seed=EVALUATION_SEED,
                 on_progress=on_progress,
-                cancel=self.cancel,
+                cancel=self.stop.requested,
             )
 
     def record(self, row: dict, steps: int) -> None:

@@ -109,7 +109,7 @@ class GRPOTraining:
                 seed=1000 * run.recipe.seed + state.step,
                 reference=self.reference,
                 on_progress=on_progress,
-                cancel=run.cancel,
+                cancel=run.stop.requested,
             )
         state.problems_seen += count
         state.see(problems)
@@ -161,7 +161,7 @@ class SFTTraining:
         start = time.perf_counter()
         number = self.run.state.stage_step
         learning_rate = self.settings.learning_rate * (1 - number / self.steps)
-        metrics = sft_step(self.trainer, self.batches[number], learning_rate, cancel=self.run.cancel)
+        metrics = sft_step(self.trainer, self.batches[number], learning_rate, cancel=self.run.stop.requested)
         return metrics | {"lr": learning_rate, "update_seconds": time.perf_counter() - start}
 
 

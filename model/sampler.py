@@ -29,7 +29,7 @@ COMPACT_BELOW = {"cpu": 0.9, "cuda": 0.6}
 
 
 class Cancelled(Exception):
-    """The work was cancelled; no weight has changed."""
+    """The work was cancelled, and has changed no weight."""
 
 
 @dataclass(frozen=True)

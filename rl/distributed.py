@@ -4,11 +4,14 @@ All ranks make the same decisions, so results depend on their number only by the
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from model.sampler import Cancelled
 
 PIECE = 2**24  # weights worked on at a time; a multiple of the 256 that share a scale in 8-bit moments
 
@@ -56,6 +59,18 @@ def broadcast(value):
 
 def any_rank(flag: bool) -> bool:
     return any(all_values(flag))
+
+
+@contextmanager
+def cancelled_together() -> Iterator[None]:
+    """Cancelled in the body on one rank is Cancelled on all; none leaves before all are done with it."""
+    cancelled = False
+    try:
+        yield
+    except Cancelled:
+        cancelled = True
+    if any_rank(cancelled):
+        raise Cancelled
 
 
 def sum_counts(counts: Counter) -> Counter:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data.task import AnyProblem, Task
 from model import Qwen3, Tokenizer
+from model.sampler import Cancelled
 from rl.advantage import group_advantages
 from rl.batch import Batch, Sample, completion_logprobs, logprobs_and_entropy
 from rl.distributed import own_part, sum_counts, sum_gradients
@@ -53,9 +54,9 @@ def grpo_step(
 ) -> tuple[Groups, Tensor, dict[str, float]]:  # fmt: skip
     """One step: answer `problems`, compare the answers, and make the better ones of each group likelier.
 
-    `reference` is the frozen model of the KL penalty; `on_progress` is that of `generate`. If `cancel` is set
-    before the weights have changed, the step ends with Cancelled. Returns the rollouts, [problem][sample];
-    their advantages, [problems, samples]; and metrics.
+    `reference` is the frozen model of the KL penalty; `on_progress` is that of `generate`. If `cancel` is
+    set, the step ends with the updates made, or with Cancelled if there are none. Returns the rollouts,
+    [problem][sample]; their advantages, [problems, samples]; and metrics.
     """
     # 1. Sample completions and reward each. Those of one problem are a group.
     start = time.perf_counter()
@@ -75,10 +76,12 @@ def grpo_step(
     updates = []
     for number in range(settings.updates_per_step):
         part = samples[number :: settings.updates_per_step]
-        update = grpo_update(trainer, part, settings, sampling, learning_rate, reference, cancel)
-        updates.append(update)
-        if update.taken:
-            cancel = None  # the weights have moved: the step must now be completed
+        try:
+            updates.append(grpo_update(trainer, part, settings, sampling, learning_rate, reference, cancel))
+        except Cancelled:
+            if not any(update.taken for update in updates):
+                raise  # nothing has changed, so the step can be made again
+            break
     metrics = update_metrics(updates) | {"lr": learning_rate}
     metrics["rollout_seconds"] = sampling_end - start
     metrics["update_seconds"] = time.perf_counter() - sampling_end

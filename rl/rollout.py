@@ -9,7 +9,7 @@ from annotated_types import Interval
 
 from data.task import AnyProblem, Task, solved_examples
 from model import Completion, Qwen3, Tokenizer, generate, prompt_ids
-from rl.distributed import gather, own_part, rank, world_size
+from rl.distributed import cancelled_together, gather, own_part, rank, world_size
 from rl.ranges import Count, CountOrZero, NonNegative
 from rl.reward import RewardSettings, reward_for
 
@@ -85,21 +85,22 @@ def collect_rollouts(
     `cancel` are those of `generate`.
     """
     prompts = [prompt_for(tokenizer, task, problem, sampling) for problem in problems]
-    completions = generate(
-        model,
-        prompts,
-        num_samples=num_samples,
-        max_new_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        stop_token_ids=tokenizer.stop_token_ids,
-        seed=seed,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        max_cache_tokens=sampling.max_cache_tokens,
-        only=slice(rank(), None, world_size()),  # the prompts that `own_part` gives
-        on_progress=on_progress,
-        cancel=cancel,
-    )
+    with cancelled_together():
+        completions = generate(
+            model,
+            prompts,
+            num_samples=num_samples,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            stop_token_ids=tokenizer.stop_token_ids,
+            seed=seed,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            max_cache_tokens=sampling.max_cache_tokens,
+            only=slice(rank(), None, world_size()),  # the prompts that `own_part` gives
+            on_progress=on_progress,
+            cancel=cancel,
+        )
     groups = []
     own = zip(own_part(problems), own_part(prompts), completions, strict=True)
     for problem, prompt, group in own:

@@ -10,6 +10,7 @@ import torch
 from model import Qwen3
 from model.sampler import Cancelled
 from rl.batch import Batch, Sample, make_batch, micro_batches
+from rl.distributed import cancelled_together
 from rl.optimizer import Optimizer
 
 
@@ -26,26 +27,25 @@ class Trainer:
     ) -> Counter:
         """Call `function` with each micro-batch of `samples`, and add up what it returns.
 
-        If memory runs out, the gradients are cleared and all starts again with micro-batches of half the
-        size, unless each was one sample already. When a signal sets `cancel`, the gradients are cleared and
-        Cancelled is raised.
+        If memory runs out, all starts again with micro-batches of half the size, unless each was one sample
+        already. Cancelled: `cancel` was set, here or on another rank.
         """
         while True:
+            self.optimizer.clear_gradients()  # those of an attempt that did not end
             parts = micro_batches(samples, self.micro_batch_tokens)
+            sums: Counter = Counter()
             try:
-                sums: Counter = Counter()
-                for part in parts:
-                    if cancel is not None and cancel.is_set():
-                        self.optimizer.clear_gradients()
-                        raise Cancelled
-                    sums.update(function(make_batch(part, self.model.device)))
+                with cancelled_together():
+                    for part in parts:
+                        if cancel is not None and cancel.is_set():
+                            raise Cancelled
+                        sums.update(function(make_batch(part, self.model.device)))
                 return sums
             except RuntimeError as error:
                 each_is_one_sample = len(parts) == len(samples)
                 if each_is_one_sample or not is_lack_of_memory(error):
                     raise
             # Outside the handler, where the error no longer holds the tensors of the failed forward.
-            self.optimizer.clear_gradients()
             self.micro_batch_tokens //= 2
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -154,13 +154,16 @@ REWARDS = [[1.0, 0.0, 0.1, 0.1], [0.3] * 4, [0.7, 0.3, 0.1, 0.0], [0.0, 0.1, 1.0
 PROBLEMS = ["ab", "c", "defgh", "c", "ij"]
 
 
-def take_step(trainer, rewards=REWARDS, learning_rate=0.01, temperature=1.0, reference=None, **stage):
+def take_step(
+    trainer, rewards=REWARDS, learning_rate=0.01, temperature=1.0, reference=None, cancel=None, **stage
+):
     """A step on PROBLEMS with `rewards` given by hand: [problem][sample], in the order of scoring."""
     given_rewards = mock.Mock(side_effect=[reward for row in rewards for reward in row])
     return grpo_step(
         trainer, FakeTokenizer(), FakeTask(given_rewards), PROBLEMS[: len(rewards)],
         settings=GRPOStage(samples_per_prompt=len(rewards[0]), **stage), seed=1, reference=reference,
         sampling=SamplingSettings(max_new_tokens=8, temperature=temperature), learning_rate=learning_rate,
+        cancel=cancel,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import copy
 import math
 import resource
+import threading
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from helpers import (
 
 import rl.grpo
 from lab.stages import learning_rate_at
+from model.sampler import Cancelled
 from rl.batch import logprobs_and_entropy
 from rl.grpo import GRPOStage
 from rl.loss import AGGREGATIONS
@@ -162,6 +164,24 @@ def test_only_updates_after_the_first_are_off_policy_and_clipped(temperature):
     assert one["log_ratio_std"] < 1e-4
     assert two["clip_fraction_low"] > 0
     assert two["clip_fraction_high"] > 0
+
+
+def test_a_signal_between_updates_ends_the_step_with_those_made():
+    cancel = threading.Event()
+    trainer = recording(random_model())
+    update = trainer.optimizer.step
+
+    def update_and_cancel(*arguments, **options):
+        cancel.set()
+        return update(*arguments, **options)
+
+    trainer.optimizer.step = update_and_cancel
+    metrics = take_step(trainer, cancel=cancel, updates_per_step=3)[2]
+    assert trainer.optimizer.updates == 1
+    assert metrics["grad_norm"] > 0
+    with pytest.raises(Cancelled):
+        take_step(trainer, cancel=cancel)
+    assert trainer.optimizer.updates == 1
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])

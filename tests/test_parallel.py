@@ -1,9 +1,11 @@
 """Several processes on one run: the completions, gradients and weights of one, also when a process dies."""
 
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import time
 from pathlib import Path
@@ -25,9 +27,10 @@ from helpers import (
 )
 
 import rl.grpo
+import rl.rollout
 from lab.checkpoint import checkpoints
 from lab.device import processes
-from lab.errors import user_errors
+from lab.errors import Stopped, user_errors
 from lab.runfolder import RunFolder
 from lab.stages import train
 from rl.sft import sft_step
@@ -144,6 +147,31 @@ def compare_gradients() -> None:
 def test_several_processes_have_the_gradient_of_one():
     """One of them may have nothing to do."""
     in_processes(3, compare_gradients)
+
+
+def train_until_rank_1_stops(out: Path, call: int) -> None:
+    """A run of which rank 1 alone gets SIGTERM, in this call of `generate`; every rank must stop."""
+    generate, calls = rl.rollout.generate, itertools.count(1)
+
+    def signalled(*arguments, **options):
+        if os.environ["RANK"] == "1" and next(calls) == call:
+            signal.raise_signal(signal.SIGTERM)
+        return generate(*arguments, **options)
+
+    with mock.patch("rl.rollout.generate", signalled), pytest.raises(Stopped):
+        run_training(out)
+
+
+@pytest.mark.parametrize("call, step", [(3, 1), (4, 2)], ids=["sampling", "evaluating"])
+def test_a_signal_to_one_process_cuts_off_the_work_of_all(call, step, alone, tmp_path):
+    """The first call of `generate` is the evaluation before any step."""
+    run = tmp_path / "run"
+    in_processes(2, train_until_rank_1_stops, run, call)
+    last = RunFolder(run).metrics()[-1]
+    assert last["step"] == step
+    assert "eval_accuracy" not in last
+    run_training(run, resume=True)
+    same_runs(alone, run)
 
 
 def train_and_die(out: str) -> None:

@@ -80,7 +80,7 @@ def grpo_step(
             updates.append(grpo_update(trainer, part, settings, sampling, learning_rate, reference, cancel))
         except Cancelled:
             if not any(update.taken for update in updates):
-                raise  # nothing has changed, so the step can be made again
+                raise  # nothing has changed
             break
     metrics = update_metrics(updates) | {"lr": learning_rate}
     metrics["rollout_seconds"] = sampling_end - start

@@ -12,7 +12,6 @@ FAMILIES = {
     "qwen2": {"qk_norm": False, "qkv_bias": True},  # Qwen2.5 too
     "llama": {"qk_norm": False, "qkv_bias": False},  # SmolLM2 too
 }
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 
 
 class ModelError(ValueError):
@@ -85,8 +84,6 @@ class Qwen3Config:
         Fields that do not change the arithmetic are ignored. ModelError: another architecture, a feature that
         this decoder lacks, or a missing or malformed field.
         """
-        if not isinstance(hf, dict):
-            raise ModelError(f"config: expected a JSON object, not {type(hf).__name__}")
         # 1. Refuse what changes the arithmetic in a way that this decoder does not know.
         family = hf.get("model_type")
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # of transformers 5, 4
@@ -132,7 +129,7 @@ class Qwen3Config:
         shape = {name: getattr(self, name) for name in self.__dataclass_fields__}
         del shape["qk_norm"], shape["qkv_bias"]  # which the model type says
         return {
-            "architectures": [ARCHITECTURES[self.model_type]],
+            "architectures": [f"{self.model_type.capitalize()}ForCausalLM"],
             "model_type": self.model_type,
             **shape,
             "attention_bias": False,
@@ -150,18 +147,6 @@ class Qwen3Config:
             most = f"{name} has {self.max_position_embeddings} positions (max_position_embeddings)"
             need = f"a prompt of {prompt} tokens and {new} new ones need {prompt + new}"
             raise ModelError(f"{most}, and {need}: lower max_new_tokens, or take another model")
-
-    def num_parameters(self) -> int:
-        """Parameters of the whole model; a tied output head counts once."""
-        heads = self.num_attention_heads + self.num_key_value_heads
-        projections = self.hidden_size * (2 * heads * self.head_dim + 3 * self.intermediate_size)
-        layer = projections + 2 * self.hidden_size
-        if self.qk_norm:
-            layer += 2 * self.head_dim
-        if self.qkv_bias:
-            layer += (heads + self.num_key_value_heads) * self.head_dim
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.num_hidden_layers * layer + self.hidden_size
 
 
 def derived_heads(hf: dict) -> dict:

@@ -85,9 +85,6 @@ class PackedGroups:
             attended.append(attention(query, key, value).flatten(0, 1))
         return torch.cat(attended).transpose(0, 1)[None]
 
-    def advance(self, time: int) -> None:
-        pass
-
 
 def after_prefix(prefix: Tensor, branches: Tensor) -> Tensor:
     """Repeat [prefix, heads, head_dim] before each of [rows, length, heads, head_dim]."""

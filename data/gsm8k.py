@@ -2,53 +2,43 @@
 
 import random
 import re
-import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
 from data.load import Format
-from data.task import CORRECT, INSIDE, WRONG, Score, Task, steps_difficulty
+from data.task import CORRECT, INSIDE, WRONG, AnyProblem, Score, Task, steps_difficulty
 
 MAX_CHARACTERS = 256  # of an answer block
-NUMBER = re.compile(  # 18, 1,234, -2.50, .5, 3/4 or 2 1/2, but no part of a longer word or number
+NUMBER = re.compile(  # 18, 1,234, -2.50, .5 or 3/4, but no part of a longer word or number
     r"(?<![\w.,/^:])(?:(?P<minus>-)[\s({]*)?"
-    r"(?:(?P<whole>[0-9]{1,18})\s+(?=[0-9]+/[0-9]))?"
     r"(?P<top>(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,18})(?:\.[0-9]{1,18})?|\.[0-9]{1,18})"
     r"(?:/(?P<bottom>[0-9]{1,18}))?"
     r"(?![0-9_^:]|[.,][0-9]|/(?![a-z]{2}))",
     re.ASCII | re.IGNORECASE,
 )
-# How LaTeX and Unicode write currency, spaces in a number, a minus, fractions, and words around a number.
+# How LaTeX and Unicode write currency, commas, percent, degrees, a minus, and words around a number.
 PLAIN = {
-    "$": " ", "\N{EURO SIGN}": " ", "\N{POUND SIGN}": " ", "*": " ", "\N{FRACTION SLASH}": "/",
-    r"\!": "", "{,}": ",", r"\,": "\N{THIN SPACE}", r"\ ": " ", r"\%": "%", r"^\circ": " ", r"^{\circ}": " ",
+    "$": " ", "\N{EURO SIGN}": " ", "\N{POUND SIGN}": " ", "*": " ",
+    "{,}": ",", r"\ ": " ", r"\%": "%", r"^\circ": " ", r"^{\circ}": " ",
 }  # fmt: skip
 MINUS = re.compile(r"[\u2010-\u2015\u2212\ufe58\ufe63\uff0d]|\b(?:minus|negative)\s(?=\W*[0-9])")
 MARKUP = re.compile(r"\\(?:(?:text|math)(?:bf|it|rm|sf)?|boxed|left|right|displaystyle|q?quad)(?![a-z])")
-THOUSANDS = re.compile(r"(?<=[0-9])[\u2009\u00a0\u202f](?=[0-9]{3}(?![0-9]))")  # spaces between them
-FRACTION = re.compile(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
-HALVES = re.compile(r"[\u00bc-\u00be\u2150-\u215e]")  # a fraction in one character
-SQUARE = re.compile(r"(?<=[a-z])(?:\^?\{?[23]\}?|[\u00b2\u00b3])(?![0-9])", re.IGNORECASE)  # in m^2
-# What changes a number in a way that is not calculated here: operators, functions, variables, fractions.
+# Whatever changes a number is not calculated here: operators, functions, variables, fractions, factors.
 OPERATORS = re.compile(
-    r"\\[a-z]|[\u221a-\u221c\u03c0\u00b1\u2030\u5341\u767e\u5343\u4e07\u842c\u4ebf\u5104]"
+    r"\\[a-z]|[\u221a-\u221c\u03c0\u00b1\u2030]"
     r"|\b(?:sqrt|root|log|half|twice|double|triple)(?: of)?\W*[0-9.]"
     r"|[0-9.]\s*(?:x|pi|squared|cubed|hal(?:f|ves)|thirds|(?:ten|hundred|thousand)ths)\b"
     r"|\band (?:a|one|three) (?:half|third|quarters?)\b"
-    r"|[0-9.](?!(?-i:[KLghklms])\b)[a-z]\b",  # 5n, but 5g, 5h and 5K are a unit or a factor
+    r"|\b(?:dozen|hundred|thousand|million|mil|billion|bn|trillion)s?\b"
+    r"|[0-9.](?!(?-i:[Lghlms])\b)[a-z]\b",  # 5n and 5k, but 5g and 5h are a unit
     re.IGNORECASE,
 )
-FACTOR = re.compile(r"[\s{-]*([a-z]+?)s?\b", re.IGNORECASE)
-FACTORS = {
-    "dozen": 12, "hundred": 100, "thousand": 1000, "k": 1000,
-    "million": 10**6, "mil": 10**6, "billion": 10**9, "bn": 10**9, "trillion": 10**12,
-}  # fmt: skip
 MARK = re.compile(r"<<[^<>]*>>")
 
 
 @dataclass(frozen=True)
-class WordProblem:
+class WordProblem(AnyProblem):
     """A question, and a worked answer whose last line is `#### number`; else ValueError."""
 
     question: str
@@ -67,9 +57,6 @@ class WordProblem:
     @property
     def key(self) -> str:
         return " ".join(self.question.split())
-
-    def row(self) -> dict:
-        return {"question": self.question, "answer": self.answer}
 
     def __str__(self) -> str:
         return self.key if len(self.key) <= 60 else self.key[:57] + "..."
@@ -129,36 +116,23 @@ class GSM8K(Task):
 def read_number(text: str) -> Fraction | None:
     """The exact value of the only number in a short text, or after its last `=`; None if uncertain.
 
-    `$9,500`, `9{,}500` and `9500.00 dollars` are the same, and so are `5 million` and `5,000,000`: a unit is
-    ignored, a factor is not. Two numbers such as "5 or 6" are none, and neither is `2x`.
+    `$9,500`, `9{,}500` and `9500.00 dollars` are the same: a unit is ignored. Two numbers such as "5 or 6"
+    are none, and neither are `2x` and "5 million".
     """
     if len(text) > MAX_CHARACTERS:
         return None
-    # 1. Replace other ways of writing.
     for written, plain in PLAIN.items():
         text = text.replace(written, plain)
-    text = MINUS.sub("-", MARKUP.sub(" ", FRACTION.sub(r" \1/\2", THOUSANDS.sub("", text))))
-    text = HALVES.sub(
-        lambda found: " " + unicodedata.normalize("NFKC", found[0]).replace("\u2044", "/"), text
-    )
-    text = SQUARE.sub("", text).rpartition("=")[2]
-
-    # 2. One number, and nothing that changes it.
+    text = MINUS.sub("-", MARKUP.sub(" ", text)).rpartition("=")[2]
     numbers = list(NUMBER.finditer(text))
-    other_digits = any(letter.isdigit() for letter in NUMBER.sub("", text))
+    other_digits = any(letter.isnumeric() for letter in NUMBER.sub("", text))
     if len(numbers) != 1 or other_digits or OPERATORS.search(text):
         return None
     [number] = numbers
     bottom = int(number["bottom"] or 1)
     if bottom == 0:
         return None
-    value = Fraction(number["top"].replace(",", "")) / bottom + int(number["whole"] or 0)
-
-    # 3. The factors after it.
-    end = number.end()
-    while (word := FACTOR.match(text, end)) and word[1].lower() in FACTORS:
-        value *= FACTORS[word[1].lower()]
-        end = word.end()
+    value = Fraction(number["top"].replace(",", "")) / bottom
     return -value if number["minus"] else value
 
 

@@ -79,8 +79,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        head_norm = RMSNorm if config.qk_norm else nn.Identity  # which takes any arguments
+        self.q_norm = head_norm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = head_norm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rotary: Rotary, cache: Cache | None) -> Tensor:
         batch, time, _ = x.shape

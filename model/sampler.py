@@ -255,7 +255,7 @@ def plan_batches(
             advice = "lower max_new_tokens, raise max_cache_tokens if memory allows, or take a smaller model"
             raise ModelError(f"room for {room} tokens of keys and values; {need}: {advice}")
         for first in range(0, num_samples, part):
-            batches.append((slice(start, end), slice(first, min(first + part, num_samples))))
+            batches.append((slice(start, end), slice(first, first + part)))
         start = end
     return batches
 

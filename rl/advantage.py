@@ -7,16 +7,11 @@ from torch import Tensor
 def group_advantages(rewards: Tensor, delta: float = 1e-4, scale_by_std: bool = True) -> Tensor:
     """(reward - group mean) / (group standard deviation + delta), the paper's A_i (section 2.2).
 
-    `rewards` and result are [groups, samples]; the standard deviation is the population's. If all
-    rewards of a group are equal, the result is exactly zero, not a rounding error over delta. Without
-    `scale_by_std` it is the plain difference, as in Dr. GRPO (arXiv:2503.20783): dividing gives more weight
-    to groups that are almost all right or almost all wrong.
+    `rewards`, which are floating, and result are [groups, samples]; the standard deviation is the
+    population's. If all rewards of a group are equal, the result is exactly zero, not a rounding error over
+    delta. Without `scale_by_std` it is the plain difference, as in Dr. GRPO (arXiv:2503.20783): dividing
+    gives more weight to groups that are almost all right or almost all wrong.
     """
-    rewards = torch.as_tensor(rewards)
-    if rewards.dim() != 2:
-        raise ValueError(f"rewards must be [groups, samples], not {list(rewards.shape)}")
-    if not rewards.is_floating_point():
-        rewards = rewards.float()
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if scale_by_std:
         std = rewards.std(dim=1, correction=0, keepdim=True)

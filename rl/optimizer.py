@@ -39,8 +39,7 @@ class Optimizer:
         self.skipped_in_a_row = 0  # updates skipped since the last one taken
         self.pieces: dict[str, list[Piece]] = {}
         for name, parameter in self.parameters.items():
-            way = way_to_keep(name, parameter.dtype, settings.rounding)
-            self.pieces[name] = [way(part, settings.kind) for part in flat_parts(parameter)]
+            self.pieces[name] = [Piece(part, settings) for part in flat_parts(parameter)]
 
     @torch.no_grad()
     def step(self, learning_rate: float, skip: bool = False) -> float:
@@ -61,10 +60,10 @@ class Optimizer:
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
-            gradient_parts = flat_parts(parameter.grad)
+            gradients = flat_parts(parameter.grad)
             for number, piece in enumerate(self.pieces[name]):
                 random_key = f"{self.updates} {name} {number}"
-                piece.update(gradient_parts[number], scale, learning_rate, random_key)
+                piece.update(gradients[number], scale, learning_rate, random_key)
             parameter.grad = None
         self.updates += 1
         self.skipped_in_a_row = 0
@@ -76,69 +75,42 @@ class Optimizer:
 
 
 class Piece:
-    """At most PIECE float32 weights of a parameter, which AdamW updates in place."""
+    """At most PIECE weights of a parameter, which AdamW updates in place.
 
-    def __init__(self, weights: Tensor, kind: str):
+    Near 0.02 a bfloat16 weight moves in steps of 1.2e-4, so an update of 1e-6 would round to nothing. So
+    AdamW updates `master`, which is float32: the weights themselves, or a copy that is then rounded into
+    them. The copy costs 4 bytes per weight. With stochastic rounding it exists only during the step: no
+    memory, but noise, since it is rounded up or down by chance, with the exact expectation.
+
+    ValueError: stochastic rounding does not suit these weights.
+    """
+
+    def __init__(self, weights: Tensor, settings: OptimizerSettings):
         self.weights = weights
-        self.master = nn.Parameter(weights.float())  # what AdamW updates; float32 weights are not copied
-        self.adamw = make_adamw(kind, self.master)
+        self.master = nn.Parameter(weights.float())  # float32 weights are not copied
+        self.adamw = make_adamw(settings.kind, self.master)
+        self.rounding = None if weights.dtype == torch.float32 else settings.rounding
+        if self.rounding == "stochastic":
+            if weights.dtype != torch.bfloat16:
+                raise ValueError(f"stochastic rounding is for bfloat16 weights, not for {weights.dtype}")
+            self.drop_copy()
 
     def update(self, gradient: Tensor, scale: float, learning_rate: float, random_key: str) -> None:
         """Take a step of AdamW on `scale * gradient`."""
-        self.before_step()
+        if self.rounding == "stochastic":
+            self.master.data = self.weights.float()
         self.master.grad = gradient.float().mul_(scale)
         self.adamw.param_groups[0]["lr"] = learning_rate
         self.adamw.step()
         self.master.grad = None
-        self.after_step(random_key)
-
-    def before_step(self) -> None:
-        pass
-
-    def after_step(self, random_key: str) -> None:
-        pass
-
-
-class PieceWithMaster(Piece):
-    """AdamW updates a float32 copy, which is then rounded into the weights: 4 bytes per weight.
-
-    Near 0.02 a bfloat16 weight moves in steps of 1.2e-4, so an update of 1e-6 would round to nothing.
-    """
-
-    def after_step(self, random_key: str) -> None:
-        self.weights.copy_(self.master)
-
-
-class StochasticPiece(Piece):
-    """AdamW updates a float32 copy that exists only during the step: no memory, but noise.
-
-    The copy is rounded up or down by chance, with the exact expectation.
-    """
-
-    def __init__(self, weights: Tensor, kind: str):
-        super().__init__(weights, kind)
-        self.drop_copy()
-
-    def before_step(self) -> None:
-        self.master.data = self.weights.float()
-
-    def after_step(self, random_key: str) -> None:
-        self.weights.copy_(round_stochastically(self.master.data, random_key))
-        self.drop_copy()
+        if self.rounding == "masters":
+            self.weights.copy_(self.master)
+        if self.rounding == "stochastic":
+            self.weights.copy_(round_stochastically(self.master.data, random_key))
+            self.drop_copy()
 
     def drop_copy(self) -> None:
         self.master.data = self.weights.new_empty(0, dtype=torch.float32)
-
-
-def way_to_keep(name: str, dtype: torch.dtype, rounding: str) -> type[Piece]:
-    """The class of the pieces of a parameter. ValueError: this rounding does not suit its dtype."""
-    if dtype == torch.float32:
-        return Piece
-    if rounding == "masters":
-        return PieceWithMaster
-    if dtype != torch.bfloat16:
-        raise ValueError(f"stochastic rounding is for bfloat16 weights; {name} is {dtype}")
-    return StochasticPiece
 
 
 def flat_parts(tensor: Tensor) -> tuple[Tensor, ...]:

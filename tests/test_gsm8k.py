@@ -36,20 +36,20 @@ EGGS = WordProblem(
     "text, value", [
         (" $126. ", 126), ("-3", -3), ("1,234,567", 1234567), ("2.50", Fraction(5, 2)),
         ("so 6 * 21 = 126 eggs", 126), ("126%", 126), ("(126)", 126), ("9{,}500 dollars", 9500),
-        (r"\boxed{126}", 126), (r"\frac{5}{2}", Fraction(5, 2)), ("5/2", Fraction(5, 2)), ("\u2212**3**", -3),
+        (r"\boxed{126}", 126), (r"\frac{5}{2}", None), ("5/2", Fraction(5, 2)), ("\u2212**3**", -3),
         ("12 or 126", None), ("10-3", None), ("", None), ("none", None), ("x126", None), ("126x", None),
         ("1,23", None), ("1 234", None), ("1.2.3", None), ("3:30", None), ("1e9", None), ("1/0", None),
         ("١٢٦", None), ("9" * 19, None), ("0" * 300 + "1", None), ("1" + " " * 300, None),
         # as people and models write it
-        ("2\u00bd", Fraction(5, 2)), ("2 1/2 cups", Fraction(5, 2)), (r"2\frac{1}{2}", Fraction(5, 2)),
+        ("2\u00bd", None), ("2 1/2 cups", None), (r"2\frac{1}{2}", None),
         (".5", Fraction(1, 2)), ("\u20135", -5), ("minus $5", -5), ("-(5)", -5), ("3\u20135", None),
         (r"$1{,}000\text{ m}$", 1000), (r"50\%", 50),
         # a unit is ignored
-        ("18cm", 18), ("60mph", 60), ("60 km/h", 60), ("$5/day", 5), ("24 m^2", 24), ("7\u00a0cm\u00b2", 7),
-        ("5g", 5), (r"90^\circ", 90),
-        # a factor is not
-        ("5 million", 5 * 10**6), ("$18 thousand", 18_000), ("3 dozen eggs", 36), ("1.5k", 1500),
-        ("2 hundred thousand", 200_000), (r"5\text{ million}", 5 * 10**6), (r"\sqrt{16}", None),
+        ("18cm", 18), ("60mph", 60), ("60 km/h", 60), ("$5/day", 5), ("5g", 5), (r"90^\circ", 90),
+        ("24 m^2", None), ("7\u00a0cm\u00b2", None),
+        # a factor makes it uncertain
+        ("5 million", None), ("$18 thousand", None), ("3 dozen eggs", None), ("1.5k", None),
+        ("2 hundred thousand", None), (r"5\text{ million}", None), (r"\sqrt{16}", None),
         ("\u221a16", None), (r"2\pi", None), ("2\u03c0", None), ("5 x", None), ("5n", None),
         ("5\u00b2", None), ("half of 10", None), ("2 thirds", None), ("5 and a half", None),
         ("5\u4e07", None),

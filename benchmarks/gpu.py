@@ -117,7 +117,7 @@ def decoding(settings: Settings) -> dict:
             reset_peak()
             step = step_seconds(model, prompts, samples, new_tokens)
             cached = len(prompts) * prompt_length + rows * new_tokens / 2
-            read = model.dtype.itemsize * config.num_parameters() + token_bytes(model) * cached
+            read = model.dtype.itemsize * model.num_parameters() + token_bytes(model) * cached
             result[f"{name} x {rows} rows"] = {
                 "tokens per second": rows / step,
                 "milliseconds per step": 1000 * step,

@@ -196,6 +196,11 @@ def status_bytes(field: str) -> int:
     raise KeyError(field)
 
 
+def num_parameters(config: Qwen3Config) -> int:
+    with torch.device("meta"):
+        return Qwen3(config).num_parameters()
+
+
 def product_rate(case: Case, rows: int) -> float:
     """Operations per second of products of `rows` rows with matrices of the model's size.
 
@@ -203,7 +208,7 @@ def product_rate(case: Case, rows: int) -> float:
     """
     inputs = torch.randn(rows, case.config.hidden_size, dtype=case.dtype)
     shape = (case.config.intermediate_size, case.config.hidden_size)
-    count = case.config.num_parameters() // math.prod(shape)
+    count = num_parameters(case.config) // math.prod(shape)
     weights = [torch.randn(shape, dtype=case.dtype) for _ in range(count)]
 
     def multiply() -> None:
@@ -219,7 +224,7 @@ def roofline_seconds(case: Case) -> float:
     # 1. Sizes. Embeddings are tied: the rows of the embedding are looked up, those of the head multiplied.
     config = case.config
     head = config.vocab_size * config.hidden_size
-    layers = config.num_parameters() - head
+    layers = num_parameters(config) - head
     cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # numbers per token
     attended = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim  # operations
     itemsize = case.dtype.itemsize

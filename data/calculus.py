@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data.load import Format
-from data.task import CORRECT, INSIDE, WRONG, Score, Task, steps_difficulty
+from data.task import CORRECT, INSIDE, WRONG, AnyProblem, Score, Task, steps_difficulty
 
 MAX_CHARACTERS = 256  # of an answer
 MAX_DIGITS = 15  # of a coefficient in an answer
@@ -77,7 +77,7 @@ def sum_text(terms: list[tuple[int, int]]) -> str:
 
 
 @dataclass(frozen=True)
-class Derivative:
+class Derivative(AnyProblem):
     """A polynomial in x, not zero, and how often to differentiate it; ValueError outside the limits above."""
 
     polynomial: Polynomial
@@ -109,9 +109,6 @@ class Derivative:
         for _ in range(self.order):
             derivative = differentiate(derivative)
         return derivative
-
-    def row(self) -> dict:
-        return {"polynomial": self.polynomial, "order": self.order}
 
 
 @dataclass(frozen=True)

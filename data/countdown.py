@@ -15,17 +15,18 @@ from data.expression import (
     parse_expression,
 )
 from data.load import Format
-from data.solver import draw_problems, find_expression, random_attempt, random_solution
-from data.task import CORRECT, INSIDE, WRONG, Score, Task
+from data.solver import find_expression, random_attempt, random_solution, reachable
+from data.task import CORRECT, INSIDE, WRONG, AnyProblem, Score, Task
 
 MAX_NUMBER = 999_999_999  # nine digits, as in an expression
 NEAR_DISTANCE = 10  # largest distance from the target that earns part of the reward
+MAX_MISSES = 2_000  # draws in a row without a new problem before the generator gives up
 WRONG_ATTEMPTS = 3  # in a worked solution, at most
 EQUATION_CHARACTERS = DIGITS + "+-*/()=" + BLANKS
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(AnyProblem):
     """2 to 6 numbers and the target to make of them, all whole and from 1 to 999,999,999; else ValueError."""
 
     numbers: tuple[int, ...]
@@ -43,9 +44,6 @@ class Problem:
     def key(self) -> tuple[int, tuple[int, ...]]:
         """Equal for problems that differ only in the order of their numbers."""
         return self.target, tuple(sorted(self.numbers))
-
-    def row(self) -> dict:
-        return {"numbers": self.numbers, "target": self.target}
 
     def __str__(self) -> str:
         return f"{', '.join(map(str, self.numbers))} -> {self.target}"
@@ -85,14 +83,32 @@ class Countdown(Task):
             raise ValueError(f"four_number_share must be from 0 to 1, not {self.four_number_share}")
 
     def generate(self, count: int, seed: int) -> list[Problem]:
-        drawn = draw_problems(
-            count,
-            seed,
-            numbers=range(self.min_number, self.max_number + 1),
-            targets=range(self.min_target, self.max_target + 1),
-            four_number_share=self.four_number_share,
-        )
-        return [Problem(numbers, target) for numbers, target in drawn]
+        """Draw the numbers uniformly, then the target uniformly from those that they make in whole steps."""
+        rng = random.Random(seed)
+        numbers = range(self.min_number, self.max_number + 1)
+        targets = range(self.min_target, self.max_target + 1)
+        with_three = count - round(count * self.four_number_share)
+        problems: dict[tuple, Problem] = {}  # by their keys
+        misses = 0
+        while len(problems) < count:
+            size = 3 if len(problems) < with_three else 4
+            drawn = tuple(rng.choice(numbers) for _ in range(size))
+            ordered = tuple(sorted(drawn))
+            new = [target for target in reachable(ordered, targets) if (target, ordered) not in problems]
+            if new:
+                problem = Problem(drawn, rng.choice(new))
+                problems[problem.key] = problem
+                misses = 0
+                continue
+            misses += 1
+            if misses == MAX_MISSES:
+                only = (
+                    f"found only {len(problems)} of {count} different problems, no more with {size} numbers"
+                )
+                raise ValueError(f"{only}; ask for fewer, or widen the range of numbers or targets")
+        found = list(problems.values())
+        rng.shuffle(found)
+        return found
 
     def problem_from_row(self, row: dict) -> Problem:
         numbers = row["nums"] if "nums" in row else row["numbers"]  # nums: on the hub

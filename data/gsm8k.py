@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Literal
 
 from data.load import Format
-from data.task import CORRECT, INSIDE, WRONG, Score, Task, steps_difficulty
+from data.task import CORRECT, INSIDE, WRONG, AnyProblem, Score, Task, steps_difficulty
 
 MAX_CHARACTERS = 256  # of an answer block
 NUMBER = re.compile(  # 18, 1,234, -2.50, .5, 3/4 or 2 1/2, but no part of a longer word or number
@@ -48,7 +48,7 @@ MARK = re.compile(r"<<[^<>]*>>")
 
 
 @dataclass(frozen=True)
-class WordProblem:
+class WordProblem(AnyProblem):
     """A question, and a worked answer whose last line is `#### number`; else ValueError."""
 
     question: str
@@ -67,9 +67,6 @@ class WordProblem:
     @property
     def key(self) -> str:
         return " ".join(self.question.split())
-
-    def row(self) -> dict:
-        return {"question": self.question, "answer": self.answer}
 
     def __str__(self) -> str:
         return self.key if len(self.key) <= 60 else self.key[:57] + "..."

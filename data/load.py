@@ -1,7 +1,6 @@
 """Problems from files and the hub, the held-out split, and the order of the training problems."""
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -33,11 +32,9 @@ def read_problems(source: str | Path, stored: Format, problem_of: Callable[[dict
             "hub@" and a branch, tag or commit.
         problem_of: row -> problem, or ValueError, TypeError or KeyError.
     """
-    name, at, revision = str(source).partition("@")
+    name, _, revision = str(source).partition("@")
     path = Path(os.path.expanduser(source))
     if name in stored.files:
-        if at and not revision:
-            raise DataError(f"'{source}' names no revision: write {name}@ and a branch, tag or commit")
         path = download(stored.repository, stored.files[name], revision or None)
     elif name == "hub":
         raise DataError("this task has no dataset on the hub; generate problems, or give a .jsonl file")
@@ -46,13 +43,12 @@ def read_problems(source: str | Path, stored: Format, problem_of: Callable[[dict
     elif not path.is_file():
         raise DataError(f'{path} is no file; give "hub" or the path of a .parquet or .jsonl file')
     problems = []
-    is_parquet = path.suffix == ".parquet"
-    for number, row in read_parquet(path) if is_parquet else read_jsonl(path, stored.example):
+    rows = read_parquet(path) if path.suffix == ".parquet" else read_jsonl(path, stored.example)
+    for place, row in rows:
         try:
             problems.append(problem_of(row))
         except (ValueError, TypeError, KeyError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
-            place = f"{'row' if is_parquet else 'line'} {number}"
             raise DataError(f"{path}, {place}: {reason}; expected {stored.example}") from error
     if not problems:
         raise DataError(f"{path} holds no problems; give a file with at least one")
@@ -64,8 +60,9 @@ def download(repository: str, file: str, revision: str | None) -> Path:
     import huggingface_hub
 
     try:
-        options = {"repo_type": "dataset", "revision": revision, "allow_patterns": [file]}
-        folder = huggingface_hub.snapshot_download(repository, **options)
+        folder = huggingface_hub.snapshot_download(
+            repository, repo_type="dataset", revision=revision, allow_patterns=[file]
+        )
     except Exception as error:  # a dozen kinds: no network, no such repository or revision, disk full
         named = f"{repository} at revision {revision}" if revision else repository
         reason = str(error).strip().split("\n")[0] or type(error).__name__
@@ -74,54 +71,55 @@ def download(repository: str, file: str, revision: str | None) -> Path:
     return Path(folder) / file
 
 
-def read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
-    """(row number, row) of each row; DataError if the file cannot be read."""
+def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
+    """("row 1", row) of each row; DataError if the file cannot be read."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with open(path, "rb") as file:
-            refuse_pointer(path, file)
+        refuse_pointer(path)
         table = pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} cannot be read as parquet; write or download it again") from error
-    return enumerate(table.to_pylist(), 1)
+    for number, row in enumerate(table.to_pylist(), 1):
+        yield f"row {number}", row
 
 
-def read_jsonl(path: str | Path, expected: str) -> Iterator[tuple[int, dict]]:
-    """(line number, row) of each line that is not blank. DataError: a line is not `expected`, or no file.
+def read_jsonl(path: str | Path, expected: str) -> Iterator[tuple[str, dict]]:
+    """("line 1", row) of each line that is not blank. DataError: a line is not `expected`, or no file.
 
     The file may be in UTF-8 or UTF-16, with a byte-order mark or without.
     """
+    path = Path(os.path.expanduser(path))
     try:
-        with open(os.path.expanduser(path), "rb") as file:
-            encoding = json.detect_encoding(refuse_pointer(path, file))
-            lines = io.TextIOWrapper(file, encoding, newline="\n")  # U+2028 does not end a line
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
-                except (ValueError, RecursionError):
-                    raise DataError(f"{path}, line {number}: not JSON of Unicode text; correct it") from None
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}, line {number}: expected {expected}; correct it")
-                yield number, row
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file; name another, or make it first") from None
+        refuse_pointer(path)
+        content = path.read_bytes()
+        lines = content.decode(json.detect_encoding(content)).split("\n")  # U+2028 does not end a line
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); check the file") from None
     except UnicodeError as error:
         raise DataError(f"{path} cannot be read as text ({error}); save it as UTF-8") from None
+    for number, line in enumerate(lines, 1):
+        place = f"line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
+        except (ValueError, RecursionError):
+            raise DataError(f"{path}, {place}: not JSON of Unicode text; correct it") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, {place}: expected {expected}; correct it")
+        yield place, row
 
 
-def refuse_pointer(path: str | Path, file: io.BufferedReader) -> bytes:
-    """The beginning of an open file. DataError: the file is a pointer that git-lfs has left in its place."""
-    start = file.peek()
-    if start.startswith(b"version https://git-lfs"):
-        raise DataError(f"{path} is a pointer of git-lfs, not the file itself; run git lfs pull beside it")
-    return start
+def refuse_pointer(path: Path) -> None:
+    """DataError: the file is a pointer, which git-lfs leaves in place of a file not fetched."""
+    with open(path, "rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            raise DataError(
+                f"{path} is a pointer of git-lfs, not the file itself; run git lfs pull beside it"
+            )
 
 
 def fingerprint(problem) -> str:

@@ -11,7 +11,6 @@ from operator import add, mul, sub, truediv
 
 OPERATORS = {"+": add, "-": sub, "*": mul, "/": truediv}
 LARGEST_STEP = 1_000  # result of a step in a worked solution, at most, if its numbers are not larger
-MAX_MISSES = 2_000  # draws in a row without a new problem before the generator gives up
 
 Numbers = tuple[int, ...]
 
@@ -47,40 +46,8 @@ def _splits(subset: int) -> Iterator[tuple[int, int]]:
         yield part, subset ^ part
 
 
-def draw_problems(
-    count: int, seed: int, numbers: range, targets: range, four_number_share: float
-) -> list[tuple[Numbers, int]]:
-    """(numbers, target) of `count` different problems with a solution; the same arguments give the same list.
-
-    The numbers are drawn uniformly from `numbers`, then the target uniformly from those of `targets` that
-    they make in whole steps. Problems that differ only in the order of their numbers are the same.
-    ValueError: there are too few.
-    """
-    rng = random.Random(seed)
-    with_three = count - round(count * four_number_share)
-    problems = {}  # (ordered numbers, target) -> (numbers, target)
-    misses = 0
-    while len(problems) < count:
-        size = 3 if len(problems) < with_three else 4
-        drawn = tuple(rng.choice(numbers) for _ in range(size))
-        ordered = tuple(sorted(drawn))
-        new = [target for target in _reachable(ordered, targets) if (ordered, target) not in problems]
-        if new:
-            target = rng.choice(new)
-            problems[ordered, target] = (drawn, target)
-            misses = 0
-            continue
-        misses += 1
-        if misses == MAX_MISSES:
-            only = f"found only {len(problems)} of {count} different problems, no more with {size} numbers"
-            raise ValueError(f"{only}; ask for fewer, or widen the range of numbers or targets")
-    found = list(problems.values())
-    rng.shuffle(found)
-    return found
-
-
 @functools.lru_cache(maxsize=4096)
-def _reachable(numbers: Numbers, targets: range) -> list[int]:
+def reachable(numbers: Numbers, targets: range) -> list[int]:
     """Those of `targets` that all numbers make with whole intermediate values, ascending."""
     everything = (1 << len(numbers)) - 1
     made = {1 << i: {number} for i, number in enumerate(numbers)}

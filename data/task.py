@@ -8,19 +8,20 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from data.expression import BLANKS
 from data.load import Format, read_problems
 
 
-class AnyProblem(Protocol):
+class AnyProblem:
     """One question, as a frozen dataclass; `str(problem)` is how tables and screens show it."""
 
     key: Hashable  # equal for problems that differ only in wording; sortable, for the held-out split
 
     def row(self) -> dict:
-        """The problem as JSON, as files of problems, rollouts and traces hold it."""
+        """The fields of the problem, as files of problems, rollouts and traces hold them."""
+        return vars(self).copy()
 
 
 @dataclass(frozen=True)

@@ -67,18 +67,15 @@ def load_traces(path: str | Path, problem_of: Callable, is_correct: Callable) ->
     """
     traces = []
     expected = 'a problem and its "completion", as a run writes traces.jsonl'
-    for number, row in read_jsonl(path, expected):
-        where = f"{path}, line {number}"
+    for place, row in read_jsonl(path, expected):
         try:
             trace = Trace(problem_of(row), row["completion"], row.get("step", 0))
             if not isinstance(trace.completion, str) or not isinstance(trace.step, int):
                 raise TypeError("completion must be text and step a whole number")
         except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{where}: not a trace ({error}); expected {expected}") from None
-        if non_latin(trace.completion):
-            raise DataError(f"{where}: letters outside the Latin script; remove the trace")
+            raise DataError(f"{path}, {place}: not a trace ({error}); expected {expected}") from None
         if not is_correct(trace.completion, trace.problem):
-            raise DataError(f"{where}: does not solve {trace.problem}; remove the trace")
+            raise DataError(f"{path}, {place}: does not solve {trace.problem}; remove the trace")
         traces.append(trace)
     if not traces:
         raise DataError(f"{path}: no traces in it")

@@ -150,7 +150,7 @@ def speed(source: str, device: torch.device) -> Iterator[Row]:
     ]
     step = (whole - prefill) / (NEW_TOKENS - 1)
     cached = sum(map(len, prompts)) + 8 * len(prompts) * NEW_TOKENS / 2
-    moved = model.config.num_parameters() * model.dtype.itemsize + cached * token_bytes(model)
+    moved = model.num_parameters() * model.dtype.itemsize + cached * token_bytes(model)
     share = f"{100 * moved / rate / step:.0f} % of the limit by {rate / 1e9:.0f} GB/s"
     yield Row("speed", f"{8 * len(prompts) / step:,.0f} tokens/s in {8 * len(prompts)} rows, {share}")
 

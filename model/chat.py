@@ -38,13 +38,6 @@ def refuse(message: str):
     raise jinja2.TemplateError(message)
 
 
-class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, in which a forbidden attribute is an error at once, not an empty text."""
-
-    def unsafe_undefined(self, obj, attribute):
-        raise jinja2.sandbox.SecurityError(f"{attribute!r} of {type(obj).__name__} is not for templates")
-
-
 class ChatTemplate:
     """A compiled chat template. `names` are what it may refer to, such as `bos_token`.
 
@@ -53,7 +46,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, names: dict[str, str]):
-        sandbox = Sandbox(
+        sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, GenerationTag]
         )
         sandbox.globals["raise_exception"] = refuse

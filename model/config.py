@@ -6,13 +6,16 @@ from pathlib import Path
 
 UP_TO_4096 = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 
-# model_type -> what the attention of this family has beside the four projections
-FAMILIES = {
-    "qwen3": {"qk_norm": True, "qkv_bias": False},
-    "qwen2": {"qk_norm": False, "qkv_bias": True},  # Qwen2.5 too
-    "llama": {"qk_norm": False, "qkv_bias": False},  # SmolLM2 too
-}
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+FAMILIES = ("qwen3", "qwen2", "llama")  # Qwen2.5 is a qwen2, and SmolLM2 a llama
+
+
+UNSUPPORTED = (
+    "attention_bias",  # of the output projection
+    "mlp_bias",
+    "use_sliding_window",
+    "quantization_config",
+    "compression_config",
+)
 
 
 class ModelError(ValueError):
@@ -23,10 +26,7 @@ def read_text(path: Path) -> str:
     """A text file in UTF-8 or UTF-16, with a byte-order mark or without. ValueError: it is not one."""
     refuse_pointer(path)
     content = path.read_bytes()
-    text = content.decode(json.detect_encoding(content))
-    if content and not text:
-        raise ValueError("there is nothing in it but a byte-order mark")
-    return text
+    return content.decode(json.detect_encoding(content))
 
 
 def refuse_pointer(path: Path) -> None:
@@ -39,7 +39,7 @@ def refuse_pointer(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Qwen3Config:
-    """Shape of a dense decoder: Qwen3, or with other flags Qwen2 or Llama. Field names are Hugging Face's.
+    """Shape of a dense decoder: Qwen3, or a Qwen2 or Llama. Field names are Hugging Face's.
 
     `head_dim` is not `hidden_size / num_attention_heads`: Qwen3-0.6B has 16 heads of 128 for a hidden size of
     1024. `num_key_value_heads` divides `num_attention_heads` (grouped-query attention).
@@ -56,8 +56,7 @@ class Qwen3Config:
     rope_theta: float = 1e6
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 40960
-    qk_norm: bool = True  # An RMSNorm on each query and key head: Qwen3
-    qkv_bias: bool = False  # Biases of the projections to queries, keys and values: Qwen2 and Qwen2.5
+    model_type: str = "qwen3"  # One of FAMILIES
 
     def __post_init__(self):
         for field in fields(self):
@@ -67,16 +66,25 @@ class Qwen3Config:
                 int: (f"a whole number, 1 to {largest}", type(value) is int and 1 <= value <= largest),
                 float: ("a positive number", type(value) in (int, float) and 0 < value < float("inf")),
                 bool: ("true or false", type(value) is bool),
+                str: (f"one of {', '.join(FAMILIES)}", value in FAMILIES),
             }[field.type]
             if not is_allowed:
                 raise ModelError(f"config: {field.name} must be {expected}, not {value!r:.60}")
         if self.num_attention_heads % self.num_key_value_heads:
             heads = f"num_attention_heads {self.num_attention_heads}"
             raise ModelError(f"config: {heads} is no multiple of {self.num_key_value_heads} key-value heads")
-        if self.qk_norm and self.qkv_bias:
-            raise ModelError("config: qk_norm and qkv_bias together are no known family")
         if self.head_dim % 2:
             raise ModelError(f"config: head_dim must be even for rotary embeddings, not {self.head_dim}")
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether there is an RMSNorm on each query and key head."""
+        return self.model_type == "qwen3"
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether the projections to queries, keys and values have biases."""
+        return self.model_type == "qwen2"
 
     @classmethod
     def from_hf(cls, hf: dict) -> "Qwen3Config":
@@ -85,24 +93,18 @@ class Qwen3Config:
         Fields that do not change the arithmetic are ignored. ModelError: another architecture, a feature that
         this decoder lacks, or a missing or malformed field.
         """
-        if not isinstance(hf, dict):
-            raise ModelError(f"config: expected a JSON object, not {type(hf).__name__}")
         # 1. Refuse what changes the arithmetic in a way that this decoder does not know.
         family = hf.get("model_type")
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # of transformers 5, 4
         rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
         layers = hf.get("layer_types") or []
         supported = {
-            "model_type": isinstance(family, str) and family in FAMILIES,
-            "attention_bias": hf.get("attention_bias", False) is False,
-            "mlp_bias": hf.get("mlp_bias", False) is False,
+            "model_type": family in FAMILIES,
             "hidden_act": hf.get("hidden_act", "silu") == "silu",
-            "use_sliding_window": hf.get("use_sliding_window", False) is False,
             "rope_parameters" if hf.get("rope_parameters") else "rope_scaling": rope_type == "default",
             "layer_types": isinstance(layers, list) and all(kind == "full_attention" for kind in layers),
-            "quantization_config": not hf.get("quantization_config"),
-            "compression_config": not hf.get("compression_config"),
         }
+        supported |= {name: not hf.get(name) for name in UNSUPPORTED}
         for name, is_supported in supported.items():
             if not is_supported:
                 known = "only dense Qwen3, Qwen2 and Llama, unquantized"
@@ -115,33 +117,19 @@ class Qwen3Config:
         if family != "qwen3":
             values |= derived_heads(hf)
         values["rope_theta"] = rope.get("rope_theta", values["rope_theta"])
-        values |= FAMILIES[family]
         missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
         if missing:
             raise ModelError(f"config: missing {', '.join(missing)}")
         return cls(**values)
 
-    @property
-    def model_type(self) -> str:
-        """The name of the family with these flags, as in `config.json`."""
-        flags = {"qk_norm": self.qk_norm, "qkv_bias": self.qkv_bias}
-        return next(name for name, own in FAMILIES.items() if own == flags)
-
     def to_hf(self, dtype: str, eos_token_id: int | None = None) -> dict:
         """The `config.json` of a checkpoint, as transformers 4, 5 and vLLM read it."""
         shape = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        del shape["qk_norm"], shape["qkv_bias"]  # which the model type says
         return {
-            "architectures": [ARCHITECTURES[self.model_type]],
-            "model_type": self.model_type,
+            "architectures": [f"{self.model_type.capitalize()}ForCausalLM"],
             **shape,
-            "attention_bias": False,
             "eos_token_id": eos_token_id,
-            "hidden_act": "silu",
-            "rope_scaling": None,
-            "sliding_window": None,
             "torch_dtype": dtype,
-            "use_sliding_window": False,
         }
 
     def check_positions(self, prompt: int, new: int, name: str = "the model") -> None:
@@ -150,18 +138,6 @@ class Qwen3Config:
             most = f"{name} has {self.max_position_embeddings} positions (max_position_embeddings)"
             need = f"a prompt of {prompt} tokens and {new} new ones need {prompt + new}"
             raise ModelError(f"{most}, and {need}: lower max_new_tokens, or take another model")
-
-    def num_parameters(self) -> int:
-        """Parameters of the whole model; a tied output head counts once."""
-        heads = self.num_attention_heads + self.num_key_value_heads
-        projections = self.hidden_size * (2 * heads * self.head_dim + 3 * self.intermediate_size)
-        layer = projections + 2 * self.hidden_size
-        if self.qk_norm:
-            layer += 2 * self.head_dim
-        if self.qkv_bias:
-            layer += (heads + self.num_key_value_heads) * self.head_dim
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.num_hidden_layers * layer + self.hidden_size
 
 
 def derived_heads(hf: dict) -> dict:

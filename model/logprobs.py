@@ -36,7 +36,7 @@ def target_logprobs(
 
 def chunk_tokens(weight: Tensor) -> int:
     """Tokens whose logits are in memory at a time."""
-    return max(1, CHUNK_LOGITS["cuda" if weight.device.type == "cuda" else "cpu"] // len(weight))
+    return max(1, CHUNK_LOGITS[weight.device.type] // len(weight))
 
 
 def logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -42,10 +42,9 @@ def cgroup_limits() -> Iterator[int]:
             prefix = f"{root}{str(folder).rstrip('/')}/memory."
             limit, used = read(prefix + most).strip(), read(prefix + current).strip()
             if limit.isdigit() and used.isdigit():
-                pages = dict(line.split() for line in read(prefix + "stat").splitlines())
-                names = (f"{total}inactive_file", f"{total}active_file")
-                cached = sum(int(pages.get(name, 0)) for name in names)  # freed on demand
-                yield max(0, int(limit) - int(used) + cached)
+                pages = rf"^{total}(?:in)?active_file ([0-9]+)$"
+                cached = map(int, re.findall(pages, read(prefix + "stat"), re.MULTILINE))  # freed on demand
+                yield max(0, int(limit) - int(used) + sum(cached))
 
 
 def process_limits() -> Iterator[int]:

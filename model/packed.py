@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-PADDING = 0.04  # of a block's tokens, at most
+PADDING = 0.05  # of a branch's tokens, at most
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,17 @@ class PackedGroup:
 
     def blocks(self) -> list[tuple[int, int]]:
         """(rows, length): consecutive branches, padded on the right to the longest of them."""
-        blocks: list[list[int]] = [[]]
+        blocks: list[tuple[int, int]] = []
+        rows = longest = 0
         for length in self.lengths:
-            wider = [*blocks[-1], length]
-            padded_size = len(wider) * wider[0]
-            if padded_size * (1 - PADDING) <= sum(wider):
-                blocks[-1] = wider
+            if blocks and length >= (1 - PADDING) * longest:
+                rows += 1
+                blocks[-1] = (rows, longest)
             else:
-                blocks.append([length])
-        return [(len(block), block[0]) for block in blocks]
+                rows = 1
+                longest = length
+                blocks.append((rows, longest))
+        return blocks
 
     def num_tokens(self) -> int:
         """Tokens in the stream, padding included."""
@@ -82,22 +84,16 @@ class PackedGroups:
             if block.prefix_block is not None:
                 key = after_prefix(keys[block.prefix_block], key)
                 value = after_prefix(values[block.prefix_block], value)
-            attended.append(attention(query, key, value).flatten(0, 1))
+            # Causal, and the last query sees the last key. SDPA takes [rows, heads, tokens, head_dim].
+            causal = causal_lower_right(query.shape[1], key.shape[1])
+            result = F.scaled_dot_product_attention(
+                query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), causal, enable_gqa=True
+            )
+            attended.append(result.transpose(1, 2).flatten(0, 1))
         return torch.cat(attended).transpose(0, 1)[None]
-
-    def advance(self, time: int) -> None:
-        pass
 
 
 def after_prefix(prefix: Tensor, branches: Tensor) -> Tensor:
     """Repeat [prefix, heads, head_dim] before each of [rows, length, heads, head_dim]."""
     repeated = prefix.expand(len(branches), -1, -1, -1)
     return torch.cat((repeated, branches), dim=1)
-
-
-def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Causal attention in which the last query sees the last key; all are [rows, tokens, heads, head_dim]."""
-    causal = causal_lower_right(queries.shape[1], keys.shape[1])
-    queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
-    attended = F.scaled_dot_product_attention(queries, keys, values, causal, enable_gqa=True)
-    return attended.transpose(1, 2)

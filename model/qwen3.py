@@ -16,19 +16,16 @@ from model.config import Qwen3Config
 
 
 class Cache(Protocol):
-    """A forward of the decoder calls `start` once, `attend` in every layer, and `advance` once."""
+    """A forward of the decoder calls `start` once, and `attend` in every layer."""
 
     def start(self, time: int) -> Tensor:
-        """Positions of the next `time` tokens of each row: [batch, time]."""
+        """Count the next `time` tokens of each row, and return their positions: [batch, time]."""
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Store `keys` and `values` [batch, kv_heads, time, head_dim]; attend to all that a query may see.
 
         `queries`, after RoPE as the keys are, and the result are [batch, heads, time, head_dim].
         """
-
-    def advance(self, time: int) -> None:
-        """Count the `time` tokens that every layer has stored."""
 
 
 class RMSNorm(nn.Module):
@@ -82,8 +79,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        head_norm = RMSNorm if config.qk_norm else nn.Identity  # which takes any arguments
+        self.q_norm = head_norm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = head_norm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rotary: Rotary, cache: Cache | None) -> Tensor:
         batch, time, _ = x.shape
@@ -151,8 +149,6 @@ class Decoder(nn.Module):
                 x = checkpoint(layer, x, rotary, cache, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, rotary, cache)
-        if cache is not None:
-            cache.advance(time)
         return self.norm(x)
 
 
@@ -191,6 +187,10 @@ class Qwen3(nn.Module):
     def next_logits(self, hidden: Tensor) -> Tensor:
         """Logits [rows, vocab] after hidden states [rows, hidden], for sampling; see `unrounded_matmul`."""
         return unrounded_matmul(hidden, self.lm_head.weight.T)
+
+    def num_parameters(self) -> int:
+        """Parameters of the whole model; a tied output head counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     @property
     def device(self) -> torch.device:

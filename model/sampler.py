@@ -255,7 +255,7 @@ def plan_batches(
             advice = "lower max_new_tokens, raise max_cache_tokens if memory allows, or take a smaller model"
             raise ModelError(f"room for {room} tokens of keys and values; {need}: {advice}")
         for first in range(0, num_samples, part):
-            batches.append((slice(start, end), slice(first, min(first + part, num_samples))))
+            batches.append((slice(start, end), slice(first, first + part)))
         start = end
     return batches
 
@@ -265,7 +265,6 @@ class DecodeBatch:
 
     Args:
         uniforms: random numbers in [0, 1), [prompts, num_samples, max_new_tokens].
-        static: keep shapes constant until rows are dropped, see `GroupCache`; None: where that is faster.
 
     Attributes:
         token_ids, logprobs: what was sampled, [rows, max_new_tokens].
@@ -274,19 +273,12 @@ class DecodeBatch:
     """
 
     def __init__(
-        self,
-        model: Qwen3,
-        prompts: list[list[int]],
-        uniforms: Tensor,
-        stop_ids: Tensor,
-        choice: TokenChoice,
-        static: bool | None = None,
+        self, model: Qwen3, prompts: list[list[int]], uniforms: Tensor, stop_ids: Tensor, choice: TokenChoice
     ):
         self.model = model
         self.prompts = prompts
         self.stop_ids = stop_ids
         self.choice = choice
-        self.static = static
         self.num_samples, self.max_new_tokens = uniforms.shape[1:]
         self.uniforms = uniforms.flatten(0, 1).to(model.device)
         self.token_ids = torch.zeros(self.uniforms.shape, dtype=torch.int64, device=model.device)
@@ -316,18 +308,15 @@ class DecodeBatch:
 
     def start(self) -> None:
         """Run the prompts, and sample the first token of each row."""
-        static = self.static
-        if static is None:
-            static = self.model.device.type == "cuda" or self.model.dtype == torch.bfloat16
         logits, prompt_cache, lengths = prefill(self.model, self.prompts)
-        self.cache = GroupCache(prompt_cache, lengths, self.num_samples, self.max_new_tokens, static)
+        self.cache = GroupCache(prompt_cache, lengths, self.num_samples, self.max_new_tokens)
         self.record(logits.repeat_interleave(self.num_samples, dim=0))
 
     def step(self) -> None:
         """Decode one token for each row. Nothing here waits for the device or depends on what was sampled."""
         last = self.token_ids[self.active, self.cache.stored_on_device]
         hidden = self.model.model(last[:, None], self.cache)[:, -1]
-        self.record(self.model.next_logits(hidden))  # the forward has advanced the cache by one
+        self.record(self.model.next_logits(hidden))  # the forward has counted one more token as stored
 
     def record(self, logits: Tensor) -> None:
         """Sample the token after the stored ones, from logits [active rows, vocab]."""

@@ -40,8 +40,11 @@ class Tokenizer:
             self.backend.no_padding()
             # Tokens that stand only in the configuration, such as <think> in Qwen3-Base.
             self._add_missing_tokens(config.get("added_tokens_decoder", {}))
-            special = {name: token_text(value) for name, value in config.items() if name.endswith("_token")}
-            special = {name: text for name, text in special.items() if isinstance(text, str)}
+            special = {}
+            for name, value in config.items():
+                text = value.get("content") if isinstance(value, dict) else value
+                if name.endswith("_token") and isinstance(text, str):
+                    special[name] = text
             source = self._template_source(config.get("chat_template"))
             self.has_template = source is not None
             if source is None:
@@ -85,13 +88,13 @@ class Tokenizer:
         return stops
 
     def _add_missing_tokens(self, added: dict) -> None:
-        for token_id, fields in sorted(added.items(), key=lambda item: int(item[0])):
-            if self.backend.token_to_id(fields["content"]) is None:
-                flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-                token = tokenizers.AddedToken(fields["content"], **{flag: fields[flag] for flag in flags})
-                self.backend.add_tokens([token])
-            if self.backend.token_to_id(fields["content"]) != int(token_id):
-                raise ValueError(f"token {fields['content']!r} should have id {token_id}")
+        for token_id in sorted(added, key=int):
+            fields = added[token_id]
+            text = fields["content"]
+            if not self._knows(text):
+                self.backend.add_tokens([tokenizers.AddedToken(**fields)])
+            if self.backend.token_to_id(text) != int(token_id):
+                raise ValueError(f"token {text!r} should have id {token_id}")
 
     def __len__(self) -> int:
         """Size of the vocabulary; embedding rows beyond it are padding."""
@@ -113,16 +116,11 @@ class Tokenizer:
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of `token_ids`, chat tokens included; an id without a text gives nothing."""
-        return self.backend.decode(list(token_ids), skip_special_tokens=False)
+        return self.backend.decode(token_ids, skip_special_tokens=False)
 
     def save(self, folder: str | Path) -> None:
         for name, content in self.files.items():
             (Path(folder) / name).write_bytes(content.encode())
-
-
-def token_text(value) -> str | None:
-    """A special token as `tokenizer_config.json` holds it: a text, or a table with the text inside."""
-    return value.get("content") if isinstance(value, dict) else value
 
 
 def prompt_ids(
@@ -139,10 +137,10 @@ def prompt_ids(
         ModelError: thinking is asked for and the tokenizer has no `<think>`, or the chat template fails.
     """
     messages = []
-    for question, answer in (*examples, (user, None)):
+    for question, answer in examples:
         messages.append({"role": "user", "content": question})
-        if answer is not None:
-            messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "assistant", "content": answer})
+    messages.append({"role": "user", "content": user})
     if not tokenizer.knows_thinking:
         if thinking:
             raise ModelError(

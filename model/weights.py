@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +20,10 @@ from model.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "tiny"
 BUNDLED = {name: TINY.with_name(name) for name in ("tiny", "tiny-256", "tiny-calculus")}
-INDEX = "model.safetensors.index.json"
 # Of a run of this project: what the model was trained on and how
 NOTES = ("recipe.json", "trainer_state.json", "adapters.safetensors")
 WEIGHTS = ("model.safetensors", "model-*.safetensors")
-DOWNLOADED = ["config.json", "adapter_config.json", *TOKENIZER_FILES, INDEX, *WEIGHTS, *NOTES]  # no pickle
+DOWNLOADED = ["config.json", "adapter_config.json", *TOKENIZER_FILES, *WEIGHTS, *NOTES]  # no pickle
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -36,7 +34,7 @@ class ModelFolder:
 
     path: Path
     config: Qwen3Config
-    dtype: object  # that config.json names, or None
+    dtype: torch.dtype | None  # that config.json names
     tokenizer: Tokenizer
     weight_files: list[Path]
 
@@ -52,7 +50,11 @@ def open_model(source: str | Path, revision: str | None = None) -> ModelFolder:
     tokenizer = Tokenizer(path)
     if len(tokenizer) > config.vocab_size:
         raise ModelError(f"{path}: {len(tokenizer)} tokens but only {config.vocab_size} embedding rows")
-    dtype = hf_config.get("dtype") or hf_config.get("torch_dtype")
+    named = hf_config.get("dtype") or hf_config.get("torch_dtype")
+    dtype = DTYPES.get(str(named).removeprefix("torch."))
+    if named and dtype is None:
+        wrong = f"dtype {named!r} is not one of {', '.join(DTYPES)}"
+        raise ModelError(f"{path / 'config.json'}: {wrong}")
     return ModelFolder(path, config, dtype, tokenizer, weight_files(path))
 
 
@@ -60,12 +62,7 @@ def load_weights(folder: ModelFolder, device="cpu", dtype: torch.dtype | None = 
     """The model in `folder`, as in `load_model`."""
     with torch.device("meta"):  # no memory is taken before the weights come
         model = Qwen3(folder.config)
-    if dtype is None and folder.dtype is not None:
-        dtype = DTYPES.get(str(folder.dtype).removeprefix("torch."))
-        if dtype is None:
-            wrong = f"dtype {folder.dtype!r} is not one of {', '.join(DTYPES)}"
-            raise ModelError(f"{folder.path / 'config.json'}: {wrong}")
-    state = read_state(folder, model, device, dtype)
+    state = read_state(folder, model, device, dtype or folder.dtype)
     model.load_state_dict(state, assign=True, strict=False)  # read_state has checked every name and shape
     if folder.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -106,8 +103,11 @@ def save_model(folder: str | Path, model: Qwen3, tokenizer: Tokenizer) -> None:
 
 def is_bundled(source: str | Path) -> bool:
     """Whether `source` names a model that is part of this repository, by its name or its folder."""
-    folder = BUNDLED.get(str(source), Path(os.path.expanduser(source)))
-    return folder.resolve() in [own.resolve() for own in BUNDLED.values()]
+    return local_folder(source).resolve() in [folder.resolve() for folder in BUNDLED.values()]
+
+
+def local_folder(source: str | Path) -> Path:
+    return BUNDLED.get(str(source), Path(os.path.expanduser(source)))
 
 
 def resolve_source(source: str | Path, revision: str | None = None) -> Path:
@@ -115,7 +115,7 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
 
     ModelError: there is none, or it holds a run or adapters, not a model.
     """
-    folder = BUNDLED.get(str(source), Path(os.path.expanduser(source)))
+    folder = local_folder(source)
     if not folder.is_dir():
         folder = download(str(source), revision)
     if any(folder.glob("model*.safetensors*")):
@@ -136,22 +136,22 @@ def download(source: str, revision: str | None) -> Path:
         known = f"a hub id looks like Qwen/Qwen3-1.7B; bundled are {', '.join(BUNDLED)}"
         raise ModelError(f"no such model folder: {source} ({known})")
     try:
-        options = {"allow_patterns": DOWNLOADED, "revision": revision}
-        return Path(huggingface_hub.snapshot_download(source, **options))
+        folder = huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=DOWNLOADED)
     except Exception as error:  # a dozen kinds: no network, no such repository, gated, disk full
         named = f"{source} at revision {revision}" if revision else source
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         advice = "without a network, name a folder that is there, or --model tiny"
         failed = f"{named} is no folder here, and could not be downloaded from the hub"
         raise ModelError(f"{failed}: {reason} ({advice})") from error
+    return Path(folder)
 
 
 def read_state(folder: ModelFolder, model: Qwen3, device, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """All of `model`'s weights from `folder`, single or sharded, with exactly the right names and shapes.
 
     A tied checkpoint may store a copy of the output head (Qwen3-1.7B does, its Base does not), if it equals
-    the embedding. Anything else missing, unexpected or misshapen is refused. They all get `dtype`, or that of
-    the embedding.
+    the embedding. Anything else missing, unexpected, repeated or misshapen is refused. They all get `dtype`,
+    or that of the embedding.
     """
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = model.config.tie_word_embeddings
@@ -164,6 +164,10 @@ def read_state(folder: ModelFolder, model: Qwen3, device, dtype: torch.dtype | N
                         continue  # old checkpoints of Llama hold what follows from config.json
                     if name not in expected:
                         raise ModelError(f"{path}: unexpected weight {name}")
+                    if name in state:
+                        raise ModelError(
+                            f"{path}: {name} is in another file too; remove files of earlier saves"
+                        )
                     shape = file.get_slice(name).get_shape()  # before any memory is taken
                     if shape != expected[name]:
                         raise ModelError(f"{path}: {name} is {shape}, config.json says {expected[name]}")
@@ -189,39 +193,26 @@ def read_state(folder: ModelFolder, model: Qwen3, device, dtype: torch.dtype | N
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, all in this very folder. ModelError: one is missing."""
-    index = folder / INDEX
-    names = ["model.safetensors"]  # wins over an index, which is from an earlier save
-    if not (folder / names[0]).is_file():
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise ModelError(f"{index}: no weight_map")
-            names = sorted(set(map(str, weight_map.values())))
-        else:
-            names = sorted(path.name for path in folder.glob(WEIGHTS[1])) or names
-    for name in names:
-        if Path(name).name != name:
-            raise ModelError(f"{index}: {name!r} is not a file name")
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder}: no {name}")
-        refuse_pointer(folder / name)
-    return [folder / name for name in names]
+    """The safetensors files of a checkpoint: one, or shards. ModelError: there is none."""
+    single = folder / WEIGHTS[0]
+    shards = sorted(folder.glob(WEIGHTS[1]))
+    files = shards if shards and not single.is_file() else [single]
+    for path in files:
+        if not path.is_file():
+            raise ModelError(f"{folder}: no {path.name}")
+        refuse_pointer(path)
+    return files
 
 
 def content_digest(files: list[Path]) -> str:
     """The SHA-256 of all weights in safetensors files, however they are divided among these."""
     digests = {}
     for path in files:
-        with safetensors.safe_open(path, framework="pt") as file, ThreadPoolExecutor() as pool:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # mapped, not read
-            digests |= zip(tensors, pool.map(tensor_digest, tensors.values()), strict=True)
+        with safetensors.safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                content = file.get_tensor(name).flatten().view(torch.uint8)  # mapped, not read
+                digests[name] = hashlib.sha256(content.numpy()).hexdigest()
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    content = tensor.flatten().view(torch.uint8)
-    return hashlib.sha256(content.numpy()).hexdigest()
 
 
 def read_json(path: Path) -> dict:

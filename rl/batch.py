@@ -1,10 +1,10 @@
 """Samples to tensors: the one place that shifts tokens against their targets, and masks what has no loss."""
 
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from model import PackedGroup, PackedGroups, Qwen3, TokenLogprobs, target_logprobs
 
@@ -15,7 +15,7 @@ class Sample:
 
     prompt_ids: list[int]
     completion_ids: list[int]
-    old_logprobs: list[float] | None = None  # of each completion id when it was sampled; None for SFT
+    old_logprobs: list[float] = field(default_factory=list)  # of each completion id; empty for SFT
     advantage: float = 0.0  # of the completion within its group; 0 for SFT
 
     def __len__(self) -> int:
@@ -36,7 +36,7 @@ class Batch:
     logit_positions: Tensor  # [rows, time], int64; position in the stream that predicts the target
     target_ids: Tensor  # [rows, time], int64; the completions, padded on the right
     mask: Tensor  # [rows, time], bool; True where there is a target, the stop token included
-    old_logprobs: Tensor  # [rows, time], float32; zero outside the mask
+    old_logprobs: Tensor  # [rows, time], float32; zero outside the mask; of SFT [rows, 0]
     advantages: Tensor  # [rows], float32
 
 
@@ -49,40 +49,34 @@ def make_batch(samples: list[Sample], device="cpu") -> Batch:
     # 2. The stream: of each group first the shared prefix, then its branches in padded blocks.
     stream: list[int] = []
     layout: list[PackedGroup] = []
-    logit_positions = torch.zeros(mask.shape, dtype=torch.int64)
+    logit_positions = [torch.empty(0)] * len(samples)  # of each row
     for members in packing_groups(samples):
         group = packed_group([samples[row] for row in members])
         layout.append(group)
         stream += samples[members[0]].prompt_ids[: group.prefix_length]
-        rows = iter(members)
-        for count, padded_length in group.blocks():
-            for row in islice(rows, count):
-                sample, length = samples[row], lengths[row]
-                # Each input predicts the next token: after prompt a b, completion c d e has inputs a b c d,
-                # and the outputs at its last three positions are those of c, d and e.
-                inputs = sample.prompt_ids + sample.completion_ids[:-1]
-                branch = inputs[group.prefix_length :]
-                end = len(stream) + len(branch)
-                logit_positions[row, :length] = torch.arange(end - length, end)
-                stream += branch
-                stream += [0] * (padded_length - len(branch))
+        padded_lengths = [length for rows, length in group.blocks() for _ in range(rows)]
+        for row, padded_length in zip(members, padded_lengths, strict=True):
+            # Each input predicts the next token: after prompt a b, completion c d e has inputs a b c d,
+            # and the outputs at its last three positions are those of c, d and e.
+            inputs = samples[row].prompt_ids + samples[row].completion_ids[:-1]
+            branch = inputs[group.prefix_length :]
+            end = len(stream) + len(branch)
+            logit_positions[row] = torch.arange(end - lengths[row], end)
+            stream += branch
+            stream += [0] * (padded_length - len(branch))
 
     # 3. The targets, and what goes with them.
-    target_ids = torch.zeros(mask.shape, dtype=torch.int64)
-    old_logprobs = torch.zeros(mask.shape)
-    for row, sample in enumerate(samples):
-        target_ids[row, : lengths[row]] = torch.tensor(sample.completion_ids)
-        if sample.old_logprobs is not None:
-            old_logprobs[row, : lengths[row]] = torch.tensor(sample.old_logprobs)
-    advantages = torch.tensor([sample.advantage for sample in samples])
+    target_ids = [torch.tensor(sample.completion_ids) for sample in samples]
+    old_logprobs = [torch.tensor(sample.old_logprobs) for sample in samples]
+    advantages = [sample.advantage for sample in samples]
     return Batch(
-        input_ids=torch.tensor([stream]).to(device),
+        input_ids=torch.tensor([stream], device=device),
         layout=PackedGroups(layout, device),
-        logit_positions=logit_positions.to(device),
-        target_ids=target_ids.to(device),
+        logit_positions=pad_sequence(logit_positions, batch_first=True).to(device),
+        target_ids=pad_sequence(target_ids, batch_first=True).to(device),
         mask=mask.to(device),
-        old_logprobs=old_logprobs.to(device),
-        advantages=advantages.to(device),
+        old_logprobs=pad_sequence(old_logprobs, batch_first=True).to(device),
+        advantages=torch.tensor(advantages, device=device),
     )
 
 

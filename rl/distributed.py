@@ -92,5 +92,4 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         for piece in parameter.grad.view(-1).split(PIECE):
             total = piece.float()
             dist.all_reduce(total)
-            if total is not piece:
-                piece.copy_(total)
+            piece.copy_(total)

@@ -36,19 +36,13 @@ def prompt_for(
     tokenizer: Tokenizer, task: Task, problem: AnyProblem, sampling: SamplingSettings
 ) -> list[int]:
     """The ids that a completion goes on from."""
-
-    def question(asked: AnyProblem) -> str:
-        text = task.prompt(asked, sampling.thinking)
-        if sampling.state_limit:
-            text += f" Use at most {sampling.max_new_tokens} tokens in all."
-        return text
-
+    thinking = sampling.thinking
+    opening = "<think>\n" if thinking else ""
+    limit = f" Use at most {sampling.max_new_tokens} tokens in all." if sampling.state_limit else ""
     earlier_turns = []
-    if sampling.examples:
-        opening = "<think>\n" if sampling.thinking else ""
-        for solved, solution in solved_examples(task, sampling.examples, sampling.thinking):
-            earlier_turns.append((question(solved), opening + solution))
-    return prompt_ids(tokenizer, question(problem), sampling.thinking, earlier_turns)
+    for solved, solution in solved_examples(task, sampling.examples, thinking):
+        earlier_turns.append((task.prompt(solved, thinking) + limit, opening + solution))
+    return prompt_ids(tokenizer, task.prompt(problem, thinking) + limit, thinking, earlier_turns)
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ def test_the_last_slot_can_be_used_and_one_token_more_is_refused(decoder):
         decoder(random_ids(1, 4), KVCache(decoder.config, 1, 3))
 
 
-def grouped(decoder, prompts, num_samples, max_new_tokens, static) -> GroupCache:
+def grouped(decoder, prompts, num_samples, max_new_tokens) -> GroupCache:
     _, cache, lengths = prefill(decoder, prompts)
-    return GroupCache(cache, lengths, num_samples, max_new_tokens, static)
+    return GroupCache(cache, lengths, num_samples, max_new_tokens)
 
 
 def alone(decoder, prompts, prompt_index, own) -> torch.Tensor:
@@ -56,14 +56,14 @@ KEPT = {
 }  # step -> rows kept before it; at the end one prompt is left
 
 
-@pytest.mark.parametrize("static_block", [None, 1, 3])
+@pytest.mark.parametrize("block", [1, 3])
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_every_step_gives_the_logits_of_an_uncached_forward(shape, static_block, monkeypatch):
+def test_every_step_gives_the_logits_of_an_uncached_forward(shape, block, monkeypatch):
     """Rows may be dropped on the way."""
-    monkeypatch.setitem(BLOCK, "cpu", static_block or 1)
+    monkeypatch.setitem(BLOCK, "cpu", block)
     decoder = same_weights(reference_model(seed=3, **SHAPES[shape]))
-    cache, own = grouped(decoder, PROMPTS, 3, 7, static=bool(static_block)), random_ids(9, 7, seed=4)
+    cache, own = grouped(decoder, PROMPTS, 3, 7), random_ids(9, 7, seed=4)
     prompt_index = cache.prompt_index.clone()
     for step in range(7):
         if step in KEPT:
@@ -76,53 +76,50 @@ def test_every_step_gives_the_logits_of_an_uncached_forward(shape, static_block,
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("block", [1, 16])
 @torch.no_grad()
-def test_unused_slots_have_no_influence(decoder, static):
+def test_unused_slots_have_no_influence(decoder, block, monkeypatch):
+    monkeypatch.setitem(BLOCK, "cpu", block)
     own = random_ids(6, 4, seed=2)
-    clean, dirty = (grouped(decoder, PROMPTS, 2, 20, static) for _ in range(2))
+    clean, dirty = (grouped(decoder, PROMPTS, 2, 20) for _ in range(2))
     decode(decoder, clean, own, range(3))
     decode(decoder, dirty, own, range(3))
     for number, prompt in enumerate(PROMPTS):
         for tensor in dirty.prompt_keys + dirty.prompt_values:
             tensor[number, :, len(prompt) :] = 1e4
-    for [block] in dirty.keys + dirty.values:
-        block[:, 3:] = 1e4 if static else torch.nan
+    for storage in dirty.keys + dirty.values:
+        storage[:, 3:] = 1e4 if block > 1 else torch.nan
     assert torch.equal(decode(decoder, dirty, own, [3]), decode(decoder, clean, own, [3]))
 
 
 @pytest.mark.parametrize("num_samples", [1, 5])
 @torch.no_grad()
-def test_a_prompt_is_stored_once_and_blocks_are_never_copied(num_samples, decoder, monkeypatch):
-    monkeypatch.setitem(BLOCK, "cpu", 4)
+def test_a_prompt_is_stored_once_and_own_tokens_are_never_copied(num_samples, decoder):
     token = (
         2 * decoder.config.num_hidden_layers * decoder.config.num_key_value_heads * decoder.config.head_dim
     )
     rows = 3 * num_samples
-    cache, own, addresses = grouped(decoder, PROMPTS, num_samples, 10, static=True), random_ids(rows, 10), []
+    cache, own = grouped(decoder, PROMPTS, num_samples, 10), random_ids(rows, 10)
+    addresses = [storage.data_ptr() for storage in cache.keys + cache.values]
 
     def stored() -> int:
-        return sum(block.numel() for blocks in cache.keys + cache.values for block in blocks)
+        return sum(storage.numel() for storage in cache.keys + cache.values)
 
     assert sum(tensor.numel() for tensor in cache.prompt_keys + cache.prompt_values) == 3 * 7 * token
-    for step in range(10):
-        decode(decoder, cache, own, [step])
-        assert stored() == rows * min(10, 4 * (step // 4 + 1)) * token
-        addresses.append([block.data_ptr() for block in cache.keys[0]])
-    assert addresses[9][:2] == addresses[4]
-    assert addresses[9][:1] == addresses[0]
+    decode(decoder, cache, own, range(10))
+    assert stored() == rows * 10 * token
+    assert addresses == [storage.data_ptr() for storage in cache.keys + cache.values]
     cache.select(torch.arange(0, rows, 3))
     assert stored() == -(-rows // 3) * 10 * token
 
 
-@pytest.mark.parametrize("static", [False, True])
 @torch.no_grad()
-def test_bfloat16_differs_from_float32_by_its_rounding_only(static):
+def test_bfloat16_differs_from_float32_by_its_rounding_only():
     exact = same_weights(reference_model(seed=7))
     decoder = same_weights(reference_model(seed=7)).to(torch.bfloat16)
     exact.load_state_dict(decoder.state_dict())  # the rounded weights, in float32 arithmetic
     own = random_ids(6, 5, seed=2)
-    logits = decode(decoder, grouped(decoder, PROMPTS, 2, 20, static), own, range(5))
-    expected = decode(exact, grouped(exact, PROMPTS, 2, 20, static), own, range(5))
+    logits = decode(decoder, grouped(decoder, PROMPTS, 2, 20), own, range(5))
+    expected = decode(exact, grouped(exact, PROMPTS, 2, 20), own, range(5))
     plain = alone(decoder, PROMPTS, torch.arange(3).repeat_interleave(2), own)
     assert (logits - expected).abs().mean() < 1.5 * (plain - expected).abs().mean()

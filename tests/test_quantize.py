@@ -218,18 +218,6 @@ def test_bitsandbytes_is_imported_for_int8_only_and_silent():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(0, 1.0), (2, 0.0), (2, -1.0), (2, float("nan"))])
-def test_a_senseless_rank_or_alpha_is_refused(rank, alpha):
-    """The model is left as it was."""
-    model = random_model()
-    with pytest.raises(ValueError, match=f"not .*{alpha if rank == 2 else rank}"):
-        add_adapters(model, rank, alpha, int8=False)
-    assert not any(adapters(model))
-    assert all(p.requires_grad for p in model.parameters())
-    with pytest.raises(ValueError, match="already"):
-        add_adapters(add_adapters(model, 2, 2.0, int8=False), 2, 2.0, int8=False)
-
-
 @pytest.mark.parametrize(
     "int8, dtype", [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)]
 )

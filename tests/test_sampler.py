@@ -260,13 +260,14 @@ def one_by_one(decoder, choice) -> list[Completion]:
     return completions
 
 
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("block", [1, 16])
 @pytest.mark.parametrize(
     "choice", [TokenChoice(), TokenChoice(0.7), TokenChoice(0), TokenChoice(1.2, 4, 0.8)], ids=str
 )
 @torch.inference_mode()
-def test_a_batch_gives_what_the_plain_sampler_gives(choice, static, decoder):
-    batch = DecodeBatch(decoder, COPIES, UNIFORMS, torch.tensor(STOPS), choice, static)
+def test_a_batch_gives_what_the_plain_sampler_gives(choice, block, decoder, monkeypatch):
+    monkeypatch.setitem(model.cache.BLOCK, "cpu", block)
+    batch = DecodeBatch(decoder, COPIES, UNIFORMS, torch.tensor(STOPS), choice)
     for _ in batch.run():
         pass
     assert_same(flat(batch.completions()), one_by_one(decoder, choice))
@@ -308,7 +309,7 @@ def test_generate_gives_what_the_plain_sampler_gives(
 @pytest.mark.parametrize("dropped", [False, True])
 @torch.inference_mode()
 def test_a_step_never_waits_for_the_device(dropped, choice, decoder):
-    batch = DecodeBatch(decoder, COPIES, UNIFORMS, torch.tensor(STOPS), choice, static=True)
+    batch = DecodeBatch(decoder, COPIES, UNIFORMS, torch.tensor(STOPS), choice)
     batch.start()
     count = 12 if dropped else 2
     for stored in range(1, count):

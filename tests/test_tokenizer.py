@@ -213,7 +213,6 @@ def test_without_a_template_prompts_are_chatml_or_plain_text(tmp_path):
 @pytest.mark.parametrize(
     "template",
     [
-        "{{ messages.__class__ }}",
         "{{ ''.__class__.__mro__ }}",
         "{{ messages.append(1) }}",
         "{% for i in range(1000000000) %}x{% endfor %}",
@@ -314,10 +313,5 @@ def test_an_added_token_takes_its_own_id_or_is_refused(tmp_path):
     tokenizer = Tokenizer(with_added({str(TINY_TOKENS): ADDED}))
     assert (tokenizer.encode("a<new>")[1:], len(tokenizer)) == ([TINY_TOKENS], TINY_TOKENS + 1)
     assert "'<new>' should have id 900" in refusal(with_added({"900": ADDED}))
-    for broken in (
-        {str(TINY_TOKENS): {"content": "<new>"}},
-        {"x": ADDED},
-        {str(TINY_TOKENS): "<new>"},
-        [ADDED],
-    ):
+    for broken in ({str(TINY_TOKENS): {"lstrip": False}}, {"x": ADDED}, {str(TINY_TOKENS): "<new>"}, [ADDED]):
         assert str(tmp_path) in refusal(with_added(broken))

@@ -87,14 +87,11 @@ def test_a_malformed_line_is_refused_by_its_number(tmp_path, line):
         load(tmp_path, GOOD, "", line, GOOD)
 
 
-def test_wrong_foreign_and_missing_traces_are_refused(tmp_path):
-    """Foreign: in another script."""
+def test_wrong_and_missing_traces_are_refused(tmp_path):
     wrong = '{"numbers": [79, 60, 17], "target": 36, "completion": "79-60", "outcome": "correct"}'
     with pytest.raises(DataError, match=r"mine\.jsonl, line 2: does not solve 79, 60, 17 -> 36"):
         load(
             tmp_path, GOOD, wrong, is_correct=lambda text, problem: text == "79-60+17" and problem == PROBLEM
         )
-    with pytest.raises(DataError, match=r"mine\.jsonl, line 2: letters outside the Latin script"):
-        load(tmp_path, GOOD, GOOD.replace("79-60+17", "所以"))
     with pytest.raises(DataError, match=r"mine\.jsonl: no traces"):
         load(tmp_path, "", " ")

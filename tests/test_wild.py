@@ -49,7 +49,7 @@ from lab.setup import load_policy, set_up, stage_start_model
 from lab.stages import train
 from model import ModelError, Qwen3Config, Tokenizer, generate, load_model, save_model
 from model.sampler import TokenChoice, random_uniforms, sample_completion
-from model.weights import INDEX, is_bundled
+from model.weights import is_bundled
 from rl.batch import Sample, logprobs_and_entropy, make_batch
 
 CPU = torch.device("cpu")
@@ -322,7 +322,6 @@ def test_what_is_no_model_says_what_it_is(tmp_path, monkeypatch):
 def test_shards_without_their_index_are_put_together(tmp_path):
     folder = copied(tmp_path)
     names = split_weights(folder)
-    (folder / INDEX).unlink()
     assert largest_gap(weights(load_model(folder)[0]), weights(load_model("tiny")[0])) == 0
     (folder / names[-1]).unlink()
     with pytest.raises(ModelError, match=f"{folder}: weight .* missing"):
@@ -330,14 +329,12 @@ def test_shards_without_their_index_are_put_together(tmp_path):
 
 
 def split_weights(folder) -> list[str]:
-    """Divide a model's weights into two files with an index."""
+    """Divide a model's weights into two files."""
     state = safetensors.torch.load_file(folder / "model.safetensors")
     names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     parts = [dict(list(state.items())[number::2]) for number in range(2)]
     for name, part in zip(names, parts):
         safetensors.torch.save_file(part, folder / name)
-    index = {weight: name for name, part in zip(names, parts) for weight in part}
-    (folder / INDEX).write_text(json.dumps({"weight_map": index}))
     (folder / "model.safetensors").unlink()
     return names
 

@@ -202,7 +202,7 @@ def main(settings: TinyBase) -> None:
     tokenizer = train_tokenizer(out, corpus)
     model = init_weights(Qwen3(tiny_config(len(tokenizer), corpus.layers)), settings.seed)
     model.num_tokens = len(tokenizer)
-    print(f"{model.config.num_parameters():,} parameters, {len(tokenizer)} tokens")
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
     trainer = Trainer(model, Optimizer(model), MICRO_BATCH_TOKENS)
     for piece in itertools.chain(*trainer.optimizer.pieces.values()):
         piece.adamw.param_groups[0]["weight_decay"] = WEIGHT_DECAY

@@ -76,7 +76,7 @@ def config_of(fields: dict) -> Qwen3Config:
         rope_theta=fields["llama.rope.freq_base"],
         tie_word_embeddings=True,
         max_position_embeddings=fields["llama.context_length"],
-        qk_norm=False,
+        model_type="llama",
     )
 
 

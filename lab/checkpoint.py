@@ -22,7 +22,7 @@ from lab.recipe import Recipe, RecipeError, from_dict, recipe_for
 from lab.runfolder import step_of, sync
 from model import Qwen3, Tokenizer, adapter_state, load_adapter_state, save_model
 from model.weights import content_digest, is_bundled, read_json, resolve_source, weight_files
-from rl.optimizer import Optimizer
+from rl.optimizer import Optimizer, PieceWithMaster
 
 STATE, OPTIMIZER, RECIPE = "trainer_state.json", "optimizer.safetensors", "recipe.json"
 ADAPTERS, DIGESTS = "adapters.safetensors", "sha256.json"
@@ -236,7 +236,7 @@ def state_tensors(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
         for number, piece in enumerate(pieces):
             for key, value in piece.adamw.state[piece.master].items():
                 yield f"{name}|{number}|{key}", torch.as_tensor(value)
-            if piece.rounding == "masters":
+            if isinstance(piece, PieceWithMaster):
                 yield f"{name}|{number}|master", piece.master.detach()
 
 

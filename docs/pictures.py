@@ -91,17 +91,16 @@ def picture_live(run: RunFolder, step: int, folder: Path) -> None:
     console = Console(width=108, height=40, record=True, force_terminal=True, file=open("/dev/null", "w"))
     screen = LiveScreen(recipe, console)
     rows = [row for row in run.metrics() if row["step"] <= step]
-    screen.history(rows)
-    screen.row = rows[-1]
-    stage = screen.row["stage"]
+    screen.history(rows[:-1])
+    stage = rows[-1]["stage"]
     done = sum(row["stage"] == stage and row["step"] > 0 for row in rows)
-    screen.position = (done, recipe.stages[stage].steps)
+    screen.step(rows[-1], len(recipe.stages), done, recipe.stages[stage].steps)
     for _, row in read_jsonl(run.path / "rollouts" / f"step_{step:04d}.jsonl", "a rollout"):
         completion = Completion([], [], row["finished"])
         problem = recipe.task.problem_from_row(row)
         rollout = Rollout(problem, [], completion, row["completion"], row["outcome"], row["reward"])
         screen.rollouts([[rollout]])
-    screen.progress = ("update", 0, 1, 0.0)
+    screen.activity = "update"
     console.print(screen.draw())
     html = console.export_html(theme=MONOKAI, inline_styles=True)
     page = folder / "live.html"

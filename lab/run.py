@@ -12,21 +12,12 @@ from lab.plots import write_curve
 from lab.recipe import Recipe, RecipeError
 from lab.report import write_report
 from lab.runfolder import RunFolder
-from lab.screen import (
-    Screen,
-    advice_on_equal_rewards,
-    advice_on_exploration,
-    describe_run,
-    final_line,
-    planned_time,
-    time_left,
-)
+from lab.screen import Screen, advice_on, describe_run, final_line, time_left
 from lab.setup import find_state, set_up
 from model.sampler import Cancelled
-from model.weights import is_bundled
 from rl.distributed import all_values, any_rank, broadcast, is_main, own_part, world_size
 from rl.optimizer import Optimizer
-from rl.rollout import SamplingSettings, prompt_for
+from rl.rollout import SamplingSettings
 
 MAX_SKIPPED_UPDATES = 5  # in a row, then the run ends
 
@@ -75,9 +66,6 @@ class Run:
         if is_main() and not self.resumed:
             self.folder.create(recipe, self.state.problems)
         self.record(row, steps=0)
-        if recipe.stages and self.model.device.type == "cpu" and not is_bundled(recipe.model):
-            prompt = prompt_for(self.tokenizer, recipe.task, self.held_out[0], recipe.sampling)
-            self.screen.say(planned_time(row, recipe, len(prompt)))
 
     def finish_step(self, stage, metrics: dict) -> None:
         """Count a step of `stage`, evaluate and save where it is time to, and log everything."""
@@ -207,9 +195,9 @@ class Run:
             screen.say(f"at this speed, {time_left(row, recipe)} of GRPO left, without evaluations")
         if "eval_accuracy" in row:
             write_curve(self.folder, recipe)
-            for words in (advice_on_equal_rewards(row, recipe), advice_on_exploration(row, recipe)):
-                if words:
-                    screen.say(words)
+            advice = advice_on(row)
+            if advice:
+                screen.say(advice)
 
     def save(self, optimizer: Optimizer | None) -> None:
         """Save a checkpoint. Rank 0 writes; the others wait."""

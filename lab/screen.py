@@ -21,14 +21,12 @@ from lab.device import has_bfloat16
 from lab.recipe import Recipe
 from rl.rollout import Rollout
 
-CHART_HEIGHT = 5  # lines
+BARS = " ▁▂▃▄▅▆▇█"
 LEAST_WIDTH = 40  # columns of a terminal, to draw on it
 PLAIN_WIDTH = 80  # columns at least, elsewhere
-# A policy has stopped exploring if at least this share of groups have equal rewards, though at most this
-# share of completions are correct, and the entropy is at most so many nats per token.
-STUCK_GROUPS, STUCK_ACCURACY, STUCK_ENTROPY = 0.8, 0.6, 0.08
-UPDATE_COST = 1.5  # time of a token in an update over that of sampling one, on a CPU
-STUCK_FORM = 0.8  # share of answers of one form, from which on it is worth saying
+MANY_EQUAL = 0.8  # share of groups with equal rewards, from which on a run gives advice,
+GOOD_ACCURACY = 0.6  # unless the accuracy is above this one
+LOW_ENTROPY = 0.08  # nats per token of a policy that has stopped exploring
 ROLLOUT_LINES = 7  # the last ones of a completion
 OnProgress = Callable[[int, int], None]
 
@@ -73,11 +71,12 @@ class LiveScreen(Screen):
     def __init__(self, recipe: Recipe, console: Console):
         self.recipe = recipe
         self.console = console
-        self.row: dict = {}
-        self.position = (0, 0)  # (steps done, steps) of the stage
-        self.points: list[tuple[int, float]] = []  # (step, held-out accuracy in %)
+        self.line = ""  # of the last step
+        self.activity = ""
+        self.left = ""  # the time
+        self.accuracy = ""  # on held-out problems, of the last evaluation
+        self.accuracies: list[float] = []  # of all evaluations
         self.samples: dict[str, Rollout] = {}  # the last correct and the last wrong one
-        self.progress = ("", 0, 1, 0.0)  # (activity, completions done, total, tokens per second)
         self.live = Live(console=console, get_renderable=self.draw, transient=True, refresh_per_second=4)
 
     def __enter__(self):
@@ -93,15 +92,15 @@ class LiveScreen(Screen):
     def history(self, rows: list[dict]) -> None:
         for row in rows:
             if "eval_accuracy" in row:
-                self.points.append((row["step"], 100 * row["eval_accuracy"]))
-                self.heading = f"held-out accuracy {evaluation_text(row)}"
+                self.accuracies.append(row["eval_accuracy"])
+                self.accuracy = f"held-out accuracy {evaluation_text(row)}"
 
     def step(self, row: dict, stages: int, done: int, steps: int) -> None:
-        self.row = row
-        self.position = (done, steps)
         self.history([row])
+        self.line = step_line(row, stages, done, steps)
+        self.left = f"{time_left(row, self.recipe)} of GRPO left" if "rollout_seconds" in row else ""
         if "eval_accuracy" in row:
-            super().step(row, stages, done, steps)
+            self.say(self.line)
 
     def rollouts(self, groups: list[list[Rollout]]) -> None:
         for group in groups:
@@ -113,65 +112,34 @@ class LiveScreen(Screen):
         start = time.perf_counter()
 
         def report(done: int, tokens: int) -> None:
-            self.progress = (what, done, total, tokens / (time.perf_counter() - start))
+            speed = tokens / (time.perf_counter() - start)
+            self.activity = f"{what}  {done}/{total} completions  {speed:,.0f} tokens/s"
             if done == total:
-                self.progress = ("update", 0, 1, 0.0)
+                self.activity = "update"
 
-        report(0, 0)
         yield report
 
     def draw(self) -> Panel:
-        width = min(self.console.width, 120)
-        inner = width - 4
-        parts = [self._draw_position()]
-        if self.points:
-            lines = [self.heading, *chart(self.points, min(60, inner - 8), CHART_HEIGHT)]
-            parts.append(Text("\n".join(lines), style="cyan"))
-        parts.append(self._figures())
-        if self.console.height >= CHART_HEIGHT + ROLLOUT_LINES + 11:
-            columns = 1 if width < 80 else 2
-            kinds = [kind for kind in ("correct", "wrong") if kind in self.samples][:columns]
-            panels = [self._draw_sample(kind, (inner + 1) // columns - 1) for kind in kinds]
-            parts.append(Columns(panels, padding=(0, 0)))
-        return Panel(Group(*parts), title=Text(printable(self.recipe.out)), width=width)
+        parts: list[Text | Columns] = [Text(self.line), Text(f"{self.activity}  {self.left}")]
+        if self.accuracies:
+            top = max(self.accuracies) or 1.0
+            bars = [BARS[round(8 * accuracy / top)] for accuracy in self.accuracies]
+            parts.append(Text(f"{self.accuracy}  {''.join(bars)}", style="cyan"))
+        samples = [self._draw_sample(kind) for kind in ("correct", "wrong") if kind in self.samples]
+        parts.append(Columns(samples, padding=(0, 0)))
+        return Panel(Group(*parts), title=Text(printable(self.recipe.out)))
 
-    def _draw_position(self) -> Columns:
-        """The step, the present activity and its speed, and the time left."""
-        stages = self.recipe.stages
-        name = "start"
-        if self.row and stages:
-            name = f"{self.row['kind'].upper()} {self.row['stage'] + 1}/{len(stages)}"
-        activity, done, total, speed = self.progress
-        parts = [f"{name}  step {self.position[0]}/{self.position[1]}", activity]
-        if speed:
-            parts += [f"{done}/{total} completions", f"{speed:,.0f} tokens/s"]
-        if "rollout_seconds" in self.row:
-            parts.append(f"{time_left(self.row, self.recipe)} of GRPO left")
-        return Columns(parts, padding=(0, 2))
-
-    def _figures(self) -> Columns:
-        """The last step's metrics."""
-        row = self.row
-        parts = step_figures(row) if row.get("step") else []
-        if parts and row["kind"] == "grpo":
-            parts += [
-                f"entropy {shown(row['policy_entropy'])}",
-                f"clipped {shown(100 * row['clip_fraction'], 1)} %",
-                f"{row['tokens_per_second']:,.0f} tokens/s",
-                f"{row['rollout_seconds'] + row['update_seconds']:.1f} s per step",
-            ]
-        return Columns(parts, padding=(0, 2))
-
-    def _draw_sample(self, kind: str, width: int) -> Panel:
+    def _draw_sample(self, kind: str) -> Panel:
+        """The end of the last completion of a kind, in half the screen's width."""
         rollout = self.samples[kind]
-        lines = printable(rollout.text).split("\n")
-        if len(lines) > ROLLOUT_LINES:
-            lines = ["...", *lines[1 - ROLLOUT_LINES :]]
-        text = Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
-        title = Text(f"last {kind}: {printable(str(rollout.problem))}")
-        style = "green" if kind == "correct" else "red"
+        lines = printable(rollout.text).split("\n")[-ROLLOUT_LINES:]
         return Panel(
-            text, title=title, title_align="left", width=width, height=ROLLOUT_LINES + 2, style=style
+            Text("\n".join(lines), no_wrap=True, overflow="ellipsis"),
+            title=Text(f"last {kind}: {printable(str(rollout.problem))}"),
+            title_align="left",
+            width=self.console.width // 2 - 3,
+            height=ROLLOUT_LINES + 2,
+            style="green" if kind == "correct" else "red",
         )
 
 
@@ -181,21 +149,6 @@ def pick_screen(recipe: Recipe, quiet: bool = False, plain: bool = False) -> Scr
         return QuietScreen()
     console = plain_console()
     return LiveScreen(recipe, console) if console.is_terminal and not plain else Screen()
-
-
-def chart(points: list[tuple[int, float]], width: int, height: int) -> list[str]:
-    """A bar chart of `points` (x, y), x ascending, as lines of text; a bar shows the last point so far."""
-    last = max(1, points[-1][0])
-    top = max([1e-9] + [y for _, y in points])
-    xs = [last * column / max(1, width - 1) for column in range(width)]
-    ys = [next((y for step, y in reversed(points) if step <= x + 1e-9), 0.0) for x in xs]
-    eighths = [round(8 * height * y / top) for y in ys]  # of a line
-    lines = []
-    for level in reversed(range(height)):
-        bars = "".join(" ▁▂▃▄▅▆▇█"[min(8, max(0, bar - 8 * level))] for bar in eighths)
-        label = f"{top:3.0f} %" if level == height - 1 else "  0 %" if level == 0 else ""
-        lines.append(f"{label:>5} |{bars}")
-    return lines
 
 
 @contextlib.contextmanager
@@ -258,8 +211,11 @@ def describe_run(recipe: Recipe, model, train: list, held_out: list, resumed_at:
         dtype += ", for want of bfloat16"
     stages = []
     for stage in recipe.stages:
-        batch = "" if stage.kind == "sft" else f" of {stage.prompts_per_step} x {stage.samples_per_prompt}"
-        stages.append(f"SFT {stage.epochs} epochs" if not batch else f"GRPO {stage.steps} steps{batch}")
+        if stage.kind == "sft":
+            stages.append(f"SFT {stage.epochs} epochs")
+        else:
+            batch = f"{stage.prompts_per_step} x {stage.samples_per_prompt}"
+            stages.append(f"GRPO {stage.steps} steps of {batch}")
     resumed = "" if resumed_at is None else f", resumed after step {resumed_at}"
     return (
         f"model     {recipe.model}: {model.config.num_parameters():,} parameters, {dtype}, on {device}\n"
@@ -273,9 +229,7 @@ def step_line(row: dict, stages: int, done: int, steps: int) -> str:
     """The line for a step, from its metrics."""
     if row["step"] == 0:
         return f"before any step: held-out accuracy {evaluation_text(row)}"
-    seconds = row.get("rollout_seconds", 0.0) + row["update_seconds"]
-    position = f"{row['kind']:4} {row['stage'] + 1}/{stages}  {done:3}/{steps}"
-    parts = [position, *step_figures(row), f"{seconds:.1f} s"]
+    parts = [f"{row['kind']:4} {row['stage'] + 1}/{stages}  {done:3}/{steps}", *step_figures(row)]
     if row.get("skipped_updates"):
         parts.append(f"{row['skipped_updates']} updates not finite, left out")
     if "eval_accuracy" in row:
@@ -290,91 +244,45 @@ def time_left(row: dict, recipe: Recipe) -> str:
     return f"{minutes}:{seconds:02}"
 
 
-def planned_time(row: dict, recipe: Recipe, prompt_length: int) -> str:
-    """Roughly how long a run will take on a CPU, by its first evaluation, which `row` holds.
-
-    It counts tokens: those to sample, if completions keep their length, and those of updates with their
-    prompts.
-    """
-    length = row["eval_completion_length"]
-    seconds_per_token = row["eval_seconds"] / (recipe.evaluation.problems * length)
-    sampled = updated = evaluations = 0.0
-    for stage in recipe.stages:
-        if stage.kind == "grpo":
-            completions = stage.samples_per_prompt * length
-            sampled += stage.steps * stage.prompts_per_step * completions
-            updated += stage.steps * stage.prompts_per_step * (completions + prompt_length)
-            evaluations += stage.steps / recipe.evaluation.every
-        else:
-            updated += stage.epochs * stage.max_traces * (length + prompt_length)
-            evaluations += 4
-    sampled += evaluations * recipe.evaluation.problems * length
-    sampled += 2 * recipe.evaluation.final_problems * length
-    minutes = round(seconds_per_token * (sampled + UPDATE_COST * updated) / 60)
-    hours = f"{minutes // 60}:{minutes % 60:02} h"
-    return f"time      about {hours}, if completions keep their length of {length:.0f} tokens"
-
-
-def advice_on_equal_rewards(row: dict, recipe: Recipe) -> str | None:
-    """Advice if an evaluation predicts equal rewards in most groups; else None."""
-    stages = [stage for stage in recipe.stages[row["stage"] :] if stage.kind == row["kind"] == "grpo"]
-    if not stages:
+def advice_on(row: dict) -> str | None:
+    """Advice if few groups of a GRPO step had unequal rewards to learn from; else None."""
+    if row.get("silent_groups", 0) < MANY_EQUAL or row["train_accuracy"] > GOOD_ACCURACY:
         return None
-    samples, prompts = stages[0].samples_per_prompt, stages[0].prompts_per_step
-    cut_off, formed, right = (
-        row[f"eval_{name}"] for name in ("truncated_fraction", "format_rate", "accuracy")
-    )
-    silent = sum(share**samples for share in (right, formed - right, 1 - formed))
-    if silent < 0.9 or right > 0.5:
+    stage = f"--stages.{row['stage']}"
+    equal = f"In {100 * row['silent_groups']:.0f} % of groups all rewards are equal; these change nothing."
+    if row["format_rate"] < 0.5:
+        return (
+            f"{equal} {100 * row['truncated_fraction']:.0f} % of completions are cut off. The paper's run "
+            "with 256 tokens earned nothing for 30 steps either, and then took off. What helps: more samples "
+            f"per prompt ({stage}.samples-per-prompt), no thinking (--sampling.no-thinking), more room "
+            "(--sampling.max-new-tokens)"
+        )
+    if row["entropy"] > LOW_ENTROPY:
         return None
-    limit, some = recipe.sampling.max_new_tokens, f"{prompts * (1 - silent):.1f} of {prompts}"
     return (
-        f"{100 * cut_off:.1f} % of completions are cut off at {limit} tokens. About {some} groups per step "
-        "have unequal rewards; the others change nothing.\n"
-        "The paper's run with 256 tokens earned nothing for 30 steps either, and then took off. What helps: "
-        f"more samples per prompt (--stages.{row['stage']}.samples-per-prompt {4 * samples}), no thinking "
-        f"(--sampling.no-thinking), more room (--sampling.max-new-tokens {2 * limit})"
-    )
-
-
-def advice_on_exploration(row: dict, recipe: Recipe) -> str | None:
-    """Advice if a step shows that the policy has stopped exploring too early; else None."""
-    if row["kind"] != "grpo" or not row["step"] or row["format_rate"] < 0.5:
-        return None  # where few completions have an answer, `advice_on_equal_rewards` says why
-    equal, right, entropy = row["silent_groups"], row["train_accuracy"], row["entropy"]
-    if equal < STUCK_GROUPS or right > STUCK_ACCURACY or entropy > STUCK_ENTROPY:
-        return None
-    signs = (
-        f"The policy has stopped exploring: in {100 * equal:.0f} % of groups all rewards are equal, though "
-        f"only {100 * right:.0f} % of completions are correct. Entropy is {entropy:.2f} nats per token"
-    )
-    form, fraction = row["common_form"], row["common_form_fraction"]
-    if fraction >= STUCK_FORM and len(form) > 1:
-        signs += f", and {100 * fraction:.0f} % of answers have the form {form}"
-    number = row["stage"]
-    stage = recipe.stages[number]
-    helps = [f"a lower rate (--stages.{number}.learning-rate {stage.learning_rate / 2:.2g})"]
-    if recipe.reward.format or recipe.reward.near_miss:
-        helps.append("rewards for correct answers only (--reward.no-format --reward.no-near-miss)")
-    if not stage.kl_coef:
-        helps.append(f"a KL penalty (--stages.{number}.kl-coef 0.01)")
-    return (
-        f"{signs}.\nMore steps will change little. Start again from an earlier checkpoint or model, with "
-        f"{', or '.join(helps)}. If the model has never searched, a cold start comes first (docs/real.md)"
+        f"{equal} The policy has stopped exploring: its entropy is {row['entropy']:.2f} nats per token, and "
+        f"{100 * row['common_form_fraction']:.0f} % of answers have the form {row['common_form']}. More "
+        "steps will change little. Start again from an earlier checkpoint or model, with a lower rate "
+        f"({stage}.learning-rate), rewards for correct answers only (--reward.no-format "
+        f"--reward.no-near-miss), or a KL penalty ({stage}.kl-coef 0.01). If the model has never searched, a "
+        "cold start comes first (docs/real.md)"
     )
 
 
 def step_figures(row: dict) -> list[str]:
     """The most important metrics of a step, as texts."""
     if row["kind"] == "sft":
-        return [f"loss {shown(row['loss'], 4)}", f"grad {shown(row['grad_norm'])}"]
-    return [
-        f"reward {row['reward_mean']:.3f}",
-        f"correct {100 * row['train_accuracy']:4.1f} %",
-        f"format {100 * row['format_rate']:3.0f} %",
-        f"length {row['completion_length']:3.0f}",
-        f"grad {shown(row['grad_norm'])}",
-    ]
+        figures = [f"loss {shown(row['loss'], 4)}"]
+    else:
+        figures = [
+            f"reward {row['reward_mean']:.3f}",
+            f"correct {100 * row['train_accuracy']:4.1f} %",
+            f"format {100 * row['format_rate']:3.0f} %",
+            f"length {row['completion_length']:3.0f}",
+            f"entropy {shown(row['policy_entropy'])}",
+        ]
+    seconds = row.get("rollout_seconds", 0.0) + row["update_seconds"]
+    return [*figures, f"grad {shown(row['grad_norm'])}", f"{seconds:.1f} s"]
 
 
 def shown(value: float, digits: int = 2) -> str:

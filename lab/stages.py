@@ -52,16 +52,16 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
 
 def train_stage(run: Run) -> None:
     """The steps of one stage that are left. When it returns, the memory of its optimizer is free again."""
-    stage = begin_stage(run)
-    run.complete_evaluation(stage)
-    while run.state.stage_step < stage.steps:
-        run.stop_if_asked(stage.trainer.optimizer)
+    run.stage = begin_stage(run)
+    run.complete_evaluation()
+    while run.state.stage_step < run.stage.steps:
+        run.stop_if_asked()
         try:
-            metrics = stage.take_step()
+            metrics = run.stage.take_step()
         except Cancelled:  # by a signal, before the step has changed anything
             continue
-        run.finish_step(stage, metrics)
-    run.end_stage(stage)
+        run.finish_step(metrics)
+    run.end_stage()
 
 
 def begin_stage(run: Run) -> "GRPOTraining | SFTTraining":

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from data.load import fingerprint
 from data.task import AnyProblem
-from lab.recipe import Recipe, RecipeError, from_dict, recipe_for
+from lab.recipe import Recipe, RecipeError, from_dict
 from lab.runfolder import step_of, sync
 from model import Qwen3, Tokenizer, adapter_state, load_adapter_state, save_model
-from model.weights import content_digest, is_bundled, read_json, resolve_source, weight_files
+from model.weights import content_digest, read_json, resolve_source, weight_files
 from rl.optimizer import Optimizer, PieceWithMaster
 
 STATE, OPTIMIZER, RECIPE = "trainer_state.json", "optimizer.safetensors", "recipe.json"
@@ -216,17 +216,6 @@ def saved_recipe(source: str | Path) -> Recipe | None:
         return from_dict(Recipe, read_json(path))
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from None
-
-
-def untrained_recipe(source: str, beside: Iterable[str]) -> Recipe:
-    """The recipe to evaluate a model with that was not trained here.
-
-    It is the recipe of the first model `beside` it that has one, so that both get the same prompts and
-    limits. If none has one, or the model is bundled, it is `recipe_for(source)`.
-    """
-    others = (saved_recipe(other) for other in beside)
-    trained = None if is_bundled(source) else next(filter(None, others), None)
-    return trained or recipe_for(source)
 
 
 def state_tensors(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:

@@ -1,6 +1,5 @@
 """Set up a run: its progress, its model, and a check that it fits into memory."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -120,13 +119,6 @@ def prompt_form(tokenizer: Tokenizer) -> str:
     """The form of the prompts for a model without a chat template, and the reason."""
     form = "plain text" if tokenizer.template.source == PLAIN else "ChatML"
     return f"{form}, since the model comes without a chat template"
-
-
-def without_missing_thinking(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
-    """The same recipe; for a tokenizer that has no `<think>`, with prompts that open no thinking block."""
-    if tokenizer.knows_thinking:
-        return recipe
-    return replace(recipe, sampling=replace(recipe.sampling, thinking=False))
 
 
 def open_policy(recipe: Recipe, checkpoint: Path | None) -> ModelFolder:

@@ -427,7 +427,7 @@ def test_a_problem_that_a_file_repeats_counts_once(tmp_path, capsys):
         "count": 2,
         "sha256": problems_hash([PROBLEM, Problem((2, 3, 5), 30)]),
     }
-    assert "118 of 120 problems repeat another: each counts once" in printed.err
+    assert "118 of 120 problems left out: they repeat another" in printed.err
 
 
 @pytest.mark.parametrize(

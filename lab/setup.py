@@ -67,16 +67,15 @@ def set_up(
     for number, stage in enumerate(recipe.stages):
         if stage.kind == "sft" and stage.traces and number >= state.stage:
             check_traces(recipe, number, problems)
-    prompts = [prompt_for(tokenizer, recipe.task, problem, recipe.sampling) for problem in held_out]
     longest = longest_prompt(recipe, tokenizer, [*problems, *held_out])
     model.config.check_positions(longest, recipe.sampling.max_new_tokens, recipe.model)
-    work = work_of(recipe, max(map(len, prompts)), world_size())
-    plan = plan_memory(model, recipe.optimizer, work, free)
+    plan = plan_memory(model, recipe.optimizer, work_of(recipe, longest, world_size()), free)
     check_plan(plan, free)
+    prompts = [prompt_for(tokenizer, recipe.task, problem, recipe.sampling) for problem in held_out[:4]]
     lines = [
         "" if tokenizer.has_template else f"prompts   {prompt_form(tokenizer)}",
         f"memory    {gb(plan.peak)} of {gb(free)} free: {plan}",
-        check_decoding(model, prompts[:4]),
+        check_decoding(model, prompts),
     ]
     return model, tokenizer, problems, held_out, plan.micro_batch_tokens, "\n".join(filter(None, lines))
 

@@ -15,7 +15,6 @@ import tyro
 from lab.device import check_driver
 from lab.errors import user_errors
 from lab.recipe import Recipe, RecipeError, checked, load_recipe
-from lab.runfolder import RunFolder
 from lab.stages import train
 from model.weights import is_bundled
 
@@ -54,8 +53,13 @@ def parse(arguments: list[str]) -> Arguments:
 
     # 2. Everything else.
     recipe = replace(recipe, model=model, out=recipe.out or f"runs/{run_name}")
-    options = {"description": __doc__, "config": (tyro.conf.AvoidSubcommands,)}
-    parsed = tyro.cli(Arguments, args=arguments, default=Arguments(name, recipe), **options)
+    parsed = tyro.cli(
+        Arguments,
+        args=arguments,
+        default=Arguments(name, recipe),
+        description=__doc__,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
     if parsed.recipe_name != name:
         raise RecipeError(f"name the recipe before the options: python train.py {parsed.recipe_name} ...")
     recipe = parsed.recipe
@@ -69,15 +73,7 @@ def parse(arguments: list[str]) -> Arguments:
     return replace(parsed, recipe=checked(recipe))
 
 
-def main(arguments: Arguments) -> None:
-    try:
-        train(arguments.recipe, arguments.resume, arguments.quiet, arguments.plain, arguments.wandb)
-    except KeyboardInterrupt as stop:
-        if stop.args or not RunFolder(arguments.recipe.out).holds_run:
-            raise  # it says where the run goes on, or there is none
-        raise KeyboardInterrupt("Go on with the same command and --resume.") from None
-
-
 if __name__ == "__main__":
     with user_errors("try --optimizer.activation-checkpointing, or a lower --sampling.max-cache-tokens"):
-        main(parse(sys.argv[1:]))
+        given = parse(sys.argv[1:])
+        train(given.recipe, given.resume, given.quiet, given.plain, given.wandb)

@@ -37,12 +37,12 @@ def find_state(recipe: Recipe, run: RunFolder, resume: bool, screen) -> tuple[Tr
     for number, stage in enumerate(recipe.stages):
         if stage.kind == "sft" and stage.traces is None and kinds[:number][-1:] != ["grpo"]:
             raise RecipeError(f"stages.{number}: an sft stage needs a grpo stage right before it, or traces")
-    if not resume:
-        if is_main():
-            run.check_free()
-        return TrainState(seen=seen_by(recipe.model, recipe.revision)), None
-    run.check_recipe(recipe)
-    checkpoint = broadcast(newest_checkpoint(run.path, screen.say) if is_main() else None)
+    checkpoint = None
+    if resume:
+        run.check_recipe(recipe)
+        checkpoint = broadcast(newest_checkpoint(run.path, screen.say) if is_main() else None)
+    elif is_main():
+        run.check_free()
     if checkpoint:
         return load_state(checkpoint), checkpoint
     return TrainState(seen=seen_by(recipe.model, recipe.revision)), None

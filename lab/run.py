@@ -45,7 +45,6 @@ class Run:
         if resume and is_main():
             folder.check_problems(self.state.problems)
             folder.rewind(self.state.step if self.checkpoint else -1)
-        screen.history(folder.metrics())
 
     @property
     def cancel(self):

@@ -21,7 +21,6 @@ from lab.device import has_bfloat16
 from lab.recipe import Recipe
 from rl.rollout import Rollout
 
-BARS = " ▁▂▃▄▅▆▇█"
 LEAST_WIDTH = 40  # columns of a terminal, to draw on it
 PLAIN_WIDTH = 80  # columns at least, elsewhere
 MANY_EQUAL = 0.8  # share of groups with equal rewards, from which on a run gives advice,
@@ -39,9 +38,6 @@ class Screen(contextlib.AbstractContextManager):
 
     def say(self, text: str) -> None:
         print(text, flush=True)
-
-    def history(self, rows: list[dict]) -> None:
-        """Take in the metrics of a resumed run's earlier steps."""
 
     def step(self, row: dict, stages: int, done: int, steps: int) -> None:
         """Show the metrics of a step, number `done` of the `steps` of its stage."""
@@ -66,18 +62,13 @@ class QuietScreen(Screen):
 
 
 class LiveScreen(Screen):
-    """A panel with the present state of the run; evaluations stay above it as lines."""
+    """Prints lines too, above a bar during sampling, the last correct and the last wrong completion."""
 
-    def __init__(self, recipe: Recipe, console: Console):
-        self.recipe = recipe
+    def __init__(self, console: Console):
         self.console = console
-        self.line = ""  # of the last step
-        self.activity = ""
-        self.left = ""  # the time
-        self.accuracy = ""  # on held-out problems, of the last evaluation
-        self.accuracies: list[float] = []  # of all evaluations
-        self.samples: dict[str, Rollout] = {}  # the last correct and the last wrong one
-        self.live = Live(console=console, get_renderable=self.draw, transient=True, refresh_per_second=4)
+        self.progress = sampling_progress(console)
+        self.samples: dict[str, Panel] = {}
+        self.live = Live(console=console, get_renderable=self.draw, transient=True)
 
     def __enter__(self):
         self.live.start()
@@ -89,84 +80,70 @@ class LiveScreen(Screen):
     def say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True)
 
-    def history(self, rows: list[dict]) -> None:
-        for row in rows:
-            if "eval_accuracy" in row:
-                self.accuracies.append(row["eval_accuracy"])
-                self.accuracy = f"held-out accuracy {evaluation_text(row)}"
-
-    def step(self, row: dict, stages: int, done: int, steps: int) -> None:
-        self.history([row])
-        self.line = step_line(row, stages, done, steps)
-        self.left = f"{time_left(row, self.recipe)} of GRPO left" if "rollout_seconds" in row else ""
-        if "eval_accuracy" in row:
-            self.say(self.line)
-
     def rollouts(self, groups: list[list[Rollout]]) -> None:
         for group in groups:
             for rollout in group:
-                self.samples["correct" if rollout.outcome == "correct" else "wrong"] = rollout
+                kind = "correct" if rollout.outcome == "correct" else "wrong"
+                self.samples[kind] = sample_panel(rollout, kind, self.console.width // 2)
 
-    @contextlib.contextmanager
-    def sampling(self, what: str, total: int) -> Iterator[OnProgress]:
-        start = time.perf_counter()
+    def sampling(self, what: str, total: int) -> contextlib.AbstractContextManager[OnProgress]:
+        return tracked(self.progress, what, total)
 
-        def report(done: int, tokens: int) -> None:
-            speed = tokens / (time.perf_counter() - start)
-            self.activity = f"{what}  {done}/{total} completions  {speed:,.0f} tokens/s"
-            if done == total:
-                self.activity = "update"
-
-        yield report
-
-    def draw(self) -> Panel:
-        parts: list[Text | Columns] = [Text(self.line), Text(f"{self.activity}  {self.left}")]
-        if self.accuracies:
-            top = max(self.accuracies) or 1.0
-            bars = [BARS[round(8 * accuracy / top)] for accuracy in self.accuracies]
-            parts.append(Text(f"{self.accuracy}  {''.join(bars)}", style="cyan"))
-        samples = [self._draw_sample(kind) for kind in ("correct", "wrong") if kind in self.samples]
-        parts.append(Columns(samples, padding=(0, 0)))
-        return Panel(Group(*parts), title=Text(printable(self.recipe.out)))
-
-    def _draw_sample(self, kind: str) -> Panel:
-        """The end of the last completion of a kind, in half the screen's width."""
-        rollout = self.samples[kind]
-        lines = printable(rollout.text).split("\n")[-ROLLOUT_LINES:]
-        return Panel(
-            Text("\n".join(lines), no_wrap=True, overflow="ellipsis"),
-            title=Text(f"last {kind}: {printable(str(rollout.problem))}"),
-            title_align="left",
-            width=self.console.width // 2 - 3,
-            height=ROLLOUT_LINES + 2,
-            style="green" if kind == "correct" else "red",
-        )
+    def draw(self) -> Group:
+        return Group(self.progress, Columns(self.samples.values(), padding=(0, 0)))
 
 
-def pick_screen(recipe: Recipe, quiet: bool = False, plain: bool = False) -> Screen:
+def sample_panel(rollout: Rollout, kind: str, width: int) -> Panel:
+    """The end of a completion."""
+    lines = printable(rollout.text).split("\n")[-ROLLOUT_LINES:]
+    return Panel(
+        Text("\n".join(lines), no_wrap=True, overflow="ellipsis"),
+        title=Text(f"last {kind}: {printable(str(rollout.problem))}"),
+        title_align="left",
+        width=width,
+        height=ROLLOUT_LINES + 2,
+        style="green" if kind == "correct" else "red",
+    )
+
+
+def pick_screen(quiet: bool = False, plain: bool = False) -> Screen:
     """A live screen on a terminal, else lines; `plain`: always lines; `quiet`: nothing."""
     if quiet:
         return QuietScreen()
     console = plain_console()
-    return LiveScreen(recipe, console) if console.is_terminal and not plain else Screen()
+    return LiveScreen(console) if console.is_terminal and not plain else Screen()
+
+
+def sampling_progress(console: Console) -> Progress:
+    description = TextColumn("{task.description}", markup=False)
+    counts = "{task.completed}/{task.total} completions  {task.fields[rate]}"
+    return Progress(description, BarColumn(), counts, console=console, transient=True)
+
+
+@contextlib.contextmanager
+def tracked(progress: Progress, what: str, total: int) -> Iterator[OnProgress]:
+    """Gives an `on_progress` that draws a bar of `progress`."""
+    start = time.perf_counter()
+    task = progress.add_task(what, total=total, rate="")
+
+    def show(done: int, tokens: int) -> None:
+        speed = tokens / (time.perf_counter() - start)
+        progress.update(task, completed=done, rate=f"{speed:,.0f} tokens/s")
+
+    try:
+        yield show
+    finally:
+        progress.remove_task(task)
 
 
 @contextlib.contextmanager
 def progress_bar(what: str, total: int) -> Iterator[OnProgress | None]:
     """Gives an `on_progress` that draws a bar on the last line of a terminal; None without a terminal."""
     console = plain_console(stderr=True)
-    start = time.perf_counter()
     if not console.is_terminal:
         yield None
         return
-    counts = "{task.completed}/{task.total} completions  {task.fields[rate]}"
-    description = TextColumn("{task.description}", markup=False)
-    with Progress(description, BarColumn(), counts, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=total, rate="")
-
-        def show(done: int, tokens: int) -> None:
-            bar.update(task, completed=done, rate=f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
-
+    with sampling_progress(console) as progress, tracked(progress, what, total) as show:
         yield show
 
 

@@ -39,7 +39,7 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
         if is_main():
             stack.enter_context(folder.locked())
         resume = broadcast(resume or (restarted() and folder.holds_run))
-        screen = stack.enter_context(pick_screen(recipe, quiet or not is_main(), plain))
+        screen = stack.enter_context(pick_screen(quiet or not is_main(), plain))
         run = Run(recipe, folder, screen, resume)
         if wandb and is_main():
             run.boards.start_wandb(asdict(recipe))

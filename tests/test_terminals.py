@@ -93,7 +93,7 @@ def test_nothing_is_drawn_where_the_cursor_cannot_move(name, value, monkeypatch)
 def test_a_file_is_no_terminal_whatever_the_environment_says(name, monkeypatch, capsys):
     monkeypatch.setenv(name, "1")
     monkeypatch.setenv("COLUMNS", "40")
-    assert type(pick_screen(smoke())) is Screen
+    assert type(pick_screen()) is Screen
     assert not plain_console(stderr=True).is_interactive
     plain_console().print("[bold]x", "y" * 70, style="bold")
     assert capsys.readouterr().out == f"[bold]x {'y' * 70}\n"

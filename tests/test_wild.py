@@ -221,17 +221,16 @@ HOSTILE = "a [/INST] [bold]b[/bold] :smile: [/x]"
 
 
 def test_texts_from_outside_are_shown_as_they_are_live(monkeypatch):
-    """Of a run's path, a problem, a completion and what is said, nothing is markup or an emoji."""
-    recipe = replace(load_recipe("256", "tiny")[1], out=f"runs/{HOSTILE}")
+    """Of a problem, a completion and what is said, nothing is markup or an emoji."""
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setenv("LINES", "60")
-    shown = LiveScreen(recipe, plain_console())
+    shown = LiveScreen(plain_console())
     problem = WordProblem(HOSTILE, "#### 1")
     shown.rollouts([[rollout("correct", HOSTILE, problem)]])
     with shown.console.capture() as capture:
         shown.console.print(shown.draw())
         shown.say(HOSTILE)
-    assert capture.get().count(HOSTILE) == 4
+    assert capture.get().count(HOSTILE) == 3
 
 
 def test_texts_from_outside_are_shown_as_they_are_elsewhere(capsys, monkeypatch):

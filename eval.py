@@ -135,16 +135,6 @@ def candidate_of(model: NamedModel, problems: list[AnyProblem], arguments: Argum
     return Candidate(model.source, recipe, sampled, greedy)
 
 
-def print_results(candidates: list[Candidate], numbers: dict, show: int) -> None:
-    """Print a table of the numbers, and so many completions of each model and outcome."""
-    console = plain_console(least_width=80)
-    problems = numbers["problems"]
-    title = f"{problems['count']:,} problems (sha256 {problems['sha256']}), intervals of 95 %"
-    console.print(comparison_table(title, numbers["models"], numbers["differences"]))
-    for candidate in candidates:
-        print_completions(candidate, show, console)
-
-
 def print_completions(candidate: Candidate, count: int, console: Console) -> None:
     """Print some completions of each outcome."""
     rollouts = [rollout for group in candidate.sampled.groups for rollout in group]
@@ -179,7 +169,11 @@ def main(arguments: Arguments) -> None:
         if arguments.json == "-":
             print(json.dumps(numbers, indent=2))
         else:
-            print_results(candidates, numbers, arguments.show)
+            title = f"{counted['count']:,} problems (sha256 {counted['sha256']}), intervals of 95 %"
+            console = plain_console(least_width=80)
+            console.print(comparison_table(title, measured, differences))
+            for candidate in candidates:
+                print_completions(candidate, arguments.show, console)
     finally:
         if file:
             file.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,6 @@
 """The output of a run: lines in a file or pipe, a live screen on a terminal, or nothing."""
 
 import contextlib
-import math
 import os
 import shutil
 import sys
@@ -169,8 +168,8 @@ def plain_console(stderr: bool = False, least_width: int = 0) -> Console:
 
 def can_draw(stream: TextIO) -> bool:
     """Whether `stream` is a terminal whose cursor can be moved, and not a log; elsewhere lines are plain."""
-    moves = os.environ.get("TERM", "dumb") not in ("dumb", "unknown", "")
-    is_log = os.environ.get("CI", "") not in ("", "0", "false")
+    moves = os.environ.get("TERM") not in (None, "", "dumb", "unknown")
+    is_log = os.environ.get("CI") not in (None, "", "0", "false")
     return stream.isatty() and moves and not is_log and shutil.get_terminal_size().columns >= LEAST_WIDTH
 
 
@@ -206,7 +205,19 @@ def step_line(row: dict, stages: int, done: int, steps: int) -> str:
     """The line for a step, from its metrics."""
     if row["step"] == 0:
         return f"before any step: held-out accuracy {evaluation_text(row)}"
-    parts = [f"{row['kind']:4} {row['stage'] + 1}/{stages}  {done:3}/{steps}", *step_figures(row)]
+    parts = [f"{row['kind']:4} {row['stage'] + 1}/{stages}  {done:3}/{steps}"]
+    if row["kind"] == "sft":
+        parts.append(f"loss {row['loss']:.4f}")
+    else:
+        parts += [
+            f"reward {row['reward_mean']:.3f}",
+            f"correct {100 * row['train_accuracy']:4.1f} %",
+            f"format {100 * row['format_rate']:3.0f} %",
+            f"length {row['completion_length']:3.0f}",
+            f"entropy {row['policy_entropy']:.2f}",
+        ]
+    seconds = row.get("rollout_seconds", 0.0) + row["update_seconds"]
+    parts += [f"grad {row['grad_norm']:.2f}", f"{seconds:.1f} s"]
     if row.get("skipped_updates"):
         parts.append(f"{row['skipped_updates']} updates not finite, left out")
     if "eval_accuracy" in row:
@@ -246,32 +257,12 @@ def advice_on(row: dict) -> str | None:
     )
 
 
-def step_figures(row: dict) -> list[str]:
-    """The most important metrics of a step, as texts."""
-    if row["kind"] == "sft":
-        figures = [f"loss {shown(row['loss'], 4)}"]
-    else:
-        figures = [
-            f"reward {row['reward_mean']:.3f}",
-            f"correct {100 * row['train_accuracy']:4.1f} %",
-            f"format {100 * row['format_rate']:3.0f} %",
-            f"length {row['completion_length']:3.0f}",
-            f"entropy {shown(row['policy_entropy'])}",
-        ]
-    seconds = row.get("rollout_seconds", 0.0) + row["update_seconds"]
-    return [*figures, f"grad {shown(row['grad_norm'])}", f"{seconds:.1f} s"]
-
-
-def shown(value: float, digits: int = 2) -> str:
-    """A number, or a dash if it could not be measured."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
-
-
 def final_line(row: dict, problems: int) -> str:
     sampled, greedy = evaluation_text(row, "final"), evaluation_text(row, "final_greedy")
     return f"final, {problems:,} held-out problems: {sampled} as sampled in training, {greedy} greedy"
 
 
 def evaluation_text(row: dict, which: str = "eval") -> str:
-    accuracy, low, high = (100 * row[f"{which}_{name}"] for name in ("accuracy", "low", "high"))
-    return f"{accuracy:.1f} % ({low:.1f} to {high:.1f})"
+    """The accuracy in % with its interval."""
+    low, high = 100 * row[f"{which}_low"], 100 * row[f"{which}_high"]
+    return f"{100 * row[f'{which}_accuracy']:.1f} % ({low:.1f} to {high:.1f})"

@@ -107,9 +107,8 @@ def damage(folder: Path) -> str | None:
 
 def newest_checkpoint(run: Path, say: Callable[[str], None] = print) -> Path | None:
     """The newest whole checkpoint of a run. Damaged ones are renamed, half-written ones removed."""
-    for folder in list((run / "checkpoints").glob("*")):
-        if folder.suffix in (PARTIAL, REMOVED):
-            shutil.rmtree(folder, ignore_errors=True)
+    for leftover in [*run.glob(f"checkpoints/*{PARTIAL}"), *run.glob(f"checkpoints/*{REMOVED}")]:
+        shutil.rmtree(leftover, ignore_errors=True)
     for folder in reversed(checkpoints(run)):
         fault = damage(folder)
         if fault is None:
@@ -138,13 +137,8 @@ def seen_by(model: str, revision: str | None = None) -> list[str]:
     RecipeError: a model that was trained here has lost them.
     """
     folder = resolve_source(model, revision)
-    if (folder / STATE).is_file():
-        return load_state(folder).seen
-    if (folder / RECIPE).is_file():
-        raise RecipeError(
-            f"{folder}: {STATE} is missing, which says what the model was trained on: put it back"
-        )
-    return []
+    trained_here = (folder / STATE).is_file() or (folder / RECIPE).is_file()
+    return load_state(folder).seen if trained_here else []
 
 
 def base_digest(recipe: Recipe) -> str:
@@ -155,8 +149,10 @@ def base_digest(recipe: Recipe) -> str:
 def check_base(recipe: Recipe, state: TrainState, needed_by: Path) -> None:
     """Refuse, by a RecipeError, to go on over other weights than those that `needed_by` began with."""
     if state.base and base_digest(recipe) != state.base:
-        changed = f"the weights in {recipe.model} are not those that {needed_by} began with"
-        raise RecipeError(f"{changed}: put them back, or go on in a new run from a checkpoint as --model")
+        advice = "put them back, or go on in a new run from a checkpoint as --model"
+        raise RecipeError(
+            f"the weights in {recipe.model} are not those that {needed_by} began with: {advice}"
+        )
 
 
 def load_optimizer(optimizer: Optimizer, folder: Path) -> None:

@@ -91,9 +91,12 @@ class Run:
             self.save()
 
     def complete_evaluation(self) -> None:
-        """Evaluate after the last step of a resumed run, where a signal had cut the evaluation off."""
+        """Evaluate after the last step, if a signal had cut that off, or if an empty stage ends the run."""
         row = broadcast(self.folder.metrics()[-1] if is_main() else None)
-        if self.evaluation_due() and "eval_accuracy" not in row:
+        needed = (
+            "final_accuracy" if self.ends_run() and self.recipe.evaluation.final_problems else "eval_accuracy"
+        )
+        if self.evaluation_due() and needed not in row:
             self.evaluate_and_show(row)
 
     def evaluate_and_show(self, row: dict) -> None:
@@ -105,9 +108,9 @@ class Run:
         self.show(row)
 
     def evaluation_due(self) -> bool:
-        """Whether the stage's step that was taken last is one after which the run evaluates."""
+        """Whether the step that was taken last is one after which the run evaluates."""
         done = self.state.stage_step
-        return done > 0 and (done == self.stage.steps or done % self.stage.evaluate_every == 0)
+        return done == self.stage.steps or (done > 0 and done % self.stage.evaluate_every == 0)
 
     def ends_run(self) -> bool:
         is_last = self.state.stage == len(self.recipe.stages) - 1
@@ -115,29 +118,21 @@ class Run:
 
     def end_stage(self) -> None:
         """Save a checkpoint, and go on to the next stage."""
-        state, stage = self.state, self.stage
-        if not stage.steps and self.ends_run():  # an SFT stage without traces: no step has evaluated
-            row = {"stage": state.stage, "kind": stage.kind, "step": state.step}
-            row |= {"grpo_steps": state.grpo_steps} | self.evaluation(last=True)
-            if is_main():
-                self.folder.log(row)
-                self.boards.log(row)
-        self.micro_batch_tokens = stage.trainer.micro_batch_tokens
+        self.micro_batch_tokens = self.stage.trainer.micro_batch_tokens
         self.stage = None
-        state.stage += 1
-        state.stage_step = 0
+        self.state.stage += 1
+        self.state.stage_step = 0
         self.save()
 
     def finish(self) -> None:
-        """Write the curve and the report, to look at."""
+        """Write the report, and say where everything is."""
         if not is_main():
             return
-        write_curve(self.folder, self.recipe)
+        path = self.folder.path
         row = self.folder.metrics()[-1]
         if "final_accuracy" in row:
             self.screen.say(final_line(row, self.recipe.evaluation.final_problems))
-        report = write_report((self.folder.path,))
-        path = self.folder.path
+        report = write_report((path,))
         self.screen.say(f"done: {path}/curve.md and curve.png; to look into it, open {report}")
 
     def evaluation(self, last: bool) -> dict[str, float]:

@@ -222,7 +222,7 @@ def step_line(row: dict, stages: int, done: int, steps: int) -> str:
         parts.append(f"{row['skipped_updates']} updates not finite, left out")
     if "eval_accuracy" in row:
         parts.append(f"held-out {evaluation_text(row)}")
-    return "  ".join(parts)
+    return "  ".join(parts).replace("nan", "-")  # what could not be measured
 
 
 def time_left(row: dict, recipe: Recipe) -> str:

@@ -30,7 +30,7 @@ class Arguments:
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     resume: bool = False  # Continue from the last checkpoint of the run folder
     quiet: bool = False  # Print nothing but errors
-    plain: bool = False  # Print lines only, also on a terminal
+    plain: bool = False  # Draw no progress bars on a terminal
     wandb: bool = False  # Log to Weights & Biases too; it must be installed
 
 

@@ -12,7 +12,7 @@ from lab.plots import write_curve
 from lab.recipe import Recipe, RecipeError
 from lab.report import write_report
 from lab.runfolder import RunFolder
-from lab.screen import Screen, advice_on, describe_run, final_line, time_left
+from lab.screen import Screen, advice_on, describe_run, final_line, step_line, time_left
 from lab.setup import find_state, set_up
 from model.sampler import Cancelled
 from rl.distributed import all_values, any_rank, broadcast, is_main, own_part, world_size
@@ -180,7 +180,8 @@ class Run:
             return
         recipe, screen = self.recipe, self.screen
         self.boards.log(row)
-        screen.step(row, len(recipe.stages), self.state.stage_step, self.stage.steps if self.stage else 0)
+        steps = self.stage.steps if self.stage else 0
+        screen.say(step_line(row, len(recipe.stages), self.state.stage_step, steps))
         if row["kind"] == "grpo" and self.state.stage_step == 3:
             screen.say(f"at this speed, {time_left(row, recipe)} of GRPO left, without evaluations")
         if "eval_accuracy" in row:

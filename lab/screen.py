@@ -1,4 +1,4 @@
-"""The output of a run: lines in a file or pipe, a live screen on a terminal, or nothing."""
+"""The output of a run: lines, with a progress bar on a terminal, or nothing."""
 
 import contextlib
 import os
@@ -9,130 +9,36 @@ from collections.abc import Callable, Iterator
 from typing import TextIO
 
 import torch
-from rich.columns import Columns
-from rich.console import Console, Group
-from rich.live import Live
-from rich.panel import Panel
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.text import Text
 
 from lab.device import has_bfloat16
 from lab.recipe import Recipe
-from rl.rollout import Rollout
 
 LEAST_WIDTH = 40  # columns of a terminal, to draw on it
 PLAIN_WIDTH = 80  # columns at least, elsewhere
 MANY_EQUAL = 0.8  # share of groups with equal rewards, from which on a run gives advice,
 GOOD_ACCURACY = 0.6  # unless the accuracy is above this one
 LOW_ENTROPY = 0.08  # nats per token of a policy that has stopped exploring
-ROLLOUT_LINES = 7  # the last ones of a completion
 OnProgress = Callable[[int, int], None]
 
 
-class Screen(contextlib.AbstractContextManager):
-    """Prints a line per step; on a terminal, a progress bar during sampling."""
+class Screen:
+    """Prints lines, with a progress bar during sampling on a terminal; `plain`: no bar, `quiet`: nothing."""
 
-    def __exit__(self, *error):
-        pass
+    def __init__(self, quiet: bool = False, plain: bool = False):
+        self.quiet = quiet
+        self.plain = plain
 
     def say(self, text: str) -> None:
-        print(text, flush=True)
-
-    def step(self, row: dict, stages: int, done: int, steps: int) -> None:
-        """Show the metrics of a step, number `done` of the `steps` of its stage."""
-        self.say(step_line(row, stages, done, steps))
-
-    def rollouts(self, groups: list[list[Rollout]]) -> None:
-        """Show the completions that a step has sampled."""
+        if not self.quiet:
+            print(text, flush=True)
 
     def sampling(self, what: str, total: int) -> contextlib.AbstractContextManager[OnProgress | None]:
         """A context that gives an `on_progress` for `generate`, or None, during `total` completions."""
+        if self.quiet or self.plain:
+            return contextlib.nullcontext()
         return progress_bar(what, total)
-
-
-class QuietScreen(Screen):
-    """Shows nothing; errors still go to standard error."""
-
-    def say(self, text: str) -> None:
-        pass
-
-    def sampling(self, what: str, total: int) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-
-class LiveScreen(Screen):
-    """Prints lines too, above a bar during sampling, the last correct and the last wrong completion."""
-
-    def __init__(self, console: Console):
-        self.console = console
-        self.progress = sampling_progress(console)
-        self.samples: dict[str, Panel] = {}
-        self.live = Live(console=console, get_renderable=self.draw, transient=True)
-
-    def __enter__(self):
-        self.live.start()
-        return self
-
-    def __exit__(self, *error):
-        self.live.stop()
-
-    def say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)
-
-    def rollouts(self, groups: list[list[Rollout]]) -> None:
-        for group in groups:
-            for rollout in group:
-                kind = "correct" if rollout.outcome == "correct" else "wrong"
-                self.samples[kind] = sample_panel(rollout, kind, self.console.width // 2)
-
-    def sampling(self, what: str, total: int) -> contextlib.AbstractContextManager[OnProgress]:
-        return tracked(self.progress, what, total)
-
-    def draw(self) -> Group:
-        return Group(self.progress, Columns(self.samples.values(), padding=(0, 0)))
-
-
-def sample_panel(rollout: Rollout, kind: str, width: int) -> Panel:
-    """The end of a completion."""
-    lines = printable(rollout.text).split("\n")[-ROLLOUT_LINES:]
-    return Panel(
-        Text("\n".join(lines), no_wrap=True, overflow="ellipsis"),
-        title=Text(f"last {kind}: {printable(str(rollout.problem))}"),
-        title_align="left",
-        width=width,
-        height=ROLLOUT_LINES + 2,
-        style="green" if kind == "correct" else "red",
-    )
-
-
-def pick_screen(quiet: bool = False, plain: bool = False) -> Screen:
-    """A live screen on a terminal, else lines; `plain`: always lines; `quiet`: nothing."""
-    if quiet:
-        return QuietScreen()
-    console = plain_console()
-    return LiveScreen(console) if console.is_terminal and not plain else Screen()
-
-
-def sampling_progress(console: Console) -> Progress:
-    description = TextColumn("{task.description}", markup=False)
-    counts = "{task.completed}/{task.total} completions  {task.fields[rate]}"
-    return Progress(description, BarColumn(), counts, console=console, transient=True)
-
-
-@contextlib.contextmanager
-def tracked(progress: Progress, what: str, total: int) -> Iterator[OnProgress]:
-    """Gives an `on_progress` that draws a bar of `progress`."""
-    start = time.perf_counter()
-    task = progress.add_task(what, total=total, rate="")
-
-    def show(done: int, tokens: int) -> None:
-        speed = tokens / (time.perf_counter() - start)
-        progress.update(task, completed=done, rate=f"{speed:,.0f} tokens/s")
-
-    try:
-        yield show
-    finally:
-        progress.remove_task(task)
 
 
 @contextlib.contextmanager
@@ -142,7 +48,15 @@ def progress_bar(what: str, total: int) -> Iterator[OnProgress | None]:
     if not console.is_terminal:
         yield None
         return
-    with sampling_progress(console) as progress, tracked(progress, what, total) as show:
+    start = time.perf_counter()
+    counts = "{task.completed}/{task.total} completions  {task.fields[rate]}"
+    description = TextColumn("{task.description}", markup=False)
+    with Progress(description, BarColumn(), counts, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total, rate="")
+
+        def show(done: int, tokens: int) -> None:
+            bar.update(task, completed=done, rate=f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
+
         yield show
 
 

@@ -16,7 +16,7 @@ from lab.metrics import rollout_metrics
 from lab.recipe import Recipe
 from lab.run import Run
 from lab.runfolder import RunFolder
-from lab.screen import pick_screen
+from lab.screen import Screen
 from lab.setup import read_traces, stage_start_model
 from model.sampler import Cancelled
 from rl.batch import Sample
@@ -39,7 +39,7 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
         if is_main():
             stack.enter_context(folder.locked())
         resume = broadcast(resume or (restarted() and folder.holds_run))
-        screen = stack.enter_context(pick_screen(quiet or not is_main(), plain))
+        screen = Screen(quiet or not is_main(), plain)
         run = Run(recipe, folder, screen, resume)
         if wandb and is_main():
             run.boards.start_wandb(asdict(recipe))
@@ -91,7 +91,7 @@ class GRPOTraining:
             self.reference = stage_start_model(run.model, run.recipe, run.folder, run.state)
 
     def take_step(self) -> dict:
-        """A GRPO step on the next problems. Its rollouts go to the screen and into the run's folder."""
+        """A GRPO step on the next problems. Its rollouts go into the run's folder."""
         run, settings, state = self.run, self.settings, self.run.state
         count = settings.prompts_per_step
         problems = endless_problems(run.problems, run.recipe.seed, state.problems_seen, count)
@@ -113,7 +113,6 @@ class GRPOTraining:
             )
         state.problems_seen += count
         state.see(problems)
-        run.screen.rollouts(groups)
         if is_main():
             run.folder.save_rollouts(state.step + 1, state.stage, groups, advantages)
         metrics |= rollout_metrics(groups)

@@ -153,7 +153,7 @@ class OnTerminal:
         os.close(self.master)
 
 
-TRAIN = """smoke --plain --model tiny-256 --stages.0.steps 500 --stages.0.prompts-per-step 3
+TRAIN = """smoke --model tiny-256 --stages.0.steps 500 --stages.0.prompts-per-step 3
 --stages.0.samples-per-prompt 4 --sampling.max-new-tokens 24 --evaluation.problems 5 --evaluation.every 100"""
 
 

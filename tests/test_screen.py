@@ -1,21 +1,19 @@
-"""What a run shows: a live screen on a terminal, lines elsewhere, nothing with --quiet."""
+"""What a run shows: lines, a bar during sampling on a terminal, nothing with --quiet."""
 
 import io
-import itertools
-import re
+import math
 from dataclasses import replace
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
-from helpers import SHAPE, rollout
+from helpers import SHAPE
 from rich.console import Console
 
 import lab.screen
 from lab.device import pick_dtype
 from lab.recipe import load_recipe
-from lab.screen import LiveScreen, QuietScreen, Screen, advice_on, describe_run, pick_screen, printable
+from lab.screen import Screen, advice_on, describe_run, printable, step_line
 from model import Qwen3Config
 
 RECIPE = replace(load_recipe("256", "tiny")[1], out="runs/shown")
@@ -27,60 +25,15 @@ GRPO = {
 EVALUATED = {"eval_accuracy": 0.203, "eval_low": 0.171, "eval_high": 0.24}
 
 
-def live_screen(width=110, height=40) -> LiveScreen:
-    return LiveScreen(
-        Console(file=io.StringIO(), force_terminal=True, width=width, height=height, color_system=None)
+def test_lines_say_what_a_step_did_and_what_was_not_measured():
+    start = {"stage": 0, "kind": "grpo", "step": 0, "grpo_steps": 0, **EVALUATED}
+    assert step_line(start, 3, 0, 0) == "before any step: held-out accuracy 20.3 % (17.1 to 24.0)"
+    assert step_line(GRPO | EVALUATED | {"grad_norm": math.nan}, 3, 10, 80) == (
+        "grpo 1/3   10/80  reward 0.432  correct 25.0 %  format  90 %  length 123  entropy 0.31  grad -"
+        "  2.5 s  held-out 20.3 % (17.1 to 24.0)"
     )
-
-
-def drawn(shown: LiveScreen) -> str:
-    with shown.console.capture() as capture:
-        shown.console.print(shown.draw())
-    return capture.get()
-
-
-def test_a_live_screen_shows_lines_progress_and_completions(monkeypatch):
-    monkeypatch.setattr(lab.screen.time, "perf_counter", mock.Mock(side_effect=itertools.count(6.0)))
-    shown = live_screen()
-    shown.step({"stage": 0, "kind": "grpo", "step": 0, "grpo_steps": 0, **EVALUATED}, 3, 0, 0)
-    shown.step(GRPO | EVALUATED, 3, 10, 80)
-    said = shown.console.file.getvalue()
-    assert "before any step: held-out accuracy 20.3 % (17.1 to 24.0)" in said
-    for part in (
-        "grpo 1/3   10/80  reward 0.432",
-        "correct 25.0 %",
-        "entropy 0.31",
-        "2.5 s",
-        "held-out 20.3 %",
-    ):
-        assert part in said
-    shown.rollouts(
-        [[rollout("correct", "old"), rollout("correct", "a good one"), rollout("near", "a \x1b[31mbad one")]]
-    )
-    with shown.sampling("rollout", 40) as report:
-        report(20, 3000)
-        text = drawn(shown)
-    for part in ("rollout", "20/40 completions", "a good one", "bad one", "last correct: 79, 60, 17 -> 36"):
-        assert part in text
-    assert "old" not in text
-    assert "\x1b[31m" not in text
-    assert "completions" not in drawn(shown)
-
-
-@pytest.mark.parametrize("width, height", [(60, 24), (79, 40), (80, 24), (200, 50)])
-def test_a_live_screen_fits_its_terminal(width, height):
-    shown = live_screen(width, height)
-    shown.rollouts([[rollout("correct", "x" * 500), rollout("wrong", "line\n" * 50)]])
-    with shown.sampling("rollout", 40):
-        lines = drawn(shown).rstrip("\n").split("\n")
-    assert len(lines) < height
-    assert max(map(len, lines)) <= width
-
-
-def test_an_sft_step_shows_its_loss(capsys):
     row = {"stage": 1, "kind": "sft", "step": 81, "loss": 0.1234, "grad_norm": 0.5, "update_seconds": 1.0}
-    Screen().step(row, 3, 1, 46)
-    assert capsys.readouterr().out == "sft  2/3    1/46  loss 0.1234  grad 0.50  1.0 s\n"
+    assert step_line(row, 3, 1, 46) == "sft  2/3    1/46  loss 0.1234  grad 0.50  1.0 s"
 
 
 EQUAL = GRPO | {  # a run on Qwen3 with 256 tokens begins so
@@ -136,25 +89,14 @@ def test_a_card_without_bfloat16_takes_float32_and_says_so(monkeypatch):
     assert "float32, for want of bfloat16, on Tesla T4" in describe_run(RECIPE, model, [], [], None)
 
 
-def test_the_screen_follows_the_terminal_and_the_options(monkeypatch):
-    assert type(pick_screen()) is Screen
-    assert type(pick_screen(quiet=True)) is QuietScreen
-    console = Console(file=io.StringIO(), force_terminal=True)
-    monkeypatch.setattr(lab.screen, "Console", lambda **_: console)
-    assert type(pick_screen()) is LiveScreen
-    assert type(pick_screen(plain=True)) is Screen
-    assert type(pick_screen(quiet=True)) is QuietScreen
-
-
-def test_a_plain_screen_prints_each_step_and_a_quiet_one_nothing(capsys):
-    Screen().step(GRPO, 3, 10, 80)
-    assert re.match(r"grpo 1/3   10/80  reward 0\.432  correct 25\.0 %", capsys.readouterr().out)
-    with QuietScreen() as quiet:
-        quiet.step(GRPO, 3, 10, 80)
-        quiet.say("anything")
-        with quiet.sampling("rollout", 3) as report:
-            assert report is None
-    assert capsys.readouterr() == ("", "")
+@pytest.mark.parametrize("options", [{"quiet": True}, {"plain": True}, {}], ids=str)
+def test_the_screen_follows_the_options(options, monkeypatch, capsys):
+    monkeypatch.setattr(lab.screen, "Console", lambda **_: Console(file=io.StringIO(), force_terminal=True))
+    screen = Screen(**options)
+    screen.say("anything")
+    with screen.sampling("rollout", 3) as report:
+        assert (report is None) == bool(options)
+    assert capsys.readouterr().out == ("" if "quiet" in options else "anything\n")
 
 
 def test_a_printed_completion_cannot_steer_the_terminal():

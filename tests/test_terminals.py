@@ -19,7 +19,7 @@ import play as play_command
 from lab.errors import user_errors
 from lab.output import LastingFile, check_writable
 from lab.recipe import RecipeError
-from lab.screen import Screen, can_draw, pick_screen, plain_console
+from lab.screen import can_draw, plain_console
 from lab.stages import train
 
 FEW = "--evaluation.problems 2 --evaluation.final-problems 0 --sampling.max-new-tokens 4"
@@ -93,7 +93,6 @@ def test_nothing_is_drawn_where_the_cursor_cannot_move(name, value, monkeypatch)
 def test_a_file_is_no_terminal_whatever_the_environment_says(name, monkeypatch, capsys):
     monkeypatch.setenv(name, "1")
     monkeypatch.setenv("COLUMNS", "40")
-    assert type(pick_screen()) is Screen
     assert not plain_console(stderr=True).is_interactive
     plain_console().print("[bold]x", "y" * 70, style="bold")
     assert capsys.readouterr().out == f"[bold]x {'y' * 70}\n"

@@ -44,7 +44,7 @@ from lab.device import pick_device
 from lab.evaluate import Evaluation, problems_hash
 from lab.recipe import EvaluationSettings, Recipe, RecipeError, load_recipe, problems_of, recipe_for
 from lab.runfolder import RunFolder
-from lab.screen import LiveScreen, plain_console, progress_bar
+from lab.screen import plain_console, progress_bar
 from lab.setup import load_policy, set_up, stage_start_model
 from lab.stages import train
 from model import ModelError, Qwen3Config, Tokenizer, generate, load_model, save_model
@@ -220,20 +220,7 @@ def test_the_reference_of_adapters_has_their_base(tmp_path):
 HOSTILE = "a [/INST] [bold]b[/bold] :smile: [/x]"
 
 
-def test_texts_from_outside_are_shown_as_they_are_live(monkeypatch):
-    """Of a problem, a completion and what is said, nothing is markup or an emoji."""
-    monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setenv("LINES", "60")
-    shown = LiveScreen(plain_console())
-    problem = WordProblem(HOSTILE, "#### 1")
-    shown.rollouts([[rollout("correct", HOSTILE, problem)]])
-    with shown.console.capture() as capture:
-        shown.console.print(shown.draw())
-        shown.say(HOSTILE)
-    assert capture.get().count(HOSTILE) == 3
-
-
-def test_texts_from_outside_are_shown_as_they_are_elsewhere(capsys, monkeypatch):
+def test_texts_from_outside_are_shown_as_they_are(capsys, monkeypatch):
     """These places are eval, play and progress bars."""
     problem = WordProblem(HOSTILE, "#### 1")
     group = [rollout("correct", HOSTILE, problem)]

@@ -47,20 +47,19 @@ class Player:
 
     def think(self, problem: AnyProblem, seed: int) -> Iterator[tuple[str, str]]:
         """The text so far after each token, and the verdict, which is empty before the last token."""
-        task, sampling, stops = self.recipe.task, self.recipe.sampling, self.tokenizer.stop_token_ids
-        prompt = prompt_for(self.tokenizer, task, problem, sampling)
+        recipe, tokenizer = self.recipe, self.tokenizer
+        sampling, stops = recipe.sampling, tokenizer.stop_token_ids
+        prompt = prompt_for(tokenizer, recipe.task, problem, sampling)
         uniforms = random_uniforms([prompt], 1, sampling.max_new_tokens, seed)[0, 0]
         choice = TokenChoice(sampling.temperature, sampling.top_k, sampling.top_p)
         ids, logprobs = [], []
         for token, logprob in sample_completion(self.model, prompt, uniforms, stops, choice):
             ids.append(token)
             logprobs.append(logprob)
-            text = self.tokenizer.decode([id for id in ids if id not in stops])
+            text = tokenizer.decode([id for id in ids if id not in stops])
             yield text.removesuffix("\N{REPLACEMENT CHARACTER}"), ""  # half a character
         completion = Completion(ids, logprobs, finished=ids[-1] in stops)
-        rollout = make_rollout(
-            self.tokenizer, task, problem, prompt, completion, sampling, self.recipe.reward
-        )
+        rollout = make_rollout(tokenizer, recipe.task, problem, prompt, completion, sampling, recipe.reward)
         cut = "" if completion.finished else "cut off, "
         yield rollout.text, f"{cut}{rollout.outcome}: reward {rollout.reward:.2f}, {len(ids)} tokens"
 

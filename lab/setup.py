@@ -33,10 +33,11 @@ from rl.sft import WORKED
 
 def find_state(recipe: Recipe, run: RunFolder, resume: bool, screen) -> tuple[TrainState, Path | None]:
     """The state of a run, and the checkpoint to resume from. RecipeError: it cannot start or resume."""
-    kinds = [stage.kind for stage in recipe.stages]
+    before = None
     for number, stage in enumerate(recipe.stages):
-        if stage.kind == "sft" and stage.traces is None and kinds[:number][-1:] != ["grpo"]:
+        if stage.kind == "sft" and stage.traces is None and before != "grpo":
             raise RecipeError(f"stages.{number}: an sft stage needs a grpo stage right before it, or traces")
+        before = stage.kind
     checkpoint = None
     if resume:
         run.check_recipe(recipe)
@@ -60,7 +61,8 @@ def set_up(
     device = pick_device(recipe)
     free = free_memory(device)
     model, tokenizer = load_policy(recipe, checkpoint, device)
-    if not state.base and needs_base(recipe):
+    penalty = any(stage.kl_coef for stage in recipe.stages if stage.kind == "grpo")
+    if not state.base and (penalty or recipe.adapters.rank > 0):  # it comes back to these weights
         state.base = base_digest(recipe)
     problems, held_out = problems_of(recipe, state.seen)
     state.problems = {"train": problems_hash(problems), "held_out": problems_hash(held_out)}
@@ -78,12 +80,6 @@ def set_up(
         check_decoding(model, prompts),
     ]
     return model, tokenizer, problems, held_out, plan.micro_batch_tokens, "\n".join(filter(None, lines))
-
-
-def needs_base(recipe: Recipe) -> bool:
-    """Whether a run comes back to the weights that it began with: for its adapters, or a penalty."""
-    penalties = [stage.kl_coef for stage in recipe.stages if stage.kind == "grpo"]
-    return recipe.adapters.rank > 0 or any(penalties)
 
 
 def longest_prompt(recipe: Recipe, tokenizer: Tokenizer, problems: list[AnyProblem]) -> int:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import lab.check
 import lab.decoding
-from lab.check import UPDATES, decoding, gradient, updates
+from lab.check import UPDATES, decoding, training, updates
 from lab.decoding import Row, check_decoding
 from model import KVCache, ModelError, generate, load_model
 from model.quantize import quantized
@@ -86,7 +86,7 @@ def test_updates_move_weights_as_on_the_cpu(device, dtype, kind, rounding):
     assert float((moved[device] - moved["cpu"]).norm() / moved["cpu"].norm()) < 0.1
 
 
-@pytest.mark.parametrize("part", [decoding, gradient, updates])
+@pytest.mark.parametrize("part", [decoding, training, updates])
 def test_the_check_finds_nothing_wrong(device, part):
     rows = list(part("tiny", device))
     assert rows and not any(row.wrong for row in rows), rows
@@ -97,7 +97,7 @@ def not_a_number(logits, *arguments):
 
 
 BROKEN = {  # a part of the check, what is broken, and the rows that have to notice
-    "no causal mask": (gradient, "model.packed.causal_lower_right", lambda *sizes: None, ["packed gradient"]),
+    "no causal mask": (training, "model.packed.causal_lower_right", lambda *sizes: None, ["training"]),
     "small updates lost": (
         updates,
         "rl.optimizer.round_stochastically",

@@ -5,7 +5,6 @@ The page is `lab/report.html` with the data of the runs in it as JSON.
 """
 
 import json
-import math
 import time
 from collections import Counter
 from pathlib import Path
@@ -19,14 +18,9 @@ from lab.checkpoint import checkpoints
 from lab.errors import user_errors
 from lab.plots import paper_by_step, paper_caption, paper_points, stage_spans
 from lab.recipe import Recipe, RecipeError, from_dict
-from lab.runfolder import RunFolder, step_of
+from lab.runfolder import RunFolder, json_line, step_of
 from model import Tokenizer
 
-SERIES = (
-    "reward_mean", "train_accuracy", "pass_at_8", "completion_length", "policy_entropy", "clip_fraction",
-    "grad_norm", "loss", "format_rate", "truncated_fraction", "non_latin_fraction",
-    "seconds",
-)  # fmt: skip
 STEPS = 16  # of each run, evenly spread, whose rollouts are in the page
 GROUPS = 4  # of each of these steps
 SAMPLES = 8  # completions of each of these groups
@@ -60,22 +54,13 @@ def describe(run: RunFolder) -> dict:
     config = json.loads((run.path / "config.json").read_text())
     recipe = from_dict(Recipe, config["recipe"])
     evaluations = [row for row in rows if "eval_accuracy" in row]
-    columns = ("step", "eval_accuracy", "eval_low", "eval_high")
-    for row in rows:
-        if "update_seconds" in row:
-            row["seconds"] = row.get("rollout_seconds", 0) + row["update_seconds"]
-    series = {}
-    for name in SERIES:
-        series[name] = [[row["step"], row[name]] for row in rows if math.isfinite(row.get(name, math.nan))]
     return {
         "name": str(run.path),
         "config": config,
         "stages": stage_spans(evaluations),
-        "evaluations": [[row[name] for name in columns] for row in evaluations],
+        "rows": [json.loads(json_line(row)) for row in rows],
         "paper": paper_by_step(evaluations, paper_points(recipe)),
         "caption": paper_caption(recipe).replace("\n", " "),
-        "final": {name: value for name, value in rows[-1].items() if name.startswith("final")},
-        "series": series,
         "rollouts": rollouts(run, recipe.task),
         "traces": traces(run, recipe.task),
     }

@@ -19,6 +19,7 @@ from helpers import PROMPTS, ROOT, exit_code, parsed, random_model
 from rich.console import Console
 
 import lab.evaluate
+import lab.run
 import lab.screen
 import model.sampler
 import rl.grpo
@@ -189,7 +190,7 @@ def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on(tmp_path, monkeypatch,
         signal.raise_signal(signal.SIGTERM)
         return "step"
 
-    monkeypatch.setattr(lab.screen, "step_line", stopping_line)
+    monkeypatch.setattr(lab.run, "step_line", stopping_line)
     assert exit_code(monkeypatch, f"train.py {TRAIN} --out {out} --resume") == 143  # SIGTERM's
     printed = capsys.readouterr()
     assert f"resumed after step {last}" in printed.out

@@ -7,7 +7,7 @@ takes another random problem; `q` ends.
 import itertools
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import tyro
 from rich.live import Live
@@ -15,16 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from data.task import AnyProblem
-from lab.checkpoint import saved_recipe, untrained_recipe
-from lab.device import pick_device
 from lab.errors import user_errors
+from lab.named_model import check_one_task, named_model
 from lab.output import lost_output
-from lab.recipe import Recipe, RecipeError, checked
+from lab.recipe import Recipe
 from lab.screen import plain_console, printable
-from lab.setup import load_policy, without_missing_thinking
 from model import Completion, Qwen3, Tokenizer
 from model.sampler import TokenChoice, random_uniforms, sample_completion
-from model.weights import resolve_source
 from rl.rollout import make_rollout, prompt_for
 
 
@@ -50,37 +47,28 @@ class Player:
 
     def think(self, problem: AnyProblem, seed: int) -> Iterator[tuple[str, str]]:
         """The text so far after each token, and the verdict, which is empty before the last token."""
-        task, sampling, stops = self.recipe.task, self.recipe.sampling, self.tokenizer.stop_token_ids
-        prompt = prompt_for(self.tokenizer, task, problem, sampling)
+        recipe, tokenizer = self.recipe, self.tokenizer
+        sampling, stops = recipe.sampling, tokenizer.stop_token_ids
+        prompt = prompt_for(tokenizer, recipe.task, problem, sampling)
         uniforms = random_uniforms([prompt], 1, sampling.max_new_tokens, seed)[0, 0]
         choice = TokenChoice(sampling.temperature, sampling.top_k, sampling.top_p)
         ids, logprobs = [], []
         for token, logprob in sample_completion(self.model, prompt, uniforms, stops, choice):
             ids.append(token)
             logprobs.append(logprob)
-            text = self.tokenizer.decode([id for id in ids if id not in stops])
+            text = tokenizer.decode([id for id in ids if id not in stops])
             yield text.removesuffix("\N{REPLACEMENT CHARACTER}"), ""  # half a character
         completion = Completion(ids, logprobs, finished=ids[-1] in stops)
-        rollout = make_rollout(
-            self.tokenizer, task, problem, prompt, completion, sampling, self.recipe.reward
-        )
+        rollout = make_rollout(tokenizer, recipe.task, problem, prompt, completion, sampling, recipe.reward)
         cut = "" if completion.finished else "cut off, "
         yield rollout.text, f"{cut}{rollout.outcome}: reward {rollout.reward:.2f}, {len(ids)} tokens"
 
 
 def load_player(source: str, arguments: Arguments) -> Player:
-    trained = saved_recipe(source)
-    recipe = trained or untrained_recipe(source, arguments.models)
-    if not trained:
-        recipe = replace(recipe, model=source, revision=None, adapters=Recipe().adapters)
-    given = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
-    sampling = replace(recipe.sampling, **{name: value for name, value in given.items() if value is not None})
-    recipe = checked(replace(recipe, stages=(), device=arguments.device, sampling=sampling))
-    checkpoint = resolve_source(source) if trained else None
-    model, tokenizer = load_policy(recipe, checkpoint, pick_device(recipe))
-    if not trained:
-        recipe = without_missing_thinking(recipe, tokenizer)
-    return Player(source, recipe, model, tokenizer)
+    sampling = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
+    named = named_model(source, arguments.models, arguments.device, sampling).opened()
+    model, tokenizer = named.load()
+    return Player(source, named.recipe, model, tokenizer)
 
 
 def side_by_side(players: list[Player], shown: list[tuple[str, str]], lines: int | None = None) -> Table:
@@ -110,9 +98,8 @@ def show(players: list[Player], problem: AnyProblem, seed: int) -> None:
 
 def main(arguments: Arguments) -> None:
     players = [load_player(source, arguments) for source in arguments.models]
+    check_one_task({player.source: player.recipe for player in players})
     task = players[0].recipe.task
-    if len({player.recipe.task.kind for player in players}) > 1:
-        raise RecipeError("these models were trained on different tasks: play with one at a time")
     rng = random.Random(arguments.seed)
     line = ""
     while line not in ("q", "quit", "exit") and not lost_output():

@@ -47,8 +47,7 @@ class Boards:
         for name, value in row.items():
             if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
                 numbers[name] = value
-        for name, value in numbers.items():
-            self.tensorboard.add_scalar(name, value, row["step"])
+                self.tensorboard.add_scalar(name, value, row["step"])
         self.tensorboard.flush()
         if self.wandb is not None:
             self.wandb.log(numbers, step=row["step"])

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from data.load import fingerprint
 from data.task import AnyProblem
-from lab.recipe import Recipe, RecipeError, from_dict, recipe_for
+from lab.recipe import Recipe, RecipeError, from_dict
 from lab.runfolder import step_of, sync
 from model import Qwen3, Tokenizer, adapter_state, load_adapter_state, save_model
-from model.weights import content_digest, is_bundled, read_json, resolve_source, weight_files
+from model.weights import content_digest, read_json, resolve_source, weight_files
 from rl.optimizer import Optimizer, PieceWithMaster
 
 STATE, OPTIMIZER, RECIPE = "trainer_state.json", "optimizer.safetensors", "recipe.json"
@@ -107,9 +107,8 @@ def damage(folder: Path) -> str | None:
 
 def newest_checkpoint(run: Path, say: Callable[[str], None] = print) -> Path | None:
     """The newest whole checkpoint of a run. Damaged ones are renamed, half-written ones removed."""
-    for folder in list((run / "checkpoints").glob("*")):
-        if folder.suffix in (PARTIAL, REMOVED):
-            shutil.rmtree(folder, ignore_errors=True)
+    for leftover in [*run.glob(f"checkpoints/*{PARTIAL}"), *run.glob(f"checkpoints/*{REMOVED}")]:
+        shutil.rmtree(leftover, ignore_errors=True)
     for folder in reversed(checkpoints(run)):
         fault = damage(folder)
         if fault is None:
@@ -138,13 +137,8 @@ def seen_by(model: str, revision: str | None = None) -> list[str]:
     RecipeError: a model that was trained here has lost them.
     """
     folder = resolve_source(model, revision)
-    if (folder / STATE).is_file():
-        return load_state(folder).seen
-    if (folder / RECIPE).is_file():
-        raise RecipeError(
-            f"{folder}: {STATE} is missing, which says what the model was trained on: put it back"
-        )
-    return []
+    trained_here = (folder / STATE).is_file() or (folder / RECIPE).is_file()
+    return load_state(folder).seen if trained_here else []
 
 
 def base_digest(recipe: Recipe) -> str:
@@ -155,8 +149,10 @@ def base_digest(recipe: Recipe) -> str:
 def check_base(recipe: Recipe, state: TrainState, needed_by: Path) -> None:
     """Refuse, by a RecipeError, to go on over other weights than those that `needed_by` began with."""
     if state.base and base_digest(recipe) != state.base:
-        changed = f"the weights in {recipe.model} are not those that {needed_by} began with"
-        raise RecipeError(f"{changed}: put them back, or go on in a new run from a checkpoint as --model")
+        advice = "put them back, or go on in a new run from a checkpoint as --model"
+        raise RecipeError(
+            f"the weights in {recipe.model} are not those that {needed_by} began with: {advice}"
+        )
 
 
 def load_optimizer(optimizer: Optimizer, folder: Path) -> None:
@@ -216,17 +212,6 @@ def saved_recipe(source: str | Path) -> Recipe | None:
         return from_dict(Recipe, read_json(path))
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from None
-
-
-def untrained_recipe(source: str, beside: Iterable[str]) -> Recipe:
-    """The recipe to evaluate a model with that was not trained here.
-
-    It is the recipe of the first model `beside` it that has one, so that both get the same prompts and
-    limits. If none has one, or the model is bundled, it is `recipe_for(source)`.
-    """
-    others = (saved_recipe(other) for other in beside)
-    trained = None if is_bundled(source) else next(filter(None, others), None)
-    return trained or recipe_for(source)
 
 
 def state_tensors(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:

@@ -1,9 +1,7 @@
 """Evaluations side by side: their numbers, a table of them, and the uncertainty of their differences."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from statistics import fmean
 
 from rich.table import Table
@@ -56,14 +54,18 @@ def estimate(evaluation: Evaluation) -> dict[str, float]:
 
 def difference(first: Candidate, other: Candidate) -> dict:
     """How much more of the same problems `other` solves than `first`, with paired bootstrap intervals."""
+    return {
+        "from": first.name,
+        "to": other.name,
+        "accuracy": gain(first.sampled, other.sampled),
+        "greedy": gain(first.greedy, other.greedy),
+    }
 
-    def gain(before: Evaluation, after: Evaluation) -> dict[str, float]:
-        gains = [b - a for a, b in zip(before.shares, after.shares, strict=True)]
-        low, high = bootstrap_interval(gains)
-        return {"mean": fmean(gains), "low": low, "high": high}
 
-    gains = {"accuracy": gain(first.sampled, other.sampled), "greedy": gain(first.greedy, other.greedy)}
-    return {"from": first.name, "to": other.name} | gains
+def gain(before: Evaluation, after: Evaluation) -> dict[str, float]:
+    gains = [b - a for a, b in zip(before.shares, after.shares, strict=True)]
+    low, high = bootstrap_interval(gains)
+    return {"mean": fmean(gains), "low": low, "high": high}
 
 
 def comparison_table(title: str, candidates: list[dict], differences: list[dict]) -> Table:
@@ -73,42 +75,36 @@ def comparison_table(title: str, candidates: list[dict], differences: list[dict]
     for numbers in candidates:
         table.add_column(numbers["name"], justify="right", overflow="fold")
 
-    def row(name: str, text: Callable, cells: Iterable) -> None:
-        """Add a row, unless it is empty; None gives an empty cell."""
-        texts = ["" if cell is None else text(cell) for cell in cells]
-        if any(texts):
-            table.add_row(name, *texts)
-
-    def column(key: str) -> list:
-        return [numbers.get(key) for numbers in candidates]
+    def row(name: str, cells: list[str]) -> None:
+        table.add_row(name, *cells)
 
     # 1. Accuracy, and what several completions of a problem tell.
-    row("accuracy, sampled", interval_text, column("accuracy"))
-    row("accuracy, greedy", interval_text, column("greedy"))
-    most = max(column("samples"))
-    if most > 1:
-        for k in [*(k for k in (2, 4, 8, 16, 32, 64) if k < most), most]:
-            row(f"pass@{k}", percent, [pass_at.get(k) for pass_at in column("pass_at")])
+    row("accuracy, sampled", [interval_text(numbers["accuracy"]) for numbers in candidates])
+    row("accuracy, greedy", [interval_text(numbers["greedy"]) for numbers in candidates])
+    most = max(numbers["samples"] for numbers in candidates)
+    for k in sorted({2, 4, 8, 16, 32, 64, most}):
+        if 1 < k <= most:
+            shares = [numbers["pass_at"].get(k) for numbers in candidates]
+            row(f"pass@{k}", ["" if share is None else percent(share) for share in shares])
 
     # 2. What completions look like.
     table.add_section()
     for outcome in candidates[0]["outcomes"]:
-        row(outcome, percent, [outcomes[outcome] for outcomes in column("outcomes")])
-    row("length, tokens", "{:.1f}".format, column("completion_length"))
-    if len(set(column("max_new_tokens"))) > 1:
-        row("limit, tokens", str, column("max_new_tokens"))
-    row("cut off at the limit", percent, column("truncated_fraction"))
-    row("letters outside Latin script", "{:.2f} %".format, [100 * x for x in column("non_latin_fraction")])
+        row(outcome, [percent(numbers["outcomes"][outcome]) for numbers in candidates])
+    row("length, tokens", [f"{numbers['completion_length']:.1f}" for numbers in candidates])
+    row("cut off at the limit", [percent(numbers["truncated_fraction"]) for numbers in candidates])
+    row("letters outside Latin script", [percent(numbers["non_latin_fraction"]) for numbers in candidates])
 
     # 3. Kinds of problems, and differences.
     table.add_section()
     for kind, first in candidates[0]["by_difficulty"].items():
-        estimates = [kinds[kind] for kinds in column("by_difficulty")]
-        row(f"{kind} ({first['problems']})", interval_text, estimates)
-    table.add_section()
-    in_points = partial(interval_text, sign="+", unit="points")
-    for name, key in (("sampled", "accuracy"), ("greedy", "greedy")):
-        row(f"{name}, against the first", in_points, [None, *(d[key] for d in differences)])
+        estimates = [numbers["by_difficulty"][kind] for numbers in candidates]
+        row(f"{kind} ({first['problems']})", [interval_text(mean) for mean in estimates])
+    if differences:
+        table.add_section()
+        for name, key in (("sampled", "accuracy"), ("greedy", "greedy")):
+            gains = [interval_text(numbers[key], sign="+", unit="points") for numbers in differences]
+            row(f"{name}, against the first", ["", *gains])
     return table
 
 

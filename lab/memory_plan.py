@@ -1,6 +1,6 @@
 """Plan a run's memory from shapes and settings, before it starts."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -72,14 +72,14 @@ class MemoryPlan:
 
     weights: int
     reference: int
-    masters: int = 0
-    moments: int = 0
-    gradients: int = 0
-    activations: int = 0
-    output_head: int = 0
-    updating: int = 0  # the peak of an update, beyond `lasting`
-    sampling: int = 0  # the peak of sampling, beyond `lasting`
-    micro_batch_tokens: int = 0
+    masters: int
+    moments: int
+    gradients: int
+    activations: int
+    output_head: int
+    updating: int  # the peak of an update, beyond `lasting`
+    sampling: int  # the peak of sampling, beyond `lasting`
+    micro_batch_tokens: int  # 0 without training
 
     @property
     def lasting(self) -> int:
@@ -90,16 +90,14 @@ class MemoryPlan:
         return self.lasting + max(self.updating, self.sampling)
 
     def __str__(self) -> str:
-        def listed(*names: str) -> str:
-            sizes = {name.replace("_", " "): getattr(self, name) for name in names}
-            return ", ".join(f"{name} {gb(size)}" for name, size in sizes.items() if size)
-
-        text = listed("weights", "masters", "moments", "reference") + "; " + listed("sampling")
+        sizes = []
+        for name in ("weights", "masters", "moments", "reference", "sampling", "updating"):
+            size = getattr(self, name)
+            if size:
+                sizes.append(f"{name} {gb(size)}")
         if self.micro_batch_tokens:
-            parts = listed("gradients", "activations", "output_head")
-            batches = f"micro-batches of {self.micro_batch_tokens:,} tokens"
-            text += f", or {listed('updating')} in {batches} ({parts})"
-        return text
+            sizes.append(f"micro-batches of {self.micro_batch_tokens:,} tokens")
+        return ", ".join(sizes)
 
 
 def gb(size: int) -> str:
@@ -125,22 +123,21 @@ def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int
     config = model.config
     size = model.dtype.itemsize
     head = model.lm_head.weight
-    on_gpu = model.device.type == "cuda"
+    device = model.device.type
 
-    # 1. What the run holds from beginning to end.
+    # 1. What the run holds from beginning to end, and gradients.
     weights = sum(p.numel() * p.dtype.itemsize for p in model.parameters())
+    reference = weights if work.has_reference else 0
     trained = [p for p in model.parameters() if p.requires_grad and work.update_tokens]
     low = sum(p.numel() for p in trained if p.dtype != torch.float32)
-    plan = MemoryPlan(
-        weights,
-        reference=weights if work.has_reference else 0,
-        masters=4 * low if settings.rounding == "masters" else 0,
-        moments=(8 if settings.kind == "adamw" else 2) * sum(p.numel() for p in trained),
-        gradients=sum(p.numel() * p.dtype.itemsize for p in trained),
-    )
+    masters = 4 * low if settings.rounding == "masters" else 0
+    moments = (8 if settings.kind == "adamw" else 2) * sum(p.numel() for p in trained)
+    gradients = sum(p.numel() * p.dtype.itemsize for p in trained)
+    lasting = weights + reference + masters + moments
 
     # 2. An update. Its peak is where backward begins, where it ends, or in the optimizer. With a single
     # micro-batch, gradients appear as activations are freed. Tied embeddings get theirs in two parts.
+    activations = output_head = updating = tokens = 0
     if work.update_tokens:
         checkpointing = settings.activation_checkpointing
         layer = activation_bytes(config, size, work.key_copies)
@@ -148,30 +145,39 @@ def plan_memory(model: Qwen3, settings: OptimizerSettings, work: Work, free: int
         per_token = config.num_hidden_layers * kept + (TRANSIENT_LAYERS + checkpointing) * layer
         head_gradient = head.numel() * head.dtype.itemsize * head.requires_grad
         chunk = min(chunk_tokens(head), work.update_tokens)
-        output_head = chunk * len(head) * (20 if on_gpu else size) + head_gradient
+        output_head = chunk * len(head) * (20 if device == "cuda" else size) + head_gradient
         tokens = settings.micro_batch_tokens
         if tokens == "auto":
-            held = plan.lasting + plan.gradients + output_head
-            largest = min(LARGEST_AUTO["cuda" if on_gpu else "cpu"], work.update_tokens)
-            tokens = max(work.sample_tokens, min(int((MARGIN * free - held) / per_token), largest))
+            room = MARGIN * free - lasting - gradients - output_head
+            largest = min(LARGEST_AUTO[device], work.update_tokens)
+            tokens = max(work.sample_tokens, min(int(room / per_token), largest))
         batch = min(max(tokens, work.sample_tokens), work.update_tokens)
         batch = batch // work.group_tokens * work.group_tokens or batch  # groups that fit are not split
         activations = batch * per_token
         several = tokens < work.update_tokens
-        begin = activations + output_head + plan.gradients * (several or checkpointing)
-        end = plan.gradients + head_gradient * (several + config.tie_word_embeddings)
-        step = plan.gradients + STEP_BYTES * min(PIECE, max(p.numel() for p in trained))
-        plan = replace(plan, activations=activations, output_head=output_head, micro_batch_tokens=tokens)
-        plan = replace(plan, updating=max(begin, end, step))
+        begin = activations + output_head + gradients * (several or checkpointing)
+        end = gradients + head_gradient * (several + config.tie_word_embeddings)
+        step = gradients + STEP_BYTES * min(PIECE, max(p.numel() for p in trained))
+        updating = max(begin, end, step)
 
     # 3. Sampling: the cache, the logits of a step, and a prefill's widest layer. If they do not fit, rollouts
     # are decoded in several batches, which take the room that there is.
-    left = free - plan.lasting
-    logits = work.rows * config.vocab_size * (4 * LOGITS_COPIES if on_gpu else 2 * size)
+    logits = work.rows * config.vocab_size * (4 * LOGITS_COPIES if device == "cuda" else 2 * size)
     widest = 3 * config.intermediate_size + 4 * config.hidden_size
     prefill = min(work.prefill_tokens, PREFILL_TOKENS) * size * widest
     wanted = work.cache_tokens * token_bytes(model) + logits + prefill
-    return replace(plan, sampling=min(wanted, max(0, int(CACHE_SHARE * left))))
+    return MemoryPlan(
+        weights=weights,
+        reference=reference,
+        masters=masters,
+        moments=moments,
+        gradients=gradients,
+        activations=activations,
+        output_head=output_head,
+        updating=updating,
+        sampling=min(wanted, max(0, int(CACHE_SHARE * (free - lasting)))),
+        micro_batch_tokens=tokens,
+    )
 
 
 def check_plan(plan: MemoryPlan, free: int) -> None:

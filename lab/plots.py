@@ -13,7 +13,6 @@ backend = os.environ.get("MPLBACKEND", "")
 if backend.startswith("module://") and not find_spec(backend[9:].split(".")[0]):
     del os.environ["MPLBACKEND"]  # a notebook's, which is not installed here
 from matplotlib import cycler, rc_context  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402  without pyplot, which keeps figures and may open windows
 
 WIDTH = 8  # inches; GitHub shows a picture at most 800 pixels wide
@@ -74,18 +73,20 @@ def paper_caption(recipe: Recipe) -> str:
 
 def curve_table(rows: list[dict], paper: Points) -> str:
     """A Markdown table, one row per evaluation, with the paper's figure at the same GRPO step."""
-    about = "The paper's column is Qwen3-1.7B on Countdown-Tasks-3to4, whatever this run has.\n"
-    lines = [
-        f"# Held-out accuracy\n\n{about * bool(paper)}Intervals are 95 % (Wilson).\n",
-        "| stage | step | GRPO steps | accuracy (%) | 95 % interval |" + " paper (%) |" * bool(paper),
-        "|---|---|---|---|---|" + "---|" * bool(paper),
-    ]
+    lines = ["# Held-out accuracy\n"]
+    columns = ["stage", "step", "GRPO steps", "accuracy (%)", "95 % interval"]
+    if paper:
+        lines.append("The paper's column is Qwen3-1.7B on Countdown-Tasks-3to4, whatever this run has.\n")
+        columns.append("paper (%)")
+    lines += ["Intervals are 95 % (Wilson).\n", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     figures = dict(paper_by_step(rows, paper))
     for row in rows:
-        accuracy, low, high = (f"{100 * row[f'eval_{name}']:.1f}" for name in ("accuracy", "low", "high"))
         stage = "start" if row["step"] == 0 else f"{row['stage'] + 1} {row['kind']}"
-        cells = [stage, row["step"], row["grpo_steps"], accuracy, f"{low} to {high}"]
-        cells += [figures.get(row["step"], "")] if paper else []
+        accuracy = f"{100 * row['eval_accuracy']:.1f}"
+        interval = f"{100 * row['eval_low']:.1f} to {100 * row['eval_high']:.1f}"
+        cells = [stage, row["step"], row["grpo_steps"], accuracy, interval]
+        if paper:
+            cells.append(figures.get(row["step"], ""))
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
@@ -96,22 +97,29 @@ def plot_curve(
     """Accuracy with its interval over steps, SFT stages shaded, and the paper's points with their caption."""
     figure = Figure(figsize=(WIDTH, 4.5), layout="constrained")
     axes = figure.subplots()
+
+    # 1. Accuracy, its interval, and the paper's points.
     steps = [row["step"] for row in rows]
-    names = ("eval_accuracy", "eval_low", "eval_high")
-    accuracy, low, high = ([100 * row[name] for row in rows] for name in names)
+    accuracy = [100 * row["eval_accuracy"] for row in rows]
+    low = [100 * row["eval_low"] for row in rows]
+    high = [100 * row["eval_high"] for row in rows]
     axes.plot(steps, accuracy, color="C0", marker="o", markersize=4, label=label, zorder=3)
     interval = "95 % interval over problems"
     axes.fill_between(steps, low, high, alpha=0.25, color="C0", linewidth=0, label=interval)
     points = paper_by_step(rows, paper)
     if points:
-        xs, ys = zip(*points, strict=True)
-        axes.plot(xs, ys, "x", color="C1", markeredgewidth=1.5, zorder=3)
-        write_caption(axes, caption, points)
+        xs = [step for step, _ in points]
+        ys = [value for _, value in points]
+        axes.plot(xs, ys, "x", color="C1", markeredgewidth=1.5, label=caption, zorder=3)
+
+    # 2. Stages.
     top = axes.get_xaxis_transform()
     for start, end, kind in stage_spans(rows):
         if kind == "sft":
             axes.axvspan(start, end, color="0.5", alpha=0.15, linewidth=0, zorder=0)
         axes.text((start + end) / 2, 1.01, kind.upper(), ha="center", va="bottom", transform=top)
+
+    # 3. Axes, and the legend.
     last = max(1, steps[-1])
     room = 0.02 * last  # so that the first and the last marker are whole
     axes.set(xlabel="step", ylabel="held-out accuracy (%)", ylim=(-1, None), xlim=(-room, last + room))
@@ -119,21 +127,15 @@ def plot_curve(
     figure.savefig(path)
 
 
-def write_caption(axes: Axes, caption: str, points: Points) -> None:
-    """Write whose the paper's points are below the last of them, or above them where they are low."""
-    last = points[-1][0]
-    near = [accuracy for step, accuracy in points if step >= 0.7 * last]
-    height, offset, align = (min(near), -8, "top") if min(near) > 20 else (max(near), 8, "bottom")
-    side = "right" if last else "left"
-    at = (last, height)
-    axes.annotate(caption, at, (0, offset), textcoords="offset points", color="C1", ha=side, va=align)
-
-
 def stage_spans(rows: list[dict]) -> list[tuple[int, int, str]]:
     """(first step, last step, kind) of each stage that has been evaluated."""
     ends = {row["stage"]: (row["step"], row["kind"]) for row in rows if row["step"]}  # the last one's
-    starts = [0, *(end for end, _ in ends.values())]
-    return [(start, end, kind) for start, (end, kind) in zip(starts, ends.values(), strict=False)]
+    spans = []
+    start = 0
+    for end, kind in ends.values():
+        spans.append((start, end, kind))
+        start = end
+    return spans
 
 
 def paper_by_step(rows: list[dict], paper: Points) -> Points:

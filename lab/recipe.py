@@ -126,9 +126,12 @@ def load_recipe(name: str, variant: str = "") -> tuple[str, Recipe]:
 
 def recipe_for(model: str) -> Recipe:
     """The recipe to evaluate a model with that was not trained here: the first for this model, else 256."""
-    recipes = (load_recipe(path.stem)[1] for path in sorted(RECIPES.glob("*.toml")))
     name = Path(model).name if is_bundled(model) else model
-    return next((recipe for recipe in recipes if recipe.model == name), None) or load_recipe("256")[1]
+    for path in sorted(RECIPES.glob("*.toml")):
+        recipe = load_recipe(path.stem)[1]
+        if recipe.model == name:
+            return recipe
+    return load_recipe("256")[1]
 
 
 def build_recipe(tables: dict, path: Path) -> Recipe:

@@ -5,11 +5,11 @@ The page is `lab/report.html` with the data of the runs in it as JSON.
 """
 
 import json
-import math
 import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import tyro
 
 from data.load import read_jsonl
@@ -18,13 +18,9 @@ from lab.checkpoint import checkpoints
 from lab.errors import user_errors
 from lab.plots import paper_by_step, paper_caption, paper_points, stage_spans
 from lab.recipe import Recipe, RecipeError, from_dict
-from lab.runfolder import RunFolder, step_of
-from model import ModelError, Tokenizer
+from lab.runfolder import RunFolder, json_line, step_of
+from model import Tokenizer
 
-SERIES = (
-    "reward_mean", "train_accuracy", "pass_at_8", "completion_length", "policy_entropy", "clip_fraction",
-    "grad_norm", "loss", "format_rate", "truncated_fraction", "non_latin_fraction", "lr",
-)  # fmt: skip
 STEPS = 16  # of each run, evenly spread, whose rollouts are in the page
 GROUPS = 4  # of each of these steps
 SAMPLES = 8  # completions of each of these groups
@@ -58,22 +54,13 @@ def describe(run: RunFolder) -> dict:
     config = json.loads((run.path / "config.json").read_text())
     recipe = from_dict(Recipe, config["recipe"])
     evaluations = [row for row in rows if "eval_accuracy" in row]
-    columns = ("step", "eval_accuracy", "eval_low", "eval_high")
-    series = {
-        name: [[row["step"], row[name]] for row in rows if math.isfinite(row.get(name, math.nan))]
-        for name in SERIES
-    }
-    updates = [row for row in rows if "update_seconds" in row]
-    seconds = [[row["step"], row.get("rollout_seconds", 0) + row["update_seconds"]] for row in updates]
     return {
         "name": str(run.path),
         "config": config,
         "stages": stage_spans(evaluations),
-        "evaluations": [[row[name] for name in columns] for row in evaluations],
+        "rows": [json.loads(json_line(row)) for row in rows],
         "paper": paper_by_step(evaluations, paper_points(recipe)),
         "caption": paper_caption(recipe).replace("\n", " "),
-        "final": {name: value for name, value in rows[-1].items() if name.startswith("final")},
-        "series": series | {"seconds": seconds},
         "rollouts": rollouts(run, recipe.task),
         "traces": traces(run, recipe.task),
     }
@@ -83,24 +70,19 @@ def rollouts(run: RunFolder, task: Task) -> list[dict]:
     """Completions of evenly spread steps, divided into tokens if a checkpoint has the tokenizer."""
     files = run.rollout_files()
     folders = checkpoints(run.path)
-    try:
-        tokenizer = Tokenizer(folders[-1]) if folders else None
-    except ModelError:
-        tokenizer = None
-    names = ("group", "outcome", "reward", "advantage", "finished", "tokens", "completion")
-    count = min(len(files), STEPS)
+    tokenizer = Tokenizer(folders[-1]) if folders else None
     rows = []
-    for i in range(count):
-        path = files[round(i * (len(files) - 1) / max(1, count - 1))]
+    for number in np.linspace(0, len(files) - 1, min(len(files), STEPS)).round().astype(int):
+        path = files[number]
         samples = Counter()
         for _, row in read_jsonl(path, "a rollout"):
             samples[row["group"]] += 1
             if row["group"] < GROUPS and samples[row["group"]] <= SAMPLES:
-                entry = {"step": step_of(path), "problem": str(task.problem_from_row(row))}
-                entry |= {name: row[name] for name in names}
+                row |= {"step": step_of(path), "problem": str(task.problem_from_row(row))}
+                token_ids, logprobs = row.pop("token_ids"), row.pop("logprobs")
                 if tokenizer:
-                    entry["pieces"] = pieces(tokenizer, row["token_ids"], row["logprobs"])
-                rows.append(entry)
+                    row["pieces"] = pieces(tokenizer, token_ids, logprobs)
+                rows.append(row)
     return rows
 
 
@@ -120,11 +102,9 @@ def traces(run: RunFolder, task: Task) -> dict:
     """The number of curated traces, and the first."""
     path = run.path / "traces.jsonl"
     rows = [row for _, row in read_jsonl(path, "a trace")] if path.exists() else []
-    shown = [
-        {"problem": str(task.problem_from_row(row)), "step": row["step"], "completion": row["completion"]}
-        for row in rows[:TRACES]
-    ]
-    return {"count": len(rows), "shown": shown}
+    for row in rows:
+        row["problem"] = str(task.problem_from_row(row))
+    return {"count": len(rows), "shown": rows[:TRACES]}
 
 
 if __name__ == "__main__":

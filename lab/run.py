@@ -25,7 +25,6 @@ from lab.setup import find_state, set_up
 from model.sampler import Cancelled
 from model.weights import is_bundled
 from rl.distributed import all_values, any_rank, broadcast, is_main, own_part
-from rl.optimizer import Optimizer
 from rl.rollout import SamplingSettings, prompt_for
 
 MAX_SKIPPED_UPDATES = 5  # in a row, then the run ends
@@ -41,6 +40,7 @@ class Run:
         self.screen = screen
         self.resumed = resume
         self.boards = Boards(folder.path)
+        self.stage = None  # of `lab.stages`, while it lasts
         self.stop = Stop()  # one that no signal reaches, until `train` puts the real one here
         self.started = time.perf_counter()
         self.saving = 0.0  # seconds, of all checkpoints
@@ -64,19 +64,21 @@ class Run:
         if broadcast(self.resumed and bool(self.folder.metrics())):
             return
         recipe = self.recipe
-        kind = recipe.stages[0].kind if recipe.stages else "baseline"
-        row = {"stage": 0, "kind": kind, "step": 0, "grpo_steps": 0}
-        row |= self.evaluation(last=not recipe.stages)
-        if is_main() and not self.resumed:
-            self.folder.create(recipe, self.state.problems)
-        self.record(row, steps=0)
-        if recipe.stages and self.model.device.type == "cpu" and not is_bundled(recipe.model):
+        stages = recipe.stages
+        row = {"stage": 0, "kind": stages[0].kind if stages else "baseline", "step": 0, "grpo_steps": 0}
+        row |= self.evaluation(last=not stages)
+        if is_main():
+            if not self.resumed:
+                self.folder.create(recipe, self.state.problems)
+            self.folder.log(row)
+        self.show(row)
+        if stages and self.model.device.type == "cpu" and not is_bundled(recipe.model):
             prompt = prompt_for(self.tokenizer, recipe.task, self.held_out[0], recipe.sampling)
             self.screen.say(planned_time(row, recipe, len(prompt)))
 
-    def finish_step(self, stage, metrics: dict) -> None:
-        """Count a step of `stage`, evaluate and save where it is time to, and log everything."""
-        state = self.state
+    def finish_step(self, metrics: dict) -> None:
+        """Count and log a step of the stage, and evaluate and save where it is time to."""
+        state, stage = self.state, self.stage
         state.step += 1
         state.stage_step += 1
         state.grpo_steps += stage.kind == "grpo"
@@ -84,94 +86,85 @@ class Run:
         row["grpo_steps"] = state.grpo_steps
         row["peak_memory_bytes"] = peak_memory(self.model.device)
         row["checkpoint_seconds"] = self.saving
-        cut_off = False  # by a signal
-        if self.evaluation_due(stage):
-            try:
-                row |= self.evaluation(last=self.ends_run(stage))
-            except Cancelled:
-                cut_off = True
-        self.record(row, stage.steps)
+        if is_main():
+            self.folder.log(row)
+        self.evaluate_and_show(row)
         skipped = stage.trainer.optimizer.skipped_in_a_row
         if skipped >= MAX_SKIPPED_UPDATES:
             advice = "lower the learning rate, or try --dtype float32, in a new run"
             raise RecipeError(
                 f"{skipped} updates in a row had no finite loss and gradient, and changed nothing: {advice}"
             )
-        if cut_off:  # `complete_evaluation` makes up for it when the run goes on
-            self.stop_if_asked(stage.trainer.optimizer)
         ends = state.stage_step == stage.steps
         if not ends and state.stage_step % self.recipe.checkpoint_every == 0 and self.may_save():
-            self.save(stage.trainer.optimizer)
+            self.save()
 
-    def evaluation_due(self, stage) -> bool:
-        """Whether the step of `stage` that was taken last is one after which the run evaluates."""
-        done = self.state.stage_step
-        return done > 0 and (done == stage.steps or done % stage.evaluate_every == 0)
+    def complete_evaluation(self) -> None:
+        """Evaluate after the last step, if a signal had cut that off, or if an empty stage ends the run."""
+        row = broadcast(self.folder.metrics()[-1] if is_main() else None)
+        needed = (
+            "final_accuracy" if self.ends_run() and self.recipe.evaluation.final_problems else "eval_accuracy"
+        )
+        if self.evaluation_due() and needed not in row:
+            self.evaluate_and_show(row)
 
-    def ends_run(self, stage) -> bool:
-        is_last = self.state.stage == len(self.recipe.stages) - 1
-        return is_last and self.state.stage_step == stage.steps
-
-    def complete_evaluation(self, stage) -> None:
-        """Evaluate after the last step of a resumed run, where a signal had cut the evaluation off."""
-        rows = broadcast(self.folder.metrics() if is_main() else None)
-        if not self.evaluation_due(stage) or "eval_accuracy" in rows[-1]:
-            return
-        try:
-            row = rows[-1] | self.evaluation(last=self.ends_run(stage))
-        except Cancelled:
-            self.stop_if_asked(stage.trainer.optimizer)
-        if is_main():
-            self.folder.write_metrics(rows[:-1])
-        self.record(row, stage.steps)
-
-    def end_stage(self, stage) -> None:
-        """Save a checkpoint, and go on to the next stage."""
-        if not stage.steps and self.ends_run(stage):  # an SFT stage without traces: no step has evaluated
-            row = {"stage": self.state.stage, "kind": stage.kind, "step": self.state.step}
-            row["grpo_steps"] = self.state.grpo_steps
-            try:
-                row |= self.evaluation(last=True)
-            except Cancelled:
-                self.stop_if_asked(None)
+    def evaluate_and_show(self, row: dict) -> None:
+        """Evaluate after the step of the logged `row` if it is time to, add that to the row, and show it."""
+        if self.evaluation_due():
+            row |= self.evaluation(last=self.ends_run())
             if is_main():
-                self.folder.log(row)
-                self.boards.log(row)
-        self.micro_batch_tokens = stage.trainer.micro_batch_tokens
+                self.folder.write_metrics([*self.folder.metrics()[:-1], row])
+        self.show(row)
+
+    def evaluation_due(self) -> bool:
+        """Whether the step that was taken last is one after which the run evaluates."""
+        done = self.state.stage_step
+        return done == self.stage.steps or (done > 0 and done % self.stage.evaluate_every == 0)
+
+    def ends_run(self) -> bool:
+        is_last = self.state.stage == len(self.recipe.stages) - 1
+        return is_last and self.state.stage_step == self.stage.steps
+
+    def end_stage(self) -> None:
+        """Save a checkpoint, and go on to the next stage."""
+        self.micro_batch_tokens = self.stage.trainer.micro_batch_tokens
+        self.stage = None
         self.state.stage += 1
         self.state.stage_step = 0
-        self.save(None)
+        self.save()
 
     def finish(self) -> None:
-        """Write the curve and the report, to look at."""
+        """Write the report, and say where everything is."""
         if not is_main():
             return
-        write_curve(self.folder, self.recipe)
+        path = self.folder.path
         row = self.folder.metrics()[-1]
         if "final_accuracy" in row:
             self.screen.say(final_line(row, self.recipe.evaluation.final_problems))
-        report = write_report((self.folder.path,))
-        path = self.folder.path
+        report = write_report((path,))
         self.screen.say(f"done: {path}/curve.md and curve.png; to look into it, open {report}")
 
     def evaluation(self, last: bool) -> dict[str, float]:
         """Accuracy on held-out problems, sampled as in training; if `last`, on more, and greedy too.
 
-        Cancelled: a signal has asked the run to end.
+        If a signal cuts it off, the run saves and ends.
         """
         start = time.perf_counter()
         settings, sampling = self.recipe.evaluation, self.recipe.sampling
-        result = self.evaluate(settings.problems, sampling)
-        metrics = accuracy_metrics("eval", result)
-        metrics["eval_completion_length"] = result.completion_length
-        metrics["eval_truncated_fraction"] = result.truncated_fraction
-        metrics["eval_format_rate"] = 1 - result.counts["malformed"] / sum(result.counts.values())
-        metrics["eval_seconds"] = time.perf_counter() - start
-        if last and settings.final_problems:
-            result = self.evaluate(settings.final_problems, sampling)
-            metrics |= accuracy_metrics("final", result)
-            result = self.evaluate(settings.final_problems, replace(sampling, temperature=0.0))
-            metrics |= accuracy_metrics("final_greedy", result)
+        try:
+            result = self.evaluate(settings.problems, sampling)
+            metrics = accuracy_metrics("eval", result)
+            metrics["eval_completion_length"] = result.completion_length
+            metrics["eval_truncated_fraction"] = result.truncated_fraction
+            metrics["eval_format_rate"] = 1 - result.counts["malformed"] / sum(result.counts.values())
+            metrics["eval_seconds"] = time.perf_counter() - start
+            if last and settings.final_problems:
+                result = self.evaluate(settings.final_problems, sampling)
+                metrics |= accuracy_metrics("final", result)
+                result = self.evaluate(settings.final_problems, replace(sampling, temperature=0.0))
+                metrics |= accuracy_metrics("final_greedy", result)
+        except Cancelled:
+            self.stop_if_asked()
         return metrics
 
     def evaluate(self, count: int, sampling: SamplingSettings):
@@ -190,13 +183,13 @@ class Run:
                 cancel=self.stop.requested,
             )
 
-    def record(self, row: dict, steps: int) -> None:
-        """Log and show the metrics of a step, one of the `steps` of its stage."""
+    def show(self, row: dict) -> None:
+        """Show the metrics of a step on the screen, the boards and the curve."""
         if not is_main():
             return
         recipe, screen = self.recipe, self.screen
-        self.folder.log(row)
         self.boards.log(row)
+        steps = self.stage.steps if self.stage else 0
         screen.step(row, len(recipe.stages), self.state.stage_step, steps)
         if row["kind"] == "grpo" and self.state.stage_step == 3:
             screen.say(f"at this speed, {time_left(row, recipe)} of GRPO left, without evaluations")
@@ -206,9 +199,10 @@ class Run:
                 if words:
                     screen.say(words)
 
-    def save(self, optimizer: Optimizer | None) -> None:
-        """Save a checkpoint. Rank 0 writes; the others wait."""
+    def save(self) -> None:
+        """Save a checkpoint, within a stage with the optimizer. Rank 0 writes; the others wait."""
         start = time.perf_counter()
+        optimizer = self.stage.trainer.optimizer if self.state.stage_step else None
         if is_main():
             self.folder.sync()
             folder = self.folder.path / "checkpoints" / f"step_{self.state.step:04d}"
@@ -225,11 +219,11 @@ class Run:
         elapsed = time.perf_counter() - self.started
         return broadcast(self.saving + self.last_save <= self.recipe.checkpoint_share * elapsed)
 
-    def stop_if_asked(self, optimizer: Optimizer | None) -> None:
+    def stop_if_asked(self) -> None:
         """Where a signal has asked the run to end: save, and raise Stopped, which says how to go on."""
         if not any_rank(self.stop.requested.is_set()):
             return
-        self.save(optimizer if self.state.stage_step else None)
+        self.save()
         number = next(filter(None, all_values(self.stop.number)))
         advice = "go on with the same command and --resume."
         raise Stopped(f"Saved after step {self.state.step}; {advice}", number)

@@ -68,12 +68,17 @@ class RunFolder:
             raise RecipeError(f"{self.path} already holds a run; {advice}")
 
     def create(self, recipe: Recipe, problems: dict[str, str]) -> None:
-        """Write config.json, with which a run begins; `problems` are hashes. RecipeError: there is a run."""
-        self.check_free()
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        versions["platform"] = platform.platform()
-        config = {"recipe": asdict(recipe), "problems": problems}
-        config |= {"versions": versions, "git_revision": git_revision()}
+        """Write config.json, with which a run begins; `problems` are hashes."""
+        config = {
+            "recipe": asdict(recipe),
+            "problems": problems,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "platform": platform.platform(),
+            },
+            "git_revision": git_revision(),
+        }
         write_whole(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
     def check_recipe(self, recipe: Recipe) -> None:
@@ -134,11 +139,14 @@ class RunFolder:
         rows = []
         lines = self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines()
         for number, line in enumerate(lines, 1):
-            row = metrics_row(line)
-            if row is not None:
-                rows.append(row)
-            elif number < len(lines):
-                raise RecipeError(f"{self.metrics_path}, line {number}: not the metrics of a step")
+            try:
+                row = json.loads(line)
+                rows.append({name: math.nan if value is None else value for name, value in row.items()})
+            except (ValueError, AttributeError):
+                if number < len(lines):
+                    raise RecipeError(
+                        f"{self.metrics_path}, line {number}: not the metrics of a step"
+                    ) from None
         return rows
 
     def sync(self) -> None:
@@ -148,18 +156,27 @@ class RunFolder:
 
     def save_rollouts(self, step: int, stage: int, groups: list[list[Rollout]], advantages: Tensor) -> None:
         """Write rollouts/step_NNNN.jsonl: each completion with verdict and advantage [groups, samples]."""
-        path = self.path / "rollouts" / f"step_{step:04d}.jsonl"
+        path = self.rollout_file(step)
         path.parent.mkdir(exist_ok=True)
         with open(path, "w", encoding="utf-8") as file:
             for number, group in enumerate(groups):
                 for rollout, advantage in zip(group, advantages[number].tolist(), strict=True):
-                    ids, logprobs = rollout.completion.token_ids, rollout.completion.logprobs
+                    completion = rollout.completion
                     row = {"stage": stage, "group": number} | rollout.problem.row()
-                    row |= {"reward": rollout.reward, "outcome": rollout.outcome}
-                    row |= {"advantage": round(advantage, 4), "finished": rollout.completion.finished}
-                    row |= {"tokens": len(ids), "completion": rollout.text, "token_ids": ids}
-                    row["logprobs"] = [round(logprob, 3) for logprob in logprobs]
+                    row |= {
+                        "reward": rollout.reward,
+                        "outcome": rollout.outcome,
+                        "advantage": round(advantage, 4),
+                        "finished": completion.finished,
+                        "tokens": len(completion.token_ids),
+                        "completion": rollout.text,
+                        "token_ids": completion.token_ids,
+                        "logprobs": [round(logprob, 3) for logprob in completion.logprobs],
+                    }
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def rollout_file(self, step: int) -> Path:
+        return self.path / "rollouts" / f"step_{step:04d}.jsonl"
 
     def rollout_files(self) -> list[Path]:
         """rollouts/step_NNNN.jsonl in the order of steps; other files there are not the run's."""
@@ -169,28 +186,14 @@ class RunFolder:
     def correct_traces(self, stage: int, task: Task) -> list[Trace]:
         """The finished, correct rollouts of one stage. RecipeError: the rollouts of a step are missing."""
         traces = []
-        paths = self.rollout_files()
-        steps = {row["step"] for row in self.metrics() if row["stage"] == stage and row["step"]}
-        missing = steps - set(map(step_of, paths))
-        if missing:
-            path = self.path / "rollouts" / f"step_{min(missing):04d}.jsonl"
-            raise RecipeError(f"{path} is missing, from which the sft stage learns: put it back")
-        for path in paths:
+        for step in [row["step"] for row in self.metrics() if row["stage"] == stage and row["step"]]:
+            path = self.rollout_file(step)
+            if not path.exists():
+                raise RecipeError(f"{path} is missing, from which the sft stage learns: put it back")
             for _, row in read_jsonl(path, "a rollout"):
-                if row["stage"] == stage and row["outcome"] == "correct" and row["finished"]:
-                    traces.append(Trace(task.problem_from_row(row), row["completion"], step_of(path)))
+                if row["outcome"] == "correct" and row["finished"]:
+                    traces.append(Trace(task.problem_from_row(row), row["completion"], step))
         return traces
-
-
-def metrics_row(line: str) -> dict | None:
-    """A line of metrics.jsonl, null as NaN; None for anything else."""
-    try:
-        row = json.loads(line)
-        if not isinstance(row["step"], int):
-            return None
-    except (ValueError, TypeError, KeyError):
-        return None
-    return {name: math.nan if value is None else value for name, value in row.items()}
 
 
 def json_line(row: dict) -> str:

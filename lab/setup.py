@@ -1,6 +1,5 @@
 """Set up a run: its progress, its model, and a check that it fits into memory."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,16 +33,17 @@ from rl.sft import WORKED
 
 def find_state(recipe: Recipe, run: RunFolder, resume: bool, screen) -> tuple[TrainState, Path | None]:
     """The state of a run, and the checkpoint to resume from. RecipeError: it cannot start or resume."""
-    kinds = [stage.kind for stage in recipe.stages]
+    before = None
     for number, stage in enumerate(recipe.stages):
-        if stage.kind == "sft" and stage.traces is None and kinds[:number][-1:] != ["grpo"]:
+        if stage.kind == "sft" and stage.traces is None and before != "grpo":
             raise RecipeError(f"stages.{number}: an sft stage needs a grpo stage right before it, or traces")
-    if not resume:
-        if is_main():
-            run.check_free()
-        return TrainState(seen=seen_by(recipe.model, recipe.revision)), None
-    run.check_recipe(recipe)
-    checkpoint = broadcast(newest_checkpoint(run.path, screen.say) if is_main() else None)
+        before = stage.kind
+    checkpoint = None
+    if resume:
+        run.check_recipe(recipe)
+        checkpoint = broadcast(newest_checkpoint(run.path, screen.say) if is_main() else None)
+    elif is_main():
+        run.check_free()
     if checkpoint:
         return load_state(checkpoint), checkpoint
     return TrainState(seen=seen_by(recipe.model, recipe.revision)), None
@@ -61,31 +61,25 @@ def set_up(
     device = pick_device(recipe)
     free = free_memory(device)
     model, tokenizer = load_policy(recipe, checkpoint, device)
-    if not state.base and needs_base(recipe):
+    penalty = any(stage.kl_coef for stage in recipe.stages if stage.kind == "grpo")
+    if not state.base and (penalty or recipe.adapters.rank > 0):  # it comes back to these weights
         state.base = base_digest(recipe)
     problems, held_out = problems_of(recipe, state.seen)
     state.problems = {"train": problems_hash(problems), "held_out": problems_hash(held_out)}
     for number, stage in enumerate(recipe.stages):
         if stage.kind == "sft" and stage.traces and number >= state.stage:
             check_traces(recipe, number, problems)
-    prompts = [prompt_for(tokenizer, recipe.task, problem, recipe.sampling) for problem in held_out]
     longest = longest_prompt(recipe, tokenizer, [*problems, *held_out])
     model.config.check_positions(longest, recipe.sampling.max_new_tokens, recipe.model)
-    work = work_of(recipe, max(map(len, prompts)), world_size())
-    plan = plan_memory(model, recipe.optimizer, work, free)
+    plan = plan_memory(model, recipe.optimizer, work_of(recipe, longest, world_size()), free)
     check_plan(plan, free)
+    prompts = [prompt_for(tokenizer, recipe.task, problem, recipe.sampling) for problem in held_out[:4]]
     lines = [
         "" if tokenizer.has_template else f"prompts   {prompt_form(tokenizer)}",
         f"memory    {gb(plan.peak)} of {gb(free)} free: {plan}",
-        check_decoding(model, prompts[:4]),
+        check_decoding(model, prompts),
     ]
     return model, tokenizer, problems, held_out, plan.micro_batch_tokens, "\n".join(filter(None, lines))
-
-
-def needs_base(recipe: Recipe) -> bool:
-    """Whether a run comes back to the weights that it began with: for its adapters, or a penalty."""
-    penalties = [stage.kl_coef for stage in recipe.stages if stage.kind == "grpo"]
-    return recipe.adapters.rank > 0 or any(penalties)
 
 
 def longest_prompt(recipe: Recipe, tokenizer: Tokenizer, problems: list[AnyProblem]) -> int:
@@ -120,13 +114,6 @@ def prompt_form(tokenizer: Tokenizer) -> str:
     """The form of the prompts for a model without a chat template, and the reason."""
     form = "plain text" if tokenizer.template.source == PLAIN else "ChatML"
     return f"{form}, since the model comes without a chat template"
-
-
-def without_missing_thinking(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
-    """The same recipe; for a tokenizer that has no `<think>`, with prompts that open no thinking block."""
-    if tokenizer.knows_thinking:
-        return recipe
-    return replace(recipe, sampling=replace(recipe.sampling, thinking=False))
 
 
 def open_policy(recipe: Recipe, checkpoint: Path | None) -> ModelFolder:

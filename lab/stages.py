@@ -52,16 +52,16 @@ def train(recipe: Recipe, resume=False, quiet=False, plain=False, wandb=False) -
 
 def train_stage(run: Run) -> None:
     """The steps of one stage that are left. When it returns, the memory of its optimizer is free again."""
-    stage = begin_stage(run)
-    run.complete_evaluation(stage)
-    while run.state.stage_step < stage.steps:
-        run.stop_if_asked(stage.trainer.optimizer)
+    run.stage = begin_stage(run)
+    run.complete_evaluation()
+    while run.state.stage_step < run.stage.steps:
+        run.stop_if_asked()
         try:
-            metrics = stage.take_step()
+            metrics = run.stage.take_step()
         except Cancelled:  # by a signal, before the step has changed anything
             continue
-        run.finish_step(stage, metrics)
-    run.end_stage(stage)
+        run.finish_step(metrics)
+    run.end_stage()
 
 
 def begin_stage(run: Run) -> "GRPOTraining | SFTTraining":
@@ -138,8 +138,7 @@ class SFTTraining:
     def make_batches(self) -> list[list[Sample]]:
         """The samples of each step; none where no rollout was correct."""
         run, settings = self.run, self.settings
-        traces = traces_for(run) if is_main() else None
-        traces = broadcast(traces)
+        traces = broadcast(traces_for(run) if is_main() else None)
         if not traces:
             run.screen.say("no correct rollouts to imitate: the sft stage is skipped")
             return []
@@ -151,8 +150,8 @@ class SFTTraining:
             samples.append(Sample(prompt, completion))
         run.state.see(trace.problem for trace in traces)
         solved = len({trace.problem.key for trace in traces})
-        origin = "worked solutions" if settings.traces == WORKED else "traces"
         source = trace_file(settings, run.folder)
+        origin = "worked solutions" if settings.traces == WORKED else "traces"
         run.screen.say(f"sft on {len(traces)} {origin} of {solved} problems ({source})")
         return sft_schedule(samples, settings.batch_size, settings.epochs, run.recipe.seed)
 
@@ -198,12 +197,14 @@ def traces_for(run: Run) -> list[Trace]:
         if not curated:
             return []
 
-    traces = read_traces(recipe, source)
+    traces = []
     kept_back = {problem.key for problem in (*run.held_out, *task.examples(recipe.sampling.examples))}
-    traces = [trace for trace in traces if trace.problem.key not in kept_back]
+    for trace in read_traces(recipe, source):
+        if trace.problem.key not in kept_back:
+            completion = trace.completion
+            if thinking:  # the prompt has opened the tag
+                completion = re.sub(r"\A\s*<think>", "", completion)
+            traces.append(replace(trace, completion=completion))
     if not traces:
         raise DataError(f"{source}: all traces are of held-out problems; use others")
-    if thinking:  # the prompt has opened the tag
-        texts = [re.sub(r"\A\s*<think>", "", trace.completion) for trace in traces]
-        traces = [replace(trace, completion=text) for trace, text in zip(traces, texts, strict=True)]
     return traces

@@ -16,6 +16,7 @@ import eval as eval_command
 from data import GSM8K, evaluate_expression
 from lab.checkpoint import checkpoints
 from lab.evaluate import Evaluation, evaluate
+from lab.named_model import check_one_task
 from lab.recipe import RecipeError, problems_of
 from lab.runfolder import RunFolder
 from lab.stages import train
@@ -269,13 +270,11 @@ def test_the_last_model_named_counts_and_auto_is_the_tasks_own(monkeypatch, word
     assert (recipe.model, recipe.out) == (model, out)
 
 
-def test_models_of_different_tasks_are_not_compared():
-    """A model from elsewhere takes the task of the other one."""
+def test_models_of_different_tasks_are_not_compared(qwen2):
+    """A model from elsewhere is asked as the other one is."""
     recipe = parsed("256 --model tiny").recipe
-    countdown = eval_command.Model("runs/a", recipe, trained=True)
-    words = eval_command.Model("runs/b", replace(recipe, task=GSM8K()), trained=True)
-    elsewhere = eval_command.Model("Qwen/Qwen3-1.7B", recipe, trained=False)
-    with pytest.raises(RecipeError, match="runs/a is for countdown and runs/b for gsm8k"):
-        eval_command.of_one_task([countdown, words])
-    assert [model.recipe.task for model in eval_command.of_one_task([elsewhere, words])] == [GSM8K(), GSM8K()]
-    assert eval_command.of_one_task([elsewhere, elsewhere]) == [elsewhere, elsewhere]
+    with pytest.raises(RecipeError, match="runs/a is for countdown and runs/b is for gsm8k"):
+        check_one_task({"runs/a": recipe, "runs/b": replace(recipe, task=GSM8K())})
+    models = (str(qwen2), "tiny-calculus")
+    kinds = [eval_command.model_of(name, eval_command.Arguments(models)).recipe.task.kind for name in models]
+    assert kinds == ["calculus", "calculus"]

@@ -3,7 +3,6 @@
 Without a device, fake tensors show that decoding mixes no devices and never waits.
 """
 
-import json
 import math
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import lab.check
 import lab.decoding
-from lab.check import UPDATES, decoding, gradient, resuming, updates
+from lab.check import UPDATES, decoding, training, updates
 from lab.decoding import Row, check_decoding
 from model import KVCache, ModelError, generate, load_model
 from model.quantize import quantized
@@ -87,7 +86,7 @@ def test_updates_move_weights_as_on_the_cpu(device, dtype, kind, rounding):
     assert float((moved[device] - moved["cpu"]).norm() / moved["cpu"].norm()) < 0.1
 
 
-@pytest.mark.parametrize("part", [decoding, gradient, updates, resuming])
+@pytest.mark.parametrize("part", [decoding, training, updates])
 def test_the_check_finds_nothing_wrong(device, part):
     rows = list(part("tiny", device))
     assert rows and not any(row.wrong for row in rows), rows
@@ -98,7 +97,7 @@ def not_a_number(logits, *arguments):
 
 
 BROKEN = {  # a part of the check, what is broken, and the rows that have to notice
-    "no causal mask": (gradient, "model.packed.causal_lower_right", lambda *sizes: None, ["packed gradient"]),
+    "no causal mask": (training, "model.packed.causal_lower_right", lambda *sizes: None, ["training"]),
     "small updates lost": (
         updates,
         "rl.optimizer.round_stochastically",
@@ -110,12 +109,6 @@ BROKEN = {  # a part of the check, what is broken, and the rows that have to not
         "model.quantize.quantized",
         lambda linear: quantized(nn.Linear(*linear.weight.T.shape)),
         ["int8"],
-    ),
-    "moments forgotten": (
-        resuming,
-        "lab.check.load_optimizer",
-        lambda optimizer, folder: None,
-        ["save, load, resume"],
     ),
     "log-probabilities are NaN": (decoding, "lab.decoding.token_logprobs", not_a_number, ["decoding"]),
     "nothing attended to": (
@@ -155,22 +148,20 @@ def test_the_check_shows_a_table_and_fails_with_the_wrong_rows(monkeypatch, caps
 
 
 @pytest.fixture
-def on_gpu(monkeypatch, tmp_path):
+def on_gpu(monkeypatch):
     """`check_decoding` of a model on a simulated GPU: (said, still with graphs?) for these comparisons."""
-    monkeypatch.setattr(lab.decoding, "CACHE", tmp_path / "cache" / "decoding.json")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
 
-    def check(*rows: Row | Exception, dtype=torch.float32) -> tuple[str | None, bool]:
+    def check(*rows: Row | Exception) -> tuple[str, bool]:
         left = list(rows)
 
-        def compared(what, model, prompts) -> Row:
+        def compared(model, prompts) -> Row:
             row = left.pop(0)
             if isinstance(row, Exception):
                 raise row
             return row
 
         monkeypatch.setattr(lab.decoding, "decoding_row", compared)
-        model = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, graphed=True)
+        model = SimpleNamespace(device=torch.device("cuda"), graphed=True)
         said = check_decoding(model, PROMPTS)
         assert not left
         return said, model.graphed
@@ -181,13 +172,10 @@ def on_gpu(monkeypatch, tmp_path):
 GOOD, BAD = Row("decoding", "0 apart"), Row("decoding", "9 apart", wrong=True)
 
 
-def test_a_run_on_a_gpu_compares_its_decoding_once_and_remembers(on_gpu):
+def test_a_run_on_a_gpu_compares_its_decoding(on_gpu):
     said, graphed = on_gpu(GOOD)
     assert "the same" in said
     assert graphed
-    assert on_gpu() == (None, True)  # nothing is compared again,
-    assert on_gpu(GOOD, dtype=torch.bfloat16)[1]  # unless in another dtype
-    assert set(json.loads(lab.decoding.CACHE.read_text()).values()) == {True}
 
 
 @pytest.mark.parametrize(
@@ -200,19 +188,13 @@ def test_where_graphs_fail_a_run_goes_on_without_and_says_so(on_gpu, fault, reas
     assert "without CUDA graphs" in said
     assert reason in said
     assert not graphed
-    assert on_gpu()[1] is False
-    assert "without CUDA graphs" in on_gpu()[0]
 
 
 def test_decoding_that_is_wrong_without_graphs_ends_the_run(on_gpu):
-    """It is not remembered, so that the next run compares again."""
     with pytest.raises(ModelError, match="9 apart.*make check"):
         on_gpu(BAD, BAD)
     with pytest.raises(torch.OutOfMemoryError):
         on_gpu(torch.OutOfMemoryError("full"))
-    assert on_gpu(GOOD)[1]
-    lab.decoding.CACHE.write_text("{")  # a damaged file is no reason to stop
-    assert on_gpu(GOOD)[1]
 
 
 def test_decoding_mixes_no_devices_and_waits_for_nothing():

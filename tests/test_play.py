@@ -74,5 +74,5 @@ def test_a_reward_for_short_answers_is_shown(monkeypatch):
 
 
 def test_models_of_two_tasks_are_refused_in_one_line():
-    with pytest.raises(RecipeError, match="one at a time"):
+    with pytest.raises(RecipeError, match="one task at a time"):
         play.main(play.Arguments(("tiny", "tiny-calculus"), device="cpu"))

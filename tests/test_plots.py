@@ -46,7 +46,7 @@ def test_a_curve_has_whole_markers_and_its_caption():
     assert axes.get_xlim()[0] < 0
     assert axes.get_xlim()[1] > 20
     assert axes.get_ylim()[0] < 0
-    assert caption in [text.get_text() for text in axes.texts]
+    assert caption in [text.get_text() for text in axes.get_legend().get_texts()]
     assert [list(line.get_xdata()) for line in axes.lines] == [[0, 10, 20], [0, 10, 20]]
 
 

@@ -36,28 +36,9 @@ def test_the_page_says_what_metrics_say(smoke_run, page):
     first, second = data_of(page)["runs"]
     assert first == second
     assert first["name"] == str(smoke_run)
-    rows = RunFolder(smoke_run).metrics()
-    assert first["evaluations"] == [
-        [row["step"], row["eval_accuracy"], row["eval_low"], row["eval_high"]]
-        for row in rows
-        if "eval_accuracy" in row
-    ]
-    steps = [row for row in rows if row["kind"] == "grpo" and row["step"]]
-    for name in (
-        "reward_mean",
-        "completion_length",
-        "policy_entropy",
-        "clip_fraction",
-        "format_rate",
-        "non_latin_fraction",
-    ):
-        assert first["series"][name] == [[row["step"], row[name]] for row in steps]
-    assert [step for step, _ in first["series"]["grad_norm"]] == [row["step"] for row in rows if row["step"]]
-    assert first["series"]["seconds"][0][1] == pytest.approx(
-        rows[1]["rollout_seconds"] + rows[1]["update_seconds"]
-    )
+    metrics = (smoke_run / "metrics.jsonl").read_text().splitlines()
+    assert first["rows"] == [json.loads(line) for line in metrics]
     assert [kind for _, _, kind in first["stages"]] == ["grpo", "sft", "grpo"]
-    assert first["final"]["final_accuracy"] == rows[-1]["final_accuracy"]
 
 
 def test_rollouts_are_spread_evenly_and_keep_their_numbers(smoke_run, page):

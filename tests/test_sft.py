@@ -206,5 +206,7 @@ def test_only_finished_correct_rollouts_become_traces(tmp_path):
     run.save_rollouts(3, 0, [[odd, near], [cut, correct]], torch.zeros(2, 2))
     run.save_rollouts(4, 2, [[replace(correct, text="of another stage")]], torch.zeros(1, 1))
     run.save_rollouts(10, 0, [[replace(correct, text="c")]], torch.zeros(1, 1))
+    for step, stage in ((3, 0), (4, 2), (10, 0)):
+        run.log({"step": step, "stage": stage})
     expected = [Trace(PROBLEMS[0], text, step) for text, step in ((odd.text, 3), ("b", 3), ("c", 10))]
     assert run.correct_traces(0, Countdown()) == expected

@@ -204,7 +204,9 @@ def test_a_session_outlives_input_that_it_cannot_read(typed, monkeypatch):
         print("shown")
 
     monkeypatch.setattr(play_command, "show", show)
-    monkeypatch.setattr(play_command, "load_player", lambda *_: SimpleNamespace(recipe=smoke()))
+    monkeypatch.setattr(
+        play_command, "load_player", lambda *_: SimpleNamespace(source="tiny", recipe=smoke())
+    )
     reader, writer = os.pipe()
     os.write(writer, typed or b"")
     os.close(writer)

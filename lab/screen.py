@@ -262,7 +262,7 @@ def describe_run(recipe: Recipe, model, train: list, held_out: list, resumed_at:
         stages.append(f"SFT {stage.epochs} epochs" if not batch else f"GRPO {stage.steps} steps{batch}")
     resumed = "" if resumed_at is None else f", resumed after step {resumed_at}"
     return (
-        f"model     {recipe.model}: {model.config.num_parameters():,} parameters, {dtype}, on {device}\n"
+        f"model     {recipe.model}: {model.num_parameters():,} parameters, {dtype}, on {device}\n"
         f"problems  {len(train):,} to train on, {len(held_out):,} held out\n"
         f"stages    {', '.join(stages) or 'none: zero-shot evaluation only'}\n"
         f"run       {recipe.out}{resumed}; watch the share of correct completions, and read rollouts/ there"

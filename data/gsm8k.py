@@ -17,13 +17,11 @@ NUMBER = re.compile(  # 18, 1,234, -2.50, .5 or 3/4, but no part of a longer wor
     r"(?![0-9_^:]|[.,][0-9]|/(?![a-z]{2}))",
     re.ASCII | re.IGNORECASE,
 )
-# How LaTeX and Unicode write currency, commas, percent, degrees, a minus, and words around a number.
-PLAIN = {
-    "$": " ", "\N{EURO SIGN}": " ", "\N{POUND SIGN}": " ", "*": " ",
-    "{,}": ",", r"\ ": " ", r"\%": "%", r"^\circ": " ", r"^{\circ}": " ",
-}  # fmt: skip
 MINUS = re.compile(r"[\u2010-\u2015\u2212\ufe58\ufe63\uff0d]|\b(?:minus|negative)\s(?=\W*[0-9])")
-MARKUP = re.compile(r"\\(?:(?:text|math)(?:bf|it|rm|sf)?|boxed|left|right|displaystyle|q?quad)(?![a-z])")
+MARKUP = re.compile(  # currency, and how LaTeX writes blanks, percent, degrees, and words around a number
+    r"[$*\u20ac\u00a3]|\\[ %]|\^\{?\\circ\}?"
+    r"|\\(?:(?:text|math)(?:bf|it|rm|sf)?|boxed|left|right|displaystyle|q?quad)(?![a-z])"
+)
 # Whatever changes a number is not calculated here: operators, functions, variables, fractions, factors.
 OPERATORS = re.compile(
     r"\\[a-z]|[\u221a-\u221c\u03c0\u00b1\u2030]"
@@ -121,9 +119,8 @@ def read_number(text: str) -> Fraction | None:
     """
     if len(text) > MAX_CHARACTERS:
         return None
-    for written, plain in PLAIN.items():
-        text = text.replace(written, plain)
-    text = MINUS.sub("-", MARKUP.sub(" ", text)).rpartition("=")[2]
+    text = MARKUP.sub(" ", text.replace("{,}", ","))
+    text = MINUS.sub("-", text).rpartition("=")[2]
     numbers = list(NUMBER.finditer(text))
     other_digits = any(letter.isnumeric() for letter in NUMBER.sub("", text))
     if len(numbers) != 1 or other_digits or OPERATORS.search(text):

@@ -113,9 +113,15 @@ class Qwen3Config:
         # 2. Read the shape. These are transformers' own defaults, which are not Qwen3's; every published
         # config.json of a Qwen3 states both.
         values = {"tie_word_embeddings": False, "rope_theta": 1e4}
-        values |= {name: hf[name] for name in cls.__dataclass_fields__ if name in hf}
-        if family != "qwen3":
-            values |= derived_heads(hf)
+        values |= {name: hf[name] for name in cls.__dataclass_fields__ if hf.get(name) is not None}
+        # A Qwen2 or Llama may omit the size of a head, and a Llama the number of key-value heads.
+        hidden_size = values.get("hidden_size")
+        heads = values.get("num_attention_heads")
+        are_numbers = isinstance(hidden_size, int) and isinstance(heads, int) and heads > 0
+        if family != "qwen3" and are_numbers:
+            values.setdefault("head_dim", hidden_size // heads)
+        if family == "llama":
+            values.setdefault("num_key_value_heads", heads)
         values["rope_theta"] = rope.get("rope_theta", values["rope_theta"])
         missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
         if missing:
@@ -138,16 +144,3 @@ class Qwen3Config:
             most = f"{name} has {self.max_position_embeddings} positions (max_position_embeddings)"
             need = f"a prompt of {prompt} tokens and {new} new ones need {prompt + new}"
             raise ModelError(f"{most}, and {need}: lower max_new_tokens, or take another model")
-
-
-def derived_heads(hf: dict) -> dict:
-    """Fields that the `config.json` of a Qwen2 or Llama may omit or null: the size of a head, and of a
-    Llama also the number of key-value heads.
-    """
-    hidden, heads = hf.get("hidden_size"), hf.get("num_attention_heads")
-    if type(hidden) is not int or type(heads) is not int or heads < 1:
-        return {}  # which is then refused
-    derived = {"head_dim": hidden // heads}
-    if hf["model_type"] == "llama":
-        derived["num_key_value_heads"] = heads
-    return {name: value for name, value in derived.items() if hf.get(name) is None}

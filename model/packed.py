@@ -21,15 +21,12 @@ class PackedGroup:
     def blocks(self) -> list[tuple[int, int]]:
         """(rows, length): consecutive branches, padded on the right to the longest of them."""
         blocks: list[tuple[int, int]] = []
-        rows = longest = 0
         for length in self.lengths:
-            if blocks and length >= (1 - PADDING) * longest:
-                rows += 1
-                blocks[-1] = (rows, longest)
+            if blocks and length >= (1 - PADDING) * blocks[-1][1]:
+                rows, longest = blocks.pop()
+                blocks.append((rows + 1, longest))
             else:
-                rows = 1
-                longest = length
-                blocks.append((rows, longest))
+                blocks.append((1, length))
         return blocks
 
     def num_tokens(self) -> int:

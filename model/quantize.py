@@ -119,13 +119,13 @@ def load_adapter_state(model: Qwen3, tensors: dict[str, Tensor]) -> None:
         matrix.copy_(tensors[name])
 
 
-def plain_state(model: Qwen3, device=None) -> dict[str, Tensor]:
-    """State dict, on `device`, of an equal Qwen3 without adapters, merged in float32 and then rounded."""
+def plain_state(model: Qwen3) -> dict[str, Tensor]:
+    """State dict, on the CPU, of an equal Qwen3 without adapters, merged in float32 and then rounded."""
     state = model.state_dict()
     for name, adapter in adapters(model):
         for key in adapter.state_dict(prefix=f"{name}."):
             del state[key]
-        state[f"{name}.weight"] = adapter.merged().to(device, model.dtype)  # a GPU may have no room for all
+        state[f"{name}.weight"] = adapter.merged().to("cpu", model.dtype)  # a GPU may have no room for all
         if adapter.base.bias is not None:
             state[f"{name}.bias"] = adapter.base.bias.detach()
-    return {name: tensor.to(device) for name, tensor in state.items()}
+    return {name: tensor.cpu() for name, tensor in state.items()}

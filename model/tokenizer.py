@@ -72,8 +72,6 @@ class Tokenizer:
             return self.files["chat_template.jinja"]
         if isinstance(configured, list):
             configured = {entry["name"]: entry["template"] for entry in configured}["default"]
-        if configured is not None and not isinstance(configured, str):
-            raise ValueError(f"chat_template is no text but {type(configured).__name__}")
         return configured
 
     def _stops_of_generation(self, folder: Path) -> set[int]:

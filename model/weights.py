@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def save_model(folder: str | Path, model: Qwen3, tokenizer: Tokenizer) -> None:
     """Write a folder that transformers and vLLM load, with adapters merged, all in the model's dtype."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.contiguous() for name, tensor in plain_state(model, device="cpu").items()}
+    state = {name: tensor.contiguous() for name, tensor in plain_state(model).items()}
     if model.config.tie_word_embeddings:
         del state[HEAD]
     dtype = str(model.dtype).removeprefix("torch.")
@@ -131,8 +132,7 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
 
 def download(source: str, revision: str | None) -> Path:
     """The local folder of a hub id, from the cache if it is there already."""
-    parts = source.split("/")
-    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
         known = f"a hub id looks like Qwen/Qwen3-1.7B; bundled are {', '.join(BUNDLED)}"
         raise ModelError(f"no such model folder: {source} ({known})")
     try:

@@ -40,8 +40,9 @@ def prompt_for(
     opening = "<think>\n" if thinking else ""
     limit = f" Use at most {sampling.max_new_tokens} tokens in all." if sampling.state_limit else ""
     earlier_turns = []
-    for solved, solution in solved_examples(task, sampling.examples, thinking):
-        earlier_turns.append((task.prompt(solved, thinking) + limit, opening + solution))
+    if sampling.examples:
+        for solved, solution in solved_examples(task, sampling.examples, thinking):
+            earlier_turns.append((task.prompt(solved, thinking) + limit, opening + solution))
     return prompt_ids(tokenizer, task.prompt(problem, thinking) + limit, thinking, earlier_turns)
 
 

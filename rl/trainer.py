@@ -47,8 +47,7 @@ class Trainer:
                     raise
             # Outside the handler, where the error no longer holds the tensors of the failed forward.
             self.micro_batch_tokens //= 2
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # which does nothing where there is no GPU
 
 
 def is_lack_of_memory(error: RuntimeError) -> bool:

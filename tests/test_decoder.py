@@ -200,7 +200,7 @@ def test_what_the_decoder_does_not_implement_is_refused_by_name():
         "hidden_act": ["gelu"],
         "num_attention_heads": [7],  # with 2 key-value heads
         "head_dim": [15],
-        "tie_word_embeddings": ["yes", None],
+        "tie_word_embeddings": ["yes"],
         "rms_norm_eps": [0, "1e-6"],
         "rope_theta": [float("nan"), float("inf"), -1e6, True],
     }.items():
@@ -223,15 +223,11 @@ def test_llama_3_is_refused_for_its_scaled_positions():
 
 
 def test_a_size_that_is_no_positive_integer_is_refused():
-    """So is a configuration that is no object."""
     names = [field.name for field in dataclasses.fields(Qwen3Config) if field.type is int]
     assert len(names) == 8
-    for name, value in itertools.product(names, (0, 2.0, True, "2", None, [2])):
+    for name, value in itertools.product(names, (0, 2.0, True, "2", [2])):
         with pytest.raises(ModelError, match=f"{name} must be a whole number, 1 to"):
             Qwen3Config.from_hf(V4 | {name: value})
-    for content in (None, [], "qwen3", 3):
-        with pytest.raises(ModelError, match="expected a JSON object"):
-            Qwen3Config.from_hf(content)
 
 
 @pytest.mark.parametrize("tied", [True, False])

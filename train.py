@@ -73,7 +73,10 @@ def parse(arguments: list[str]) -> Arguments:
     return replace(parsed, recipe=checked(recipe))
 
 
+def main(given: Arguments) -> None:
+    train(given.recipe, given.resume, given.quiet, given.plain, given.wandb)
+
+
 if __name__ == "__main__":
     with user_errors("try --optimizer.activation-checkpointing, or a lower --sampling.max-cache-tokens"):
-        given = parse(sys.argv[1:])
-        train(given.recipe, given.resume, given.quiet, given.plain, given.wandb)
+        main(parse(sys.argv[1:]))

@@ -72,40 +72,38 @@ def comparison_table(title: str, candidates: list[dict], differences: list[dict]
     """A column for each of `measures`, a row for each of its numbers; `differences` are from the first."""
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
-    for numbers in candidates:
+    columns = []
+    for number, numbers in enumerate(candidates):
         table.add_column(numbers["name"], justify="right", overflow="fold")
-
-    def row(name: str, cells: list[str]) -> None:
-        table.add_row(name, *cells)
-
-    # 1. Accuracy, and what several completions of a problem tell.
-    row("accuracy, sampled", [interval_text(numbers["accuracy"]) for numbers in candidates])
-    row("accuracy, greedy", [interval_text(numbers["greedy"]) for numbers in candidates])
-    most = max(numbers["samples"] for numbers in candidates)
-    for k in sorted({2, 4, 8, 16, 32, 64, most}):
-        if 1 < k <= most:
-            shares = [numbers["pass_at"].get(k) for numbers in candidates]
-            row(f"pass@{k}", ["" if share is None else percent(share) for share in shares])
-
-    # 2. What completions look like.
-    table.add_section()
-    for outcome in candidates[0]["outcomes"]:
-        row(outcome, [percent(numbers["outcomes"][outcome]) for numbers in candidates])
-    row("length, tokens", [f"{numbers['completion_length']:.1f}" for numbers in candidates])
-    row("cut off at the limit", [percent(numbers["truncated_fraction"]) for numbers in candidates])
-    row("letters outside Latin script", [percent(numbers["non_latin_fraction"]) for numbers in candidates])
-
-    # 3. Kinds of problems, and differences.
-    table.add_section()
-    for kind, first in candidates[0]["by_difficulty"].items():
-        estimates = [numbers["by_difficulty"][kind] for numbers in candidates]
-        row(f"{kind} ({first['problems']})", [interval_text(mean) for mean in estimates])
-    if differences:
-        table.add_section()
-        for name, key in (("sampled", "accuracy"), ("greedy", "greedy")):
-            gains = [interval_text(numbers[key], sign="+", unit="points") for numbers in differences]
-            row(f"{name}, against the first", ["", *gains])
+        columns.append(cells(numbers))
+        if number > 0:
+            gains = differences[number - 1]
+            for name, key in (("sampled", "accuracy"), ("greedy", "greedy")):
+                text = interval_text(gains[key], sign="+", unit="points")
+                columns[-1][f"{name}, against the first"] = text
+    names = dict.fromkeys(name for column in columns for name in column)
+    for name in names:
+        table.add_row(name, *[column.get(name, "") for column in columns])
     return table
+
+
+def cells(numbers: dict) -> dict[str, str]:
+    """The text of each of the `measures` of a model, by the name of its row."""
+    texts = {
+        "accuracy, sampled": interval_text(numbers["accuracy"]),
+        "accuracy, greedy": interval_text(numbers["greedy"]),
+    }
+    for k, share in numbers["pass_at"].items():
+        if k in (2, 4, 8, 16, 32, 64) or 1 < k == numbers["samples"]:
+            texts[f"pass@{k}"] = percent(share)
+    for outcome, share in numbers["outcomes"].items():
+        texts[outcome] = percent(share)
+    texts["length, tokens"] = f"{numbers['completion_length']:.1f}"
+    texts["cut off at the limit"] = percent(numbers["truncated_fraction"])
+    texts["letters outside Latin script"] = percent(numbers["non_latin_fraction"])
+    for kind, share in numbers["by_difficulty"].items():
+        texts[f"{kind} ({share['problems']})"] = interval_text(share)
+    return texts
 
 
 def percent(share: float) -> str:

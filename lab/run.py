@@ -102,9 +102,8 @@ class Run:
     def complete_evaluation(self) -> None:
         """Evaluate after the last step, if a signal had cut that off, or if an empty stage ends the run."""
         row = broadcast(self.folder.metrics()[-1] if is_main() else None)
-        needed = (
-            "final_accuracy" if self.ends_run() and self.recipe.evaluation.final_problems else "eval_accuracy"
-        )
+        needs_final = self.ends_run() and self.recipe.evaluation.final_problems > 0
+        needed = "final_accuracy" if needs_final else "eval_accuracy"
         if self.evaluation_due() and needed not in row:
             self.evaluate_and_show(row)
 

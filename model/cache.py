@@ -11,8 +11,8 @@ from model.config import Qwen3Config
 from model.qwen3 import unrounded_matmul
 
 # GroupCache reads own tokens in whole blocks of this size. Empty slots are read too, so few; but each new
-# block needs a new CUDA graph, and oneDNN prepares each new shape in bfloat16.
-BLOCK = {"cpu": 1, "cpu, bfloat16": 16, "cuda": 64}
+# block needs a new CUDA graph.
+BLOCK = {"cpu": 1, "cuda": 64}
 
 
 class KVCache:
@@ -94,8 +94,7 @@ class GroupCache:
         self.prompt_index = torch.arange(len(lengths), device=device).repeat_interleave(num_samples)
         self.kv_heads = prompts.keys[0].shape[1]
         self.max_new_tokens = max_new_tokens
-        is_slow_at_new_shapes = device.type == "cpu" and prompts.keys[0].dtype == torch.bfloat16
-        self.block = BLOCK["cpu, bfloat16" if is_slow_at_new_shapes else device.type]
+        self.block = BLOCK[device.type]
         self.build_grid()
         self.keys = [self.new_storage() for _ in prompts.keys]
         self.values = [self.new_storage() for _ in prompts.keys]

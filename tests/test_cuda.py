@@ -1,7 +1,4 @@
-"""Model, batch, loss, optimizer and checkpoint on a CUDA device, where there is one, as on the CPU.
-
-Without a device, fake tensors show that decoding mixes no devices and never waits.
-"""
+"""Model, batch, loss, optimizer and checkpoint on a CUDA device, where there is one, as on the CPU."""
 
 import json
 import math
@@ -13,7 +10,6 @@ import pytest
 import torch
 from helpers import gradients, optimizer_for, ragged_samples, random_model, weights
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import lab.check
 import lab.decoding
@@ -22,7 +18,6 @@ from lab.decoding import Row, check_decoding
 from model import ModelError, load_model
 from model.cache import BLOCK
 from model.quantize import quantized
-from model.sampler import DecodeBatch, TokenChoice
 from rl.batch import completion_logprobs, logprobs_and_entropy, make_batch
 from rl.loss import grpo_loss
 
@@ -184,35 +179,3 @@ def test_decoding_that_is_wrong_without_graphs_ends_the_run(on_gpu):
     assert on_gpu(GOOD)[1]
     lab.decoding.CACHE.write_text("{")  # a damaged file is no reason to stop
     assert on_gpu(GOOD)[1]
-
-
-def moved(x):
-    """Fake tensors on a GPU in the place of tensors and lists of them; other things stay."""
-    if isinstance(x, list):
-        return [moved(item) for item in x]
-    if not isinstance(x, Tensor):
-        return x
-    fake = torch.empty(x.shape, dtype=x.dtype, device="cuda")
-    return nn.Parameter(fake) if isinstance(x, nn.Parameter) else fake
-
-
-@pytest.mark.skipif(torch.version.cuda is None, reason="on a CPU build, fake tensors cannot be a GPU's")
-@torch.inference_mode()
-def test_decoding_mixes_no_devices_and_waits_for_nothing():
-    """A batch made on the CPU becomes one of fake GPU tensors; over two blocks of the cache."""
-    model = random_model(dtype=torch.bfloat16)
-    choice = TokenChoice(1.0, 5, 0.9)
-    batch = DecodeBatch(model, PROMPTS, torch.rand(3, 2, 80), torch.tensor([0]), choice, static=True)
-    batch.start()
-    with FakeTensorMode():
-        for module in model.modules():
-            module._parameters.update({name: moved(p) for name, p in module._parameters.items()})
-        for part in (batch, batch.cache):
-            vars(part).update({name: moved(value) for name, value in vars(part).items()})
-        for count in range(1, 80):
-            batch.cache.reserve(count)
-            batch.step()  # a wait for the device would raise
-        assert batch.logprobs.dtype == torch.float32
-        assert batch.token_ids.is_cuda
-        with pytest.raises(DataDependentOutputException):
-            batch.drop(torch.zeros(6, dtype=torch.bool, device="cuda"), 0.5)  # which has to wait

@@ -29,8 +29,8 @@ def state_of(optimizer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in state_tensors(optimizer)}
 
 
-def random_gradients(model, seed: int, scale: float) -> None:
-    generator = torch.Generator().manual_seed(seed)
+def random_gradients(model, scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
 
@@ -41,22 +41,29 @@ def test_float32_steps_equal_torchs_adamw_with_clipping():
     optimizer = optimizer_for(ours)
     plain = torch.optim.AdamW(theirs.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     norms = []
-    for seed, (rate, scale) in enumerate([(1e-2, 1.0), (5e-3, 1e-4), (2e-2, 0.3), (1e-3, 1e-3)]):
-        random_gradients(ours, seed, scale)
-        random_gradients(theirs, seed, scale)
+    for rate, scale in [(1e-2, 1.0), (5e-3, 1e-4), (2e-2, 0.3), (1e-3, 1e-3)]:
+        random_gradients(ours, scale)
+        random_gradients(theirs, scale)
         norms.append(optimizer.step(rate))
         expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         plain.param_groups[0]["lr"] = rate
         plain.step()
         assert norms[-1] == pytest.approx(expected.item(), rel=1e-5)
         assert largest_gap(weights(ours), weights(theirs)) < 2e-6
-        assert all(parameter.grad is None for parameter in ours.parameters())
     assert min(norms) < 1 < max(norms)
-    before = weights(ours)
-    assert optimizer.step(1e-3) == 0.0  # without gradients nothing moves, though Adam's momentum would
-    assert largest_gap(weights(ours), before) == 0
     [piece] = optimizer.pieces[NORM]
     assert piece.master.data_ptr() == ours.model.norm.weight.data_ptr()  # no copy
+
+
+def test_a_step_without_gradients_moves_nothing():
+    """Adam's momentum would."""
+    model = random_model()
+    optimizer = optimizer_for(model)
+    learn(model, optimizer, 1)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    before = weights(model)
+    assert optimizer.step(1e-3) == 0.0
+    assert largest_gap(weights(model), before) == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, None])
@@ -66,7 +73,7 @@ def test_a_step_that_is_skipped_changes_nothing(bad):
     learn(model, optimizer, 1)
     before, state = weights(model), state_of(optimizer)
     for count in (1, 2):
-        random_gradients(model, 0, 1.0)
+        random_gradients(model, 1.0)
         if bad is not None:
             model.lm_head.weight.grad[3, 2] = bad
         assert math.isnan(optimizer.step(1e-2, skip=bad is None))
@@ -126,14 +133,14 @@ def test_stochastic_rounding_keeps_no_copy_in_memory_or_a_checkpoint():
 def test_stochastic_rounding_gives_neighbours_of_the_right_mean():
     drawn = torch.randn(100, generator=torch.Generator().manual_seed(0))
     x = torch.cat([drawn, torch.tensor([0.0, 1.0, -2.0, 1 + 2**-10, 3e38])])
-    rounded = torch.stack([round_stochastically(x, f"{n}") for n in range(2000)])
+    rounded = torch.stack([round_stochastically(x, str(number)) for number in range(2000)])
+    assert rounded.dtype == BF16
     below = (x.view(torch.int32) & -(2**16)).view(torch.float32)  # towards zero
     step = (below.view(torch.int32) + 2**16).view(torch.float32) - below
-    assert rounded.dtype == BF16
-    assert ((rounded.float() == below) | (rounded.float() == below + step)).all()
-    deviation = (rounded.double().mean(0) - x) / step
-    assert deviation.abs().max() < 4.5 / 2 / 2000**0.5  # of a coin thrown 2,000 times
-    assert (rounded[:, 100:103] == x[100:103]).all()
+    ups = (rounded.double() - below) / step
+    assert torch.equal(ups, (ups != 0).double())
+    chances = (x.double() - below) / step
+    assert (ups.mean(0) - chances).abs().max() < 4.5 / 2 / 2000**0.5  # of a coin thrown 2,000 times
     assert torch.equal(round_stochastically(x, "a"), round_stochastically(x, "a"))
 
 
@@ -165,12 +172,10 @@ def test_a_parameter_in_pieces_is_updated_as_in_one(kind, dtype, monkeypatch):
     assert largest_gap(weights(divided), weights(whole)) == 0
 
 
-def test_the_eight_bit_optimizer_lowers_the_loss_on_a_cpu():
-    """Small tensors stay exact."""
+def test_the_eight_bit_optimizer_keeps_small_tensors_exact():
     model = random_model(**WIDE)
     optimizer = optimizer_for(model, kind="adamw8bit")
-    losses = learn(model, optimizer, 8, rate=1e-2)
-    assert losses[-1] < 0.7 * losses[0]
+    learn(model, optimizer, 1)
     state = state_of(optimizer)
     assert state[f"{EMBEDDING}|0|state1"].dtype == torch.uint8
     assert state[f"{NORM}|0|state1"].dtype == torch.float32

@@ -7,8 +7,6 @@ import pytest
 import torch
 import transformers
 from helpers import assert_close, largest_gap, optimizer_for, ragged_samples, random_model, trainer_for
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from reference import TINY, TINY_TOKENS, random_ids, reference_model, same_weights
 from torch import Tensor, nn
 
@@ -60,46 +58,39 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def projection(in_size, out_size, rank, alpha, int8, dtype=torch.float32) -> LoRALinear:
+    torch.manual_seed(0)
     base = nn.Linear(in_size, out_size, bias=False, dtype=dtype)
     layer = LoRALinear(quantized(base) if int8 else base, rank, alpha)
     nn.init.normal_(layer.lora_b)
     return layer
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(
-    sizes=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5)),
-    leading=st.lists(st.integers(1, 3), max_size=4),
-    alpha=st.floats(0.1, 64),
-    int8=st.booleans(),
-)
-def test_a_projection_is_x_times_w_plus_alpha_over_rank_b_a(sizes, leading, alpha, int8):
+@BASES
+@pytest.mark.parametrize("leading", [(), (3,), (2, 1, 3, 2)], ids=str)
+def test_a_projection_is_x_times_w_plus_alpha_over_rank_b_a(leading, int8):
     """Against one plain float64 matrix: output, merged weight, and the gradients of x, A and B."""
-    in_size, out_size, rank = sizes
-    layer = projection(in_size, out_size, rank, alpha, int8)
-    base = layer.base.requires_grad_(False)
-    weight = base.state.CB * base.state.SCB.double()[:, None] / 127 if int8 else base.weight.double()
-    ours = [torch.randn(*leading, in_size).requires_grad_(), layer.lora_a, layer.lora_b]
-    x, lora_a, lora_b = theirs = [tensor.detach().double().requires_grad_() for tensor in ours]
-    expected_weight = weight + alpha / rank * lora_b @ lora_a
-    expected = x @ expected_weight.T
+    layer = projection(7, 5, rank=3, alpha=4.0, int8=int8)
+    base = layer.base
+    weight = base.state.CB * base.state.SCB.double()[:, None] / 127 if int8 else base.weight.detach()
+    ours = [torch.randn(*leading, 7).requires_grad_(), layer.lora_a, layer.lora_b]
+    theirs = [tensor.detach().double().requires_grad_() for tensor in ours]
+    x, lora_a, lora_b = theirs
+    merged = weight + 4 / 3 * lora_b @ lora_a
+    expected = x @ merged.T
     found = layer(ours[0])
-    assert found.shape == expected.shape
     assert found.dtype == torch.float32
-    close = {"rtol": 1e-4, "atol": 1e-4 * max(1.0, alpha / rank), "check_dtype": False}
-    torch.testing.assert_close(found, expected, **close)
-    torch.testing.assert_close(layer.merged(), expected_weight.detach(), **close)
+    assert_close(found.double(), expected, atol=1e-5)
+    assert_close(layer.merged().double(), merged.detach(), atol=1e-5)
     found.sin().sum().backward()
     expected.sin().sum().backward()
-    for mine, plain in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine.grad, plain.grad, **close)
+    for mine, plain in zip(ours, theirs):
+        assert_close(mine.grad.double(), plain.grad, atol=1e-4)
 
 
 @DTYPES
 @BASES
 def test_every_way_of_calling_a_projection_gives_its_product(int8, dtype):
     """With and without gradients, under inference mode, after `eval` and `train`."""
-    torch.manual_seed(0)
     layer = projection(64, 96, 4, 8.0, int8, dtype)
     x = torch.randn(2, 5, 64).to(dtype)
     x[..., 7] *= 50  # int8 activations would lose most of the other 63
@@ -124,11 +115,8 @@ def test_int8_weights_are_rows_over_their_largest_magnitude():
     scales = weight.abs().amax(1)
     assert made.weight.dtype == torch.int8
     assert torch.equal(made.state.SCB, scales)
-    expected = (weight / scales.clamp(min=1e-9)[:, None] * 127).round()
-    assert (made.weight - expected).abs().max() <= 1
-    assert (made.weight == expected).double().mean() > 0.99
     merged = LoRALinear(made, 1, 1.0).merged()
-    assert ((merged - weight).abs() <= scales[:, None] / 254 * 1.001).all()
+    assert ((merged - weight).abs() <= scales[:, None] / 254 * 1.001).all()  # rounded to the nearest
     assert not made(torch.ones(2, 24))[:, 3].any()
 
 
@@ -141,12 +129,10 @@ def test_all_seven_projections_and_nothing_else_get_adapters(int8):
     found = dict(adapters(model))
     assert found.keys() == {f"model.layers.{layer}.{name}" for layer in range(2) for name in SEVEN}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == {f"{name}.lora_{side}" for name in found for side in "ab"}
-    assert trained == adapter_state(model).keys()
+    assert (
+        trained == {f"{name}.lora_{side}" for name in found for side in "ab"} == adapter_state(model).keys()
+    )
     for name, part in found.items():
-        out_size, in_size = bases[name].weight.shape
-        assert part.lora_a.shape == (3, in_size)
-        assert part.lora_b.shape == (out_size, 3)
         assert part.lora_a.dtype == part.lora_b.dtype == torch.float32
         assert (part.base is bases[name]) == (not int8)
 
@@ -171,23 +157,16 @@ def test_adapters_and_int8_weights_follow_the_seed_and_the_base():
     """Drawn matrices have the scale of their input's size."""
 
     def drawn(int8: bool, seed: int) -> Qwen3:
-        model = random_model(hidden_size=64, intermediate_size=96, dtype=BF16)
-        return add_adapters(model, 8, 8.0, int8, seed)
+        return add_adapters(random_model(hidden_size=64, dtype=BF16), 8, 8.0, int8, seed)
 
-    first, again = drawn(True, 1), drawn(True, 1)
-    assert same(frozen(first), frozen(again))
-    first = adapter_state(first)
-    assert same(first, adapter_state(again))
-    assert same(first, adapter_state(drawn(False, 1)))
-    other = adapter_state(drawn(True, 2))
-    values = []
-    for name in first:
-        if name.endswith("lora_a"):
-            values += [first[name][0, 0].item(), other[name][0, 0].item()]
-            assert first[name].std() * first[name].shape[1] ** 0.5 == pytest.approx(1, abs=0.2), name
-        else:
-            assert not first[name].any()
-    assert len(set(values)) == len(values) == 2 * 14
+    first = drawn(True, 1)
+    assert same(first.state_dict(), drawn(True, 1).state_dict())
+    assert same(adapter_state(first), adapter_state(drawn(False, 1)))
+    _, other = next(adapters(drawn(True, 2)))
+    (_, query), (_, key), *_ = adapters(first)
+    assert not torch.equal(query.lora_a, other.lora_a)
+    assert not torch.equal(query.lora_a, key.lora_a)
+    assert query.lora_a.std().item() * 64**0.5 == pytest.approx(1, abs=0.1)
 
 
 def test_an_int8_projection_holds_a_byte_per_weight():
@@ -272,10 +251,10 @@ def test_adapters_that_do_not_fit_are_named_and_not_loaded():
     before = copies(adapter_state(model))
     good = {key: tensor + 1 for key, tensor in before.items()}
     name, stranger = "model.layers.1.mlp.down_proj.lora_b", "model.layers.2.mlp.down_proj.lora_b"
-    missing = {key: tensor for key, tensor in good.items() if key != name}
     unknown = good | {stranger: good[name]}
     misshapen = good | {name: good[name][:, :2]}
-    for changed, named in ((missing, name), (unknown, stranger), (misshapen, name)):
+    missing = {key: good[key] for key in good if key != name}
+    for changed, named in ((unknown, stranger), (misshapen, name), (missing, name)):
         with pytest.raises(ModelError, match=f"adapter {named}"):
             load_adapter_state(model, changed)
         assert same(adapter_state(model), before)
@@ -286,19 +265,16 @@ def test_adapters_that_do_not_fit_are_named_and_not_loaded():
 def test_the_plain_state_is_the_merged_weights(int8, dtype):
     """A merged weight is rounded once: base and update are added in float32."""
     base = random_model(dtype=dtype)
-    before = copies(plain_state(base))
+    before = plain_state(base)
     assert same(before, base.state_dict())
     model = fill(add_adapters(base, 3, 5.0, int8))
-    merged, parts = plain_state(model), dict(adapters(model))
+    parts = dict(adapters(model))
+    merged = plain_state(model)
     assert merged.keys() == before.keys()
     for name, tensor in before.items():
         part = parts.get(name.removesuffix(".weight"))
-        assert not merged[name].requires_grad
         assert torch.equal(merged[name], part.merged().to(dtype) if part else tensor), name
-        if part:
-            update = 5 / 3 * (part.lora_b.double() @ part.lora_a.double()).detach()
-            assert error(part.merged() - tensor, update) < (0.02 if int8 else 1e-6), name
-    assert {tensor.device.type for tensor in plain_state(model, device="meta").values()} == {"meta"}
+    assert all(tensor.is_meta for tensor in plain_state(model, device="meta").values())
 
 
 @pytest.mark.parametrize(

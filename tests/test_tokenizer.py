@@ -20,7 +20,6 @@ from reference import (
     smollm2_folder,
 )
 
-from data import Problem, score
 from model import ModelError, Tokenizer, prompt_ids
 from model.chat import ChatTemplate
 
@@ -65,13 +64,8 @@ def test_ids_of_any_text_equal_transformers(kind, pieces):
 
 
 @KINDS
-def test_thinking_and_chat_tokens_are_one_id_each(kind):
-    """For base models too; ids without a text decode to nothing."""
+def test_ids_without_a_text_decode_to_nothing(kind):
     ours, _ = pair(kind)
-    texts = ("<|endoftext|>", START, "<|im_end|>", "<think>", "</think>")
-    for text, token_id in zip(texts, (151643, 151644, 151645, 151667, 151668), strict=True):
-        assert ours.encode(text) == [token_id]
-        assert ours.decode([token_id]) == text
     assert len(ours) == 151669
     assert ours.decode([16, 151700, 17, 151935]) == "12"
 
@@ -205,7 +199,6 @@ def test_without_the_tokens_of_chatml_prompts_are_plain_text(tmp_path):
         "{% for i in range(1000000000) %}x{% endfor %}",
         "{{ raise_exception('the template says why') }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "{{ messages[7].content.x }}",
         "{{ 1 / 0 }}",
         "\ud800",
         "{% for %}",
@@ -245,19 +238,19 @@ def test_both_ends_stop_a_completion_of_qwen3(kind):
 @pytest.mark.parametrize(
     ("config", "generation", "added"),
     [
-        ({}, {"eos_token_id": None}, set()),
-        ({}, {}, set()),
-        ({}, {"eos_token_id": [5, 9]}, {5, 9}),
-        ({"eos_token_id": [5, 6]}, None, {5, 6}),
-        ({"eos_token_id": [5, 6]}, {"eos_token_id": 7}, {7}),
+        (7, None, {7}),
+        ([5, 6], {"eos_token_id": 7}, {7}),
+        (7, {"eos_token_id": [5, 9]}, {5, 9}),
+        (7, {"eos_token_id": None}, set()),
+        (7, {}, set()),
     ],
 )
 def test_stop_ids_add_those_of_the_generation_config_or_config(config, generation, added, tmp_path):
-    (copy_tokenizer(tmp_path) / "config.json").write_text(json.dumps(config))
+    (copy_tokenizer(tmp_path) / "config.json").write_text(json.dumps({"eos_token_id": config}))
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    own = set(Tokenizer(TINY).stop_token_ids)
-    assert set(Tokenizer(tmp_path).stop_token_ids) == own | added
+    own = Tokenizer(TINY).stop_token_ids
+    assert set(Tokenizer(tmp_path).stop_token_ids) == added.union(own)
 
 
 def test_the_end_of_a_turn_is_that_of_the_template(tmp_path):
@@ -272,17 +265,6 @@ def test_a_tokenizer_in_which_nothing_ends_is_refused(tmp_path):
     renamed = {START: "<|a|>", "<|im_end|>": "<|b|>", "<|endoftext|>": "<|c|>"}
     with pytest.raises(ModelError, match=f"{tmp_path}: no token ends a completion"):
         changed_tokenizer(tmp_path, renamed, eos_token=None)
-
-
-def test_the_verdict_does_not_depend_on_the_tokenization(tmp_path):
-    """The bundled tokenizer joins digits and has a token for each tag; the other one has bytes for both."""
-    numbers = {str(number): f"<{number}>" for number in range(10, 101)}
-    apart = changed_tokenizer(tmp_path, numbers | {"<answer>": "<x>", "</answer>": "</x>"})
-    joined = Tokenizer(TINY)
-    text = "79-60=19 19+17=36\n</think>\n<answer>79 - 60 + 17</answer>"
-    assert len(joined.encode("<answer>")) == 1 < len(apart.encode("<answer>"))
-    for tokenizer in (apart, joined):
-        assert score(tokenizer.decode(tokenizer.encode(text)), Problem((79, 60, 17), 36)).outcome == "correct"
 
 
 def with_added(folder, added) -> Tokenizer:

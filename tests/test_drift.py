@@ -56,16 +56,12 @@ def rollout(text: str, **settings) -> Rollout:
     return Rollout(PROBLEM, [1], COMPLETION, text, verdict.outcome, reward)
 
 
-@pytest.mark.parametrize(
-    ("settings", "drifted"), [({}, 1.0), ({"latin_only": False}, 1.0), ({"latin_only": True}, 0.0)]
-)
+@pytest.mark.parametrize(("settings", "drifted"), [({}, 1.0), ({"latin_only": True}, 0.0)])
 def test_the_guard_pays_nothing_for_drift_and_leaves_the_verdict(settings, drifted):
     group = [rollout(text, **settings) for text in (RIGHT, DRIFTED, "七")]
     assert [each.outcome for each in group] == ["correct", "correct", "malformed"]
     assert [each.reward for each in group] == [1.0, drifted, 0.0]
-    metrics = rollout_metrics([group])
-    assert metrics["reward_mean"] == pytest.approx((1 + drifted) / 3)
-    assert metrics["train_accuracy"] == pytest.approx(2 / 3)
+    assert rollout_metrics([group])["train_accuracy"] == pytest.approx(2 / 3)
 
 
 NEAR = Score(0.75, "near")

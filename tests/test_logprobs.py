@@ -64,12 +64,12 @@ def test_bfloat16_gives_float32_results_and_bfloat16_gradients():
     expected = token_logprobs(hidden @ weight.T, 1.0, NUM_TOKENS)
     assert torch.equal(logprobs, expected.gather(-1, targets[:, None])[:, 0])
     assert entropy.dtype == torch.float32
-    ours = torch.autograd.grad(logprobs.sum(), (hidden, weight))
+    logprobs.sum().backward()
     doubles = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
-    exact = torch.autograd.grad(plain_way(*doubles, targets)[0].sum(), doubles)
-    for found, expected in zip(ours, exact, strict=True):
-        assert found.dtype == torch.bfloat16
-        assert_close(found.double(), expected, atol=0.02 * expected.abs().max().item())
+    plain_way(*doubles, targets)[0].sum().backward()
+    for ours, plain in zip((hidden, weight), doubles):
+        assert ours.grad.dtype == torch.bfloat16
+        assert (ours.grad - plain.grad).norm() < 0.01 * plain.grad.norm()
 
 
 def test_never_more_than_a_chunk_of_logits_exists(monkeypatch):
@@ -88,14 +88,6 @@ def test_never_more_than_a_chunk_of_logits_exists(monkeypatch):
     with Recording():
         target_logprobs(hidden, weight, targets, 1.0, NUM_TOKENS).logprobs.sum().backward()
     assert max(sizes) == 4
-
-
-def test_a_frozen_output_head_gets_no_gradient():
-    hidden, weight, targets = inputs(5)
-    target_logprobs(hidden, weight.detach(), targets, 1.0, NUM_TOKENS).logprobs.sum().backward()
-    (expected,) = torch.autograd.grad(plain_way(hidden, weight, targets)[0].sum(), hidden)
-    assert_close(hidden.grad, expected, atol=1e-12)
-    assert weight.grad is None
 
 
 def test_activation_checkpointing_changes_memory_alone():

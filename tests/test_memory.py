@@ -81,15 +81,21 @@ def test_a_prompt_without_room_is_refused_before_any_sampling(decoder, monkeypat
         generate(decoder, PROMPTS, **OPTIONS, max_cache_tokens=21)
 
 
-def machine(available: int | None = None, limit="", used="", cached=0):
-    """In the place of `read`: a machine with so many kB available, and a container with a limit and a use."""
+def put_in_place(monkeypatch, files: dict) -> None:
+    """System files with these texts, and no others."""
+    monkeypatch.setattr(model.memory, "read", lambda path: files.get(path, ""))
+
+
+def machine(monkeypatch, available: int | None = None, limit="", used="", cached=0) -> None:
+    """A machine with so many kB available, and a container with a limit and a use in bytes."""
     files = {
-        "/proc/meminfo": f"MemFree:    77 kB\nMemAvailable:   {available} kB\n" if available else "",
         "/sys/fs/cgroup/memory.max": f"{limit}\n",
         "/sys/fs/cgroup/memory.current": f"{used}\n",
         "/sys/fs/cgroup/memory.stat": f"anon 7777\nactive_file {cached}\ninactive_file {cached}\n",
     }
-    return lambda path: files.get(path, "")
+    if available:
+        files["/proc/meminfo"] = f"MemFree:    77 kB\nMemAvailable:   {available} kB\n"
+    put_in_place(monkeypatch, files)
 
 
 def test_eval_has_the_room_of_option_recipe_or_memory(tmp_path, monkeypatch, capsys):
@@ -97,7 +103,7 @@ def test_eval_has_the_room_of_option_recipe_or_memory(tmp_path, monkeypatch, cap
     recipe = {"problems": "generated", "generated_problems": 30, "sampling": {"max_cache_tokens": 50}}
     (checkpoint / "recipe.json").write_text(json.dumps(recipe | {"evaluation": {"problems": 4}}))
     (checkpoint / "trainer_state.json").write_text("{}")
-    monkeypatch.setattr(model.memory, "read", machine(2))
+    machine(monkeypatch, 2)
     for source, option, room in ((checkpoint, None, 50), (checkpoint, 60, 60), ("tiny", None, 0)):
         message = fails(capsys, partial(evaluated, capsys, source, count=4, max_cache_tokens=option))
         assert f"room for {room} tokens" in message
@@ -159,12 +165,10 @@ def test_keys_and_values_never_take_more_memory_than_the_budget(room, stops, sta
 
 
 def test_without_a_budget_generate_takes_what_fits_into_memory(decoder, monkeypatch):
-    fitting, planning = mock.Mock(return_value=74), mock.Mock(wraps=plan_batches)
-    monkeypatch.setattr(model.sampler, "cache_tokens_that_fit", fitting)
-    monkeypatch.setattr(model.sampler, "plan_batches", planning)
-    generate(decoder, PROMPTS, **OPTIONS)
-    fitting.assert_called_once_with(decoder, 13)
-    assert planning.call_args.args[-1] == 74
+    monkeypatch.setattr(model.sampler, "cache_tokens_that_fit", mock.Mock(return_value=21))
+    with pytest.raises(ModelError, match="room for 21 tokens"):
+        generate(decoder, PROMPTS, **OPTIONS)
+    model.sampler.cache_tokens_that_fit.assert_called_once_with(decoder, 13)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +184,7 @@ def test_without_a_budget_generate_takes_what_fits_into_memory(decoder, monkeypa
     ],
 )
 def test_free_memory_is_the_smaller_of_machine_and_container(numbers, expected, monkeypatch):
-    monkeypatch.setattr(model.memory, "read", machine(*numbers))
+    machine(monkeypatch, *numbers)
     assert free_memory(CPU) == expected
 
 
@@ -213,7 +217,7 @@ def test_a_job_has_what_the_tightest_group_around_it_leaves(groups, names, monke
     add_group("", 90 * GIB, 80 * GIB)
     add_group("/job_7", 15 * GIB, 6 * GIB, cached=GIB)
     add_group("/job_7/step_0", 2**63 - 4096, GIB)
-    monkeypatch.setattr(model.memory, "read", lambda path: files.get(path, ""))
+    put_in_place(monkeypatch, files)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert free_memory(CPU) == 10 * GIB // 2
     add_group("", 90 * GIB, 86 * GIB)  # others have filled the group above
@@ -229,7 +233,7 @@ def test_a_process_has_what_its_own_limit_leaves(limit, used, monkeypatch):
     }
     limits = {getattr(resource, limit): (3 * GIB, 5 * GIB)}
     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-    monkeypatch.setattr(model.memory, "read", lambda path: files.get(path, ""))
+    put_in_place(monkeypatch, files)
     monkeypatch.setattr(resource, "getrlimit", lambda name: limits.get(name, unlimited))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert free_memory(CPU) == 2 * GIB
@@ -238,8 +242,8 @@ def test_a_process_has_what_its_own_limit_leaves(limit, used, monkeypatch):
 def test_a_gpu_has_what_the_driver_and_the_allocator_have_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (700 + device.index, 10_000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 420 + device.index)
-    assert free_memory(torch.device("cuda", 0)) == free_memory(torch.device("cuda", 1)) == 780
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 420)
+    assert free_memory(torch.device("cuda", 1)) == 781
 
 
 @pytest.mark.parametrize(

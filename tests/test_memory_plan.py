@@ -120,19 +120,17 @@ def test_the_highest_point_of_an_update_by_hand(
     work, hidden, budget, checkpointing, tied, highest, monkeypatch
 ):
     """Where the layers' backward begins, where the embedding's ends, or in the optimizer's step."""
-    if work is FEW:
-        monkeypatch.setattr("lab.memory_plan.PIECE", 1000)
-        monkeypatch.setitem(model.logprobs.CHUNK_LOGITS, "cpu", 4000)
+    monkeypatch.setattr("lab.memory_plan.PIECE", 1000)
+    monkeypatch.setitem(model.logprobs.CHUNK_LOGITS, "cpu", 4000)
     shape = {"vocab_size": 4000, "hidden_size": hidden, "num_hidden_layers": 1}
     policy = random_model(**shape, tie_word_embeddings=tied)
-    options = {"micro_batch_tokens": budget, "activation_checkpointing": checkpointing}
-    plan = plan_of(policy, work, **options)
+    plan = plan_of(policy, work, micro_batch_tokens=budget, activation_checkpointing=checkpointing)
     several = budget < work.update_tokens
     head, gradients = 4 * 4000 * hidden, 4 * size_of(policy)
     points = {
         "begin": plan.activations + plan.output_head + gradients * (several or checkpointing),
         "end": gradients + head * (several + tied),
-        "step": gradients + 20 * (1000 if work is FEW else 4000 * hidden),
+        "step": gradients + 20 * 1000,
     }
     assert plan.updating == points[highest] == max(points.values())
     assert plan.output_head > head

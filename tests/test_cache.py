@@ -37,7 +37,7 @@ def grouped(decoder, num_samples, max_new_tokens, static) -> GroupCache:
     return GroupCache(cache, lengths, num_samples, max_new_tokens, static)
 
 
-def alone(decoder, prompt_index, own) -> torch.Tensor:
+def alone(decoder, prompt_index, own):
     """Logits after each row's prompt and own tokens, each by itself and without a cache: [rows, vocab]."""
     logits = []
     for number, ids in zip(prompt_index.tolist(), own.tolist(), strict=True):
@@ -45,7 +45,7 @@ def alone(decoder, prompt_index, own) -> torch.Tensor:
     return torch.cat(logits)
 
 
-def decode(decoder, cache, own, steps) -> torch.Tensor:
+def decode(decoder, cache, own, steps):
     """Feed the own tokens [rows, time] of `steps` and return the last logits."""
     for step in steps:
         cache.reserve(step + 1)

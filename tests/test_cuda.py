@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers import gradients, optimizer_for, ragged_samples, random_model, weights
-from torch import Tensor, nn
+from torch import nn
 
 import lab.check
 import lab.decoding
@@ -32,7 +32,7 @@ def device(request) -> torch.device:
 
 
 def test_a_batch_its_loss_and_gradient_are_those_of_the_cpu(device):
-    def learned(place) -> list[Tensor]:
+    def learned(place):
         model = random_model().to(place)
         batch = make_batch(ragged_samples(7), place)
         logprobs, entropy = logprobs_and_entropy(model, batch, temperature=0.8)
@@ -46,7 +46,7 @@ def test_a_batch_its_loss_and_gradient_are_those_of_the_cpu(device):
 def test_updates_move_weights_as_on_the_cpu(device):
     """After five updates, in the mean over all weights."""
 
-    def moved(place) -> Tensor:
+    def moved(place):
         model = random_model().to(place)
         before, optimizer = weights(model), optimizer_for(model)
         batch = make_batch(ragged_samples(5), place)
@@ -133,7 +133,7 @@ def on_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(lab.decoding, "CACHE", tmp_path / "cache" / "decoding.json")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
 
-    def check(*rows: Row | Exception, dtype=torch.float32) -> tuple[str | None, bool]:
+    def check(*rows, dtype=torch.float32):
         compared = mock.Mock(side_effect=rows)
         monkeypatch.setattr(lab.decoding, "decoding_row", compared)
         model = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, graphed=True)

@@ -88,8 +88,6 @@ def test_clip_truth_table(advantage, ratio, value, gradient):
     loss.backward()
     assert loss.item() == pytest.approx(value)
     assert logprobs.grad.item() == pytest.approx(gradient)
-    expected = (int(value == 0.75), int(value == -1.25))
-    assert clip_counts(logprobs, old, torch.tensor([advantage]), mask, 0.25, 0.25) == expected
 
 
 def test_clip_counts_keep_sides_apart_and_ignore_masked_tokens():

@@ -81,12 +81,12 @@ def test_a_prompt_without_room_is_refused_before_any_sampling(decoder, monkeypat
         generate(decoder, PROMPTS, **OPTIONS, max_cache_tokens=21)
 
 
-def put_in_place(monkeypatch, files: dict) -> None:
+def put_in_place(monkeypatch, files):
     """System files with these texts, and no others."""
     monkeypatch.setattr(model.memory, "read", lambda path: files.get(path, ""))
 
 
-def machine(monkeypatch, available: int | None = None, limit="", used="", cached=0) -> None:
+def machine(monkeypatch, available=None, limit="", used="", cached=0):
     """A machine with so many kB available, and a container with a limit and a use in bytes."""
     files = {
         "/sys/fs/cgroup/memory.max": f"{limit}\n",

@@ -20,16 +20,16 @@ WIDE = {"vocab_size": 384, "hidden_size": 32}  # matrices of 4,096 elements and 
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
 
 
-def learn(model, optimizer, steps: int, rate: float = 3e-3) -> list[float]:
+def learn(model, optimizer, steps, rate=3e-3) -> list[float]:
     trainer = Trainer(model, optimizer)
     return [sft_step(trainer, SAMPLES, rate)["loss"] for _ in range(steps)]
 
 
-def state_of(optimizer) -> dict[str, torch.Tensor]:
+def state_of(optimizer):
     return {name: tensor.clone() for name, tensor in state_tensors(optimizer)}
 
 
-def random_gradients(model, scale: float) -> None:
+def random_gradients(model, scale):
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
@@ -110,14 +110,13 @@ def test_bfloat16_weights_move_as_far_as_float32_ones(rounding):
     learn(low, optimizer, 12, rate=1e-6)
     learn(full, optimizer_for(full), 12, rate=1e-6)
     along = distance = 0.0
-    for name, after in weights(full).items():
+    for name, rounded in weights(low).items():
         [piece] = optimizer.pieces[name]
-        rounded = low.get_parameter(name).detach()
-        moved = piece.master.detach() if rounding == "masters" else rounded.float()
-        assert torch.equal(moved.bfloat16().view_as(rounded), rounded)
-        expected = after - start[name]
+        exact = piece.master.detach().view_as(rounded) if rounding == "masters" else rounded.float()
+        assert torch.equal(exact.bfloat16(), rounded)
+        expected = full.get_parameter(name).detach() - start[name]
         distance += expected.abs().sum().item()
-        along += ((moved.view_as(after) - start[name]) * expected.sign()).sum().item()
+        along += ((exact - start[name]) * expected.sign()).sum().item()
     assert along == pytest.approx(distance, rel=0.05)
     assert distance > 2e-6 * low.config.num_parameters()
 
@@ -170,15 +169,8 @@ def test_a_parameter_in_pieces_is_updated_as_in_one(kind, dtype, monkeypatch):
     assert [piece.weights.numel() for piece in optimizer.pieces[EMBEDDING]] == [4096] * 3
     learn(divided, optimizer, 3)
     assert largest_gap(weights(divided), weights(whole)) == 0
-
-
-def test_the_eight_bit_optimizer_keeps_small_tensors_exact():
-    model = random_model(**WIDE)
-    optimizer = optimizer_for(model, kind="adamw8bit")
-    learn(model, optimizer, 1)
-    state = state_of(optimizer)
-    assert state[f"{EMBEDDING}|0|state1"].dtype == torch.uint8
-    assert state[f"{NORM}|0|state1"].dtype == torch.float32
+    if kind == "adamw8bit":
+        assert state_of(optimizer)[f"{EMBEDDING}|0|state1"].dtype == torch.uint8
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def make_reference(tied: bool, family: str = "qwen3") -> transformers.PreTrained
 
 
 @torch.no_grad()
-def logits_of_folder(folder) -> torch.Tensor:
+def logits_of_folder(folder):
     """What transformers makes of a folder."""
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS).logits
 
@@ -134,12 +134,9 @@ def rewrite_config(folder: Path, **changes) -> None:
 
 
 def test_a_loaded_model_knows_its_vocabulary_size(folder):
+    """It must fit the embedding."""
     model, tokenizer = load_model(folder)
     assert model.num_tokens == len(tokenizer) == TINY_TOKENS
-    assert model.config.vocab_size == VOCAB
-
-
-def test_the_vocabulary_must_fit_the_embedding(folder):
     rewrite_config(folder, vocab_size=TINY_TOKENS - 1)
     assert refusal(folder) == f"{folder}: {TINY_TOKENS} tokens but only {TINY_TOKENS - 1} embedding rows"
 
@@ -215,13 +212,12 @@ def test_a_missing_file_is_named(name, folder):
     ("name", "value", "message"),
     [
         ("num_hidden_layers", 10**12, "must be a whole number, 1 to"),
-        ("vocab_size", 10**4000, "must be a whole number, 1 to"),
         ("dtype", "int8", "not one of"),
         ("dtype", ["float32"], "not one of"),
         ("model_type", "mistral", "not supported"),
         ("rope_parameters", 3, "not supported"),
     ],
-    ids=range(6),
+    ids=range(5),
 )
 def test_an_unusable_value_in_the_config_is_named_with_its_file(name, value, message, folder):
     """It is named before anything is built."""
@@ -243,15 +239,6 @@ def test_an_index_cannot_reach_outside_its_folder(name, folder):
     (folder / "model.safetensors").unlink()
     (folder / INDEX).write_text(json.dumps({"weight_map": {NORM: name}}))
     assert refusal(folder) == f"{folder / INDEX}: {name!r} is not a file name"
-
-
-@pytest.mark.parametrize(
-    "index", [{}, {"weight_map": {}}, {"weight_map": [1]}, {"weight_map": {NORM: ".."}}, []]
-)
-def test_an_index_that_names_no_file_is_refused(index, folder):
-    (folder / "model.safetensors").unlink()
-    (folder / INDEX).write_text(json.dumps(index))
-    assert refusal(folder).startswith(str(folder))
 
 
 class Bomb(str):

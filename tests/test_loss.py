@@ -95,7 +95,7 @@ def test_clip_counts_keep_sides_apart_and_ignore_masked_tokens():
     advantages = torch.tensor([-1.0, 1.0, 0.0])  # an advantage of zero has no gradient to clip
     mask = torch.tensor([[1, 0, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool()
     for low, high, counts in ((0.25, 0.25, (1, 2)), (0.35, 0.25, (0, 2)), (0.25, 0.35, (1, 0))):
-        assert clip_counts(ratio.log(), 0, advantages, mask, low, high) == counts
+        assert clip_counts(ratio.log(), torch.zeros(3, 5), advantages, mask, low, high) == counts
     assert clip_counts(ratio, ratio, advantages, mask, 0.0, 0.0) == (0, 0)  # at the very edge of the range
 
 

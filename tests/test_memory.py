@@ -129,37 +129,25 @@ def test_out_of_memory_advises_options_that_the_command_has(command, tmp_path, m
 def test_keys_and_values_never_take_more_memory_than_the_budget(room, stops, static, decoder, monkeypatch):
     """All that is alive counts, the batch before too; of blocks of 5 tokens the last is shorter."""
     alive, seen = weakref.WeakSet(), []
+    start = GroupCache.start
 
-    def look(*report):
+    def watched_start(self, time):
+        alive.add(self)
         total = 0
         for cache in alive:
-            blocks = [*cache.keys, *cache.values]
-            tensors = itertools.chain(cache.prompt_keys, cache.prompt_values, *blocks)
-            held = sum(tensor.nbytes for tensor in tensors) / token_bytes(decoder)
+            blocks = itertools.chain(cache.prompt_keys, cache.prompt_values, *cache.keys, *cache.values)
+            held = sum(block.nbytes for block in blocks) / token_bytes(decoder)
             prompts, _, longest, _ = cache.prompt_keys[0].shape
             assert held <= prompts * longest + len(cache.prompt_index) * 13  # no row that left
             total += held
         seen.append(total)
-
-    class Watched(GroupCache):
-        def __init__(self, *arguments):
-            alive.add(self)
-            super().__init__(*arguments)
-            look()
-
-        def reserve(self, count):
-            super().reserve(count)
-            look()
-
-        def select(self, rows):
-            super().select(rows)
-            look()
+        return start(self, time)
 
     monkeypatch.setitem(model.cache.BLOCK, "cpu", 5)
     monkeypatch.setitem(model.sampler.CHECK_EVERY, "cpu", 3)
     monkeypatch.setattr(model.sampler, "DecodeBatch", partial(model.sampler.DecodeBatch, static=static))
-    monkeypatch.setattr(model.sampler, "GroupCache", Watched)
-    generate(decoder, PROMPTS, **OPTIONS, stop_token_ids=stops, max_cache_tokens=room, on_progress=look)
+    monkeypatch.setattr(GroupCache, "start", watched_start)
+    generate(decoder, PROMPTS, **OPTIONS, stop_token_ids=stops, max_cache_tokens=room)
     # Without stops, the costliest batch fills each of these budgets to the last token.
     assert (0 if stops else 0.95 * room) <= max(seen) <= room
 

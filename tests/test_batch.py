@@ -82,8 +82,9 @@ def test_shared_prompts_change_neither_loss_nor_gradient(seed, shapes):
 def test_prompts_that_begin_alike_share_their_beginning():
     """The last id of a prompt predicts, so it belongs to the branch."""
     assert stream_tokens([Sample([1] * 20, [2] * 3)] * 16) == 19 + 16 * 3
-    assert stream_tokens([Sample([1, 2], [5, 6]), Sample([1, 2, 7, 9], [8])]) == 1 + 2 + 3
-    assert stream_tokens([Sample([1, 2], [5]), Sample([2, 2], [5])]) == 2 + 2
+    short, long, other = Sample([1, 2], [5, 6]), Sample([1, 2, 7, 9], [8]), Sample([2, 2], [5])
+    assert stream_tokens([short, long]) == 1 + 2 + 3
+    assert stream_tokens([short, other]) == 3 + 2
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,8 @@ def test_completion_logprobs_and_gradients_equal_transformers(name, temperature)
 def test_only_completion_tokens_go_through_the_output_head(monkeypatch):
     head = mock.Mock(wraps=rl.batch.target_logprobs)
     monkeypatch.setattr(rl.batch, "target_logprobs", head)
-    completion_logprobs(random_model(), make_batch([Sample([5] * 20, [7, 8, 9]), Sample([1], [2])]))
+    samples = [Sample([5] * 20, [7, 8, 9]), Sample([1], [2])]
+    completion_logprobs(random_model(), make_batch(samples))
     assert len(head.call_args.args[0]) == 4
 
 

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import gradients, optimizer_for, ragged_samples, random_model, weights
+from helpers import PROMPTS, gradients, optimizer_for, ragged_samples, random_model, weights
 from torch import nn
 
 import lab.check
@@ -22,7 +22,6 @@ from rl.batch import completion_logprobs, logprobs_and_entropy, make_batch
 from rl.loss import grpo_loss
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7], [1, 8, 2]]
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-3}
 
 
@@ -53,7 +52,8 @@ def test_updates_move_weights_as_on_the_cpu(device):
         for _ in range(5):
             completion_logprobs(model, batch).mean().neg().backward()
             optimizer.step(0.02)
-        return torch.cat([(after - before[name]).flatten() for name, after in weights(model).items()]).cpu()
+        changes = [after - before[name] for name, after in weights(model).items()]
+        return torch.cat([change.flatten() for change in changes]).cpu()
 
     expected = moved("cpu")
     assert (moved(device) - expected).norm() < 0.1 * expected.norm()

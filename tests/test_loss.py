@@ -93,7 +93,8 @@ def test_clip_truth_table(advantage, ratio, value, gradient):
 def test_clip_counts_keep_sides_apart_and_ignore_masked_tokens():
     ratio = torch.tensor([[0.7, 0.7, 1.3, 1.3, 1.5]] * 3)
     advantages = torch.tensor([-1.0, 1.0, 0.0])  # an advantage of zero has no gradient to clip
-    mask = torch.tensor([[1, 0, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool()
+    mask = ratio > 0
+    mask[0, 1] = mask[1, 4] = False
     for low, high, counts in ((0.25, 0.25, (1, 2)), (0.35, 0.25, (0, 2)), (0.25, 0.35, (1, 0))):
         assert clip_counts(ratio.log(), torch.zeros(3, 5), advantages, mask, low, high) == counts
     assert clip_counts(ratio, ratio, advantages, mask, 0.0, 0.0) == (0, 0)  # at the very edge of the range

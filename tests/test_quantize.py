@@ -47,9 +47,8 @@ def frozen(model):
 
 
 def same(a, b) -> bool:
-    if a.keys() != b.keys():
-        return False
-    return all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+    alike = [torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a]
+    return a.keys() == b.keys() and all(alike)
 
 
 def error(found, expected) -> float:
@@ -71,7 +70,9 @@ def test_a_projection_is_x_times_w_plus_alpha_over_rank_b_a(leading, int8):
     """Against one plain float64 matrix: output, merged weight, and the gradients of x, A and B."""
     layer = projection(7, 5, rank=3, alpha=4.0, int8=int8)
     base = layer.base
-    weight = base.state.CB * base.state.SCB.double()[:, None] / 127 if int8 else base.weight.detach()
+    weight = base.weight.detach().double()
+    if int8:
+        weight *= base.state.SCB[:, None] / 127
     ours = [torch.randn(*leading, 7).requires_grad_(), layer.lora_a, layer.lora_b]
     theirs = [tensor.detach().double().requires_grad_() for tensor in ours]
     x, lora_a, lora_b = theirs

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import PROMPTS, assert_close
 from reference import logprobs_after, reference_model, same_weights
 from torch.utils._pytree import tree_map_only
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -17,10 +17,10 @@ from model import Completion, generate
 from model.sampler import DecodeBatch, GraphedStep, TokenChoice, random_uniforms, sample_tokens
 from rl.batch import Sample, completion_logprobs, make_batch
 
-PROMPTS = [[5, 17, 3, 44, 9], [8], [61, 2, 2, 30, 71, 12, 4, 4, 25], [5, 17, 3, 44, 9]]
+REPEATED = [*PROMPTS[:3], PROMPTS[0]]
 STOPS = (7, 30, 51, 12)
 OPTIONS = {"num_samples": 3, "max_new_tokens": 24, "stop_token_ids": STOPS, "seed": 3}
-UNIFORMS = random_uniforms(PROMPTS, 3, 24, seed=3)
+UNIFORMS = random_uniforms(REPEATED, 3, 24, seed=3)
 ALMOST_ONE = 1 - 2**-24  # the largest float32 below one, and the largest random number
 TRUNCATED = TokenChoice(1.2, top_k=4, top_p=0.8)
 
@@ -49,7 +49,7 @@ def one_by_one(decoder):
         for row, uniforms in enumerate(UNIFORMS.flatten(0, 1)):
             completion = Completion([], [], False)
             for uniform in uniforms:
-                ids = PROMPTS[row // 3] + completion.token_ids
+                ids = REPEATED[row // 3] + completion.token_ids
                 logits = decoder(torch.tensor([ids]))[:, -1]
                 token, logprob = sample_tokens(logits, uniform[None], decoder.num_tokens, choice)
                 completion.token_ids.append(token.item())
@@ -80,7 +80,7 @@ def assert_same(ours, theirs):
 def test_reported_logprobs_are_transformers_and_trainings_own(temperature, reference, decoder):
     """Those of greedy decoding are at temperature 1. The prompts have unequal lengths."""
     samples = []
-    for prompt, group in zip(PROMPTS, generate(decoder, PROMPTS, **OPTIONS, temperature=temperature)):
+    for prompt, group in zip(REPEATED, generate(decoder, REPEATED, **OPTIONS, temperature=temperature)):
         for completion in group:
             ids = completion.token_ids
             exact = logprobs_after(reference, prompt, ids, temperature or 1)
@@ -166,26 +166,26 @@ def test_an_id_past_the_vocabulary_is_never_sampled(decoder):
     decoder = copy.deepcopy(decoder)
     decoder.num_tokens = 63
     decoder.lm_head.weight.data[63:] *= 100
-    groups = generate(decoder, PROMPTS, num_samples=6, max_new_tokens=10)
+    groups = generate(decoder, REPEATED, num_samples=6, max_new_tokens=10)
     assert max(max(completion.token_ids) for completion in flat(groups)) < 63
 
 
 def test_a_completion_does_not_depend_on_its_batch(decoder):
-    whole = flat(generate(decoder, PROMPTS, **OPTIONS))
+    whole = flat(generate(decoder, REPEATED, **OPTIONS))
     alone = [generate(decoder, [prompt], **OPTIONS)[0] for prompt in PROMPTS[:3]]
     assert_same(flat(alone), whole[:9])
-    every_second = generate(decoder, PROMPTS, **OPTIONS, only=slice(1, None, 2))
+    every_second = generate(decoder, REPEATED, **OPTIONS, only=slice(1, None, 2))
     assert_same(flat(every_second), whole[3:6] + whole[9:])
-    more = generate(decoder, PROMPTS, **OPTIONS | {"num_samples": 5})
+    more = generate(decoder, REPEATED, **OPTIONS | {"num_samples": 5})
     assert_same(flat(group[:3] for group in more), whole)
 
 
 def test_a_shorter_limit_cuts_completions(decoder):
     """A stop on the last slot counts as finished."""
-    whole = flat(generate(decoder, PROMPTS, **OPTIONS))
+    whole = flat(generate(decoder, REPEATED, **OPTIONS))
     last = max(len(completion.token_ids) for completion in whole if completion.finished)
     for limit in (last, last - 1):
-        shorter = flat(generate(decoder, PROMPTS, **OPTIONS | {"max_new_tokens": limit}))
+        shorter = flat(generate(decoder, REPEATED, **OPTIONS | {"max_new_tokens": limit}))
         for ours, other in zip(shorter, whole, strict=True):
             assert ours.token_ids == other.token_ids[:limit]
             assert ours.finished == (other.finished and len(other.token_ids) <= limit)
@@ -216,10 +216,10 @@ def forwards(decoder, *arguments, **options):
 def test_a_prompt_is_prefilled_once_and_forwards_are_few(decoder):
     """One new token needs the prefill alone, and decoding ends soon after the last row has finished."""
     for length in (6, 1):
-        _, shapes = forwards(decoder, PROMPTS, num_samples=7, max_new_tokens=length)
+        _, shapes = forwards(decoder, REPEATED, num_samples=7, max_new_tokens=length)
         assert shapes == [(4, 9)] + [(4 * 7, 1)] * (length - 1)
     assert forwards(decoder, [], max_new_tokens=6) == ([], [])
-    _, shapes = forwards(decoder, PROMPTS, max_new_tokens=500, stop_token_ids=range(83))
+    _, shapes = forwards(decoder, REPEATED, max_new_tokens=500, stop_token_ids=range(83))
     assert len(shapes) <= 1 + model.sampler.CHECK_EVERY["cpu"]
 
 
@@ -247,7 +247,7 @@ def test_an_argument_out_of_its_range_is_refused_by_name(message, change, decode
 @torch.inference_mode()
 def test_a_batch_gives_what_the_plain_sampler_gives(choice, decoder, one_by_one):
     for static in (False, True):
-        batch = DecodeBatch(decoder, PROMPTS, UNIFORMS, torch.tensor(STOPS), choice, static)
+        batch = DecodeBatch(decoder, REPEATED, UNIFORMS, torch.tensor(STOPS), choice, static)
         list(batch.run())
         assert_same(flat(batch.completions()), one_by_one(choice))
 
@@ -264,8 +264,8 @@ def test_generate_gives_what_the_plain_sampler_gives(
     monkeypatch.setattr(model.sampler, "PREFILL_TOKENS", prefilled)
     monkeypatch.setitem(model.sampler.COMPACT_BELOW, "cpu", compact_below)
     monkeypatch.setitem(model.sampler.CHECK_EVERY, "cpu", check_every)
-    assert_same(flat(generate(decoder, PROMPTS, **OPTIONS, max_cache_tokens=room)), expected)
-    groups, shapes = forwards(decoder, PROMPTS, **OPTIONS)
+    assert_same(flat(generate(decoder, REPEATED, **OPTIONS, max_cache_tokens=room)), expected)
+    groups, shapes = forwards(decoder, REPEATED, **OPTIONS)
     assert_same(flat(groups), expected)
     assert [rows for rows, time in shapes if time > 1] == prompts
     fewest = min(rows for rows, time in shapes if time == 1)
@@ -276,7 +276,7 @@ def test_generate_gives_what_the_plain_sampler_gives(
 @torch.inference_mode()
 def test_a_step_never_waits_for_the_device(count, choice, decoder):
     """A tensor on the meta device has no numbers: reading one is an error."""
-    batch = DecodeBatch(decoder, PROMPTS, UNIFORMS, torch.tensor(STOPS), choice, static=True)
+    batch = DecodeBatch(decoder, REPEATED, UNIFORMS, torch.tensor(STOPS), choice, static=True)
     batch.start()
     for stored in range(1, count):
         batch.cache.reserve(stored)

@@ -84,7 +84,7 @@ QWEN25 = """{%- if messages[0]['role'] == 'system' %}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
+{{ '<|im_start|>assistant\\n' }}
 {%- endif %}
 """  # fmt: skip
 SMOLLM2 = """{% for message in messages %}{%

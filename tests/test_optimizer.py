@@ -121,7 +121,8 @@ def test_bfloat16_weights_move_as_far_as_float32_ones(rounding):
     assert distance > 2e-6 * low.config.num_parameters()
 
 
-def test_stochastic_rounding_keeps_no_copy_in_memory_or_a_checkpoint():
+def test_stochastic_rounding_keeps_no_copy_of_the_weights():
+    """Neither in memory nor in a checkpoint."""
     optimizer = optimizer_for(random_model(dtype=BF16), rounding="stochastic")
     assert not any(len(piece.master) for pieces in optimizer.pieces.values() for piece in pieces)
     assert not any("|master" in name for name in state_of(optimizer))

@@ -228,7 +228,8 @@ def test_an_unusable_value_in_the_config_is_named_with_its_file(name, value, mes
     assert len(found) < 300
 
 
-def test_beside_a_whole_file_an_index_is_left_over_from_an_earlier_save(folder):
+def test_beside_a_whole_file_an_index_is_ignored(folder):
+    """It is left over from an earlier save."""
     (folder / INDEX).write_text(json.dumps({"weight_map": {NORM: "../evil"}}))
     load_model(folder)
 

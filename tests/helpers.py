@@ -283,3 +283,20 @@ def write_jsonl(path: Path, rows) -> str:
     """Write a file of one JSON text per line; return its path as text."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+# Memory
+
+
+def kept_for_backward(forward: Callable) -> dict[int, int]:
+    """Bytes of each storage that autograd keeps during `forward()`, by its address."""
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return kept

@@ -16,45 +16,51 @@ TINY = ROOT / "model" / "tiny"
 TINY_TOKENS = len(Tokenizer(TINY))
 FILES = Path(os.environ.get("QWEN3_FILES", ROOT.parent / "shared" / "qwen3"))
 
+SHAPE = {
+    "vocab_size": 83,
+    "hidden_size": 44,
+    "intermediate_size": 52,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 1024,
+    "attn_implementation": "eager",
+}
 # Sizes are unequal on purpose, so that no two axes can be swapped unseen.
 SHAPES = {
-    "grouped_tied": dict(num_attention_heads=6, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
-    "one_kv_head": dict(
-        num_attention_heads=5, num_key_value_heads=1, head_dim=14, rope_theta=1e4, num_hidden_layers=3
-    ),
-    "every_head_its_own": dict(num_attention_heads=3, num_key_value_heads=3, head_dim=10, rms_norm_eps=0.05),
-    "heads_fill_hidden": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=10, hidden_size=40),
-    "one_layer": dict(
-        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, head_dim=2, rope_theta=50.0
-    ),
-    "wide_heads": dict(
-        hidden_size=24, num_attention_heads=8, num_key_value_heads=4, head_dim=32, tie_word_embeddings=True
-    ),
-    "qwen2": dict(family="qwen2", num_attention_heads=6, num_key_value_heads=2, head_dim=16),
-    "qwen2_tied": dict(
-        family="qwen2",
-        hidden_size=40,
-        num_attention_heads=5,
-        head_dim=8,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-    ),
-    "llama": dict(
-        family="llama",
-        hidden_size=48,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=16,
-        rope_theta=1e4,
-    ),
-    "smollm2": dict(
-        family="llama",
-        hidden_size=36,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=4,
-        tie_word_embeddings=True,
-    ),
+    "grouped_tied": {"tie_word_embeddings": True},
+    "one_kv_head": {
+        "num_attention_heads": 5,
+        "num_key_value_heads": 1,
+        "head_dim": 14,
+        "rope_theta": 1e4,
+        "num_hidden_layers": 3,
+    },
+    "every_head_its_own": {
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "head_dim": 10,
+        "rms_norm_eps": 0.05,
+    },
+    "wide_heads": {
+        "hidden_size": 24,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "tie_word_embeddings": True,
+    },
+    "qwen2": {"family": "qwen2"},
+    "llama": {
+        "family": "llama",
+        "hidden_size": 36,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 4,
+        "tie_word_embeddings": True,
+    },
 }
 NO_THINKING = {"<think>": "<idea>", "</think>": "</idea>"}  # for `changed_tokenizer`
 FAMILIES = {
@@ -70,26 +76,17 @@ def reference_model(seed: int = 0, family: str = "qwen3", **shape) -> transforme
 
     Norm weights and biases are drawn from [0.5, 2]: all ones or zeros would hide one in the wrong place.
     """
-    shape = (
-        dict(vocab_size=83, hidden_size=44, intermediate_size=52, num_hidden_layers=2, rms_norm_eps=1e-6)
-        | shape
-    )
+    shape = SHAPE | shape
     rope_theta = shape.pop("rope_theta", 1e6)
     config_class, model_class = FAMILIES[family]
-    config = config_class(
-        **dict(SHAPES["grouped_tied"], tie_word_embeddings=False) | shape,
-        rope_parameters={"rope_theta": rope_theta, "rope_type": "default"},
-        max_position_embeddings=1024,
-        attn_implementation="eager",
-    )
+    config = config_class(**shape, rope_parameters={"rope_theta": rope_theta, "rope_type": "default"})
     model = model_class(config).eval()
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.3, generator=generator)
-            else:
-                parameter.uniform_(0.5, 2.0, generator=generator)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=0.3, generator=generator)
+        else:
+            parameter.data.uniform_(0.5, 2.0, generator=generator)
     return model
 
 
@@ -98,6 +95,15 @@ def same_weights(reference: transformers.PreTrainedModel) -> Qwen3:
     model = Qwen3(Qwen3Config.from_hf(reference.config.to_dict())).eval()
     model.load_state_dict(reference.state_dict())
     return model
+
+
+def logprobs_after(model, prompt: list[int], token_ids: list[int], temperature=1.0, num_tokens=None):
+    """Log-probabilities of `token_ids` after `prompt` by one plain forward of either decoder: [tokens]."""
+    output = model(torch.tensor([prompt + token_ids]))
+    logits = output if isinstance(output, torch.Tensor) else output.logits
+    scaled = logits[0, len(prompt) - 1 : -1, :num_tokens].double() / temperature
+    targets = torch.tensor(token_ids)[:, None]
+    return scaled.log_softmax(-1).gather(-1, targets)[:, 0]
 
 
 def random_ids(*shape: int, seed: int = 1, high: int = 83) -> torch.Tensor:
@@ -136,7 +142,5 @@ def smollm2_folder() -> Path:
     """The folder that `python -m experiments.real.weights` writes; without it the test is skipped."""
     folder = Path(os.environ.get("SMOLLM2_FILES", ROOT / "runs" / "smollm2-base"))
     if not (folder / "model.safetensors").exists():
-        pytest.skip(
-            "needs SmolLM2: python -m experiments.real.weights, or set SMOLLM2_FILES to a folder that has it"
-        )
+        pytest.skip("needs SmolLM2: python -m experiments.real.weights, or set SMOLLM2_FILES to a folder")
     return folder

@@ -2,10 +2,11 @@
 
 import functools
 import json
-import shutil
 import unicodedata
 
+import numpy as np
 import pytest
+import tokenizers
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,28 +20,26 @@ from reference import (
     smollm2_folder,
 )
 
-from data import Problem, score
 from model import ModelError, Tokenizer, prompt_ids
 from model.chat import ChatTemplate
 
 KINDS = pytest.mark.parametrize("kind", ["instruct", "base"])
-END_OF_TEXT, IM_END = 151643, 151645
 TEXTS = [
     " ",
-    "Using the numbers [79, 60, 17], make 36. 1234567890 12.5",
-    "<think>\nso 79 - 60\n</think>\n<answer>(79 - 60) + 17 = 36</answer>",
+    "<think>\nso 79 - 60 = 1234567890 12.5\n</think>\n<answer>(79 - 60) + 17 = 36</answer>",
     "naïve café e\u0301 ﬁ 中文 日本語 한국어 العربية 🙂👩‍👩‍👧 \u200b\ufeff\u00a0x",
     "tabs\t\tand \r\n lines\n\n\n  trailing   ",
-    "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n"
-    "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
     "<think><think></think></ think> <|im_end|x <|endoftext|><tool_call>{}</tool_call><|fim_pad|>",
     "don't we'LL they've I'm  x²+y³≠z½ \\frac{1}{2} `a_b` 0x1F\x00\x07",
 ]
-ADDED = dict(content="<new>", lstrip=False, normalized=False, rstrip=False, single_word=False, special=False)
+NEW = {"content": "<new>", "special": False, "lstrip": False, "rstrip": False, "normalized": False}
+NEW |= {"single_word": False}
+START = "<|im_start|>"
 
 
 @functools.cache
-def pair(kind: str) -> tuple[Tokenizer, transformers.PreTrainedTokenizerBase]:
+def pair(kind):
     """Ours, and transformers'."""
     folder = TINY if kind == "tiny" else qwen3_file(f"{kind}/tokenizer.json").parent
     return Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
@@ -53,30 +52,21 @@ def test_ids_equal_transformers_and_give_the_text_back(kind):
         ids = ours.encode(text)
         assert ids == theirs.encode(text, add_special_tokens=False)
         assert ours.decode(ids) == unicodedata.normalize("NFC", text)
-    assert all(ours.encode(token)[0] in ours.stop_token_ids for token in ("<|im_end|>", "<|endoftext|>"))
 
-    @settings(max_examples=150, deadline=None, derandomize=True)
-    @given(
-        st.lists(
-            st.one_of(st.text(max_size=12), st.sampled_from(TEXTS + ["<think>", "</think>", "<|im_end|>"]))
-        )
-    )
-    def any_text(pieces):
-        assert ours.encode("".join(pieces)) == theirs.encode("".join(pieces), add_special_tokens=False)
 
-    any_text()
+@pytest.mark.parametrize("kind", ["base", "tiny"])
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.lists(st.one_of(st.text(max_size=12), st.sampled_from([*TEXTS, "<think>", "<|im_end|>"]))))
+def test_ids_of_any_text_equal_transformers(kind, pieces):
+    ours, theirs = pair(kind)
+    text = "".join(pieces)
+    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
 
 
 @KINDS
-def test_thinking_and_chat_tokens_are_one_id_each(kind):
-    """For base models too; ids without a text decode to nothing."""
+def test_ids_without_a_text_decode_to_nothing(kind):
     ours, _ = pair(kind)
-    texts = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
-    for text, token_id in zip(texts, (END_OF_TEXT, 151644, IM_END, 151667, 151668), strict=True):
-        assert ours.encode(text) == [token_id]
-        assert ours.decode([token_id]) == text
-    assert (len(ours), len(ours.encode("<answer>")), len(ours.encode("1234567890"))) == (151669, 3, 10)
-    assert ours.decode(list(range(151669, 151936))) == ""
+    assert len(ours) == 151669
     assert ours.decode([16, 151700, 17, 151935]) == "12"
 
 
@@ -94,7 +84,7 @@ QWEN25 = """{%- if messages[0]['role'] == 'system' %}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
+{{ '<|im_start|>assistant\\n' }}
 {%- endif %}
 """  # fmt: skip
 SMOLLM2 = """{% for message in messages %}{%
@@ -115,47 +105,40 @@ EXAMPLES = [
 ]
 
 
-def chat(user: str, examples) -> list[dict]:
-    turns = [
-        {"role": role, "content": text}
-        for pair in examples
-        for role, text in zip(("user", "assistant"), pair)
-    ]
-    return [*turns, {"role": "user", "content": user}]
+def prompt_of_transformers(theirs, examples, **options) -> str:
+    turns = []
+    for question, answer in examples:
+        turns.append({"role": "user", "content": question})
+        turns.append({"role": "assistant", "content": answer})
+    turns.append({"role": "user", "content": USER})
+    return theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options)
 
 
 @KINDS
-@pytest.mark.parametrize("examples", [[], EXAMPLES], ids=len)
 @pytest.mark.parametrize("thinking", [True, False])
-def test_prompts_of_qwen3_equal_its_official_template(kind, thinking, examples):
+def test_prompts_of_qwen3_equal_its_official_template(kind, thinking):
     ours, theirs = pair(kind)
-    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
-    expected = theirs.apply_chat_template(chat(USER, examples), **options) + "<think>\n" * thinking
-    assert prompt_ids(ours, USER, thinking, examples) == theirs.encode(expected, add_special_tokens=False)
+    for examples in ([], EXAMPLES):
+        expected = prompt_of_transformers(theirs, examples, enable_thinking=thinking)
+        expected += "<think>\n" * thinking
+        assert prompt_ids(ours, USER, thinking, examples) == theirs.encode(expected)
 
 
-@pytest.mark.parametrize("template", [QWEN25, SMOLLM2, LLAMA2], ids=["qwen2.5", "smollm2", "llama2"])
-@pytest.mark.parametrize("place", ["config", "named", "file"])
-def test_a_prompt_is_what_the_models_own_template_makes_of_it(template, place, tmp_path):
+@pytest.mark.parametrize(("place", "template"), [("config", QWEN25), ("named", LLAMA2), ("file", SMOLLM2)])
+def test_a_prompt_is_what_the_models_own_template_makes_of_it(place, template, tmp_path):
     """In the configuration, among several there, or in a file of its own, which takes precedence."""
-    ours = changed_tokenizer(
-        tmp_path,
-        NO_THINKING,
-        chat_template=template,
-        bos_token=ADDED | {"__type": "AddedToken", "content": "<|im_start|>"},
-    )
-    if place == "named":
-        named = [{"name": "tools", "template": "no"}, {"name": "default", "template": template}]
-        ours = changed_tokenizer(tmp_path, NO_THINKING, chat_template=named, bos_token="<|im_start|>")
-    elif place == "file":
+    named = [{"name": "tools", "template": "no"}, {"name": "default", "template": template}]
+    configured = {"config": template, "named": named, "file": "no"}[place]
+    bos = START if place == "named" else NEW | {"__type": "AddedToken", "content": START}
+    if place == "file":
         (tmp_path / "chat_template.jinja").write_text(template)
-        ours = changed_tokenizer(tmp_path, NO_THINKING, chat_template="no", bos_token="<|im_start|>")
+    ours = changed_tokenizer(tmp_path, NO_THINKING, chat_template=configured, bos_token=bos)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for examples in ([], EXAMPLES):
-        options = {"tokenize": False, "add_generation_prompt": True}
-        expected = theirs.apply_chat_template(chat(USER, examples), **options)
-        assert ours.decode(prompt_ids(ours, USER, False, examples)) == expected
-        assert prompt_ids(ours, USER, False, examples) == theirs.encode(expected, add_special_tokens=False)
+        expected = prompt_of_transformers(theirs, examples)
+        ids = prompt_ids(ours, USER, False, examples)
+        assert ours.decode(ids) == expected
+        assert ids == theirs.encode(expected, add_special_tokens=False)
     assert ours.has_template
     assert not ours.knows_thinking
 
@@ -163,12 +146,11 @@ def test_a_prompt_is_what_the_models_own_template_makes_of_it(template, place, t
 def test_smollm2s_own_files_give_its_prompts_and_stops():
     folder = smollm2_folder()
     ours, theirs = Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
-    options = {"tokenize": False, "add_generation_prompt": True}
-    expected = theirs.apply_chat_template(chat(USER, EXAMPLES), **options)
+    expected = prompt_of_transformers(theirs, EXAMPLES)
     assert "named SmolLM" in expected
     assert prompt_ids(ours, USER, False, EXAMPLES) == theirs.encode(expected, add_special_tokens=False)
-    assert (ours.stop_token_ids, ours.end_of_turn_id, ours.knows_thinking) == ((0, 2), 2, False)
-    assert (len(ours.encode("<answer>")), len(ours.encode("</think>")), len(ours.encode("1234"))) == (3, 3, 4)
+    assert ours.stop_token_ids == (0, 2)
+    assert ours.end_of_turn_id == 2
 
 
 def test_without_think_in_the_vocabulary_thinking_is_refused(tmp_path):
@@ -179,46 +161,45 @@ def test_without_think_in_the_vocabulary_thinking_is_refused(tmp_path):
         prompt_ids(tokenizer, "U", thinking=True)
 
 
-@pytest.mark.parametrize("thinking", [True, False])
-def test_a_template_that_opens_the_thinking_has_it_opened_once(thinking, tmp_path):
+def test_a_template_that_opens_the_thinking_has_it_opened_once(tmp_path):
     """Without thinking it is closed at once."""
     template = "{{ messages[0].content + ':<think>\n' }}"
     tokenizer = changed_tokenizer(tmp_path, {}, chat_template=template)
-    text = tokenizer.decode(prompt_ids(tokenizer, "U", thinking))
-    assert text == ("U:<think>\n" if thinking else "U:<think>\n\n</think>\n\n")
+    assert tokenizer.decode(prompt_ids(tokenizer, "U", True)) == "U:<think>\n"
+    assert tokenizer.decode(prompt_ids(tokenizer, "U", False)) == "U:<think>\n\n</think>\n\n"
 
 
-def test_without_a_template_prompts_are_chatml_or_plain_text(tmp_path):
-    """The tokenizer knows that it has none."""
-    chatml = changed_tokenizer(tmp_path / "a", {}, chat_template=None)
+@pytest.mark.parametrize("thinking", [True, False])
+def test_without_a_template_prompts_are_chatml(thinking, tmp_path):
+    chatml = changed_tokenizer(tmp_path, {}, chat_template=None)
     assert not chatml.has_template
-    for thinking in (True, False):
-        assert prompt_ids(chatml, USER, thinking, EXAMPLES) == prompt_ids(
-            pair("tiny")[0], USER, thinking, EXAMPLES
-        )
-    renamed = NO_THINKING | {"<|im_start|>": "<|a|>", "<|im_end|>": "<|b|>"}
-    plain = changed_tokenizer(tmp_path / "b", renamed, chat_template=None, eos_token="<|endoftext|>")
-    assert not plain.has_template
+    expected = prompt_ids(Tokenizer(TINY), USER, thinking, EXAMPLES)
+    assert prompt_ids(chatml, USER, thinking, EXAMPLES) == expected
+
+
+def test_without_the_tokens_of_chatml_prompts_are_plain_text(tmp_path):
+    """They begin with what the tokenizer puts before a text."""
+    renamed = {START: "<|a|>", "<|im_end|>": "<|b|>"}
+    plain = changed_tokenizer(tmp_path, renamed, chat_template=None, eos_token="<|endoftext|>")
     assert plain.decode(prompt_ids(plain, "Q", False, [("E", "A")])) == "E\n\nA\n\nQ\n\n"
     assert plain.stop_token_ids == (plain.end_of_turn_id,) == tuple(plain.encode("<|endoftext|>"))
-    # A text of such a model begins with what its tokenizer puts there.
-    path = tmp_path / "b" / "tokenizer.json"
-    bos = {"<|a|>": {"id": "<|a|>", "ids": plain.encode("<|a|>"), "tokens": ["<|a|>"]}}
-    single = [{"SpecialToken": {"id": "<|a|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    processor = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": bos}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": processor}))
-    assert Tokenizer(tmp_path / "b").decode(prompt_ids(Tokenizer(tmp_path / "b"), "Q", False)) == "<|a|>Q\n\n"
+    plain.backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|a|> $0", special_tokens=[("<|a|>", plain.encode("<|a|>")[0])]
+    )
+    plain.backend.save(str(tmp_path / "tokenizer.json"))
+    plain = Tokenizer(tmp_path)
+    assert plain.decode(prompt_ids(plain, "Q", False)) == "<|a|>Q\n\n"
 
 
 @pytest.mark.parametrize(
     "template",
     [
+        "{{ messages.__class__ }}",
         "{{ ''.__class__.__mro__ }}",
         "{{ messages.append(1) }}",
         "{% for i in range(1000000000) %}x{% endfor %}",
-        "{{ raise_exception('roles must alternate') }}",
+        "{{ raise_exception('the template says why') }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "{{ messages[7].content.x }}",
         "{{ 1 / 0 }}",
         "\ud800",
         "{% for %}",
@@ -229,9 +210,9 @@ def test_without_a_template_prompts_are_chatml_or_plain_text(tmp_path):
 def test_a_hostile_or_broken_template_is_one_line(template, tmp_path):
     with pytest.raises(ModelError) as error:
         prompt_ids(changed_tokenizer(tmp_path, {}, chat_template=template), "U", thinking=True)
-    assert "template" in str(error.value) or str(tmp_path) in str(error.value)
-    if template == "{{ raise_exception('roles must alternate') }}":
-        assert "roles must alternate" in str(error.value)
+    message = str(error.value)
+    assert "template" in message or str(tmp_path) in message
+    assert "raise_exception" not in str(template) or "the template says why" in message
 
 
 def test_a_template_has_no_clock():
@@ -241,77 +222,58 @@ def test_a_template_has_no_clock():
 
 @KINDS
 def test_saving_keeps_the_published_files_byte_for_byte(kind, tmp_path):
-    """Both ends stop a completion."""
-    ours, _ = pair(kind)
-    ours.save(tmp_path)
+    pair(kind)[0].save(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == qwen3_file(f"{kind}/{name}").read_bytes()
-    shutil.copy(qwen3_file(f"configs/{kind}.generation_config.json"), tmp_path / "generation_config.json")
-    assert set(ours.stop_token_ids) == set(Tokenizer(tmp_path).stop_token_ids) == {IM_END, END_OF_TEXT}
-    assert ours.end_of_turn_id == IM_END
 
 
-@pytest.mark.parametrize(("eos", "added"), [(None, set()), ("absent", set()), (5, {5}), ([5, 9], {5, 9})])
-def test_stop_ids_add_those_of_the_generation_config(eos, added, tmp_path):
-    copy_tokenizer(tmp_path)
-    own = set(Tokenizer(tmp_path).stop_token_ids)
-    (tmp_path / "generation_config.json").write_text(
-        json.dumps({} if eos == "absent" else {"eos_token_id": eos})
-    )
-    assert set(Tokenizer(tmp_path).stop_token_ids) == own | added
+@KINDS
+def test_both_ends_stop_a_completion_of_qwen3(kind):
+    """The published generation configurations name no others."""
+    ours, _ = pair(kind)
+    published = json.loads(qwen3_file(f"configs/{kind}.generation_config.json").read_text())
+    assert set(np.ravel(published["eos_token_id"])) <= set(ours.stop_token_ids) == {151643, 151645}
+    assert ours.end_of_turn_id == 151645
 
 
-def refusal(folder) -> str:
-    with pytest.raises(ModelError) as error:
-        Tokenizer(folder)
-    return str(error.value)
-
-
-def test_stop_ids_without_generation_config_are_the_configs(tmp_path):
-    copy_tokenizer(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
-    assert {5, 6} < set(Tokenizer(tmp_path).stop_token_ids)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
-    assert 7 in Tokenizer(tmp_path).stop_token_ids
-    assert 5 not in Tokenizer(tmp_path).stop_token_ids
+@pytest.mark.parametrize(
+    ("config", "generation", "added"),
+    [
+        (7, None, {7}),
+        ([5, 6], {"eos_token_id": 7}, {7}),
+        (7, {"eos_token_id": [5, 9]}, {5, 9}),
+        (7, {"eos_token_id": None}, set()),
+        (7, {}, set()),
+    ],
+)
+def test_stop_ids_add_those_of_the_generation_config_or_config(config, generation, added, tmp_path):
+    (copy_tokenizer(tmp_path) / "config.json").write_text(json.dumps({"eos_token_id": config}))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    own = Tokenizer(TINY).stop_token_ids
+    assert set(Tokenizer(tmp_path).stop_token_ids) == added.union(own)
 
 
 def test_the_end_of_a_turn_is_that_of_the_template(tmp_path):
     """Qwen2.5's base model has another end token, but its template ends turns with `<|im_end|>`."""
-    own = changed_tokenizer(tmp_path / "a", {}, eos_token="<|endoftext|>")
-    assert own.end_of_turn_id == own.encode("<|im_end|>")[0]
-    other = changed_tokenizer(
-        tmp_path / "b", {}, eos_token="<|endoftext|>", chat_template="{{ messages[0].content }}"
-    )
-    assert other.end_of_turn_id == other.encode("<|endoftext|>")[0]
+    own = changed_tokenizer(tmp_path, {}, eos_token="<|endoftext|>")
+    assert own.decode([own.end_of_turn_id]) == "<|im_end|>"
+    other = changed_tokenizer(tmp_path, {}, eos_token="<|endoftext|>", chat_template="{{ 1 }}")
+    assert other.decode([other.end_of_turn_id]) == "<|endoftext|>"
 
 
 def test_a_tokenizer_in_which_nothing_ends_is_refused(tmp_path):
-    renamed = {"<|im_start|>": "<|a|>", "<|im_end|>": "<|b|>", "<|endoftext|>": "<|c|>"}
+    renamed = {START: "<|a|>", "<|im_end|>": "<|b|>", "<|endoftext|>": "<|c|>"}
     with pytest.raises(ModelError, match=f"{tmp_path}: no token ends a completion"):
         changed_tokenizer(tmp_path, renamed, eos_token=None)
 
 
-def test_the_verdict_does_not_depend_on_the_tokenization(tmp_path):
-    """The bundled tokenizer joins digits and has a token for each tag; the other one has bytes for both."""
-    numbers = {str(number): f"<{number}>" for number in range(10, 101)}
-    apart = changed_tokenizer(tmp_path, numbers | {"<answer>": "<x>", "</answer>": "</x>"})
-    joined = pair("tiny")[0]
-    text = "79-60=19 19+17=36\n</think>\n<answer>79 - 60 + 17</answer>"
-    assert len(joined.encode("<answer>")) == 1 < len(apart.encode("<answer>"))
-    for tokenizer in (apart, joined):
-        assert score(tokenizer.decode(tokenizer.encode(text)), Problem((79, 60, 17), 36)).outcome == "correct"
-
-
 def test_an_added_token_takes_its_own_id_or_is_refused(tmp_path):
-    def with_added(added):
-        (copy_tokenizer(tmp_path) / "tokenizer_config.json").write_text(
-            json.dumps({"added_tokens_decoder": added})
-        )
-        return tmp_path
-
-    tokenizer = Tokenizer(with_added({str(TINY_TOKENS): ADDED}))
-    assert (tokenizer.encode("a<new>")[1:], len(tokenizer)) == ([TINY_TOKENS], TINY_TOKENS + 1)
-    assert "'<new>' should have id 900" in refusal(with_added({"900": ADDED}))
-    for broken in ({str(TINY_TOKENS): {"lstrip": False}}, {"x": ADDED}, {str(TINY_TOKENS): "<new>"}, [ADDED]):
-        assert str(tmp_path) in refusal(with_added(broken))
+    config = copy_tokenizer(tmp_path) / "tokenizer_config.json"
+    config.write_text(json.dumps({"added_tokens_decoder": {TINY_TOKENS: NEW}}))
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.encode("a<new>")[1:] == [TINY_TOKENS]
+    assert len(tokenizer) == TINY_TOKENS + 1
+    config.write_text(json.dumps({"added_tokens_decoder": {"900": NEW}}))
+    with pytest.raises(ModelError, match=f"{tmp_path}: .*'<new>' should have id 900"):
+        Tokenizer(tmp_path)

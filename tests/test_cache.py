@@ -10,7 +10,7 @@ from model.cache import BLOCK, GroupCache
 from model.sampler import prefill
 
 PROMPTS = [[5, 17, 3, 44, 9], [8], [41, 2, 2, 30, 7, 12, 4]]
-STATIC = pytest.mark.parametrize("static", [False, True])
+IN_BLOCKS = pytest.mark.parametrize("block", [1, 16])
 HEADS = [
     {},
     {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 14, "num_hidden_layers": 3},
@@ -32,9 +32,9 @@ def test_the_last_slot_can_be_used_and_one_token_more_is_refused(decoder):
         decoder(random_ids(2, 1, high=48), cache)
 
 
-def grouped(decoder, num_samples, max_new_tokens, static) -> GroupCache:
+def grouped(decoder, num_samples, max_new_tokens) -> GroupCache:
     _, cache, lengths = prefill(decoder, PROMPTS)
-    return GroupCache(cache, lengths, num_samples, max_new_tokens, static)
+    return GroupCache(cache, lengths, num_samples, max_new_tokens)
 
 
 def alone(decoder, prompt_index, own):
@@ -56,14 +56,14 @@ def decode(decoder, cache, own, steps):
 KEPT = {0: [0, 1, 2, 3, 6, 7, 8], 2: [0, 1, 2, 4, 6], 5: [3, 4]}  # step -> rows kept before it
 
 
-@pytest.mark.parametrize("static_block", [None, 1, 3])
+@pytest.mark.parametrize("block", [1, 3])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @torch.no_grad()
-def test_every_step_gives_the_logits_of_an_uncached_forward(heads, static_block, monkeypatch):
+def test_every_step_gives_the_logits_of_an_uncached_forward(heads, block, monkeypatch):
     """Rows are dropped on the way, until one prompt is left."""
-    monkeypatch.setitem(BLOCK, "cpu", static_block or 1)
+    monkeypatch.setitem(BLOCK, "cpu", block)
     decoder = random_model(**heads)
-    cache = grouped(decoder, 3, 7, static=bool(static_block))
+    cache = grouped(decoder, 3, 7)
     own = random_ids(9, 7, high=48)
     prompt_index = cache.prompt_index.clone()
     for step in range(7):
@@ -77,42 +77,39 @@ def test_every_step_gives_the_logits_of_an_uncached_forward(heads, static_block,
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=2e-5)
 
 
-@STATIC
+@IN_BLOCKS
 @torch.no_grad()
-def test_unused_slots_have_no_influence(decoder, static):
+def test_unused_slots_have_no_influence(decoder, block, monkeypatch):
+    monkeypatch.setitem(BLOCK, "cpu", block)
     own = random_ids(6, 4, high=48)
-    clean = grouped(decoder, 2, 20, static)
-    dirty = grouped(decoder, 2, 20, static)
+    clean = grouped(decoder, 2, 20)
+    dirty = grouped(decoder, 2, 20)
     decode(decoder, clean, own, range(3))
     decode(decoder, dirty, own, range(3))
     for tensor in dirty.prompt_keys + dirty.prompt_values:
         for number, prompt in enumerate(PROMPTS):
             tensor[number, :, len(prompt) :] = 1e4
-    for [block] in dirty.keys + dirty.values:
-        block[:, 3:] = 1e4 if static else torch.nan
+    for storage in dirty.keys + dirty.values:
+        storage[:, 3:] = 1e4 if block > 1 else torch.nan
     assert torch.equal(decode(decoder, dirty, own, [3]), decode(decoder, clean, own, [3]))
 
 
 @torch.no_grad()
-def test_blocks_are_never_copied(decoder, monkeypatch):
-    monkeypatch.setitem(BLOCK, "cpu", 4)
-    cache = grouped(decoder, 2, 10, static=True)
-    own = random_ids(6, 10, high=48)
-    decode(decoder, cache, own, range(3))
-    first = cache.keys[0][0].data_ptr()
-    decode(decoder, cache, own, range(3, 10))
-    assert cache.keys[0][0].data_ptr() == first
-    assert [block.shape[1] for block in cache.keys[0]] == [4, 4, 2]
+def test_own_tokens_are_never_copied(decoder):
+    cache = grouped(decoder, 2, 10)
+    storage = cache.keys[0].data_ptr()
+    decode(decoder, cache, random_ids(6, 10, high=48), range(10))
+    assert cache.keys[0].data_ptr() == storage
+    assert cache.keys[0].shape[1] == 10
 
 
-@STATIC
 @torch.no_grad()
-def test_bfloat16_differs_from_float32_by_its_rounding_only(static):
+def test_bfloat16_differs_from_float32_by_its_rounding_only():
     decoder = random_model(dtype=torch.bfloat16)
     exact = random_model()
     exact.load_state_dict(decoder.state_dict())  # the rounded weights, in float32 arithmetic
     own = random_ids(6, 5, high=48)
-    logits = decode(decoder, grouped(decoder, 2, 20, static), own, range(5))
-    expected = decode(exact, grouped(exact, 2, 20, static), own, range(5))
+    logits = decode(decoder, grouped(decoder, 2, 20), own, range(5))
+    expected = decode(exact, grouped(exact, 2, 20), own, range(5))
     plain = alone(decoder, torch.arange(3).repeat_interleave(2), own)
     assert (logits - expected).abs().mean() < 1.5 * (plain - expected).abs().mean()

@@ -111,7 +111,7 @@ def test_parameter_counts_of_the_published_sizes(size):
     with torch.device("meta"):
         model = Qwen3(config_of(size))
     parameters = SIZES[size][-1]
-    assert model.config.num_parameters() == parameters
+    assert model.num_parameters() == parameters
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 

@@ -122,12 +122,9 @@ def test_out_of_memory_advises_options_that_the_command_has(command, tmp_path, m
     assert all(option in shown for option in options)
 
 
-@pytest.mark.parametrize(
-    ("room", "stops", "static"),
-    [(22, [], True), (140, [], False), (296, [], True), (140, [7, 30], True), (296, [7, 30], False)],
-)
-def test_keys_and_values_never_take_more_memory_than_the_budget(room, stops, static, decoder, monkeypatch):
-    """All that is alive counts, the batch before too; of blocks of 5 tokens the last is shorter."""
+@pytest.mark.parametrize(("room", "stops"), [(22, []), (140, []), (296, []), (140, [7, 30]), (296, [7, 30])])
+def test_keys_and_values_never_take_more_memory_than_the_budget(room, stops, decoder, monkeypatch):
+    """All that is alive counts, the batch before too."""
     alive, seen = weakref.WeakSet(), []
     start = GroupCache.start
 
@@ -135,17 +132,15 @@ def test_keys_and_values_never_take_more_memory_than_the_budget(room, stops, sta
         alive.add(self)
         total = 0
         for cache in alive:
-            blocks = itertools.chain(cache.prompt_keys, cache.prompt_values, *cache.keys, *cache.values)
-            held = sum(block.nbytes for block in blocks) / token_bytes(decoder)
+            tensors = itertools.chain(cache.prompt_keys, cache.prompt_values, cache.keys, cache.values)
+            held = sum(tensor.nbytes for tensor in tensors) / token_bytes(decoder)
             prompts, _, longest, _ = cache.prompt_keys[0].shape
             assert held <= prompts * longest + len(cache.prompt_index) * 13  # no row that left
             total += held
         seen.append(total)
         return start(self, time)
 
-    monkeypatch.setitem(model.cache.BLOCK, "cpu", 5)
     monkeypatch.setitem(model.sampler.CHECK_EVERY, "cpu", 3)
-    monkeypatch.setattr(model.sampler, "DecodeBatch", partial(model.sampler.DecodeBatch, static=static))
     monkeypatch.setattr(GroupCache, "start", watched_start)
     generate(decoder, PROMPTS, **OPTIONS, stop_token_ids=stops, max_cache_tokens=room)
     # Without stops, the costliest batch fills each of these budgets to the last token.

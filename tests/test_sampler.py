@@ -245,9 +245,10 @@ def test_an_argument_out_of_its_range_is_refused_by_name(message, change, decode
 
 @pytest.mark.parametrize("choice", [TokenChoice(), TokenChoice(0), TRUNCATED], ids=str)
 @torch.inference_mode()
-def test_a_batch_gives_what_the_plain_sampler_gives(choice, decoder, one_by_one):
-    for static in (False, True):
-        batch = DecodeBatch(decoder, REPEATED, UNIFORMS, torch.tensor(STOPS), choice, static)
+def test_a_batch_gives_what_the_plain_sampler_gives(choice, decoder, one_by_one, monkeypatch):
+    for block in (1, 16):
+        monkeypatch.setitem(model.cache.BLOCK, "cpu", block)
+        batch = DecodeBatch(decoder, REPEATED, UNIFORMS, torch.tensor(STOPS), choice)
         list(batch.run())
         assert_same(flat(batch.completions()), one_by_one(choice))
 
@@ -276,7 +277,7 @@ def test_generate_gives_what_the_plain_sampler_gives(
 @torch.inference_mode()
 def test_a_step_never_waits_for_the_device(count, choice, decoder):
     """A tensor on the meta device has no numbers: reading one is an error."""
-    batch = DecodeBatch(decoder, REPEATED, UNIFORMS, torch.tensor(STOPS), choice, static=True)
+    batch = DecodeBatch(decoder, REPEATED, UNIFORMS, torch.tensor(STOPS), choice)
     batch.start()
     for stored in range(1, count):
         batch.cache.reserve(stored)

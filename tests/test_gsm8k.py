@@ -18,12 +18,12 @@ from data.gsm8k import WordProblem, read_number
 from data.load import read_jsonl
 from data.solver import OPERATORS
 from data.task import CORRECT, MALFORMED, WRONG, Task, worked_solution
-from data.traces import Trace, save_traces
-from lab.recipe import EvaluationSettings, load_recipe, problems_of
+from lab.recipe import EvaluationSettings, load_recipe
 from lab.runfolder import RunFolder
 from lab.stages import train
 from rl.grpo import GRPOStage
 from rl.optimizer import OptimizerSettings
+from rl.rollout import SamplingSettings
 from rl.sft import SFTStage
 
 TASK = GSM8K()
@@ -34,32 +34,37 @@ EGGS = WordProblem(
 
 @pytest.mark.parametrize(
     "text, value", [
-        (" $126. ", 126), ("-3", -3), ("1,234,567", 1234567), ("2.50", Fraction(5, 2)),
-        ("so 6 * 21 = 126 eggs", 126), ("126%", 126), ("(126)", 126), ("9{,}500 dollars", 9500),
-        (r"\boxed{126}", 126), (r"\frac{5}{2}", Fraction(5, 2)), ("5/2", Fraction(5, 2)), ("\u2212**3**", -3),
-        ("12 or 126", None), ("10-3", None), ("", None), ("none", None), ("x126", None), ("126x", None),
-        ("1,23", None), ("1 234", None), ("1.2.3", None), ("3:30", None), ("1e9", None), ("1/0", None),
-        ("١٢٦", None), ("9" * 19, None), ("0" * 300 + "1", None), ("1" + " " * 300, None),
+        (" $126. ", 126), ("1,234,567", 1234567), ("2.50", Fraction(5, 2)), ("so 6 * 21 = 126 eggs", 126),
+        ("9{,}500 dollars", 9500), (r"\boxed{126}", 126), (r"\frac{5}{2}", Fraction(5, 2)),
+        ("\u2212**3**", -3),
         # as people and models write it
         ("2\u00bd", Fraction(5, 2)), ("2 1/2 cups", Fraction(5, 2)), (r"2\frac{1}{2}", Fraction(5, 2)),
-        (".5", Fraction(1, 2)), ("\u20135", -5), ("minus $5", -5), ("-(5)", -5), ("3\u20135", None),
+        (".5", Fraction(1, 2)), ("\u20135", -5), ("minus $5", -5), ("-(5)", -5),
         (r"$1{,}000\text{ m}$", 1000), (r"50\%", 50),
         # a unit is ignored
-        ("18cm", 18), ("60mph", 60), ("60 km/h", 60), ("$5/day", 5), ("24 m^2", 24), ("7\u00a0cm\u00b2", 7),
-        ("5g", 5), (r"90^\circ", 90),
+        ("18cm", 18), ("60 km/h", 60), ("$5/day", 5), ("24 m^2", 24), ("7\u00a0cm\u00b2", 7), ("5g", 5),
+        (r"90^\circ", 90),
         # a factor is not
-        ("5 million", 5 * 10**6), ("$18 thousand", 18_000), ("3 dozen eggs", 36), ("1.5k", 1500),
-        ("2 hundred thousand", 200_000), (r"5\text{ million}", 5 * 10**6), (r"\sqrt{16}", None),
-        ("\u221a16", None), (r"2\pi", None), ("2\u03c0", None), ("5 x", None), ("5n", None),
-        ("5\u00b2", None), ("half of 10", None), ("2 thirds", None), ("5 and a half", None),
-        ("5\u4e07", None),
+        ("$18 thousand", 18_000), ("3 dozen eggs", 36), ("1.5k", 1500), ("2 hundred thousand", 200_000),
+        (r"5\text{ million}", 5 * 10**6),
     ],
 )  # fmt: skip
 def test_the_one_number_counts_exactly(text, value):
     assert read_number(text) == value
 
 
-@pytest.mark.parametrize("answer, expected", [("126.0", CORRECT), ("126 or 125", WRONG), ("", WRONG)])
+UNCERTAIN = (
+    "12 or 126; 10-3; none; x126; 126x; 1,23; 1 234; 1.2.3; 3:30; 1e9; 1/0; ١٢٦; 3\u20135; \\sqrt{16}; "
+    "\u221a16; 2\\pi; 2\u03c0; 5 x; 5n; 5\u00b2; half of 10; 2 thirds; 5 and a half; 5\u4e07"
+)
+
+
+@pytest.mark.parametrize("text", ["", "9" * 19, "1" + " " * 300, *UNCERTAIN.split("; ")])
+def test_what_may_mean_something_else_is_no_number(text):
+    assert read_number(text) is None
+
+
+@pytest.mark.parametrize("answer, expected", [("126.0", CORRECT), ("126 or 125", WRONG)])
 def test_an_answer_is_right_if_its_one_number_is(answer, expected):
     text = f"6*7</think><answer>{answer}</answer>"
     assert TASK.score(text, EGGS) == expected
@@ -82,7 +87,9 @@ def test_what_is_no_problem_is_refused():
 def test_rows_difficulty_and_names():
     assert Task.difficulty(TASK, EGGS) == "all"  # of a task that has no classes
     assert TASK.problem_from_row(EGGS.row()) == EGGS
-    assert (EGGS.value, TASK.solution(EGGS), TASK.difficulty(EGGS)) == (126, "126", "1 to 2 steps")
+    assert EGGS.value == 126
+    assert TASK.solution(EGGS) == "126"
+    assert TASK.difficulty(EGGS) == "1 to 2 steps"
     assert EGGS.key == WordProblem("A hen lays 6 eggs a day. How many in 3\nweeks?", "#### 1").key
     assert str(EGGS) == EGGS.key
     assert len(str(WordProblem("long " * 50, "#### 1"))) == 60
@@ -92,8 +99,7 @@ def test_rows_difficulty_and_names():
 
 
 def questions(count: int) -> list[dict]:
-    sums = [(n, n + 1, 2 * n + 1) for n in range(count)]
-    return [{"question": f"What is {a} + {b}?", "answer": f"<<{a}+{b}={c}>>\n#### {c}"} for a, b, c in sums]
+    return [{"question": f"What is {n} + 5?", "answer": f"#### {n + 5}"} for n in range(count)]
 
 
 def write_parquet(path, rows: list[dict]) -> None:
@@ -123,21 +129,22 @@ def test_training_and_test_set_are_the_hubs_two_files(monkeypatch, tmp_path):
 
 def test_a_run_of_grpo_and_sft_goes_through_the_same_code(monkeypatch, tmp_path):
     """The bundled model knows no words, so its verdicts are made up here; everything around them is real."""
-    path, traces = tmp_path / "train.parquet", tmp_path / "mine.jsonl"
-    write_parquet(path, questions(30))
-    recipe = load_recipe("gsm8k")[1]
+    path = tmp_path / "train.parquet"
+    write_parquet(path, questions(12))
     grpo = GRPOStage(steps=1, prompts_per_step=2, samples_per_prompt=4, updates_per_step=1)
+    sft = SFTStage(epochs=1, traces="worked", max_traces=4)
     recipe = replace(
-        recipe, model="tiny", problems=str(path), out=str(tmp_path / "run"),
-        optimizer=OptimizerSettings(kind="adamw"), sampling=replace(recipe.sampling, max_new_tokens=8),
+        load_recipe("gsm8k")[1],
+        model="tiny",
+        problems=str(path),
+        out=str(tmp_path / "run"),
+        stages=(grpo, sft),
+        optimizer=OptimizerSettings(kind="adamw"),
+        sampling=SamplingSettings(max_new_tokens=8),
         evaluation=EvaluationSettings(problems=2, final_problems=0),
-        stages=(grpo, SFTStage(epochs=1, traces=str(traces))),
-    )  # fmt: skip
-    save_traces(
-        traces,
-        [Trace(p, f"so</think><answer>{TASK.solution(p)}</answer>") for p in problems_of(recipe)[0][:5]],
     )
-    real, verdicts = GSM8K.score, itertools.cycle([WRONG, CORRECT, CORRECT])
+    real = GSM8K.score
+    verdicts = itertools.cycle([WRONG, CORRECT, CORRECT])
 
     def score(self, text, problem, thinking=True):
         return real(self, text, problem, thinking) if "</answer>" in text else next(verdicts)

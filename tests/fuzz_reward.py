@@ -68,12 +68,10 @@ def solves(text: str, problem: Problem, thinking: bool) -> bool | None:
         if not parts or re.search(r"<answer>.*</answer>", parts[1], re.DOTALL):
             return None
         text = parts[2]
-    parts = re.fullmatch(
-        r"((?:(?!</?think>|</?answer>).)*)<answer>((?:(?!</?answer>).)*)</answer>(.*)", text, re.DOTALL
-    )
-    if not parts or re.search(r"</?answer>", parts[3]):
+    parts = re.split("(</?answer>)", text)
+    if parts[1::2] != ["<answer>", "</answer>"] or re.search("</?think>", parts[0]):
         return None
-    before, content = parts[1], parts[2]
+    before, content = parts[0], parts[2]
     claims = [content]
     if "=" not in content:  # an equation before the block, which may follow words
         line = before.rstrip(" \t\r\n").rsplit("\n", 1)[-1]

@@ -69,8 +69,7 @@ def test_generated_problems_differ_and_can_be_solved(wanted):
     assert len({problem.key for problem in problems}) == len(problems) == 30
     assert sum(len(problem.numbers) == 4 for problem in problems) == round(30 * wanted.four_number_share)
     for index, problem in enumerate(problems):
-        assert wanted.min_number <= min(problem.numbers)
-        assert max(problem.numbers) <= wanted.max_number
+        assert set(problem.numbers) <= set(range(wanted.min_number, wanted.max_number + 1))
         assert wanted.min_target <= problem.target <= wanted.max_target
         if len(problem.numbers) == 3 or index < 3:
             assert problem.target in every_value(problem.numbers, whole_steps=True)
@@ -152,7 +151,6 @@ def test_difficulty_says_whether_plus_and_minus_suffice():
 def test_the_papers_accuracies_stand_under_their_token_limits():
     ends = {limit: (points[0], points[-1]) for limit, points in PAPER.items()}
     assert ends == {256: ((0, 0.0), (180, 48.8)), 512: ((0, 11.4), (80, 39.2))}
-    assert [sum(map(sum, points)) for points in PAPER.values()] == pytest.approx([1790 + 571.0, 360 + 264.6])
 
 
 def test_what_a_recipe_a_file_and_a_user_call_it():
@@ -188,13 +186,13 @@ def test_every_step_of_a_worked_solution_is_right(numbers, seed, thinking):
     text = worked_solution(TASK, problem, thinking, rng)
     assert score(text, problem, thinking) == CORRECT
     assert ("</think>" in text) == thinking
-    attempts = re.split("</think>|<answer>", text)[0].strip().split("\n")
+    attempts = re.findall(r"(.*) (too low|too high|equal)\n", text)
+    assert text.startswith("\n".join(map(" ".join, attempts)))
     assert 1 <= len(attempts) <= 4
     assert len(set(attempts)) == len(attempts)
-    for attempt in attempts:
-        steps, verdict = re.fullmatch(r"(.*?) (too low|too high|equal)", attempt).groups()
+    for steps, verdict in attempts:
         left = [Fraction(number) for number in numbers]
-        for expression, result in (step.split("=") for step in steps.split(" ")):
+        for expression, result in re.findall(r"(\S+)=(\S+)", steps):
             assert evaluate_expression(expression) == int(result)
             for operand in re.split(r"[-+*/]", expression):
                 left.remove(int(operand))
@@ -202,7 +200,7 @@ def test_every_step_of_a_worked_solution_is_right(numbers, seed, thinking):
         [value] = left
         expected = "equal" if value == problem.target else "too low" if value < problem.target else "too high"
         assert verdict == expected
-        assert (verdict == "equal") == (attempt == attempts[-1])
+    assert [verdict for _, verdict in attempts].index("equal") == len(attempts) - 1
 
 
 def test_worked_solutions_vary_in_attempts_and_follow_the_seed():

@@ -9,21 +9,18 @@ from fractions import Fraction
 import pyarrow
 import pyarrow.parquet
 import pytest
-from helpers import Hub
+from helpers import Hub, smoke
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data import GSM8K, DataError
 from data.gsm8k import WordProblem, read_number
-from data.load import read_jsonl
 from data.solver import OPERATORS
 from data.task import CORRECT, MALFORMED, WRONG, Task, worked_solution
-from lab.recipe import EvaluationSettings, load_recipe
+from lab.recipe import load_recipe
 from lab.runfolder import RunFolder
 from lab.stages import train
 from rl.grpo import GRPOStage
-from rl.optimizer import OptimizerSettings
-from rl.rollout import SamplingSettings
 from rl.sft import SFTStage
 
 TASK = GSM8K()
@@ -78,10 +75,10 @@ def test_no_text_raises_and_none_is_right_without_its_number(text):
         assert verdict.outcome != "correct" or "126" in text
 
 
-def test_what_is_no_problem_is_refused():
-    for question, answer in (("q", None), ("q", "4"), ("q", "#### four"), (" ", "#### 4"), (4, "#### 4")):
-        with pytest.raises(ValueError):
-            TASK.problem_from_row({"question": question, "answer": answer})
+@pytest.mark.parametrize("question, answer", [("q", None), ("q", "4"), ("q", "#### four"), (" ", "#### 4")])
+def test_what_is_no_problem_is_refused(question, answer):
+    with pytest.raises(ValueError):
+        WordProblem(question, answer)
 
 
 def test_rows_difficulty_and_names():
@@ -121,10 +118,11 @@ def test_training_and_test_set_are_the_hubs_two_files(monkeypatch, tmp_path):
     hub = Hub(tmp_path)
     hub.put_in_place(monkeypatch)
     (tmp_path / "main").mkdir()
-    for source, name, count in (("hub", "train", 2), ("hub-test", "test", 3)):
-        write_parquet(tmp_path / f"main/{name}-00000-of-00001.parquet", questions(count))
-        assert len(TASK.load(source)) == count
-    assert [repository for repository, _ in hub.downloads] == ["openai/gsm8k"] * 2
+    write_parquet(tmp_path / "main/train-00000-of-00001.parquet", questions(2))
+    write_parquet(tmp_path / "main/test-00000-of-00001.parquet", questions(3))
+    assert len(TASK.load("hub")) == 2
+    assert len(TASK.load("hub-test")) == 3
+    assert hub.downloads[0][0] == "openai/gsm8k"
 
 
 def test_a_run_of_grpo_and_sft_goes_through_the_same_code(monkeypatch, tmp_path):
@@ -133,16 +131,9 @@ def test_a_run_of_grpo_and_sft_goes_through_the_same_code(monkeypatch, tmp_path)
     write_parquet(path, questions(12))
     grpo = GRPOStage(steps=1, prompts_per_step=2, samples_per_prompt=4, updates_per_step=1)
     sft = SFTStage(epochs=1, traces="worked", max_traces=4)
-    recipe = replace(
-        load_recipe("gsm8k")[1],
-        model="tiny",
-        problems=str(path),
-        out=str(tmp_path / "run"),
-        stages=(grpo, sft),
-        optimizer=OptimizerSettings(kind="adamw"),
-        sampling=SamplingSettings(max_new_tokens=8),
-        evaluation=EvaluationSettings(problems=2, final_problems=0),
-    )
+    options = "--evaluation.problems 2 --evaluation.final-problems 0 --sampling.max-new-tokens 8"
+    recipe = smoke("--out", tmp_path / "run", "--problems", path, options)
+    recipe = replace(recipe, task=load_recipe("gsm8k")[1].task, stages=(grpo, sft))
     real = GSM8K.score
     verdicts = itertools.cycle([WRONG, CORRECT, CORRECT])
 
@@ -154,28 +145,23 @@ def test_a_run_of_grpo_and_sft_goes_through_the_same_code(monkeypatch, tmp_path)
     run = RunFolder(recipe.out)
     assert [row["kind"] for row in run.metrics()] == ["grpo", "grpo", "sft"]
     assert run.metrics()[-1]["tokens"] > 0
-    rows = [TASK.problem_from_row(row) for _, row in read_jsonl(run.rollout_files()[0], "")]
-    assert len({problem.key for problem in rows}) == 2
     assert "paper" not in (run.path / "curve.md").read_text()
     assert "What is" in (run.path / "report.html").read_text()
 
 
 def test_a_worked_solution_is_the_answer_without_its_marks():
     """The marks are those of the dataset's calculator."""
-    problem = WordProblem(
-        "How many?", "He has 48/2 = <<48/2=24>>24.\nThen 24+1 = <<24+1=25>>25 are left.\n#### 25"
-    )
-    text = worked_solution(GSM8K(), problem, False, random.Random(0))
-    assert text == "He has 48/2 = 24.\nThen 24+1 = 25 are left.\n<answer>25</answer>"
+    text = worked_solution(TASK, EGGS, False, random.Random(0))
+    assert text == "6*7=42\n42*3=126\n<answer>126</answer>"
 
 
 def test_the_examples_for_prompts_are_right_and_there_are_three():
-    for problem in GSM8K().examples(3):
-        text = worked_solution(GSM8K(), problem, False, random.Random(0))
-        assert GSM8K().score(text, problem, False).outcome == "correct"
+    for problem in TASK.examples(3):
+        text = worked_solution(TASK, problem, False, random.Random(0))
+        assert TASK.score(text, problem, False) == CORRECT
         sums = re.findall(r"([0-9.]+) ([-+*/]) ([0-9.]+) = ([0-9.]+[0-9]|[0-9])", problem.answer)
         assert len(sums) >= 2
         for a, operator, b, result in sums:
             assert OPERATORS[operator](Fraction(a), Fraction(b)) == Fraction(result)
     with pytest.raises(ValueError, match="gsm8k has 3 examples, not 4"):
-        GSM8K().examples(4)
+        TASK.examples(4)

@@ -72,7 +72,7 @@ def trained(folder: Path, recipe: Recipe, steps: int, resumed: bool) -> set:
     return sampled
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_nothing_evaluated_was_sampled_in_training(tmp_path_factory, data):
     """Three runs, some on top of another, while their file grows; then any two are evaluated."""

@@ -1,6 +1,5 @@
 """From problems to scored completions: every setting reaches the sampler, and the scorer sees everything."""
 
-import itertools
 import json
 import threading
 from dataclasses import replace
@@ -89,15 +88,12 @@ def test_examples_are_solved_problems_as_earlier_turns(task, thinking):
 
 
 def test_a_reward_sees_text_and_ids_and_leaves_the_outcome(monkeypatch):
-    def shorter_is_better(verdict, text, completion, settings) -> float:
-        assert text
-        assert settings == RewardSettings()
-        return verdict.reward - len(completion.token_ids)
-
-    monkeypatch.setattr(rl.rollout, "reward_for", shorter_is_better)
-    groups = collect(FakeTask(lambda problem, text: 1.0))
-    for rollout in itertools.chain(*groups):
-        assert rollout.reward == 1.0 - len(rollout.completion.token_ids)
+    reward_for = mock.Mock(side_effect=[5.0, 6.0] * 3)
+    monkeypatch.setattr(rl.rollout, "reward_for", reward_for)
+    for rollout in collect(FakeTask(lambda problem, text: 1.0))[2]:
+        verdict = Score(1.0, "correct")
+        assert mock.call(verdict, rollout.text, rollout.completion, RewardSettings()) in reward_for.mock_calls
+        assert rollout.reward in (5.0, 6.0)
         assert rollout.outcome == "correct"
 
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from helpers import largest_gap, ragged_samples, random_model, smoke, trainer_for, weights
@@ -36,8 +35,9 @@ def test_loss_and_update_are_transformers_on_completion_tokens(budget):
     ids = torch.zeros(6, max(map(len, samples)), dtype=torch.int64)
     labels = torch.full(ids.shape, -100)
     for row, sample in enumerate(samples):
-        ids[row, : len(sample)] = torch.tensor(sample.prompt_ids + sample.completion_ids)
-        labels[row, len(sample.prompt_ids) : len(sample)] = torch.tensor(sample.completion_ids)
+        start, end = len(sample.prompt_ids), len(sample)
+        ids[row, :end] = torch.tensor(sample.prompt_ids + sample.completion_ids)
+        labels[row, start:end] = ids[row, start:end]
     expected = theirs(ids, labels=labels).loss
     expected.backward()
     norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
@@ -72,11 +72,10 @@ def test_every_epoch_visits_every_sample_once(count, batch_size):
     assert len(steps) == 3 * math.ceil(count / batch_size)
     assert max(map(len, steps)) <= batch_size
     visited = [sample.completion_ids[0] for step in steps for sample in step]
-    orders = [visited[:count], visited[count : 2 * count], visited[2 * count :]]
-    for order in orders:
-        assert sorted(order) == list(range(count))
-    assert not orders[0] == orders[1] == orders[2]
-    np.random.seed(0)
+    epochs = [visited[start : start + count] for start in (0, count, 2 * count)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(count))
+    assert not epochs[0] == epochs[1] == epochs[2]
     assert sft_schedule(samples, batch_size, epochs=3, seed=7) == steps
     assert sft_schedule(samples, batch_size, epochs=3, seed=8) != steps
 
@@ -189,10 +188,10 @@ def test_only_finished_correct_rollouts_become_traces(tmp_path):
     run.create(Recipe(), {})
     correct = Rollout(PROBLEMS[0], [1], Completion([2], [-1.0], True), "b", "correct", 1.0)
     odd = replace(correct, text="so\n\r\x85\u2028\u2029\x1e</think>")
-    near = replace(correct, text="near", outcome="near", reward=0.7)
-    cut = replace(correct, text="cut", completion=Completion([2], [-1.0], False))
-    run.save_rollouts(3, 0, [[odd, near], [cut, correct]], torch.zeros(2, 2))
-    run.save_rollouts(4, 2, [[replace(correct, text="of another stage")]], torch.zeros(1, 1))
+    near = replace(correct, outcome="near")
+    cut = replace(correct, completion=Completion([2], [-1.0], False))
+    run.save_rollouts(3, 0, [[odd, near, cut, correct]], torch.zeros(1, 4))
+    run.save_rollouts(4, 2, [[correct]], torch.zeros(1, 1))  # of another stage
     run.save_rollouts(10, 0, [[replace(correct, text="c")]], torch.zeros(1, 1))
     expected = [Trace(PROBLEMS[0], text, step) for text, step in ((odd.text, 3), ("b", 3), ("c", 10))]
     assert run.correct_traces(0, Countdown()) == expected

@@ -6,14 +6,11 @@ second reading, by regular expressions and Python's own grammar, says so, and 1.
 solution too; where a text is a solution by construction, 1.0.
 """
 
-import ast
-import operator
 import random
 import re
 import sys
 import time
 import timeit
-import warnings
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -25,38 +22,28 @@ import tyro
 from data import Problem, generate_problems, score, solve
 
 LIMIT = 0.010  # seconds a text of 100 kB may take
-PYTHON = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 PIECES = [
     "<think>", "</think>", "<answer>", "</answer>", "<|im_end|>", "<ANSWER>", "< answer>", "</answer >",
     "so ", "**", "//", "36", "1.5", "999999999", "1e3", "0x10", *" =()+-*/07x_,²٣−１é漢\n\u2028\x00\t\r",
 ]  # fmt: skip
 
 
+# Other characters, numbers and operators, empty parentheses, and a unary plus.
+OTHER_PYTHON = re.compile(r"[^0-9+*/() -]|\b0[0-9]|[0-9]{10}|\*\*|//|\( ?\)|(?:^|[-+*/(]) ?\+")
+
+
 def python_value(text: str) -> tuple[Fraction, list[int]] | None:
     """(value, numbers) by Python's grammar with the allowed operators only, or None for anything else."""
-    if not re.fullmatch(r"[0-9+\-*/() \t\r\n]*", text) or re.search(r"\b0[0-9]", text):
+    text = re.sub(r"[ \t\r\n]+", " ", text).strip(" ")
+    if OTHER_PYTHON.search(text):
         return None
-    numbers: list[int] = []
-
-    def value(node: ast.AST) -> Fraction:
-        match node:
-            case ast.Expression():
-                return value(node.body)
-            case ast.Constant():
-                numbers.append(node.value)
-                return Fraction(node.value)
-            case ast.UnaryOp(op=ast.USub()):
-                return -value(node.operand)
-            case ast.BinOp(op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div()):
-                return PYTHON[type(node.op)](value(node.left), value(node.right))
-        raise SyntaxError(ast.dump(node))
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "1 (2)" is a warning to Python before it is an error
-        try:
-            return value(ast.parse(re.sub(r"\s", " ", text).strip(), mode="eval")), numbers
-        except (SyntaxError, ZeroDivisionError):
-            return None
+    exact = re.sub("[0-9]+", r"Fraction(\g<0>)", text)
+    try:
+        value = eval(exact, {"Fraction": Fraction, "__builtins__": {}})
+    except (SyntaxError, TypeError, ZeroDivisionError):
+        return None
+    numbers = [int(number) for number in re.findall("[0-9]+", text)]
+    return (value, numbers) if isinstance(value, Fraction) else None
 
 
 def solves(text: str, problem: Problem, thinking: bool) -> bool | None:

@@ -1,12 +1,11 @@
 """The runs of a real model: weights from a GGUF file, arms, report, and parity with transformers."""
 
-import json
 from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 import transformers
-from helpers import assert_close, changed_fields, made_up
+from helpers import assert_close, changed_fields, made_up, write_jsonl
 from reference import smollm2_folder
 
 from data import Problem
@@ -67,7 +66,8 @@ def test_the_report_says_what_its_results_hold(tmp_path):
         steps = {"pass_at_8": [0.0] * 30 + [0.5] * 10, "format_rate": [1.0] * 40}
         cold = replace(whole, arm="cold start", final=dict.fromkeys(whole.final, 0.1))
         for run in (replace(whole, steps=steps), cold):
-            (tmp_path / "runs" / f"{run.arm}.{seed}.json").write_text(json.dumps(asdict(run)))
+            path = tmp_path / "runs" / f"{run.arm}.{seed}.json"
+            write_jsonl(path, [asdict(run) | {"recipe": {}}])
     main(Arguments(results=tmp_path, report_only=True))
     text = (tmp_path / "results.md").read_text()
     whole = "| whole | 2 | 30.0 ± 63.5 |  | 60.0 ± 127.1 | 50.0 | 100.0 |  |  | 20 | 10 | 5.5 |"

@@ -41,6 +41,7 @@ OPTIONS = """
 --stages.1.epochs 2 --stages.2.steps 1 --stages.2.samples-per-prompt 4 --stages.2.prompts-per-step 3
 --stages.2.learning-rate 1e-4
 """
+IMPORTABLE = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 
 
 def run_training(out: Path, resume: bool = False) -> None:
@@ -65,8 +66,15 @@ def in_processes(size: int, work, *arguments) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = dict(nprocs=size, join=False, daemon=True, start_method="forkserver")
-    ranks = torch.multiprocessing.start_processes(be_rank, (size, port, work, *arguments), **options)
+    with mock.patch.dict(os.environ, IMPORTABLE):  # where the server of forks looks for this file
+        ranks = torch.multiprocessing.start_processes(
+            be_rank,
+            (size, port, work, *arguments),
+            nprocs=size,
+            join=False,
+            daemon=True,
+            start_method="forkserver",
+        )
     deadline = time.monotonic() + 120
     while not ranks.join(deadline - time.monotonic()):
         assert time.monotonic() < deadline, "the processes wait for each other"
@@ -156,7 +164,7 @@ def test_a_death_ends_the_run_or_torchrun_restarts_it(restarts, alone, tmp_path)
     script, run, start = tmp_path / "dying.py", tmp_path / "run", time.perf_counter()
     script.write_text("import sys, test_parallel\ntest_parallel.train_and_die(sys.argv[1])")
     command = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--max-restarts", restarts, script, run]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    environment = os.environ | IMPORTABLE | {"OMP_NUM_THREADS": "1"}
     ended = run_command(*command, env=environment)
     if restarts:
         assert ended.returncode == 0, ended.stderr[-3000:]

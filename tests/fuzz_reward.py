@@ -6,14 +6,11 @@ second reading, by regular expressions and Python's own grammar, says so, and 1.
 solution too; where a text is a solution by construction, 1.0.
 """
 
-import ast
-import operator
 import random
 import re
 import sys
 import time
 import timeit
-import warnings
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -25,39 +22,28 @@ import tyro
 from data import Problem, generate_problems, score, solve
 
 LIMIT = 0.010  # seconds a text of 100 kB may take
-PYTHON = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 PIECES = [
-    "<think>", "</think>", "<answer>", "</answer>", "\n", " ", "=", "(", ")", "+", "-", "*", "/", "**", "//",
-    "0", "7", "36", "1.5", "so ", "Answer: ", "x", "²", "٣", "−", "１", "\u2028", "\x00", "é", "漢",
-    "<|im_end|>", "<ANSWER>", "< answer>", "</answer >", "999999999", "1e3", "0x10", "_", ",", "\t", "\r",
+    "<think>", "</think>", "<answer>", "</answer>", "<|im_end|>", "<ANSWER>", "< answer>", "</answer >",
+    "so ", "**", "//", "36", "1.5", "999999999", "1e3", "0x10", *" =()+-*/07x_,²٣−１é漢\n\u2028\x00\t\r",
 ]  # fmt: skip
+
+
+# Other characters, numbers and operators, empty parentheses, and a unary plus.
+OTHER_PYTHON = re.compile(r"[^0-9+*/() -]|\b0[0-9]|[0-9]{10}|\*\*|//|\( ?\)|(?:^|[-+*/(]) ?\+")
 
 
 def python_value(text: str) -> tuple[Fraction, list[int]] | None:
     """(value, numbers) by Python's grammar with the allowed operators only, or None for anything else."""
-    if not re.fullmatch(r"[0-9+\-*/() \t\r\n]*", text) or re.search(r"\b0[0-9]", text):
+    text = re.sub(r"[ \t\r\n]+", " ", text).strip(" ")
+    if OTHER_PYTHON.search(text):
         return None
-    numbers: list[int] = []
-
-    def value(node: ast.AST) -> Fraction:
-        match node:
-            case ast.Expression():
-                return value(node.body)
-            case ast.Constant():
-                numbers.append(node.value)
-                return Fraction(node.value)
-            case ast.UnaryOp(op=ast.USub()):
-                return -value(node.operand)
-            case ast.BinOp(op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div()):
-                return PYTHON[type(node.op)](value(node.left), value(node.right))
-        raise SyntaxError(ast.dump(node))
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "1 (2)" is a warning to Python before it is an error
-        try:
-            return value(ast.parse(re.sub(r"\s", " ", text).strip(), mode="eval")), numbers
-        except (SyntaxError, ZeroDivisionError):
-            return None
+    exact = re.sub("[0-9]+", r"Fraction(\g<0>)", text)
+    try:
+        value = eval(exact, {"Fraction": Fraction, "__builtins__": {}})
+    except (SyntaxError, TypeError, ZeroDivisionError):
+        return None
+    numbers = [int(number) for number in re.findall("[0-9]+", text)]
+    return (value, numbers) if isinstance(value, Fraction) else None
 
 
 def solves(text: str, problem: Problem, thinking: bool) -> bool | None:
@@ -69,28 +55,24 @@ def solves(text: str, problem: Problem, thinking: bool) -> bool | None:
         if not parts or re.search(r"<answer>.*</answer>", parts[1], re.DOTALL):
             return None
         text = parts[2]
-    parts = re.fullmatch(
-        r"((?:(?!</?think>|</?answer>).)*)<answer>((?:(?!</?answer>).)*)</answer>(.*)", text, re.DOTALL
-    )
-    if not parts or re.search(r"</?answer>", parts[3]):
+    parts = re.split("(</?answer>)", text)
+    if parts[1::2] != ["<answer>", "</answer>"] or re.search("</?think>", parts[0]):
         return None
-    before, content = parts[1], parts[2]
-    claims = [content] if "=" in content else [content, before.rstrip(" \t\r\n").rsplit("\n", 1)[-1]]
-    return any(is_solution(part, problem) for claim in claims for part in endings(claim))
-
-
-def endings(claim: str) -> list[str]:
-    """A line, and its ends after each blank: an equation may follow words."""
-    return [claim] + [claim[place.end() :] for place in re.finditer(r"\s", claim)][:200]
+    before, content = parts[0], parts[2]
+    claims = [content]
+    if "=" not in content:  # an equation before the block, which may follow words
+        line = before.rstrip(" \t\r\n").rsplit("\n", 1)[-1]
+        claims += [line] + [line[place.end() :] for place in re.finditer(r"\s", line)][:200]
+    return any(is_solution(claim, problem) for claim in claims)
 
 
 def is_solution(text: str, problem: Problem) -> bool:
     left, equals, right = text.partition("=")
-    value = python_value(left)
-    if value is None or sorted(value[1]) != sorted(problem.numbers) or value[0] != problem.target:
+    value, numbers = python_value(left) or (None, [])
+    if value != problem.target or sorted(numbers) != sorted(problem.numbers):
         return False
-    claimed = python_value(right) if equals else None
-    return not equals or (claimed is not None and claimed[0] == value[0] and len(claimed[1]) == 1)
+    claimed, its_numbers = python_value(right) or (None, [])
+    return not equals or (claimed == value and len(its_numbers) == 1)
 
 
 def draw(rng: random.Random, problems: list[tuple[Problem, str]]) -> tuple[str, Problem, bool, bool]:
@@ -107,15 +89,9 @@ def draw(rng: random.Random, problems: list[tuple[Problem, str]]) -> tuple[str, 
         problem = Problem(problem.numbers, problem.target + rng.randrange(1, 15))
     if kind < 0.6:  # spoil it in a few places
         for _ in range(rng.randrange(1, 4)):
-            place, change = rng.randrange(len(text) + 1), rng.random()
-            copied = (
-                text[place : place + rng.randrange(30)]
-                if change < 0.2
-                else rng.choice(PIECES)
-                if change < 0.7
-                else ""
-            )
-            text = text[:place] + copied + text[place + (change >= 0.7) :]
+            place = rng.randrange(len(text) + 1)
+            piece = rng.choice([text[place : place + rng.randrange(30)], *rng.sample(PIECES, 3), ""])
+            text = text[:place] + piece + text[place + rng.randrange(2) :]
     elif kind < 0.9995:
         numbers = [str(number) for number in problem.numbers] + [str(problem.target), solution]
         text = "".join(rng.choices(PIECES + numbers * 3, k=rng.randrange(25)))
@@ -128,7 +104,7 @@ def draw(rng: random.Random, problems: list[tuple[Problem, str]]) -> tuple[str, 
 def fuzz(cases: int, seed: int) -> Counter:
     """Outcomes of all texts; raises AssertionError for the first that breaks a promise."""
     rng = random.Random(seed)
-    problems = [(problem, solve(problem)) for problem in generate_problems(200, seed)]
+    problems = [(problem, solve(problem)) for problem in generate_problems(50, seed)]
     found: Counter = Counter()
     for number in range(cases):
         text, problem, thinking, is_one = draw(rng, problems)
@@ -139,13 +115,12 @@ def fuzz(cases: int, seed: int) -> Counter:
             took = min(timeit.repeat(lambda: score(text, problem, thinking), number=1))  # noqa: B023
         shown = f"{judged} for case {number}, seed {seed}: {text[:300]!r}, {problem}, thinking {thinking}"
         assert took <= LIMIT, f"{took:.3f} s for {len(text)} characters, {shown}"
-        if len(text) < 10_000 or judged.reward == 1.0:  # the second reading is slow
+        is_right = judged.reward == 1.0
+        if len(text) < 10_000 or is_right:  # the second reading is slow
             reading = solves(text, problem, thinking)
-            assert (judged.outcome == "malformed") == (reading is None), (
-                f"the second reading says {reading}, {shown}"
-            )
-            assert reading or judged.reward < 1.0, f"the second reading finds no solution, {shown}"
-        assert judged.reward == 1.0 or not is_one, f"a solution by construction, {shown}"
+            assert (judged.outcome == "malformed") == (reading is None), f"it reads as {reading}, {shown}"
+            assert reading or not is_right, f"the second reading finds no solution, {shown}"
+        assert is_right or not is_one, f"a solution by construction, {shown}"
         found[judged.outcome] += 1
     return found
 

@@ -35,11 +35,8 @@ def test_texts_are_judged_as_python_judges_them(text, data):
     """Expressions and soup, as they are and with one changed character."""
     assert parsed(text) == python_value(text)
     place = data.draw(st.integers(0, len(text)))
-    text = (
-        text[:place]
-        + data.draw(st.sampled_from([*"0123456789+-*/() ", "", ".", "_", "e", "="]))
-        + text[place + 1 :]
-    )
+    character = data.draw(st.sampled_from(["", *"0127+-*/() ._e="]))
+    text = text[:place] + character + text[place + 1 :]
     assert parsed(text) == python_value(text)
 
 
@@ -54,7 +51,6 @@ def test_no_text_raises_anything_but_an_expression_error(text):
 
 
 def test_values_are_exact_and_numbers_keep_their_order():
-    assert evaluate_expression("(79 - 60) + 17") == Fraction(36)
     assert type(evaluate_expression("4 / 2")) is Fraction
     assert evaluate_expression("1 / 3 * 3") == 1
     assert evaluate_expression("8 / (3 - 8 / 3)") == 24
@@ -64,47 +60,54 @@ def test_values_are_exact_and_numbers_keep_their_order():
     assert evaluate_expression("(1) + " * 40 + "(1)") == 41  # depth is nesting, not the count of parentheses
 
 
-REFUSED = {
-    "empty": "", "tower of powers": "99 ** 98 ** 97", "floor division": "11 // 2 * 5", "remainder": "11 % 2",
-    "exponent": "1e9", "decimal": "2.5 * 10", "hexadecimal": "0x24", "underscore": "1_000",
-    "unary plus": "+5", "fullwidth digits": "３６", "superscript": "6²", "times sign": "6 × 6",
-    "typographic minus": "79 − 60", "no-break space": "79\u00a0- 60", "two numbers": "7 9",
-    "juxtaposed parentheses": "2(3)", "closed parenthesis": "1 + 2)", "empty parentheses": "()",
-    "square brackets": "[1 + 2]", "dangling operator": "1 +", "equation": "79 - 60 + 17 = 36",
-    "call": "abs(3)", "code": "__import__('os').getcwd()", "null character": "36\0", "surrogate": "\ud800",
-    "division by a hidden zero": "5 / (3 - 6 / 2)", "10,000 parentheses": "(" * 10_000 + "1" + ")" * 10_000,
+REFUSED = (
+    "99 ** 98 ** 97; 11 // 2 * 5; 11 % 2; 1e9; 2.5 * 10; 0x24; 1_000; +5; ３６; 6²; 6 × 6; 79 − 60; "
+    "79\u00a0- 60; 7 9; 2(3); 1 + 2); (); [1 + 2]; 1 +; 79 - 60 = 19; abs(3); os.getcwd(); 36\0; "
+    "\ud800; 5 / (3 - 6 / 2); 1234567890"
+)
+LONG = {
+    "10,000 parentheses": "(" * 10_000 + "1" + ")" * 10_000,
     "nesting within the length": "(" * (MAX_DEPTH + 1) + "1" + ")" * (MAX_DEPTH + 1),
-    "100,000 digits": "9" * 100_000, "ten digits": "1234567890", "a long sum": "1 + " * 100 + "1",
+    "100,000 digits": "9" * 100_000,
+    "a long sum": "1 + " * 100 + "1",
     "a megabyte of blanks": " " * 1_000_000 + "1",
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("text", REFUSED.values(), ids=REFUSED.keys())
+@pytest.mark.parametrize("text", ["", *REFUSED.split("; ")])
 def test_refused(text):
     with pytest.raises(ExpressionError):
         evaluate_expression(text)
 
 
+@pytest.mark.parametrize("kind", LONG)
+def test_long_texts_are_refused(kind):
+    with pytest.raises(ExpressionError):
+        evaluate_expression(LONG[kind])
+
+
 @pytest.mark.parametrize(
-    ("text", "message"), [("2 ** 5", r"unexpected '\*' at character 4 of '2 \*\* 5'"),
-     ("1 + 007", r"unexpected '0' at character 5 of '1 \+ 007'"),
-     ("(1 + 2", "unexpected end of"), ("1 / 0", "division by zero in '1 / 0'")],
-)  # fmt: skip
+    ("text", "message"),
+    [
+        ("1 + 007", r"unexpected '0' at character 5 of '1 \+ 007'"),
+        ("(1 + 2", "unexpected end of"),
+        ("1 / 0", "division by zero in '1 / 0'"),
+    ],
+)
 def test_the_error_names_the_offending_part(text, message):
     with pytest.raises(ExpressionError, match=message):
         evaluate_expression(text)
 
 
 def test_an_equation_gives_its_left_side():
-    assert [len(parse_expression(text).numbers) for text in ("36", "(-36)", "36 + 0")] == [1, 1, 2]
     equation = parse_equation(" (79 - 60) + 17 = 36 ")
     assert (equation.value, equation.numbers) == (36, (79, 60, 17))
     assert parse_equation("2 - 5 = -3").value == -3
 
 
 @pytest.mark.parametrize(
-    "text", ["79 - 60 + 17", "79 - 60 + 17 = 37", "79 - 60 + 17 =", "= 36", "6 * 6 = 36 = 36", "6 * 6 == 36",
-     "6 * 6 = 30 + 6", "79 - 60 = 19 + 17 = 36", "1 / 2 = 0.5", "6 * 6 = 36.", "6 * 6 = 036", "1 / 0 = 0"],
+    "text", ["6 * 6", "6 * 6 = 37", "6 * 6 =", "= 36", "6 * 6 = 36 = 36", "6 * 6 == 36", "6 * 6 = 30 + 6",
+     "1 / 2 = 0.5", "6 * 6 = 36.", "6 * 6 = 036", "1 / 0 = 0"],
 )  # fmt: skip
 def test_an_equation_is_one_expression_and_one_right_value(text):
     with pytest.raises(ExpressionError):

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -13,7 +14,7 @@ from data.task import Score
 from model import Completion, load_model
 from model.sampler import Cancelled
 from rl.reward import RewardSettings
-from rl.rollout import SamplingSettings, collect_rollouts, prompt_for
+from rl.rollout import Rollout, SamplingSettings, collect_rollouts, prompt_for
 
 
 def collect(task, **options):
@@ -22,34 +23,33 @@ def collect(task, **options):
 
 
 def test_rollouts_hold_what_was_sampled_decoded_and_scored(monkeypatch):
-    calls, scored = [], []
-    truncated, finished = Completion([5, 7, 9], [-1.0] * 3, False), Completion([5, 7, 1], [-1.0] * 3, True)
-
-    class Task(FakeTask):
-        def score(self, text, problem, thinking):
-            scored.append((text, problem, thinking))
-            return Score(0.7, "near")
-
-    def fake(model, prompts, **options):
-        calls.append(options | {"prompts": prompts})
-        return [[truncated, finished]] * len(prompts)
-
-    monkeypatch.setattr(rl.rollout, "generate", fake)
+    truncated = Completion([5, 7, 9], [-1.0] * 3, False)
+    finished = Completion([5, 7, 1], [-1.0] * 3, True)
+    generate = mock.Mock(return_value=[[truncated, finished]] * 3)
+    monkeypatch.setattr(rl.rollout, "generate", generate)
+    task = FakeTask(None)
+    task.score = mock.Mock(return_value=Score(0.7, "near"))
     sampling = SamplingSettings(9, temperature=0.6, thinking=False, max_cache_tokens=77, top_k=3, top_p=0.8)
-    options = dict(reward=RewardSettings(near_miss=False), on_progress=print, cancel=threading.Event())
-    groups = collect(Task(None), sampling=sampling, **options)
-    assert calls == [{
-        "prompts": [[1, 2], [3], [1, 2]], "num_samples": 2, "max_new_tokens": 9, "temperature": 0.6,
-        "stop_token_ids": (0, 1, 2), "seed": 5, "top_k": 3, "top_p": 0.8, "max_cache_tokens": 77,
-        "only": slice(0, None, 1), "on_progress": print, "cancel": options["cancel"],
-    }]  # fmt: skip
+    cancel = threading.Event()
+    groups = collect(
+        task, sampling=sampling, reward=RewardSettings(near_miss=False), on_progress=print, cancel=cancel
+    )
+    [called] = generate.call_args_list
+    assert called.args[1] == [[1, 2], [3], [1, 2]]
+    assert called.kwargs == {
+        "num_samples": 2, "max_new_tokens": 9, "temperature": 0.6, "stop_token_ids": (0, 1, 2), "seed": 5,
+        "top_k": 3, "top_p": 0.8, "max_cache_tokens": 77, "only": slice(0, None, 1), "on_progress": print,
+        "cancel": cancel,
+    }  # fmt: skip
     # The stop token is cut off before scoring; the last token of a truncated completion is not.
-    assert scored == [(text, problem, False) for problem in ("ab", "c", "ab") for text in ("5 7 9", "5 7")]
-    for group, problem, prompt in zip(groups, ("ab", "c", "ab"), calls[0]["prompts"], strict=True):
-        assert [(r.problem, r.prompt_ids, r.completion, r.text) for r in group] == [
-            (problem, prompt, truncated, "5 7 9"), (problem, prompt, finished, "5 7"),
-        ]  # fmt: skip
-        assert [(r.outcome, r.reward) for r in group] == [("near", 0.1)] * 2  # what these reward settings pay
+    texts = ("5 7 9", "5 7")
+    scored = [mock.call(text, problem, False) for problem in ("ab", "c", "ab") for text in texts]
+    assert task.score.call_args_list == scored
+    pays = ("near", 0.1)  # with these reward settings
+    assert groups[1] == [
+        Rollout("c", [3], truncated, "5 7 9", *pays),
+        Rollout("c", [3], finished, "5 7", *pays),
+    ]
 
 
 @pytest.mark.parametrize("task", [Countdown(), Calculus(), GSM8K()])
@@ -70,16 +70,14 @@ def test_a_prompt_speaks_of_thinking_and_limits_only_if_asked(task):
     assert "at most 512 tokens in all.<|im_end|>" in prompt(max_new_tokens=512, state_limit=True)
 
 
-@pytest.mark.parametrize("task", [Countdown(), Calculus(), GSM8K()])
-@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("task, thinking", [(Countdown(), True), (Calculus(), False), (GSM8K(), True)])
 def test_examples_are_solved_problems_as_earlier_turns(task, thinking):
     problem = task.problem_from_row(json.loads(task.file_format.example))
     tokenizer = load_model("tiny")[1]
-    plain = prompt_for(tokenizer, task, problem, SamplingSettings(thinking=thinking))
-    text = tokenizer.decode(
-        prompt_for(tokenizer, task, problem, SamplingSettings(thinking=thinking, examples=2))
-    )
-    assert text.endswith(tokenizer.decode(plain))
+    settings = SamplingSettings(thinking=thinking)
+    plain = tokenizer.decode(prompt_for(tokenizer, task, problem, settings))
+    text = tokenizer.decode(prompt_for(tokenizer, task, problem, replace(settings, examples=2)))
+    assert text.endswith(plain)
     for example in task.examples(2):
         _, asked, after = text.partition(f"<|im_start|>user\n{task.prompt(example, thinking)}<|im_end|>\n")
         assert asked
@@ -90,18 +88,13 @@ def test_examples_are_solved_problems_as_earlier_turns(task, thinking):
 
 
 def test_a_reward_sees_text_and_ids_and_leaves_the_outcome(monkeypatch):
-    def shorter_is_better(verdict, text, completion, settings) -> float:
-        assert text
-        assert settings == RewardSettings()
-        return verdict.reward - len(completion.token_ids)
-
-    monkeypatch.setattr(rl.rollout, "reward_for", shorter_is_better)
-    groups = collect(FakeTask(lambda problem, text: 1.0))
-    rollouts = [rollout for group in groups for rollout in group]
-    lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
-    assert [rollout.reward for rollout in rollouts] == [1.0 - length for length in lengths]
-    assert {rollout.outcome for rollout in rollouts} == {"correct"}
-    assert len(set(lengths)) > 1
+    reward_for = mock.Mock(side_effect=[5.0, 6.0] * 3)
+    monkeypatch.setattr(rl.rollout, "reward_for", reward_for)
+    for rollout in collect(FakeTask(lambda problem, text: 1.0))[2]:
+        verdict = Score(1.0, "correct")
+        assert mock.call(verdict, rollout.text, rollout.completion, RewardSettings()) in reward_for.mock_calls
+        assert rollout.reward in (5.0, 6.0)
+        assert rollout.outcome == "correct"
 
 
 def test_an_error_of_the_scorer_ends_the_step_at_once():
@@ -113,10 +106,6 @@ def test_an_error_of_the_scorer_ends_the_step_at_once():
 
 def test_a_cancelled_rollout_scores_nothing():
     reward, cancel = mock.Mock(), threading.Event()
-
-    def stop(*report):
-        cancel.set()
-
     with pytest.raises(Cancelled):
-        collect(FakeTask(reward), cancel=cancel, on_progress=stop)
+        collect(FakeTask(reward), cancel=cancel, on_progress=lambda *report: cancel.set())
     reward.assert_not_called()

@@ -5,7 +5,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from helpers import largest_gap, ragged_samples, random_model, smoke, trainer_for, weights
@@ -28,7 +27,7 @@ from rl.rollout import Rollout
 from rl.sft import SFTStage, sft_schedule, sft_step
 
 
-@pytest.mark.parametrize("budget", [10_000, 30, 1])
+@pytest.mark.parametrize("budget", [10_000, 30])
 def test_loss_and_update_are_transformers_on_completion_tokens(budget):
     """Whatever the micro-batches; the update is torch's AdamW on the gradient of transformers' loss."""
     theirs = reference_model(vocab_size=48, tie_word_embeddings=True)
@@ -36,8 +35,9 @@ def test_loss_and_update_are_transformers_on_completion_tokens(budget):
     ids = torch.zeros(6, max(map(len, samples)), dtype=torch.int64)
     labels = torch.full(ids.shape, -100)
     for row, sample in enumerate(samples):
-        ids[row, : len(sample)] = torch.tensor(sample.prompt_ids + sample.completion_ids)
-        labels[row, len(sample.prompt_ids) : len(sample)] = torch.tensor(sample.completion_ids)
+        start, end = len(sample.prompt_ids), len(sample)
+        ids[row, :end] = torch.tensor(sample.prompt_ids + sample.completion_ids)
+        labels[row, start:end] = ids[row, start:end]
     expected = theirs(ids, labels=labels).loss
     expected.backward()
     norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
@@ -68,20 +68,16 @@ def test_an_update_that_is_not_finite_is_skipped():
 def test_every_epoch_visits_every_sample_once(count, batch_size):
     """Each epoch has its own order, made from the seed."""
     samples = [Sample([1], [number]) for number in range(count)]
-    np.random.seed(count)
     steps = sft_schedule(samples, batch_size, epochs=3, seed=7)
     assert len(steps) == 3 * math.ceil(count / batch_size)
-    assert all(1 <= len(step) <= batch_size for step in steps)
+    assert max(map(len, steps)) <= batch_size
     visited = [sample.completion_ids[0] for step in steps for sample in step]
-    orders = [visited[:count], visited[count : 2 * count], visited[2 * count :]]
-    assert all(sorted(order) == list(range(count)) for order in orders)
-    assert len(set(map(tuple, orders))) > 1
-    np.random.seed(0)
-    assert (
-        sft_schedule(samples, batch_size, epochs=3, seed=7)
-        == steps
-        != sft_schedule(samples, batch_size, epochs=3, seed=8)
-    )
+    epochs = [visited[start : start + count] for start in (0, count, 2 * count)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(count))
+    assert not epochs[0] == epochs[1] == epochs[2]
+    assert sft_schedule(samples, batch_size, epochs=3, seed=7) == steps
+    assert sft_schedule(samples, batch_size, epochs=3, seed=8) != steps
 
 
 PROBLEMS = [Problem((2, 3, 5), 30), Problem((79, 60, 17), 36), Problem((1, 2, 3), 6)]
@@ -89,82 +85,76 @@ ANSWERS = ["2*3*5", "79-60+17", "1+2+3"]
 
 
 @pytest.fixture
-def recipe(tmp_path) -> Recipe:
-    """An SFT stage on one trace of each of PROBLEMS."""
+def recipe(tmp_path, monkeypatch) -> Recipe:
+    """An SFT stage on one trace of each of PROBLEMS; its run draws no pictures, which take seconds."""
+    monkeypatch.setattr(lab.run, "write_curve", lambda *_: None)
+    monkeypatch.setattr(lab.run, "write_report", lambda *_: None)
     texts = [f"so\n</think>\n<answer>{answer}</answer>" for answer in ANSWERS]
     save_traces(tmp_path / "own.jsonl", map(Trace, PROBLEMS, texts))
     stage = SFTStage(traces=str(tmp_path / "own.jsonl"), batch_size=1, epochs=2, learning_rate=6e-3)
-    options = f"--out {tmp_path}/run --evaluation.problems 1 --evaluation.final-problems 0"
-    return replace(smoke(options), stages=(stage,))
+    options = "--sampling.max-new-tokens 8 --evaluation.problems 1 --evaluation.final-problems 0"
+    return replace(smoke("--out", tmp_path / "run", options), stages=(stage,))
+
+
+@pytest.fixture
+def steps(monkeypatch) -> mock.Mock:
+    """`sft_step`, which is not taken; its calls can be looked at."""
+    steps = mock.Mock(return_value={"loss": 1.0, "grad_norm": 1.0, "tokens": 1})
+    monkeypatch.setattr(lab.stages, "sft_step", steps)
+    return steps
 
 
 def test_traces_of_held_out_problems_are_left_out(recipe, tmp_path):
     """In any order of their numbers: 17, 79, 60 -> 36 is the problem of the second trace."""
-    run = SimpleNamespace(recipe=recipe, folder=RunFolder(tmp_path), state=TrainState(), problems=[])
+    run = SimpleNamespace(recipe=recipe, folder=RunFolder(tmp_path), state=TrainState())
     run.held_out = [Problem((17, 79, 60), 36)]
-    traces = traces_for(run)
-    assert [trace.problem for trace in traces] == PROBLEMS[::2]
+    assert [trace.problem for trace in traces_for(run)] == PROBLEMS[::2]
     run.held_out = PROBLEMS
     with pytest.raises(DataError, match="held-out"):
         traces_for(run)
 
 
-def test_a_cold_start_learns_right_worked_solutions(tmp_path, monkeypatch):
+def test_a_cold_start_learns_right_worked_solutions(recipe, steps):
     """GRPO begins with other problems; held-out ones and the prompts' examples are not among them."""
-    steps = mock.Mock(return_value={"loss": 1.0, "grad_norm": 1.0, "tokens": 1})
-    monkeypatch.setattr(lab.stages, "sft_step", steps)
     stage = SFTStage(traces="worked", max_traces=40, batch_size=10, epochs=1)
-    options = f"--out {tmp_path}/run --generated-problems 100 --sampling.examples 2"
-    recipe = replace(smoke(options), stages=(stage,))
+    sampling = replace(recipe.sampling, examples=2)
+    recipe = replace(recipe, stages=(stage,), generated_problems=100, sampling=sampling)
     train(recipe, quiet=True)
+    task = recipe.task
     traces = load_traces(
-        tmp_path / "run" / "worked.jsonl", recipe.task.problem_from_row, lambda text, problem: True
+        RunFolder(recipe.out).path / "worked.jsonl",
+        task.problem_from_row,
+        lambda text, problem: task.score(text, problem).outcome == "correct",
     )
-    assert len(traces) == 40
-    assert len({trace.problem.key for trace in traces}) == 40
-    for trace in traces:
-        assert recipe.task.score(trace.completion, trace.problem).outcome == "correct"
-    problems, held_out = problems_of(recipe, seen_by(recipe.model))
-    used = {trace.problem.key for trace in traces}
-    assert used <= {problem.key for problem in problems}
-    kept_back = [*held_out, *recipe.task.examples(2)]
-    assert not used & {problem.key for problem in kept_back}
-    first = endless_problems(problems, recipe.seed, 0, len(problems) - 40)
-    assert not used & {problem.key for problem in first}
-    samples = [sample for call in steps.call_args_list for sample in call.args[1]]
-    learned = {Tokenizer(TINY).decode(sample.completion_ids) for sample in samples}
-    assert learned == {trace.completion + "<|im_end|>" for trace in traces}
+    problems = problems_of(recipe, seen_by(recipe.model))[0]  # without the held-out ones and the examples
+    later = endless_problems(problems, recipe.seed, 0, len(problems))[-40:]
+    assert {trace.problem for trace in traces} == set(later)
+    learned = [sample.completion_ids for call in steps.call_args_list for sample in call.args[1]]
+    expected = {trace.completion + "<|im_end|>" for trace in traces}
+    assert set(map(Tokenizer(TINY).decode, learned)) == expected
 
 
-def test_a_task_without_solutions_is_refused_before_any_step(tmp_path, monkeypatch):
+def test_a_task_without_solutions_is_refused_before_any_step(recipe, monkeypatch):
     monkeypatch.setattr(Countdown, "work_out", Task.work_out)
-    recipe = smoke("--out", tmp_path / "run")
     with pytest.raises(RecipeError, match="stages.0.traces: countdown cannot write worked solutions"):
         train(replace(recipe, stages=(SFTStage(traces="worked"),)), quiet=True)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not RunFolder(recipe.out).metrics()
 
 
-def test_a_step_learns_prompt_trace_and_end_of_turn(recipe, monkeypatch):
+def test_a_step_learns_prompt_trace_and_end_of_turn(recipe, steps):
     """The learning rate falls linearly to zero."""
-    tokenizer, steps = Tokenizer(TINY), mock.Mock(return_value={"loss": 1.0, "grad_norm": 1.0, "tokens": 1})
-    monkeypatch.setattr(lab.stages, "sft_step", steps)
     train(recipe, quiet=True)
-    *_, samples, rates = zip(*(call.args for call in steps.call_args_list), strict=True)
+    *_, samples, rates = zip(*(call.args for call in steps.call_args_list))
     assert rates == pytest.approx([6e-3, 5e-3, 4e-3, 3e-3, 2e-3, 1e-3])
-    for (sample,) in samples:
-        prompt, completion = tokenizer.decode(sample.prompt_ids), tokenizer.decode(sample.completion_ids)
-        problem = next(p for p, answer in zip(PROBLEMS, ANSWERS, strict=True) if answer in completion)
-        assert f"numbers {', '.join(map(str, problem.numbers))} exactly" in prompt
-        assert prompt.endswith("<think>\n")
-        assert completion.startswith("so\n</think>")
-        assert completion.endswith("</answer><|im_end|>")
-        assert sample.completion_ids[-1] == tokenizer.end_of_turn_id
-        assert sample.old_logprobs is None
-        assert sample.advantage == 0
+    decode = Tokenizer(TINY).decode
+    learned = {decode(sample.completion_ids): decode(sample.prompt_ids) for (sample,) in samples}
+    for problem, answer in zip(PROBLEMS, ANSWERS):
+        prompt = learned[f"so\n</think>\n<answer>{answer}</answer><|im_end|>"]
+        assert prompt.endswith(recipe.task.prompt(problem) + "<|im_end|>\n<|im_start|>assistant\n<think>\n")
+    assert all(sample.old_logprobs is None and sample.advantage == 0 for (sample,) in samples)
 
 
-@pytest.mark.parametrize("share, saved_at", [(0.05, [1, 8, 12, 16, 20, 23, 27]), (1.0, range(1, 30))])
-def test_checkpoints_take_their_share_of_the_time(recipe, share, saved_at, monkeypatch):
+def test_checkpoints_take_their_share_of_the_time(recipe, monkeypatch):
     """Short steps are evaluated four times.
 
     Steps take 10 s and checkpoints 2 s: number k + 1 comes where 2 k + 2 <= 0.05 (10 step + 2 k), and one at
@@ -185,14 +175,11 @@ def test_checkpoints_take_their_share_of_the_time(recipe, share, saved_at, monke
     monkeypatch.setattr(lab.run, "save_checkpoint", save)
     stages = (replace(recipe.stages[0], epochs=10),)
     evaluation = replace(recipe.evaluation, every=1)
-    train(
-        replace(recipe, stages=stages, evaluation=evaluation, checkpoint_every=1, checkpoint_share=share),
-        quiet=True,
-    )
-    assert saved == [*saved_at, 30]
+    train(replace(recipe, stages=stages, evaluation=evaluation, checkpoint_share=0.05), quiet=True)
+    assert saved == [1, 8, 12, 16, 20, 23, 27, 30]
     rows = RunFolder(recipe.out).metrics()
     assert [row["step"] for row in rows if "eval_accuracy" in row] == [0, 8, 16, 24, 30]
-    assert rows[-1]["checkpoint_seconds"] == 2 * len(saved_at)
+    assert rows[-1]["checkpoint_seconds"] == 2 * 7
 
 
 def test_only_finished_correct_rollouts_become_traces(tmp_path):
@@ -201,10 +188,10 @@ def test_only_finished_correct_rollouts_become_traces(tmp_path):
     run.create(Recipe(), {})
     correct = Rollout(PROBLEMS[0], [1], Completion([2], [-1.0], True), "b", "correct", 1.0)
     odd = replace(correct, text="so\n\r\x85\u2028\u2029\x1e</think>")
-    near = replace(correct, text="near", outcome="near", reward=0.7)
-    cut = replace(correct, text="cut", completion=Completion([2], [-1.0], False))
-    run.save_rollouts(3, 0, [[odd, near], [cut, correct]], torch.zeros(2, 2))
-    run.save_rollouts(4, 2, [[replace(correct, text="of another stage")]], torch.zeros(1, 1))
+    near = replace(correct, outcome="near")
+    cut = replace(correct, completion=Completion([2], [-1.0], False))
+    run.save_rollouts(3, 0, [[odd, near, cut, correct]], torch.zeros(1, 4))
+    run.save_rollouts(4, 2, [[correct]], torch.zeros(1, 1))  # of another stage
     run.save_rollouts(10, 0, [[replace(correct, text="c")]], torch.zeros(1, 1))
     for step, stage in ((3, 0), (4, 2), (10, 0)):
         run.log({"step": step, "stage": stage})

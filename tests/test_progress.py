@@ -27,38 +27,31 @@ from lab.runfolder import RunFolder
 from lab.screen import progress_bar
 from lab.stages import train
 from model import generate
-from model.sampler import plan_batches
 
 TRAIN = f"smoke --model tiny-256 {QUICK}"
 
 
-def expected_reports(groups, room, check_every) -> list[tuple[int, int]]:
-    """What each batch reports after every `check_every` tokens and at its end, from the completions."""
-    reports, done, tokens = [], 0, 0
-    for prompts, samples in plan_batches(list(map(len, PROMPTS)), 3, 23, room):
-        batch = [completion for group in groups[prompts] for completion in group[samples]]
-        lengths = [len(completion.token_ids) for completion in batch]
-        for count in [*range(check_every, 23, check_every), 23]:
-            ended = [c for c in batch if len(c.token_ids) <= count and (c.finished or count == 23)]
-            reports.append((done + len(ended), tokens + sum(min(length, count) for length in lengths)))
-            if len(ended) == len(batch):
-                break
-        done, tokens = reports[-1]
-    return reports
-
-
-@pytest.mark.parametrize("check_every, stops", [(8, ()), (3, (7, 30)), (3, range(0, 48, 2))])
-@pytest.mark.parametrize("room", [32, 160])
-def test_reports_are_true_on_the_way_and_end_at_the_totals(check_every, stops, room, monkeypatch):
+@pytest.mark.parametrize("stops, check_every", [((), 8), ((7, 30), 3), (range(0, 48, 2), 3)])
+def test_reports_are_true_on_the_way_and_end_at_the_totals(stops, check_every, monkeypatch):
+    """In one batch, after every `check_every` tokens and at its end; in several, they add up."""
     monkeypatch.setitem(model.sampler.CHECK_EVERY, "cpu", check_every)
     decoder = random_model(std=0.2)
-    options = dict(num_samples=3, max_new_tokens=23, stop_token_ids=stops, seed=5, max_cache_tokens=room)
-    report = mock.Mock()
-    groups = generate(decoder, PROMPTS, **options, on_progress=report)
-    reports = [call.args for call in report.call_args_list]
-    assert reports[-1] == (15, sum(len(completion.token_ids) for group in groups for completion in group))
-    assert reports == expected_reports(groups, room, check_every)
-    assert generate(decoder, PROMPTS, **options) == groups  # the same without reports
+    options = dict(num_samples=3, max_new_tokens=23, stop_token_ids=stops, seed=5)
+    groups = generate(decoder, PROMPTS, **options)  # without reports
+    lengths = [len(completion.token_ids) for group in groups for completion in group]
+    expected = []
+    for count in [*range(check_every, 23, check_every), 23]:
+        done = sum(length <= count for length in lengths)
+        expected.append((done, sum(min(length, count) for length in lengths)))
+        if done == 15:
+            break
+    for room in (10**6, 160, 32):
+        report = mock.Mock()
+        assert generate(decoder, PROMPTS, **options, max_cache_tokens=room, on_progress=report) == groups
+        reports = [call.args for call in report.call_args_list]
+        assert reports[-1] == (15, sum(lengths))
+        assert reports == sorted(reports)
+        assert room < 10**6 or reports == expected
 
 
 def screen_of(text: str) -> str:

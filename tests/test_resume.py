@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers import smoke, timeless
+from helpers import SMALL, smoke, terse, timeless
 
 import lab.run
 import lab.setup
@@ -20,16 +20,19 @@ from lab.recipe import RecipeError
 from lab.runfolder import RunFolder
 from lab.stages import train
 
-SMALL = """
---evaluation.every 1 --evaluation.problems 2 --evaluation.final-problems 2
---stages.0.prompts-per-step 2 --stages.0.samples-per-prompt 8 --stages.1.batch-size 2 --stages.1.max-traces 4
---stages.2.prompts-per-step 2 --stages.2.samples-per-prompt 8
-"""
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Runs are terse, and no curve is drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        terse(patch)
+        patch.setattr(lab.run, "write_curve", lambda *arguments: None)
+        yield
 
 
 def small_run(out: Path, resume: bool = False, options: str = "") -> None:
     """GRPO, SFT, GRPO, with checkpoints and evaluations after every step."""
-    train(smoke("--out", out, SMALL, options), resume=resume, quiet=True)
+    train(smoke("--evaluation.every 1 --out", out, SMALL, options), resume=resume, quiet=True)
 
 
 def stopped_run(out: Path, monkeypatch, module, name: str, call: int, resume: bool = False) -> None:
@@ -59,12 +62,6 @@ def whole(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
     small_run(out)
     return out
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    """Drawing takes longer than so small a run."""
-    monkeypatch.setattr(lab.run, "write_curve", lambda *arguments: None)
 
 
 def assert_same_end(run: Path, whole: Path) -> None:

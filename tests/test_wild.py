@@ -49,7 +49,7 @@ from lab.screen import LiveScreen, plain_console, progress_bar
 from lab.setup import load_policy, set_up, stage_start_model
 from lab.stages import train
 from model import ModelError, Qwen3, Qwen3Config, Tokenizer, generate, load_model, save_model
-from model.sampler import TokenChoice, random_uniforms, sample_completion
+from model.sampler import TokenChoice, sample_completion
 from model.weights import INDEX, is_bundled
 from rl.batch import Sample, logprobs_and_entropy, make_batch
 
@@ -122,15 +122,11 @@ def test_the_plain_rope_by_its_name_is_the_plain_rope(scaling):
 
 def test_a_model_of_any_precision_is_sampled_and_scored():
     model = random_model(dtype=torch.float64, std=0.2)
-    [[first]] = generate(model, [[5, 17, 3]], max_new_tokens=6, seed=3)
-    uniforms = random_uniforms([[5, 17, 3]], 1, 6, seed=3)[0, 0]
-    ids, logprobs = zip(*sample_completion(model, [5, 17, 3], uniforms, (), TokenChoice()))
-    assert first.token_ids == list(ids)
-    assert np.allclose(first.logprobs, logprobs, rtol=1e-12)
-    assert first.logprobs != np.float32(first.logprobs).tolist()  # none is rounded
-    batch = make_batch([Sample([5, 17, 3], first.token_ids, first.logprobs, 1.0)])
+    [[sampled]] = generate(model, [[5, 17, 3]], max_new_tokens=6)
+    assert sampled.logprobs != np.float32(sampled.logprobs).tolist()  # none is rounded
+    batch = make_batch([Sample([5, 17, 3], sampled.token_ids, sampled.logprobs, 1.0)])
     scored = logprobs_and_entropy(model, batch).logprobs[0].tolist()
-    assert np.allclose(scored, first.logprobs, rtol=1e-10)
+    assert np.allclose(scored, sampled.logprobs, rtol=1e-10)
 
 
 def test_a_notebooks_backend_that_is_not_installed_ends_no_run(tmp_path):

@@ -179,19 +179,19 @@ def sampler_that_is_off(shift):
 # An evaluation
 
 
-def rollout(outcome: str, text: str, problem: object = PROBLEM) -> Rollout:
+def rollout(outcome: str, text: str, problem: object = PROBLEM, reward: float = 0.5) -> Rollout:
     """A completion of one token, as if its text had been sampled and judged."""
-    return Rollout(problem, [1], Completion([5], [-0.5], True), text, outcome, 0.5)
+    return Rollout(problem, [1], Completion([5], [-0.5], True), text, outcome, reward)
 
 
 def answered(problem: Problem, *answers: str) -> list[Rollout]:
     """A group of completions with these answers, scored as usual; an empty one gives no answer at all."""
-    texts = [f"</think>\n<answer>{answer}</answer>" if answer else "</think>\n" for answer in answers]
-    verdicts = [score(text, problem) for text in texts]
-    return [
-        Rollout(problem, [1], Completion([5], [-0.5], True), text, verdict.outcome, verdict.reward)
-        for text, verdict in zip(texts, verdicts, strict=True)
-    ]
+    group = []
+    for answer in answers:
+        text = f"</think>\n<answer>{answer}</answer>" if answer else "</think>\n"
+        verdict = score(text, problem)
+        group.append(rollout(verdict.outcome, text, problem, verdict.reward))
+    return group
 
 
 GROUPS = [

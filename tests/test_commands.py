@@ -9,7 +9,7 @@ from statistics import fmean
 
 import pytest
 import torch
-from helpers import ROOT, SMALL, TIMES, evaluated, fails, one_step, parsed, smoke, terse, timeless
+from helpers import SMALL, TIMES, evaluated, fails, one_step, parsed, smoke, terse, timeless
 from reference import NO_THINKING, changed_tokenizer, reference_model, same_weights
 
 import eval as eval_command
@@ -49,8 +49,6 @@ def test_eval_puts_models_side_by_side_on_the_same_problems(smoke_run, tmp_path,
     file = tmp_path / "found.json"
     eval_command.main(eval_command.Arguments((first, last), count=4, samples=2, json=str(file)))
     printed = capsys.readouterr().out
-    for words in ("accuracy, sampled", "pass@2", "malformed", "numbers, ", "greedy, against the first"):
-        assert words in printed
     found = json.loads(file.read_text())
     assert [model["name"] for model in found["models"]] == [first, last]
     assert found["problems"]["count"] == 4
@@ -131,11 +129,8 @@ def test_only_settings_of_memory_and_speed_may_change_on_resume(smoke_run, capsy
 def test_a_mistake_is_one_line_that_names_it_and_leaves_no_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))  # an empty cache; the tests run offline
     (tmp_path / "empty.jsonl").write_text("")
-    cut = shutil.copytree(ROOT / "model" / "tiny", tmp_path / "cut") / "model.safetensors"
-    cut.write_bytes(cut.read_bytes()[:100_000])
     for options, words in (
         ("--model nobody/no-such-model", "nobody/no-such-model.* tiny"),  # which works without a network
-        (f"--model {tmp_path}/cut", "model.safetensors"),
         (f"--problems {tmp_path}/empty.jsonl", "empty.jsonl"),
         ("--device cuda:7", "cuda:7"),
         ("--stages.0.steps 0", "stages.0.steps.*greater than or equal to 1"),
@@ -181,13 +176,6 @@ def test_a_run_says_that_its_model_has_no_chat_template(qwen2, capsys):
     recipe = one_step(options_for(qwen2), "--sampling.no-thinking")
     train(replace(recipe, stages=()), plain=True)
     assert "prompts   ChatML, since the model comes without a chat template" in capsys.readouterr().out
-
-
-def test_a_hostile_chat_template_is_one_line(qwen2, capsys):
-    (qwen2 / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
-    assert "template" in fails(capsys, lambda: train(smoke(options_for(qwen2), "--sampling.no-thinking")))
-    options = dict(recipe="smoke", problems="generated")
-    assert "template" in fails(capsys, lambda: evaluated(capsys, qwen2, **options))
 
 
 def test_a_run_without_room_does_not_block_the_corrected_one(tmp_path, capsys):

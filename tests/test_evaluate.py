@@ -1,9 +1,7 @@
 """Accuracy, its interval, and the counts and shares that an evaluation and a metrics line report."""
 
 import hashlib
-import itertools
 from dataclasses import replace
-from statistics import fmean
 from unittest import mock
 
 import pytest
@@ -12,7 +10,7 @@ from helpers import GROUPS, PROBLEM, one_step
 import lab.run
 from data import Problem
 from lab.evaluate import Evaluation, problems_hash
-from lab.metrics import common_form, pass_at_k, rollout_metrics
+from lab.metrics import common_form, rollout_metrics
 from lab.recipe import problems_of
 from lab.runfolder import RunFolder
 from lab.stages import train
@@ -34,15 +32,6 @@ def test_an_evaluation_counts_outcomes_lengths_and_truncations():
     assert result.completion_length == 4.0
     assert result.truncated_fraction == 0.1
     assert (result.low, result.high) == pytest.approx((0.490162, 0.943318), abs=1e-6)  # Wilson
-
-
-@pytest.mark.parametrize("k", [1, 2, 3, 4])
-def test_pass_at_k_is_the_mean_over_every_choice_of_k(k):
-    by_hand = []
-    for group in GROUPS:
-        correct = [rollout.outcome == "correct" for rollout in group]
-        by_hand += map(any, itertools.combinations(correct, k))
-    assert pass_at_k(GROUPS, k) == pytest.approx(fmean(by_hand))
 
 
 def test_the_hash_of_problems_follows_content_and_order():

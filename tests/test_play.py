@@ -43,34 +43,26 @@ def test_a_session_shows_thoughts_verdicts_and_solutions(end, monkeypatch, capsy
         assert shown.count(words) == count, words
 
 
-@pytest.fixture(scope="module")
-def player() -> play.Player:
-    return play.load_player("tiny-256", play.Arguments(temperature=0.0, device="cpu"))
+def test_the_verdict_is_the_tasks_own_and_names_its_end(monkeypatch):
+    """Its reward is the recipe's, here with more of it for short answers."""
 
-
-def test_the_verdict_is_the_tasks_own_and_names_its_end(player):
-    prompt = prompt_for(player.tokenizer, player.recipe.task, PROBLEM, player.recipe.sampling)
-    stops = player.tokenizer.stop_token_ids
-    options = dict(max_new_tokens=256, stop_token_ids=stops, temperature=0.0)
-    [[completion]] = generate(player.model, [prompt], **options)
-    text = player.tokenizer.decode(completion.token_ids[:-1])
-    *before, (last, verdict) = player.think(PROBLEM, seed=1)
-    assert completion.finished
-    assert last == text
-    assert all(text.startswith(part) and not end for part, end in before)
-    scored = score(text, PROBLEM)
-    assert verdict == f"{scored.outcome}: reward {scored.reward:.2f}, {len(completion.token_ids)} tokens"
-
-
-def test_a_reward_for_short_answers_is_shown(player, monkeypatch):
     def shorter_is_better(verdict, text, completion, settings) -> float:
         return verdict.reward + 10 / len(completion.token_ids)
 
     monkeypatch.setattr("rl.rollout.reward_for", shorter_is_better)
-    *_, (_, shown) = player.think(PROBLEM, seed=1)
-    outcome, tokens = re.fullmatch(r"(\w+): reward .*, (\d+) tokens", shown).groups()
-    assert outcome == "correct"
-    assert f"reward {1 + 10 / int(tokens):.2f}," in shown
+    player = play.load_player("tiny-256", play.Arguments(temperature=0.0, device="cpu"))
+    prompt = prompt_for(player.tokenizer, player.recipe.task, PROBLEM, player.recipe.sampling)
+    stops = player.tokenizer.stop_token_ids
+    options = dict(max_new_tokens=256, stop_token_ids=stops, temperature=0.0)
+    [[completion]] = generate(player.model, [prompt], **options)
+    assert completion.finished
+    tokens = len(completion.token_ids)
+    text = player.tokenizer.decode(completion.token_ids[:-1])
+    *before, (last, verdict) = player.think(PROBLEM, seed=1)
+    assert last == text
+    assert all(text.startswith(part) and not end for part, end in before)
+    assert score(text, PROBLEM).outcome == "correct"
+    assert verdict == f"correct: reward {1 + 10 / tokens:.2f}, {tokens} tokens"
 
 
 def test_models_of_two_tasks_are_refused_in_one_line():

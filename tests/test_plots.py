@@ -20,11 +20,6 @@ def drawn(plot, *arguments, **options) -> list[Axes]:
     return save.call_args[0][0].axes
 
 
-def evaluations(*steps: int) -> list[dict]:
-    numbers = {"eval_accuracy": 0.5, "eval_low": 0.4, "eval_high": 0.6}
-    return [{"step": step, "stage": 0, "kind": "grpo", "grpo_steps": step, **numbers} for step in steps]
-
-
 def test_the_papers_points_say_what_differs():
     _, papers = load_recipe("256")
     papers = replace(papers, model="Qwen/Qwen3-1.7B")
@@ -36,7 +31,9 @@ def test_the_papers_points_say_what_differs():
 def test_a_curve_has_whole_markers_and_its_caption():
     recipe = load_recipe("256-tiny")[1]
     caption = paper_caption(recipe)
-    (axes,) = drawn(plot_curve, evaluations(0, 10, 20), paper_points(recipe), caption=caption)
+    numbers = {"stage": 0, "kind": "grpo", "eval_accuracy": 0.5, "eval_low": 0.4, "eval_high": 0.6}
+    rows = [numbers | {"step": step, "grpo_steps": step} for step in (0, 10, 20)]
+    (axes,) = drawn(plot_curve, rows, paper_points(recipe), caption=caption)
     assert axes.get_xlim()[0] < 0
     assert axes.get_xlim()[1] > 20
     assert axes.get_ylim()[0] < 0
@@ -58,14 +55,14 @@ def test_a_picture_is_drawn_for_light_and_for_dark_pages(tmp_path):
 def test_sft_alone_is_a_point_and_names_stand_apart():
     ends = {"grpo": {0: 0.0, 100: 50.0}, "staged": {0: 0.0, 100: 50.5}, "sft": {0: 20.0}}
     main = {arm: [made_up(arm, 0, points)] for arm, points in ends.items()}
-    panels = (Panel("Which?", tuple(main)), Panel("And per token?", ("grpo",), by_tokens=True))
-    axes, per_token = drawn(plot_accuracy, main, panels)
+    (axes,) = drawn(plot_accuracy, main, (Panel("Which?", tuple(main)),))
     assert axes.get_title(loc="left") == "Which?"
     assert sorted(max(line.get_xdata()) for line in axes.lines) == [0, 100, 100]
     heights = {text.get_text(): text.get_position()[1] for text in axes.texts}
     assert abs(heights["grpo"] - heights["staged"]) >= 0.069 * axes.get_ylim()[1]
     assert "sft\n(no GRPO)" in heights
-    assert [text.get_text() for text in per_token.texts] == ["grpo, until its\nshortest run ends"]
+    (axes,) = drawn(plot_accuracy, main, (Panel("And per token?", ("grpo",), by_tokens=True),))
+    assert [text.get_text() for text in axes.texts] == ["grpo, until its\nshortest run ends"]
 
 
 def test_an_ablations_color_claims_no_more_than_its_interval():

@@ -194,7 +194,6 @@ def test_a_card_without_bfloat16_takes_float32_and_says_so(supported, monkeypatc
 
 
 def test_the_screen_follows_the_terminal_and_the_options(monkeypatch):
-    assert type(pick_screen(RECIPE)) is Screen
     console = Console(file=io.StringIO(), force_terminal=True)
     monkeypatch.setattr(lab.screen, "Console", lambda **_: console)
     assert type(pick_screen(RECIPE)) is LiveScreen

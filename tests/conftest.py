@@ -23,10 +23,10 @@ pytest.register_assert_rewrite("helpers")  # so that its failures show their val
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory) -> Path:
     """One run of the smoke recipe; all checkpoints kept."""
-    from helpers import smoke  # needs the path and the environment set above
+    from helpers import SMOKE, smoke  # need the path and the environment set above
 
     from lab.stages import train
 
     out = tmp_path_factory.mktemp("runs") / "smoke"
-    train(smoke("--keep-checkpoints 99 --out", out), quiet=True)
+    train(smoke(SMOKE, "--out", out), quiet=True)
     return out

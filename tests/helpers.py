@@ -236,6 +236,7 @@ def run_command(*arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, **options)
 
 
+SMOKE = "--keep-checkpoints 99 --stages.2.prompts-per-step 2 --stages.2.samples-per-prompt 4"
 QUICK = """
 --evaluation.problems 2 --evaluation.final-problems 0 --sampling.max-new-tokens 4
 --stages.0.steps 1 --stages.0.prompts-per-step 2 --stages.0.samples-per-prompt 2

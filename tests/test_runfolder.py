@@ -2,37 +2,35 @@
 
 import json
 import math
-import subprocess
+import os
+import signal
 import sys
+import time
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from helpers import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lab.boards import Boards
 from lab.recipe import Recipe, RecipeError
 from lab.runfolder import RunFolder
 
-HOLD = """
-import sys, time
-from lab.runfolder import RunFolder
-with RunFolder(sys.argv[1]).locked():
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
 
 def test_a_second_process_is_refused_and_a_dead_one_is_ignored(tmp_path):
     """A dead process's lock is none."""
     run = RunFolder(tmp_path / "run")
-    command = [sys.executable, "-c", HOLD, run.path]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as holder:
-        assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(RecipeError, match="in use by another process.*--out"), run.locked():
-            pass
-        holder.kill()
+    reader, writer = os.pipe()
+    holder = os.fork()
+    if not holder:
+        with run.locked():
+            os.write(writer, b"held")
+            time.sleep(60)
+    assert os.read(reader, 4) == b"held"
+    with pytest.raises(RecipeError, match="in use by another process.*--out"), run.locked():
+        pass
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
     assert (run.path / "lock").exists()  # stale: nothing to clean up by hand
     with run.locked():
         run.create(Recipe(), {})

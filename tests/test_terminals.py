@@ -90,12 +90,12 @@ def test_a_file_is_no_terminal_whatever_the_environment_says(name, monkeypatch, 
 
 
 def test_a_run_logs_plain_lines_in_a_bare_environment(tmp_path):
-    """There is no home, no terminal and no character set."""
+    """There is no home, no terminal and no character set, and a notebook's backend is not installed."""
     code = "import pwd, runpy, sys; pwd.getpwuid = lambda _: {}[0]; sys.argv[:1] = []; "
     code += "runpy.run_path('train.py', run_name='__main__')"
     environment = {"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"FORCE_COLOR": "1", "COLUMNS": "40", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
-    environment |= {"PYTHONUTF8": "0"}
+    environment |= {"PYTHONUTF8": "0", "MPLBACKEND": "module://not_installed_here.backend_inline"}
     options = f"train.py smoke --model tiny-256 {QUICK} --out {tmp_path}/run"
     finished = run_command("-c", code, *options.split(), env=environment)
     assert finished.returncode == 0, finished.stderr
@@ -103,7 +103,8 @@ def test_a_run_logs_plain_lines_in_a_bare_environment(tmp_path):
     first_words = [line.split()[0] for line in finished.stdout.splitlines()]
     assert first_words[:6] == ["model", "problems", "stages", "run", "memory", "before"]
     assert first_words.count("grpo") == 3
-    assert first_words[-1] == "done"
+    assert first_words[-1] == "done:"
+    assert (tmp_path / "run" / "curve.png").exists()
 
 
 def test_every_console_comes_from_one_place():

@@ -14,22 +14,13 @@ import tyro
 
 ROOT = Path(__file__).parent.parent
 PARTS = 10
-OPTIONS = (
-    "smoke --plain --evaluation.every 20 --checkpoint-every 5"  # of 2,000 steps: 100 plots, 400 checkpoints
-)
+# Of 2,000 steps: 100 plots, 400 checkpoints
+OPTIONS = "smoke --plain --evaluation.every 20 --checkpoint-every 5 --stages.0.steps"
 
 
 def watch(steps: int, run: Path) -> list[tuple[int, int, int]]:
     """(step, resident bytes, open files), twice a second, of a run in a process of its own."""
-    command = [
-        sys.executable,
-        "train.py",
-        *OPTIONS.split(),
-        "--out",
-        str(run),
-        "--stages.0.steps",
-        str(steps),
-    ]
+    command = [sys.executable, "train.py", *OPTIONS.split(), str(steps), "--out", str(run)]
     seen = []
     with open(run.with_suffix(".log"), "w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)

@@ -23,9 +23,13 @@ def test_a_second_process_is_refused_and_a_dead_one_is_ignored(tmp_path):
     reader, writer = os.pipe()
     holder = os.fork()
     if not holder:
-        with run.locked():
-            os.write(writer, b"held")
-            time.sleep(60)
+        try:
+            with run.locked():
+                os.write(writer, b"held")
+                time.sleep(60)
+        finally:
+            os._exit(1)
+    os.close(writer)
     assert os.read(reader, 4) == b"held"
     with pytest.raises(RecipeError, match="in use by another process.*--out"), run.locked():
         pass

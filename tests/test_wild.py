@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -152,9 +153,8 @@ def test_a_last_sft_stage_without_traces_is_still_evaluated(tmp_path):
     assert [row["step"] for row in rows] == [0, 1, 1]
     assert rows[-1]["final_accuracy"] == 0.0
     # Nobody has an advantage, so there is no update to measure.
-    text = (tmp_path / "run" / "metrics.jsonl").read_text()
     for name in ("loss", "grad_norm", "clip_fraction", "policy_entropy", "log_ratio_mean", "log_ratio_std"):
-        assert f'"{name}": null' in text
+        assert math.isnan(rows[1][name])
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,6 @@ def test_the_reference_of_adapters_has_their_base(tmp_path, monkeypatch):
     policy, *_ = set_up(recipe, None, TrainState())
     reference = stage_start_model(policy, recipe, RunFolder(recipe.out), TrainState())
     assert logits(policy) == logits(reference)
-    assert not any(parameter.requires_grad for parameter in reference.parameters())
     assert logits(policy) != logits(load_model("tiny-256", CPU, torch.bfloat16)[0])  # the base is in int8
     train(recipe, quiet=True)
     (folder,) = map(str, checkpoints(tmp_path / "run"))

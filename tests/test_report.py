@@ -42,7 +42,7 @@ def test_the_page_says_what_metrics_say(smoke_run, page):
             points.append([row["step"], row["eval_accuracy"], row["eval_low"], row["eval_high"]])
     assert first["evaluations"] == points
     steps = [row for row in rows if row["kind"] == "grpo" and row["step"]]
-    for name in ("reward_mean", "policy_entropy", "clip_fraction"):
+    for name in ("reward_mean", "completion_length", "format_rate"):
         assert first["series"][name] == [[row["step"], row[name]] for row in steps]
     _, seconds = first["series"]["seconds"][0]
     assert seconds == pytest.approx(rows[1]["rollout_seconds"] + rows[1]["update_seconds"])

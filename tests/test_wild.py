@@ -405,12 +405,11 @@ def test_an_answer_ends_once_whatever_its_trace_ends_in(ending):
         assert tokenizer.encode_answer(text + ending) == expected
 
 
-def test_a_file_of_traces_is_read_before_any_work(tmp_path, capsys):
+def test_a_file_of_traces_is_read_before_any_work(tmp_path):
     wrong = {"numbers": [79, 60, 17], "target": 36, "completion": "</think><answer>1</answer>"}
-    file = write_jsonl(tmp_path / "mine.jsonl", [wrong])
-    recipe = smoke("--stages.1.traces", file, "--out", tmp_path / "run")
-    assert "mine.jsonl, line 1: does not solve" in fails(capsys, lambda: train(recipe, quiet=True))
-    assert not (tmp_path / "run").exists()
+    recipe = smoke("--stages.1.traces", write_jsonl(tmp_path / "mine.jsonl", [wrong]))
+    with pytest.raises(DataError, match=r"mine.jsonl, line 1: does not solve"):
+        set_up(recipe, None, TrainState())
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
@@ -488,14 +487,11 @@ def test_a_bundled_model_is_known_by_its_folder_too(monkeypatch):
     assert recipe_for("./model/tiny") == recipe_for("tiny")
 
 
-def test_a_model_trained_here_that_lost_its_notes_is_refused(tmp_path, capsys):
+def test_a_model_trained_here_that_lost_its_notes_is_refused(tmp_path):
     folder = shutil.copytree(TINY.parent / "tiny-256", tmp_path / "model")
     (folder / "trainer_state.json").unlink()
-    for action in (
-        lambda: evaluated(capsys, folder, count=2),
-        lambda: train(smoke("--model", folder, "--out", tmp_path / "run"), quiet=True),
-    ):
-        assert f"{folder}: trainer_state.json is missing" in fails(capsys, action)
+    with pytest.raises(RecipeError, match=f"{folder}: trainer_state.json is missing"):
+        seen_by(folder)
 
 
 def test_a_home_that_nobody_knows_is_no_traceback(tmp_path, monkeypatch, capsys):

@@ -3,7 +3,6 @@
 import errno
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -153,8 +152,9 @@ def test_a_last_sft_stage_without_traces_is_still_evaluated(tmp_path):
     assert [row["step"] for row in rows] == [0, 1, 1]
     assert rows[-1]["final_accuracy"] == 0.0
     # Nobody has an advantage, so there is no update to measure.
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
     for name in ("loss", "grad_norm", "clip_fraction", "policy_entropy", "log_ratio_mean", "log_ratio_std"):
-        assert math.isnan(rows[1][name])
+        assert f'"{name}": null' in text
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,13 @@ pytest.register_assert_rewrite("helpers")  # so that its failures show their val
 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory) -> Path:
-    """One run of the smoke recipe; all checkpoints kept."""
-    from helpers import SMOKE, smoke  # need the path and the environment set above
+    """One terse run of the smoke recipe; all checkpoints kept."""
+    from helpers import SMOKE, smoke, terse  # need the path and the environment set above
 
     from lab.stages import train
 
     out = tmp_path_factory.mktemp("runs") / "smoke"
-    train(smoke(SMOKE, "--out", out), quiet=True)
+    with pytest.MonkeyPatch.context() as patch:
+        terse(patch)
+        train(smoke(SMOKE, "--out", out), quiet=True)
     return out

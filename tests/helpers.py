@@ -236,7 +236,6 @@ def run_command(*arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, **options)
 
 
-SMOKE = "--keep-checkpoints 99 --stages.2.prompts-per-step 2 --stages.2.samples-per-prompt 4"
 QUICK = """
 --evaluation.problems 2 --evaluation.final-problems 0 --sampling.max-new-tokens 4
 --stages.0.steps 1 --stages.0.prompts-per-step 2 --stages.0.samples-per-prompt 2
@@ -247,6 +246,7 @@ SMALL = """
 --stages.0.prompts-per-step 2 --stages.0.samples-per-prompt 4 --stages.1.batch-size 1 --stages.1.max-traces 3
 --stages.2.prompts-per-step 2 --stages.2.samples-per-prompt 4
 """
+SMOKE = f"{SMALL} --keep-checkpoints 99 --stages.0.samples-per-prompt 8 --evaluation.final-problems 32"
 
 
 def terse(patch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,9 @@ from rl import score
 PROBLEM = Problem((3, 4, 5), 12)
 
 
-@pytest.mark.parametrize("choice", [TokenChoice(0.0), TokenChoice(1.3, 9, 0.7)])
-def test_tokens_shown_one_by_one_are_the_samplers_own(choice):
-    model, prompt, stops = random_model(std=0.2), [5, 17, 3, 44], (7, 30)
+def test_tokens_shown_one_by_one_are_the_samplers_own():
+    model, choice = random_model(std=0.2), TokenChoice(1.3, 9, 0.7)
+    prompt, stops = [5, 17, 3, 44], (7, 30)
     uniforms = random_uniforms([prompt], 1, 20, 4)[0, 0]
     ids, logprobs = zip(*sample_completion(model, prompt, uniforms, stops, choice))
     options = dict(max_new_tokens=20, stop_token_ids=stops, seed=4) | vars(choice)

@@ -129,8 +129,8 @@ def test_a_full_disk_leaves_what_was_there_and_says_so(tmp_path, trainer, monkey
         with monkeypatch.context() as patch, pytest.raises(RecipeError, match=message):
             patch.setattr(module, name, full)
             save(tmp_path, 20, trainer)
-        assert newest_checkpoint(tmp_path) == kept
         assert list(kept.parent.iterdir()) == [kept]
+        assert newest_checkpoint(tmp_path) == kept
 
 
 @pytest.mark.parametrize(

@@ -75,4 +75,5 @@ def test_an_ablations_color_claims_no_more_than_its_interval():
     assert color(5, 6, 7) == ABOVE
     assert color(-5, -6, -7) == BELOW
     assert color(-5, 6, 3) == UNKNOWN
+    assert color(5, -6, -3) == UNKNOWN
     assert color(5) == UNKNOWN, "one seed has no interval"

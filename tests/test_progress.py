@@ -25,6 +25,7 @@ from lab.stages import train
 from model import generate
 
 COLOR = r"\x1b\[[\d;]*m"
+FIRST_WORDS = ["model", "problems", "stages", "run", "memory", "before"]
 TRAIN = f"smoke --model tiny-256 {QUICK}"
 
 
@@ -121,7 +122,7 @@ def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on(tmp_path, monkeypatch,
         assert words in re.sub(COLOR, "", text)
     # Nothing of these stays: first the run's own lines, a line for each step, then what Ctrl-C says.
     *lines, stopped = screen_of(text).strip().split("\n")
-    assert [line.split()[0] for line in lines[:5]] == ["model", "problems", "stages", "run", "memory"]
+    assert [line.split()[0] for line in lines[:6]] == FIRST_WORDS
     last = int(checkpoints(out)[-1].name[5:])
     steps = [line.split()[2] for line in lines if line.startswith("grpo")]
     assert steps == [f"{n}/500" for n in range(1, last + 1)]

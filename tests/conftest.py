@@ -20,14 +20,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 pytest.register_assert_rewrite("helpers")  # so that its failures show their values, too
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory) -> Path:
-    """One run of the smoke recipe through the command line; all checkpoints kept."""
-    out = tmp_path_factory.mktemp("runs") / "smoke"
-    from helpers import run_command  # needs the path and the environment set above
+    """One terse run of the smoke recipe; all checkpoints kept."""
+    from helpers import SMOKE, smoke, terse  # need the path and the environment set above
 
-    finished = run_command("train.py", "smoke", "--model", "tiny-256", "--out", out, "--keep-checkpoints", 99)
-    assert finished.returncode == 0, finished.stderr
-    assert "held-out" in finished.stdout
-    assert "done" in finished.stdout
+    from lab.stages import train
+
+    out = tmp_path_factory.mktemp("runs") / "smoke"
+    with pytest.MonkeyPatch.context() as patch:
+        terse(patch)
+        train(smoke(SMOKE, "--out", out), quiet=True)
     return out

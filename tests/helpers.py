@@ -5,7 +5,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -16,14 +16,14 @@ import torch
 
 import eval as eval_command
 import train as train_command
-from data import Problem
+from data import Countdown, Problem
 from data.task import Score
 from experiments.bases.weights import init_weights
 from experiments.study.results import Run
 from lab.errors import user_errors
 from lab.recipe import Recipe, build_recipe
 from lab.runfolder import RunFolder, flatten
-from model import Completion, Qwen3, Qwen3Config
+from model import Completion, Qwen3, Qwen3Config, Tokenizer
 from model.chat import CHATML, ChatTemplate
 from rl import score
 from rl.batch import Sample
@@ -182,19 +182,19 @@ def sampler_that_is_off(shift):
 # An evaluation
 
 
-def rollout(outcome: str, text: str, problem: object = PROBLEM) -> Rollout:
+def rollout(outcome: str, text: str, problem: object = PROBLEM, reward: float = 0.5) -> Rollout:
     """A completion of one token, as if its text had been sampled and judged."""
-    return Rollout(problem, [1], Completion([5], [-0.5], True), text, outcome, 0.5)
+    return Rollout(problem, [1], Completion([5], [-0.5], True), text, outcome, reward)
 
 
 def answered(problem: Problem, *answers: str) -> list[Rollout]:
     """A group of completions with these answers, scored as usual; an empty one gives no answer at all."""
-    texts = [f"</think>\n<answer>{answer}</answer>" if answer else "</think>\n" for answer in answers]
-    verdicts = [score(text, problem) for text in texts]
-    return [
-        Rollout(problem, [1], Completion([5], [-0.5], True), text, verdict.outcome, verdict.reward)
-        for text, verdict in zip(texts, verdicts, strict=True)
-    ]
+    group = []
+    for answer in answers:
+        text = f"</think>\n<answer>{answer}</answer>" if answer else "</think>\n"
+        verdict = score(text, problem)
+        group.append(rollout(verdict.outcome, text, problem, verdict.reward))
+    return group
 
 
 GROUPS = [
@@ -239,9 +239,44 @@ def run_command(*arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, **options)
 
 
+QUICK = """
+--evaluation.problems 2 --evaluation.final-problems 0 --sampling.max-new-tokens 4
+--stages.0.steps 1 --stages.0.prompts-per-step 2 --stages.0.samples-per-prompt 2
+"""
+# For `terse` runs: GRPO and SFT and GRPO, a few steps each, with some completions that are correct
+SMALL = """
+--evaluation.problems 2 --evaluation.final-problems 2 --sampling.max-new-tokens 8 --keep-checkpoints 2
+--stages.0.prompts-per-step 2 --stages.0.samples-per-prompt 4 --stages.1.batch-size 1 --stages.1.max-traces 3
+--stages.2.prompts-per-step 2 --stages.2.samples-per-prompt 4
+"""
+SMOKE = f"{SMALL} --keep-checkpoints 99 --stages.0.samples-per-prompt 8 --evaluation.final-problems 32"
+
+
+def terse(patch: pytest.MonkeyPatch) -> None:
+    """Completions may end with some digits, after few tokens, and a third of them is correct."""
+    init = Tokenizer.__init__
+
+    def init_with_more_ends(tokenizer, folder) -> None:
+        init(tokenizer, folder)
+        tokenizer.stop_token_ids = (16, 19, 22, 256, 258)
+
+    def score(task, text: str, problem, thinking: bool) -> Score:
+        correct = sum(map(ord, text)) % 3 == 0
+        return Score(float(correct), "correct" if correct else "wrong")
+
+    patch.setattr(Tokenizer, "__init__", init_with_more_ends)
+    patch.setattr(Countdown, "score", score)
+
+
 def smoke(*options) -> Recipe:
     """The smoke recipe with these options, which are separated by blanks, as on a command line."""
     return parsed("smoke --model tiny-256", *options).recipe
+
+
+def one_step(*options) -> Recipe:
+    """The smoke recipe with only its first stage, of a step: almost nothing, unless the options say more."""
+    recipe = smoke(QUICK, *options)
+    return replace(recipe, stages=recipe.stages[:1])
 
 
 def parsed(*words) -> train_command.Arguments:

@@ -14,22 +14,13 @@ import tyro
 
 ROOT = Path(__file__).parent.parent
 PARTS = 10
-OFTEN = ["--evaluation.every", "20", "--checkpoint-every", "5"]  # of 2,000 steps: 100 plots, 400 checkpoints
+# Of 2,000 steps: 100 plots, 400 checkpoints
+OPTIONS = "smoke --plain --evaluation.every 20 --checkpoint-every 5 --stages.0.steps"
 
 
 def watch(steps: int, run: Path) -> list[tuple[int, int, int]]:
     """(step, resident bytes, open files), twice a second, of a run in a process of its own."""
-    command = [
-        sys.executable,
-        "train.py",
-        "smoke",
-        "--plain",
-        "--out",
-        str(run),
-        "--stages.0.steps",
-        str(steps),
-        *OFTEN,
-    ]
+    command = [sys.executable, "train.py", *OPTIONS.split(), str(steps), "--out", str(run)]
     seen = []
     with open(run.with_suffix(".log"), "w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
@@ -60,11 +51,15 @@ def main(steps: int = 2000, growth: float = 0.02) -> None:
     print(f"{steps:,} steps in {time.perf_counter() - start:,.0f} s\n")
     print("| steps | memory, MB | open files |\n|---|---|---|")
     parts = []
-    for low, high in ((steps * number // PARTS, steps * (number + 1) // PARTS) for number in range(PARTS)):
+    for number in range(PARTS):
+        low, high = steps * number // PARTS, steps * (number + 1) // PARTS
         part = [(memory, files) for step, memory, files in seen if low <= step < high]
-        parts.append((median(memory for memory, _ in part), min(files for _, files in part)))
-        print(f"| {low:,} to {high:,} | {parts[-1][0] / 1e6:,.1f} | {parts[-1][1]} |")
-    (before, files_before), (after, files_after) = parts[PARTS // 2], parts[-1]
+        memory = median(memory for memory, _ in part)
+        files = min(files for _, files in part)
+        parts.append((memory, files))
+        print(f"| {low:,} to {high:,} | {memory / 1e6:,.1f} | {files} |")
+    before, files_before = parts[PARTS // 2]
+    after, files_after = parts[-1]
     print("\nover the last half:")
     print(f"memory {100 * (after / before - 1):+.2f} %, open files {files_after - files_before:+d}")
     if after > before * (1 + growth) or files_after > files_before:

@@ -1,22 +1,13 @@
 """Recipes: what ships loads, a mistake is refused by its field's name, and nothing is lost on the way."""
 
 import json
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
 
-from lab.recipe import (
-    RECIPES,
-    Recipe,
-    RecipeError,
-    build_recipe,
-    checked,
-    from_dict,
-    load_recipe,
-    read_tables,
-)
+from lab.recipe import RECIPES, Recipe, RecipeError, build_recipe, from_dict, load_recipe, read_tables
 from rl.grpo import GRPOStage
 from rl.rollout import SamplingSettings
 from rl.sft import SFTStage
@@ -38,36 +29,35 @@ def refused(folder, text: str) -> str:
     return str(error.value)
 
 
+def stage(kind: str, text: str = "") -> str:
+    return f'[[stages]]\nkind = "{kind}"\n{text}\n'
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_loads_and_states_its_thinking_mode(name):
     """Qwen3-1.7B rarely finishes thinking in 256 tokens at first, so the mode decides what step 0 shows."""
     loaded_name, recipe = load_recipe(name)
     assert loaded_name == name
-    again = from_dict(Recipe, json.loads(json.dumps(asdict(recipe))))
-    assert again == recipe
-    assert list(map(type, again.stages)) == list(map(type, recipe.stages))
+    assert from_dict(Recipe, json.loads(json.dumps(asdict(recipe)))) == recipe
     assert isinstance(read_tables(RECIPES / f"{name}.toml")["sampling"]["thinking"], bool)
 
 
-def test_the_recipes_state_the_papers_numbers():
-    for name, tokens, steps in (("256", 256, [80, None, 100]), ("512", 512, [80]), ("baseline", 1024, [])):
-        _, recipe = load_recipe(name)
-        assert recipe.sampling.max_new_tokens == tokens
-        assert recipe.sampling.temperature == 1.0
-        assert recipe.evaluation.every == 10
-        assert recipe.optimizer.kind == "adamw8bit"
-        assert [stage.steps if stage.kind == "grpo" else None for stage in recipe.stages] == steps
-        assert all(
-            (stage.clip_low, stage.clip_high) == (0.25, 0.25)
-            for stage in recipe.stages
-            if stage.kind == "grpo"
-        )
-        sibling_name, sibling = load_recipe(name, variant="tiny")
-        assert sibling_name == f"{name}-tiny"
-        assert sibling.model == "tiny"
-        assert sibling.sampling.max_new_tokens == tokens
-        assert [stage.kind for stage in sibling.stages] == [stage.kind for stage in recipe.stages]
-    assert load_recipe("smoke", variant="tiny")[0] == "smoke"  # has no sibling
+@pytest.mark.parametrize(
+    "name, tokens, steps", [("256", 256, [80, None, 100]), ("512", 512, [80]), ("baseline", 1024, [])]
+)
+def test_the_recipes_state_the_papers_numbers(name, tokens, steps):
+    _, recipe = load_recipe(name)
+    assert recipe.sampling.temperature == 1.0
+    assert recipe.evaluation.every == 10
+    assert recipe.optimizer.kind == "adamw8bit"
+    for stage in recipe.stages:
+        assert stage.kind == "sft" or (stage.clip_low, stage.clip_high) == (0.25, 0.25)
+    sibling_name, sibling = load_recipe(name, variant="tiny")
+    assert sibling_name == f"{name}-tiny"
+    assert sibling.model == "tiny"
+    for each in (recipe, sibling):
+        assert each.sampling.max_new_tokens == tokens
+        assert [getattr(stage, "steps", None) for stage in each.stages] == steps
 
 
 def test_extending_merges_tables_and_replaces_values_and_lists(tmp_path):
@@ -93,95 +83,61 @@ def test_shared_tables_fill_the_stages_of_their_kind():
     assert build_recipe(shared | {"stages": stages}, Path("mine.toml")).stages == expected
 
 
-def stage(kind: str, text: str = "") -> str:
-    return f'[[stages]]\nkind = "{kind}"\n{text}\n'
-
-
 @pytest.mark.parametrize(
     "text, field",
     [
         ("stepps = 3", "unknown field stepps"),
-        ("[sampling]\nmax_tokens = 3", "unknown field sampling.max_tokens"),
         ('[task]\nkind = "gsm8k"\nmax_number = 3', "unknown field task.max_number"),
         (stage("grpo") + stage("sft", "steps = 3"), "unknown field stages.1.steps"),
         ("[grpo]\nepochs = 3\n" + stage("grpo"), "unknown field grpo.epochs"),
         ("stages = []\n[sft]\nsteps = 3", "unknown field sft.steps"),
-        ("seed = 1.0", "seed"),
         ("seed = true", "seed"),
         ("sampling = 3", "sampling"),
-        ("[sampling]\nthinking = 1", "sampling.thinking"),
         ("[sampling]\ntemperature = nan", "sampling.temperature"),
-        ("[sampling]\ntop_k = 2.5", "sampling.top_k"),
         ("[sampling]\ntop_p = 0.0", "sampling.top_p"),
         ("[sampling]\ntemperature = 0.0\n" + stage("grpo"), "sampling.temperature"),
         ('[optimizer]\nmicro_batch_tokens = "many"', "optimizer.micro_batch_tokens"),
-        (stage("grpo", "learning_rate = [1]"), "stages.0.learning_rate"),
-        (stage("grpo", "clip_low = 1.1"), "stages.0.clip_low"),
         (stage("grpo", 'aggregation = "mean"'), "stages.0.aggregation"),
         (stage("grpo", "prompts_per_step = 2\nupdates_per_step = 3"), "stages.0.updates_per_step"),
-        (stage("sft", "traces = 1"), "stages.0.traces"),
         (stage("ppo"), "stages.0: input tag 'ppo'"),
         ("[[stages]]\nsteps = 3", "stages.0.kind is missing"),
-        ('[[stages]]\nkind = ["grpo"]', "stages.0: input tag"),
         ('[stages]\nkind = "grpo"', "stages"),
         ("stages = [1]", "stages"),
         ("grpo = 3\n" + stage("grpo"), "grpo"),
         ('[task]\nkind = "countdown"\nmin_number = 9\nmax_number = 3', "task"),
-        ("[task]\nmax_number = 9", "task.kind is missing"),
-        ("task = 3", "task"),
     ],
 )
 def test_a_mistake_is_refused_by_its_fields_name(tmp_path, text, field):
     assert f"mine.toml: {field}" in refused(tmp_path, text)
 
 
-def number_fields(settings, where: str = "") -> list[str]:
-    """The names of all fields that hold a number, those of nested settings too."""
-    names = []
-    hints = get_type_hints(type(settings))
-    for f in fields(settings):
-        value, hint = getattr(settings, f.name), hints[f.name]
-        if is_dataclass(value):
-            names += number_fields(value, f"{where}{f.name}.")
-        elif {int, float} & {hint, *get_args(hint)}:
-            names.append(f"{where}{f.name}")
-    return names
+def number_fields(settings: type) -> list[tuple[type, str]]:
+    """The fields of a dataclass that hold a number, those of nested settings too."""
+    found = []
+    for name, hint in get_type_hints(settings).items():
+        kinds = {hint, *get_args(hint)}
+        if kinds & {int, float}:
+            found.append((settings, name))
+        for nested in filter(is_dataclass, kinds):
+            found += number_fields(nested)
+    return found
 
 
 def test_trap_a_number_of_a_recipe_without_bounds():
-    names = [
-        *number_fields(Recipe()),
-        *number_fields(GRPOStage(), "grpo."),
-        *number_fields(SFTStage(), "sft."),
-    ]
-    assert len(names) > 30
-    for name in names:
-        *tables, field = name.split(".")
+    found = number_fields(Recipe) + number_fields(GRPOStage) + number_fields(SFTStage)
+    assert len(found) > 30
+    for settings, name in found:
         for value in (-1, 10**30):
-            values = {field: value} | ({"kind": "countdown"} if tables == ["task"] else {})
-            for table in reversed(tables):
-                values = (
-                    {"stages": [{"kind": table} | values]} if table in ("grpo", "sft") else {table: values}
-                )
-            with pytest.raises(RecipeError, match=f"{field}(:| .*must be)"):
-                from_dict(Recipe, values)
+            with pytest.raises(RecipeError, match=f"{name}(:| .*must be)"):
+                from_dict(settings, {name: value})
 
 
-def test_trap_training_with_top_k_or_top_p():
+@pytest.mark.parametrize("sampling", [SamplingSettings(top_k=20), SamplingSettings(top_p=0.95)])
+def test_trap_training_with_top_k_or_top_p(sampling):
     """It would score tokens under another distribution than the one they were sampled from."""
-    for sampling in (SamplingSettings(top_k=20), SamplingSettings(top_p=0.95)):
-        with pytest.raises(RecipeError, match="top_k and sampling.top_p"):
-            Recipe(sampling=sampling, stages=(GRPOStage(),))
-        Recipe(sampling=sampling, stages=(SFTStage(traces="mine.jsonl"),))
-
-
-def test_overrides_are_checked_like_a_recipes_own_values():
-    _, recipe = load_recipe("256")
-    assert checked(recipe) == recipe
-    with pytest.raises(
-        RecipeError, match="sampling.max_new_tokens: input should be greater than or equal to 1, not 0"
-    ):
-        checked(replace(recipe, sampling=replace(recipe.sampling, max_new_tokens=0)))
+    with pytest.raises(RecipeError, match="top_k and sampling.top_p"):
+        Recipe(sampling=sampling, stages=(GRPOStage(),))
+    Recipe(sampling=sampling, stages=(SFTStage(traces="mine.jsonl"),))
 
 
 def test_a_missing_recipe_or_one_that_is_not_toml_is_named(tmp_path):
@@ -197,17 +153,11 @@ def test_a_missing_recipe_or_one_that_is_not_toml_is_named(tmp_path):
             load_recipe(str(tmp_path / name))
 
 
-def test_extending_oneself_in_a_circle_or_nothing_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "base, fault",
+    [("./mine.toml", "extends itself"), ("other.toml", "extends itself"), ("new.toml", "new.toml")],
+)
+def test_extending_oneself_in_a_circle_or_nothing_is_refused(base, fault, tmp_path):
     write(tmp_path, 'extends = "mine.toml"', "other.toml")
-    for base in ("./mine.toml", "other.toml", "missing.toml", ""):
-        path = write(tmp_path, f'extends = "{base}"')
-        with pytest.raises(
-            RecipeError, match="missing|directory" if base in ("missing.toml", "") else "extends itself"
-        ):
-            load_recipe(path)
-
-
-def test_a_damaged_saved_recipe_is_refused_and_no_traceback():
-    for values in ([], None, 3, {"stages": 5}, {"stages": [1]}, {"stages": None}, {"stages": {}}):
-        with pytest.raises(RecipeError):
-            from_dict(Recipe, values)
+    with pytest.raises(RecipeError, match=fault):
+        load_recipe(write(tmp_path, f'extends = "{base}"'))

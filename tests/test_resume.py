@@ -1,12 +1,13 @@
 """What a run has written is never lost when it goes on, and a signal is heeded whatever the run is doing."""
 
 import itertools
+import json
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
-from helpers import smoke, timeless
+from helpers import SMALL, smoke, terse, timeless
 
 import lab.run
 import lab.setup
@@ -19,15 +20,19 @@ from lab.recipe import RecipeError
 from lab.runfolder import RunFolder
 from lab.stages import train
 
-SMALL = """
---evaluation.every 1 --evaluation.problems 2 --evaluation.final-problems 2
---stages.0.prompts-per-step 2 --stages.1.batch-size 2 --stages.2.prompts-per-step 2
-"""
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Runs are terse, and no curve is drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        terse(patch)
+        patch.setattr(lab.run, "write_curve", lambda *arguments: None)
+        yield
 
 
 def small_run(out: Path, resume: bool = False, options: str = "") -> None:
     """GRPO, SFT, GRPO, with checkpoints and evaluations after every step."""
-    train(smoke("--out", out, SMALL, options), resume=resume, quiet=True)
+    train(smoke("--evaluation.every 1 --out", out, SMALL, options), resume=resume, quiet=True)
 
 
 def stopped_run(out: Path, monkeypatch, module, name: str, call: int, resume: bool = False) -> None:
@@ -59,16 +64,10 @@ def whole(tmp_path_factory) -> Path:
     return out
 
 
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    """Drawing takes longer than so small a run."""
-    monkeypatch.setattr(lab.run, "write_curve", lambda *arguments: None)
-
-
 def assert_same_end(run: Path, whole: Path) -> None:
     assert timeless(run) == timeless(whole)
-    weights = [(checkpoints(folder)[-1] / "model.safetensors").read_bytes() for folder in (run, whole)]
-    assert weights[0] == weights[1]
+    ours, theirs = (checkpoints(folder)[-1] / "model.safetensors" for folder in (run, whole))
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 @pytest.fixture
@@ -84,42 +83,33 @@ def copied(whole, tmp_path) -> Path:
 def test_an_sft_stage_keeps_its_traces_without_rollouts(whole, tmp_path, monkeypatch):
     out = tmp_path / "run"
     stopped_run(out, monkeypatch, lab.stages, "sft_step", 2)
-    traces = (out / "traces.jsonl").read_bytes()
     shutil.rmtree(out / "rollouts")
     small_run(out, resume=True)
-    assert traces
-    assert (out / "traces.jsonl").read_bytes() == traces
     assert_same_end(out, whole)
+    assert (out / "traces.jsonl").read_bytes() == (whole / "traces.jsonl").read_bytes()
 
 
-def test_an_sft_stage_not_yet_begun_asks_for_missing_rollouts(tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    stopped_run(out, monkeypatch, lab.run, "save_checkpoint", 2)  # at the end of the GRPO stage
-    (out / "rollouts" / "step_0002.jsonl").unlink()
-    before = contents(out)
+def test_an_sft_stage_not_yet_begun_asks_for_missing_rollouts(copied):
+    for folder in checkpoints(copied):
+        if folder.name != "step_0002":
+            shutil.rmtree(folder)
+    (copied / "rollouts" / "step_0002.jsonl").unlink()
+    before = (copied / "traces.jsonl").read_bytes()
     with pytest.raises(RecipeError, match=r"rollouts/step_0002.jsonl is missing"):
-        small_run(out, resume=True)
-    assert contents(out) == before
+        small_run(copied, resume=True)
+    assert (copied / "traces.jsonl").read_bytes() == before
 
 
 def break_metrics(run: Path) -> None:
     path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join([lines[0], "\0\0\0\n", *lines[2:]]))
-
-
-def empty_metrics(run: Path) -> None:
-    (run / "metrics.jsonl").write_text("")
-
-
-def delete_checkpoints(run: Path) -> None:
-    shutil.rmtree(run / "checkpoints")
+    first, _, *others = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([first, "\0\0\0\n", *others]))
 
 
 DAMAGES = {
-    "metrics.jsonl has nothing on step 0": empty_metrics,
+    "metrics.jsonl has nothing on step 0": lambda run: (run / "metrics.jsonl").write_text(""),
     "metrics.jsonl, line 2": break_metrics,
-    "no whole checkpoint of this run is left": delete_checkpoints,
+    "no whole checkpoint of this run is left": lambda run: shutil.rmtree(run / "checkpoints"),
 }
 
 
@@ -142,14 +132,14 @@ def test_old_checkpoints_and_files_of_other_tools_do_not_matter(copied, whole):
     assert (copied / "report.html").stat().st_size > 0
 
 
-def test_the_kl_penalty_refuses_a_reference_not_of_its_stage(tmp_path, monkeypatch):
-    options = "--stages.2.kl-coef 0.1"
-    small_run(tmp_path / "run", False, options)
-    *_, start, _, last = checkpoints(tmp_path / "run")
-    shutil.rmtree(last)
+def test_the_kl_penalty_refuses_a_reference_not_of_its_stage(copied):
+    config = json.loads((copied / "config.json").read_text())
+    config["recipe"]["stages"][2]["kl_coef"] = 0.1
+    (copied / "config.json").write_text(json.dumps(config))
+    *_, start, _ = checkpoints(copied)
     shutil.rmtree(start)
     with pytest.raises(RecipeError, match=f"{start.name}: the KL penalty needs it"):
-        small_run(tmp_path / "run", True, options)
+        small_run(copied, True, "--stages.2.kl-coef 0.1")
 
 
 def test_a_failed_start_in_a_linked_folder_says_why(tmp_path):
@@ -160,12 +150,12 @@ def test_a_failed_start_in_a_linked_folder_says_why(tmp_path):
     assert (tmp_path / "run").is_symlink()
 
 
-# Evaluations: one before any step, one after each of 2 + sft + 2 steps, and two more at the end.
-@pytest.mark.parametrize("call", [2, -1])
-def test_a_signal_cuts_off_an_evaluation_which_is_made_later(call, whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("from_end", [False, True])
+def test_a_signal_cuts_off_an_evaluation_which_is_made_later(from_end, whole, tmp_path, monkeypatch):
+    """The one after the first step, and the last one, which is greedy."""
     out = tmp_path / "run"
-    count = sum("eval_accuracy" in row for row in RunFolder(whole).metrics()) + 2
-    stopped_run(out, monkeypatch, lab.run, "evaluate", call if call > 0 else count + 1 + call)
+    steps = len(RunFolder(whole).metrics())
+    stopped_run(out, monkeypatch, lab.run, "evaluate", steps + 2 if from_end else 2)
     last = RunFolder(out).metrics()[-1]
     assert "eval_accuracy" not in last
     assert checkpoints(out)[-1].name == f"step_{last['step']:04d}"
@@ -177,12 +167,16 @@ def test_a_signal_cuts_off_an_evaluation_which_is_made_later(call, whole, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "module, name, call, saved", [(rl.grpo, "group_advantages", 1, 0), (rl.trainer, "make_batch", 1, 1)]
+    "module, name, call, saved",
+    [
+        (rl.grpo, "collect_rollouts", 2, 1),
+        (rl.grpo, "group_advantages", 1, 0),
+        (rl.trainer, "make_batch", 1, 1),  # within the last micro-batch of an update, which is finished
+    ],
 )
 def test_a_signal_drops_an_update_that_has_moved_no_weight(
     module, name, call, saved, whole, tmp_path, monkeypatch
 ):
-    """Before an update of step 1; and within the last micro-batch of one, which is finished."""
     out = tmp_path / "run"
     stopped_run(out, monkeypatch, module, name, call)
     assert [row["step"] for row in RunFolder(out).metrics()] == list(range(saved + 1))

@@ -1,8 +1,6 @@
 """Folders from strangers: whatever a checkpoint's JSON holds, it loads or is refused by one clear error."""
 
-import functools
 import json
-import operator
 import random
 import shutil
 
@@ -52,7 +50,8 @@ def refused(folder, name: str) -> bool:
             read(folder)
         except (ModelError, RecipeError) as error:
             message = str(error)
-            assert str(folder) in message and len(message) < 1000, message[:2000]
+            assert str(folder) in message
+            assert len(message) < 1000
             return True
     return damage(folder) is not None
 
@@ -64,22 +63,26 @@ def test_a_file_of_something_else_is_refused(name, folder):
         assert refused(folder, name) or kind in FINE.get(name, ()), kind
 
 
-def paths(value, path=()) -> list[tuple]:
-    """The paths to all values inside parsed JSON."""
-    below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [inner for key, child in below for inner in [(*path, key), *paths(child, (*path, key))]]
+def places(parsed) -> list[tuple]:
+    """Where values are in parsed JSON, the outer ones first, as a table or list and the key in it."""
+    found, values = [], [parsed]
+    for value in values:  # which grows
+        keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+        for key in keys:
+            found.append((value, key))
+            values.append(value[key])
+    return found
 
 
 def with_another_value(content: bytes, rng: random.Random) -> bytes:
-    """JSON in which a value, of those near the top as often as of all, is replaced or deleted."""
+    """JSON in which a value, of the outer ones as often as of all, is replaced or deleted."""
     spoilt = json.loads(content)
-    every = paths(spoilt)
-    *above, last = rng.choice(rng.choice((every, [path for path in every if len(path) <= 2])))
-    inside = functools.reduce(operator.getitem, above, spoilt)
+    every = places(spoilt)
+    inside, key = rng.choice(rng.choice((every, every[:40])))
     if rng.random() < 0.1:
-        del inside[last]
+        del inside[key]
     else:
-        inside[last] = rng.choice(VALUES)
+        inside[key] = rng.choice(VALUES)
     return json.dumps(spoilt).encode()
 
 
@@ -91,11 +94,14 @@ def with_other_bytes(content: bytes, rng: random.Random) -> bytes:
 
 @pytest.mark.parametrize("name", (*MODEL_FILES, *RUN_FILES, "model.safetensors"))
 def test_any_value_and_any_bytes_are_refused_or_harmless(name, folder):
-    content, rng = (folder / name).read_bytes(), random.Random(0)
-    for spoil, times in ((with_another_value, 100 if name.endswith("json") else 0), (with_other_bytes, 40)):
-        for _ in range(times):
-            (folder / name).write_bytes(spoil(content, rng))
-            refused(folder, name)
-    (folder / name).write_bytes(content)
+    file, rng = folder / name, random.Random(0)
+    content = file.read_bytes()
+    for _ in range(60 if name.endswith("json") else 0):
+        file.write_bytes(with_another_value(content, rng))
+        refused(folder, name)
+    for _ in range(20):
+        file.write_bytes(with_other_bytes(content, rng))
+        refused(folder, name)
+    file.write_bytes(content)
     assert not refused(folder, name)
     assert damage(folder) is None

@@ -1,7 +1,9 @@
 """The pictures of README.md and docs/. Those of the study are made by `make study`.
 
-`python docs/pictures.py` draws the curves of the runs in docs/runs. An option makes report.png, a part of
-the page of `make report`. Each picture is made twice, for light pages and, as `...-dark.png`, for dark ones.
+`python docs/pictures.py` draws the curves of the runs in docs/runs. Options make report.png, a part of
+the page of `make report`, and live.png, a terminal at one step. live.png shows the speed and the time
+left as that step of the run logged them, so they depend on the machine of that run. It is a dark
+terminal; every other picture is made twice, for light pages and, as `...-dark.png`, for dark ones.
 """
 
 import json
@@ -17,13 +19,18 @@ DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
 
 import tyro
+from rich.console import Console
+from rich.terminal_theme import MONOKAI
 
 from data.load import read_jsonl
 from lab import report
 from lab.errors import user_errors
 from lab.plots import paper_caption, paper_points, plot_curve, save_light_and_dark
-from lab.recipe import RecipeError, load_recipe
+from lab.recipe import Recipe, RecipeError, from_dict, load_recipe
 from lab.runfolder import RunFolder
+from lab.screen import LiveScreen
+from model import Completion
+from rl.rollout import Rollout
 
 CURVES = {"256-tiny": "this run: 0.8 M parameters", "calculus-tiny": "this run: 0.5 M parameters"}
 EVALUATION = ("step", "stage", "kind", "grpo_steps", "eval_accuracy", "eval_low", "eval_high")
@@ -36,6 +43,7 @@ step.selectedIndex = 4;
 step.dispatchEvent(new Event("change"));
 </script>"""
 REPORT_SIZE = (820, 925)
+LIVE_SIZE = (1060, 410)
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,10 @@ class Arguments:
     """Run folders whose evaluations replace those in docs/runs: runs/256-tiny, runs/calculus-tiny."""
     report: Path | None = None
     """The run of report.png. Needs chromium."""
+    live: Path | None = None
+    """The run of live.png. Needs chromium."""
+    step: int = 184
+    """The step of live.png."""
 
 
 def keep_evaluations(run: RunFolder) -> None:
@@ -73,6 +85,30 @@ def picture_report(run: Path, folder: Path) -> None:
         screenshot(page, REPORT_SIZE, DOCS / name)
 
 
+def picture_live(run: RunFolder, step: int, folder: Path) -> None:
+    """The terminal at a step."""
+    recipe = from_dict(Recipe, json.loads((run.path / "config.json").read_text())["recipe"])
+    console = Console(width=108, height=40, record=True, force_terminal=True, file=open("/dev/null", "w"))
+    screen = LiveScreen(recipe, console)
+    rows = [row for row in run.metrics() if row["step"] <= step]
+    screen.history(rows)
+    screen.row = rows[-1]
+    stage = screen.row["stage"]
+    done = sum(row["stage"] == stage and row["step"] > 0 for row in rows)
+    screen.position = (done, recipe.stages[stage].steps)
+    for _, row in read_jsonl(run.path / "rollouts" / f"step_{step:04d}.jsonl", "a rollout"):
+        completion = Completion([], [], row["finished"])
+        problem = recipe.task.problem_from_row(row)
+        rollout = Rollout(problem, [], completion, row["completion"], row["outcome"], row["reward"])
+        screen.rollouts([[rollout]])
+    screen.progress = ("update", 0, 1, 0.0)
+    console.print(screen.draw())
+    html = console.export_html(theme=MONOKAI, inline_styles=True)
+    page = folder / "live.html"
+    page.write_text(html.replace("<body>", '<body style="margin:12px">'), encoding="utf-8")
+    screenshot(page, LIVE_SIZE, DOCS / "live.png")
+
+
 def screenshot(page: Path, size: tuple[int, int], out: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
@@ -93,6 +129,8 @@ def main(arguments: Arguments) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if arguments.report:
             picture_report(arguments.report, Path(folder))
+        if arguments.live:
+            picture_live(RunFolder(arguments.live), arguments.step, Path(folder))
 
 
 if __name__ == "__main__":

@@ -85,6 +85,10 @@ def add_adapters(model: Qwen3, rank: int, alpha: float, int8: bool, seed: int = 
     The model must have its device and dtype already. With `int8`, the projections are quantized, and nothing
     else. The same base and seed give the same bits.
     """
+    if rank < 1 or not 0 < alpha < float("inf"):
+        raise ValueError(f"rank and alpha must be positive, not {rank} and {alpha}")
+    if any(adapters(model)):
+        raise ValueError("the model has adapters already")
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
     model.graphed = not int8  # bitsandbytes' kernels are not known to work inside a CUDA graph

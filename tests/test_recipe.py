@@ -146,7 +146,7 @@ def test_a_missing_recipe_or_one_that_is_not_toml_is_named(tmp_path):
         load_recipe("no-such")
     for text in ("seed = ", "\ufffe", stage("grpo", "[stages]")):
         refused(tmp_path, text)
-    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "folder.toml").mkdir()
     for name in ("bytes.toml", "folder.toml"):
         with pytest.raises(RecipeError, match=name):

@@ -171,7 +171,7 @@ def test_a_signal_cuts_off_an_evaluation_which_is_made_later(from_end, whole, tm
     [
         (rl.grpo, "collect_rollouts", 2, 1),
         (rl.grpo, "group_advantages", 1, 0),
-        (rl.trainer, "make_batch", 1, 1),  # within the last micro-batch of an update, which is finished
+        (rl.trainer, "make_batch", 2, 1),  # within the last micro-batch of the last update, which is finished
     ],
 )
 def test_a_signal_drops_an_update_that_has_moved_no_weight(

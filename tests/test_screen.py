@@ -187,7 +187,7 @@ def test_a_card_without_bfloat16_takes_float32_and_says_so(supported, monkeypatc
     assert pick_dtype(RECIPE, gpu) is (None if supported else torch.float32)
     assert pick_dtype(replace(RECIPE, dtype="bfloat16"), gpu) is torch.bfloat16  # what is asked for
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    model = SimpleNamespace(device=gpu, dtype=torch.float32, config=Qwen3Config(**SHAPE))
+    model = SimpleNamespace(device=gpu, dtype=torch.float32, num_parameters=lambda: 7)
     words = lab.screen.describe_run(RECIPE, model, [], [], None)
     assert ("float32, for want of bfloat16, on Tesla T4" in words) is not supported
 

@@ -151,7 +151,7 @@ def test_a_step_learns_prompt_trace_and_end_of_turn(recipe, steps):
     for problem, answer in zip(PROBLEMS, ANSWERS):
         prompt = learned[f"so\n</think>\n<answer>{answer}</answer><|im_end|>"]
         assert prompt.endswith(recipe.task.prompt(problem) + "<|im_end|>\n<|im_start|>assistant\n<think>\n")
-    assert all(sample.old_logprobs is None and sample.advantage == 0 for (sample,) in samples)
+    assert all(not sample.old_logprobs and sample.advantage == 0 for (sample,) in samples)
 
 
 def test_checkpoints_take_their_share_of_the_time(recipe, monkeypatch):

@@ -211,7 +211,7 @@ def test_the_reference_of_adapters_has_their_base(tmp_path, monkeypatch):
     train(recipe, quiet=True)
     (folder,) = map(str, checkpoints(tmp_path / "run"))
     model = eval_command.model_of(folder, eval_command.Arguments((folder,)))
-    loaded, _ = load_policy(model.recipe, eval_command.checkpoint_of(model), CPU)
+    loaded, _ = load_policy(model.recipe, model.checkpoint, CPU)
     later = stage_start_model(policy, recipe, RunFolder(recipe.out), TrainState(stage=1, step=1))
     assert logits(loaded) == logits(later)
     assert logits(loaded) != logits(policy)

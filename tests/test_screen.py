@@ -8,14 +8,13 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import SHAPE, rollout
+from helpers import rollout
 from rich.console import Console
 
 import lab.screen
 from lab.device import pick_dtype
 from lab.recipe import EvaluationSettings, load_recipe
 from lab.screen import LiveScreen, QuietScreen, Screen, pick_screen
-from model import Qwen3Config
 from rl.grpo import GRPOStage
 from rl.reward import RewardSettings
 from rl.sft import SFTStage

@@ -164,6 +164,7 @@ class Run:
                 metrics |= accuracy_metrics("final_greedy", result)
         except Cancelled:
             self.stop_if_asked()
+            raise  # not reached: a signal has cut the evaluation off, and so the run stops
         return metrics
 
     def evaluate(self, count: int, sampling: SamplingSettings):

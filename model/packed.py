@@ -29,7 +29,7 @@ class PackedGroup:
                 blocks.append((1, length))
         return blocks
 
-    def num_tokens(self) -> int:
+    def stream_tokens(self) -> int:
         """Tokens in the stream, padding included."""
         return self.prefix_length + sum(rows * length for rows, length in self.blocks())
 

@@ -28,7 +28,13 @@ class Batch:
 
     A shared prompt occurs once in the stream, without its last id: that predicts the first id of every
     completion, so it begins each sample's own branch. A completion's last id predicts nothing and is left
-    out. The mask is made from lengths, never from ids: Qwen3-Base pads with an id that also ends completions.
+    out. For the prompt 1 2 and its completions 3 4 5 and 3 6:
+
+        stream             1 | 2 3 4 | 2 3
+        logit_positions    1 2 3   and   4 5
+        target_ids         3 4 5   and   3 6
+
+    The mask is made from lengths, never from ids: Qwen3-Base pads with an id that also ends completions.
     """
 
     input_ids: Tensor  # [1, tokens], int64
@@ -56,8 +62,6 @@ def make_batch(samples: list[Sample], device="cpu") -> Batch:
         stream += samples[members[0]].prompt_ids[: group.prefix_length]
         padded_lengths = [length for rows, length in group.blocks() for _ in range(rows)]
         for row, padded_length in zip(members, padded_lengths, strict=True):
-            # Each input predicts the next token: after prompt a b, completion c d e has inputs a b c d,
-            # and the outputs at its last three positions are those of c, d and e.
             inputs = samples[row].prompt_ids + samples[row].completion_ids[:-1]
             branch = inputs[group.prefix_length :]
             end = len(stream) + len(branch)
@@ -117,7 +121,7 @@ def stream_tokens(samples: list[Sample]) -> int:
     tokens = 0
     for members in packing_groups(samples):
         group = packed_group([samples[row] for row in members])
-        tokens += group.num_tokens()
+        tokens += group.stream_tokens()
     return tokens
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from data.task import MALFORMED, WRONG, Score
+from data.task import WRONG, Score
 from data.traces import non_latin
 from model import Completion
 
@@ -19,13 +19,12 @@ class RewardSettings:
 def reward_for(verdict: Score, text: str, completion: Completion, settings: RewardSettings) -> float:
     """The reward of a completion, from the task's verdict on it.
 
-    `text` is without the stop token. `completion` is not used yet; it is for rewards by length.
+    `text` is without the stop token. `completion` is there for rewards by length or by ids.
     """
+    if settings.latin_only and non_latin(text):
+        return 0.0
     if verdict.outcome == "near" and not settings.near_miss:
         verdict = WRONG
-    reward = verdict.reward
     if verdict.outcome == "wrong" and not settings.format:
-        reward = MALFORMED.reward
-    if settings.latin_only and non_latin(text):
-        reward = MALFORMED.reward
-    return reward
+        return 0.0
+    return verdict.reward

@@ -135,7 +135,7 @@ def test_micro_batches_keep_every_sample_within_the_budget(shapes, budget):
 def test_branches_of_nearly_equal_length_are_one_block():
     group = PackedGroup(3, [100, 99, 98, 97, 50, 50, 49, 2])
     assert group.blocks() == [(4, 100), (3, 50), (1, 2)]
-    assert group.num_tokens() == 3 + 400 + 150 + 2
+    assert group.stream_tokens() == 3 + 400 + 150 + 2
 
 
 @pytest.mark.parametrize(("budget", "expected"), [(77, [8]), (76, [7, 1]), (41, [4, 4]), (14, [1] * 8)])

@@ -56,7 +56,7 @@ def solve(problem: Problem, operators: str = "+-*/") -> str | None:
 
 @dataclass(frozen=True)
 class Countdown(Task):
-    """Make a target from a few numbers. The default ranges are those of the hub dataset."""
+    """Make a target from a few numbers. The ranges are for generated problems, not for files or the hub."""
 
     min_number: int = 1  # Smallest number of a problem
     max_number: int = 99  # Largest number of a problem; smaller is easier

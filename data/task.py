@@ -17,7 +17,7 @@ from data.load import Format, read_problems
 class AnyProblem:
     """One question, as a frozen dataclass; `str(problem)` is how tables and screens show it."""
 
-    key: Hashable  # equal for problems that differ only in wording; sortable, for the held-out split
+    key: Hashable  # equal for problems that differ only in wording; the held-out split hashes its repr
 
     def row(self) -> dict:
         """The fields of the problem, as files of problems, rollouts and traces hold them."""

@@ -60,7 +60,7 @@ def training(source: str, device: torch.device) -> Iterator[Row]:
 
 
 def updates(source: str, device: torch.device) -> Iterator[Row]:
-    """Compare the fall of the bundled model's loss in ten updates with float32 on the CPU."""
+    """Compare the fall of the bundled model's loss in nine updates with float32 on the CPU."""
     model, prompts = loaded("tiny", "cpu")
     samples = samples_of(model, prompts)[::4]  # two of each prompt, as some CPUs emulate bfloat16
     for name, settings, adapters in UPDATES:
@@ -73,7 +73,7 @@ def updates(source: str, device: torch.device) -> Iterator[Row]:
 def fall_of_loss(
     samples: list[Sample], device, dtype: torch.dtype, settings: OptimizerSettings, adapters: bool
 ) -> float:
-    """The fall of the bundled model's loss in ten updates; adapters are over int8 weights in bfloat16."""
+    """The fall of the bundled model's loss in nine updates; adapters are over int8 weights in bfloat16."""
     model, _ = loaded("tiny", device, dtype)
     if adapters:
         add_adapters(model, rank=8, alpha=32.0, int8=dtype == torch.bfloat16)

@@ -48,8 +48,9 @@ def decoding_row(model: Qwen3, prompts: list[list[int]]) -> Row:
             others += int((sampled != ids).sum())
             gap += float((logprobs - logprobs.new_tensor(completion.logprobs)).abs().sum())
     found = f"{100 * others / count:.1f} % other ids, log-probabilities {gap / count:.1g} nats apart"
-    wrong = exceeds(others / count, MOST_OTHER_IDS[model.dtype])
-    wrong |= exceeds(gap / count, MOST_NATS[model.dtype])
+    alike = torch.bfloat16 if model.dtype.itemsize == 2 else torch.float32  # in precision
+    wrong = exceeds(others / count, MOST_OTHER_IDS[alike])
+    wrong |= exceeds(gap / count, MOST_NATS[alike])
     return Row(f"decoding, {model.dtype}", found, wrong)
 
 

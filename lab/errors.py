@@ -70,12 +70,12 @@ class Stop:
         self.number = number
         self.requested.set()
         if self.announce:
-            tell("\nstopping where the run can go on; once more stops it at once\n")
+            tell("\nstopping at the next point to resume from; a second signal stops at once\n")
 
 
 @contextlib.contextmanager
 def stoppable(announce: bool = True) -> Iterator[Stop]:
-    """Send SIGINT and SIGTERM to the `Stop` it yields, in the block; in a thread, change nothing."""
+    """Within the block, let the yielded `Stop` handle SIGINT and SIGTERM; in a thread, change nothing."""
     stop = Stop(announce)
     before = {}
     if threading.current_thread() is threading.main_thread():  # no other thread may set handlers

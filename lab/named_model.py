@@ -56,10 +56,10 @@ def named_model(
 
 
 def fitting_recipe(source: str, beside: Iterable[str]) -> Recipe:
-    """The recipe to ask a model by that was not trained here: a bundled model's own, or else 256.
+    """The recipe to ask a model by that was not trained here. A bundled model gets its own.
 
-    A model from elsewhere gets that of the first model `beside` it that has one, so that both get the same
-    task, prompts and limits.
+    Another gets that of the first model `beside` it that has one, so that both get the same task, prompts and
+    limits; else the recipe that names it, or 256.
     """
     for name in [source] if is_bundled(source) else beside:
         recipe = saved_recipe(name) or (recipe_for(name) if is_bundled(name) else None)

@@ -72,7 +72,7 @@ class Recipe:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     adapters: AdapterSettings = field(default_factory=AdapterSettings)
     checkpoint_every: Count = 10  # Steps between checkpoints; there is one at each stage's end
-    checkpoint_share: ZeroToOne = 0.05  # Checkpoints take at most this share of the run's time
+    checkpoint_share: ZeroToOne = 0.05  # Skip one within a stage if all would take a larger share of the time
     keep_checkpoints: Count = 2  # Latest checkpoints to keep, beside stage ends and the most accurate one
     out: str = ""  # Run folder; empty is runs/<recipe>
     stages: tuple[Annotated[GRPOStage | SFTStage, Discriminator("kind")], ...] = ()

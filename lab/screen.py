@@ -254,7 +254,7 @@ def describe_run(recipe: Recipe, model, train: list, held_out: list, resumed_at:
     on_gpu = model.device.type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, threads: {torch.get_num_threads()}"
     dtype = str(model.dtype).removeprefix("torch.")
-    if on_gpu and not has_bfloat16(model.device):
+    if on_gpu and recipe.dtype == "auto" and not has_bfloat16(model.device):
         dtype += ", for want of bfloat16"
     stages = []
     for stage in recipe.stages:

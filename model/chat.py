@@ -1,7 +1,7 @@
 """From a chat to the text of a prompt, by the template that a model was trained with.
 
 A chat template is a small Jinja program that comes with the tokenizer. It comes from outside, so it runs in
-the same sandbox as in transformers: it sees no attributes of Python objects, and loops only so far.
+the same sandbox as in transformers: it cannot reach internal attributes or change its inputs.
 """
 
 import jinja2

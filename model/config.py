@@ -7,10 +7,8 @@ from pathlib import Path
 UP_TO_4096 = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 FAMILIES = ("qwen3", "qwen2", "llama")  # Qwen2.5 is a qwen2, and SmolLM2 a llama
-
-
 UNSUPPORTED = (
-    "attention_bias",  # of the output projection
+    "attention_bias",  # of all four projections
     "mlp_bias",
     "use_sliding_window",
     "quantization_config",
@@ -41,8 +39,8 @@ def refuse_pointer(path: Path) -> None:
 class Qwen3Config:
     """Shape of a dense decoder: Qwen3, or a Qwen2 or Llama. Field names are Hugging Face's.
 
-    `head_dim` is not `hidden_size / num_attention_heads`: Qwen3-0.6B has 16 heads of 128 for a hidden size of
-    1024. `num_key_value_heads` divides `num_attention_heads` (grouped-query attention).
+    `head_dim` need not be `hidden_size / num_attention_heads`: Qwen3-0.6B has 16 heads of 128 for a
+    hidden size of 1024. `num_key_value_heads` divides `num_attention_heads` (grouped-query attention).
     """
 
     vocab_size: int

@@ -19,7 +19,7 @@ class Cache(Protocol):
     """A forward of the decoder calls `start` once, and `attend` in every layer."""
 
     def start(self, time: int) -> Tensor:
-        """Count the next `time` tokens of each row, and return their positions: [batch, time]."""
+        """Count the next `time` tokens of each row, and return their positions: [batch or 1, time]."""
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Store `keys` and `values` [batch, kv_heads, time, head_dim]; attend to all that a query may see.

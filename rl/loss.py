@@ -26,7 +26,7 @@ def grpo_loss(
         -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + kl_coef * k3
 
     For A < 0 a token that became likelier is pushed down without limit; one that became rarer by more than
-    `clip_low` has no gradient. While every ratio is one, the result is minus the mean of A.
+    `clip_low` has no gradient. While every ratio is one, a token's loss is -A, without the KL term.
 
     Args:
         logprobs: of the policy in training; the only argument with a gradient.

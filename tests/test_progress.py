@@ -155,7 +155,7 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path, monkeypatch, capfd):
     with pytest.raises(SystemExit) as exit_:
         train(one_step("--out", tmp_path / "run"), quiet=True)
     assert exit_.value.code == 143
-    assert capfd.readouterr().err.endswith("once more stops it at once\n\nstopped at once.\n")
+    assert capfd.readouterr().err.endswith("a second signal stops at once\n\nstopped at once.\n")
 
 
 @pytest.mark.parametrize("command", [f"train.py {TRAIN} --out", "eval.py tiny --count 2 --json"])

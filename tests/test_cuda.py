@@ -147,3 +147,9 @@ def test_decoding_that_is_wrong_without_graphs_ends_the_run(on_gpu):
         on_gpu(BAD, BAD)
     with pytest.raises(torch.OutOfMemoryError):
         on_gpu(torch.OutOfMemoryError("full"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_decoding_is_compared_in_other_dtypes_too(dtype, monkeypatch):
+    monkeypatch.setattr(lab.decoding, "NEW_TOKENS", 12)
+    assert not lab.decoding.decoding_row(random_model(dtype=dtype), PROMPTS).wrong

@@ -45,7 +45,7 @@ class Arguments:
     models: tyro.conf.Positional[tuple[str, ...]]  # Checkpoint folders, tiny, tiny-256, or hub ids
     recipe: str | None = None
     """For models not trained here; default: a trained model's beside it, its own, or 256."""
-    problems: str | None = None  # hub, generated, a .parquet or .jsonl; default: those held out in training
+    problems: str | None = None  # hub or generated (the held-out part), hub-test, a file; default: as trained
     count: int | None = None  # Number of problems; default: all
     samples: int = 4  # Completions per problem, for pass@k
     max_new_tokens: int | None = None  # Token limit of a completion; default: the recipe's

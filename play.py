@@ -29,7 +29,7 @@ from rl.rollout import make_rollout, prompt_for
 class Arguments:
     """Try models out."""
 
-    models: tyro.conf.Positional[tuple[str, ...]] = ("tiny", "tiny-256")  # Checkpoints, or as in eval.py
+    models: tyro.conf.Positional[tuple[str, ...]] = ("tiny", "tiny-256")  # Checkpoint folders, or hub ids
     max_new_tokens: int | None = None  # Tokens a completion may have; default: the recipe's
     temperature: float | None = None  # 0 is greedy; default: the recipe's
     device: str = "auto"  # auto, cpu, cuda or cuda:N

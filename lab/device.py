@@ -52,7 +52,7 @@ def pick_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
 def has_bfloat16(device: torch.device) -> bool:
     """Whether `device` calculates in bfloat16: NVIDIA's from compute capability 8.0 on, CPUs with AVX-512.
 
-    Others emulate it. A CPU with AVX2 alone multiplies float32 matrices 60 times as fast.
+    Others emulate it. With AVX2 alone, a CPU multiplies float32 matrices 60 times as fast as those.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

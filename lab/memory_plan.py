@@ -24,7 +24,7 @@ class Work:
 
     sample_tokens: int  # tokens of the longest sample, which a micro-batch never splits
     group_tokens: int  # tokens of the largest group, which is split only if it does not fit
-    key_copies: float  # keys per token of a group that attention reads: each branch reads the prompt's too
+    key_copies: float  # keys that attention reads per token of a group: a prompt's are read by each branch
     update_tokens: int  # tokens of an optimizer step, packed as in `rl.batch`; 0 without training
     rows: int  # completions sampled together
     prefill_tokens: int  # tokens of their prompts

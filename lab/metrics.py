@@ -62,7 +62,7 @@ def common_form(texts: list[str]) -> tuple[str, float]:
 
 
 def pass_at_k(groups: Groups, k: int) -> float:
-    """Chance that one of k completions is correct, by the unbiased estimator (arXiv:2107.03374, eq. 1)."""
+    """Chance that k completions hold a correct one, by the unbiased estimator (arXiv:2107.03374, eq. 1)."""
     missed = 0.0
     for group in groups:
         wrong = sum(rollout.outcome != "correct" for rollout in group)

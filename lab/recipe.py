@@ -35,7 +35,7 @@ class RecipeError(ValueError):
 class EvaluationSettings:
     """Accuracy on problems that are never trained on."""
 
-    every: Count = 10  # Steps between evaluations, in SFT at least; also at the start and each stage's end
+    every: Count = 10  # Steps between evaluations; SFT: this or a quarter of the stage, if that is more
     problems: Count = 512  # Held-out problems, one completion each
     final_problems: CountOrZero = 0  # Held-out problems for the evaluation at the end, sampled and greedy
 
@@ -62,7 +62,7 @@ class Recipe:
     revision: str | None = None  # Branch, tag or commit of a hub id
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # Number format of the weights; auto: as stored
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    problems: str = "auto"  # hub, hub@COMMIT, generated, a .parquet or .jsonl; auto: hub, for tiny generated
+    problems: str = "auto"  # hub, hub@COMMIT, generated, a .parquet or .jsonl; auto: hub; bundled: generated
     task: Annotated[AnyTask, Discriminator("kind")] = field(default_factory=Countdown)
     generated_problems: Count = 20000  # How many problems to generate, the held-out ones included
     seed: Annotated[int, Interval(ge=0, le=2**31)] = 0  # Decides the order of the problems, and the sampling
@@ -125,7 +125,7 @@ def load_recipe(name: str, variant: str = "") -> tuple[str, Recipe]:
 
 
 def recipe_for(model: str) -> Recipe:
-    """The recipe to evaluate a model with that was not trained here: the first for this model, else 256."""
+    """The recipe by which to ask an untrained model: the first for this model, else 256."""
     name = Path(model).name if is_bundled(model) else model
     for path in sorted(RECIPES.glob("*.toml")):
         recipe = load_recipe(path.stem)[1]

@@ -172,7 +172,7 @@ def learning_rate_at(stage: GRPOStage, step: int, updates: int) -> float:
 
 
 def trace_file(stage: SFTStage, folder: RunFolder) -> Path:
-    """The file that an SFT stage learns from, which but for the user's own is written by the run."""
+    """The file that an SFT stage learns from: the user's own, or one that the run writes."""
     if stage.traces == WORKED:
         return folder.path / "worked.jsonl"
     return Path(stage.traces) if stage.traces else folder.path / "traces.jsonl"

@@ -21,7 +21,7 @@ class OptimizerSettings:
     """The optimizer of GRPO and SFT."""
 
     kind: Literal["adamw", "adamw8bit"] = "adamw"  # AdamW of torch, or of bitsandbytes with 8-bit moments
-    rounding: Literal["masters", "stochastic"] = "masters"  # Float32 masters, or stochastic rounding
+    rounding: Literal["masters", "stochastic"] = "masters"  # From float32 copies, or by chance
     micro_batch_tokens: Annotated[int, Interval(ge=1, le=10**9)] | Literal["auto"] = "auto"
     """Tokens in one forward and backward; changes memory and speed, not the gradient. auto: what fits."""
     activation_checkpointing: bool = False  # Compute activations again in backward: less memory, slower

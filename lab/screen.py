@@ -284,10 +284,14 @@ def step_line(row: dict, stages: int, done: int, steps: int) -> str:
 
 
 def time_left(row: dict, recipe: Recipe) -> str:
-    """Minutes and seconds for the GRPO steps to come, if each takes as long as that of `row`."""
+    """The time for the GRPO steps to come, if each takes as long as that of `row`."""
     steps = sum(stage.steps for stage in recipe.stages if stage.kind == "grpo") - row["grpo_steps"]
-    minutes, seconds = divmod(round((row["rollout_seconds"] + row["update_seconds"]) * steps), 60)
-    return f"{minutes}:{seconds:02}"
+    return duration((row["rollout_seconds"] + row["update_seconds"]) * steps)
+
+
+def duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60}:{minutes % 60:02} h" if minutes >= 60 else f"{minutes} min"
 
 
 def planned_time(row: dict, recipe: Recipe, prompt_length: int) -> str:
@@ -310,9 +314,8 @@ def planned_time(row: dict, recipe: Recipe, prompt_length: int) -> str:
             evaluations += 4
     sampled += evaluations * recipe.evaluation.problems * length
     sampled += 2 * recipe.evaluation.final_problems * length
-    minutes = round(seconds_per_token * (sampled + UPDATE_COST * updated) / 60)
-    hours = f"{minutes // 60}:{minutes % 60:02} h"
-    return f"time      about {hours}, if completions keep their length of {length:.0f} tokens"
+    whole = duration(seconds_per_token * (sampled + UPDATE_COST * updated))
+    return f"time      about {whole}, if completions keep their length of {length:.0f} tokens"
 
 
 def advice_on_equal_rewards(row: dict, recipe: Recipe) -> str | None:

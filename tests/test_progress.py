@@ -114,7 +114,7 @@ def test_ctrl_c_ends_a_run_in_one_line_and_resume_goes_on(tmp_path, monkeypatch,
     out = tmp_path / "run"
     command = f"train.py {TRAIN} --plain --stages.0.steps 500 --evaluation.every 100 --out {out}"
     child, terminal = started_on_terminal(command)
-    text = read_until(terminal, r"grpo 1/3 +3/500.*?\nat this speed, \d+:\d\d of GRPO left")
+    text = read_until(terminal, r"grpo 1/3 +3/500.*?\nat this speed, \d+ min of GRPO left")
     os.write(terminal, b"\x03")
     text += read_until(terminal, "never")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130

@@ -55,7 +55,7 @@ def test_a_live_screen_shows_the_run(monkeypatch):
         "held-out accuracy 20.3 % (17.1 to 24.0)", "good", "[31mbad", "last correct: 79, 60, 17 -> 36",
         "reward 0.432", "correct 25.0 %", "format  90 %", "length 123", "grad 0.07", "entropy 0.31",
         "clipped 1.2 %", "12,346 tokens/s", "2.5 s per step",
-        "7:05 of GRPO left",  # 170 of 180 steps at 2.5 s
+        "7 min of GRPO left",  # 170 of 180 steps at 2.5 s
     ):  # fmt: skip
         assert words in text
     assert "old" not in text
@@ -142,7 +142,7 @@ def test_the_planned_time_counts_all_tokens():
     words = lab.screen.planned_time({"eval_completion_length": 10.0, "eval_seconds": 5.0}, recipe, 30)
     # Sampled are 20 * 4 * 8 * 10 + (4 + 2) * 50 * 10 + 2 * 70 * 10 = 10,800, and updated
     # 2 * 100 * 40 + 20 * 4 * (8 * 10 + 30) = 16,800; 10,800 + 1.5 * 16,800 take 360 s.
-    assert words == "time      about 0:06 h, if completions keep their length of 10 tokens"
+    assert words == "time      about 6 min, if completions keep their length of 10 tokens"
 
 
 COLLAPSED = GRPO | {  # what a run on SmolLM2 without a cold start came to
@@ -206,3 +206,8 @@ def test_a_plain_screen_prints_each_step(capsys):
 
 def test_a_printed_completion_cannot_steer_the_terminal():
     assert lab.screen.printable("a\x1b[2Jb\r\n\x07é漢\u202e") == "a·[2Jb·\n·é漢·"
+
+
+def test_a_long_time_is_told_in_hours():
+    assert lab.screen.duration(59 * 60) == "59 min"
+    assert lab.screen.duration(16.5 * 3600 + 125) == "16:32 h"

@@ -83,7 +83,7 @@ def test_length_bonus(verdict, tokens, text, expected):
     assert RewardSettings().length_bonus == 0.0
 
 
-def test_kl_is_no_penalty_before_the_policy_has_left_its_reference(tmp_path):
+def test_kl_is_no_penalty_before_the_policy_leaves_its_reference(tmp_path):
     recipe = load_recipe("256-kl")[1]
     assert {stage.kl_coef for stage in recipe.stages if stage.kind == "grpo"} == {0.04}
     losses = []

@@ -56,7 +56,7 @@ def test_derivatives_and_their_difficulty_by_hand(polynomial, order, expected, d
 @settings(max_examples=50)
 @given(PROBLEMS)
 @example(Derivative((0,) * MAX_PROBLEM_EXPONENT + (-MAX_COEFFICIENT,), 5))  # the largest there is
-def test_the_derivative_counts_in_any_order_and_no_neighbour_does(problem):
+def test_the_derivative_counts_in_any_order_and_no_other_does(problem):
     assert problem.value == derivative_by_numpy(problem.polynomial, problem.order)
     assert TASK.score(answered(TASK.solution(problem)), problem) == CORRECT
     assert TASK.score(answered(text_of(terms_of(problem.value)[::-1])), problem) == CORRECT

@@ -228,7 +228,7 @@ def test_a_conclusion_says_no_more_than_its_interval(better, relation):
     assert "greedy" not in sentence
 
 
-def test_a_conclusion_gives_the_greedy_difference_where_there_is_one():
+def test_a_conclusion_gives_the_greedy_difference_if_there_is_one():
     grpo = [made_up("grpo", seed, {10: 1.0}, final=10.0) for seed in (0, 1)]
     staged = [made_up("staged", seed, {10: 1.0}, final=11.0 + seed) for seed in (0, 1)]
     sentence, _, against = report.conclusions({"grpo": grpo, "staged": staged, "restart": grpo})
